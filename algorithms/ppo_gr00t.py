@@ -1,0 +1,471 @@
+"""PPO for a flow-matching vision-language-action policy on LIBERO.
+
+One decision is one chunk: the agent denoises an action chunk, the environment executes its first C actions, and the
+decision's log-probability is that of the one noised denoising step, summed over the executed actions (the policy
+is the Gaussian of that step; see `gr00t_agent.sampler`). On decisions this is PPO as published (Schulman et al.
+2017, arXiv:1707.06347):
+
+    delta_k = R_k + gamma * V(s_{k+1}) * (1 - terminated_k) - V(s_k)
+    A_k     = delta_k + gamma * lambda * (1 - episode_end_k) * A_{k+1}
+    L       = -E[min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)] + vf_coef * L_V - ent_coef * H
+
+with L_V the larger of the Huber losses of the value and the clipped value, and dual clipping for A < 0 on request
+(Ye et al. 2020, arXiv:1912.09729). A truncated episode bootstraps from the value of its own last observation, a
+terminated one from zero, and no advantage crosses an episode's end.
+
+Launch:
+    accelerate launch algorithms/ppo_gr00t.py --suite libero_spatial --model nano
+    accelerate launch --num_processes 4 algorithms/ppo_gr00t.py --num-envs 256 --minibatch-size 1024
+All sizes are global: they are divided over the processes, and a size that does not divide is an error.
+
+What differs from RLinf's recipe for the same model: one denoising step is noised per sample instead of per batch;
+log-probabilities are fp32; truncation bootstraps; minibatches are reshuffled every epoch; a non-finite gradient
+stops the run.
+
+Metrics: `actor/*` and `rollout/*` are means over an iteration's minibatches or decisions, `env/*` over the episodes
+that ended in the iteration (`env/success_once`: success at any step of the episode), `time/*_s` seconds per phase,
+`charts/SPS` environment steps per second of the whole loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import libero_gym
+from algorithms.batch import concatenate, index
+from algorithms.eval_gr00t import evaluate
+from algorithms.progress import TrainingProgress
+from algorithms.run_folder import RunFolder
+from gr00t_agent import Gr00tAgent
+
+
+@dataclass(kw_only=True)
+class Args:
+    # --- run ---
+    preset: str | None = None
+    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
+    run_name: str = "ppo_{suite}_{seed}"
+    """Name of the run's folder; may hold fields of these arguments in braces."""
+    output_dir: Path = Path("runs")
+    """Where run folders are made."""
+    seed: int = 1
+    """Seed of the environments, the agent's initial weights and every random draw."""
+    num_iterations: int = 400
+    """Rollout-and-update rounds."""
+    save_interval: int = 50
+    """Iterations between checkpoints; the last iteration is always saved."""
+    eval_interval: int = 0
+    """Iterations between evaluations; 0 evaluates only after the last."""
+    eval_episodes_per_task: int = 50
+    """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
+    log_with: tuple[str, ...] = ("tensorboard",)
+    """Accelerate trackers that receive the metrics."""
+
+    # --- environment ---
+    suite: str = "libero_spatial"
+    """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
+    task_ids: tuple[int, ...] | None = None
+    """Tasks to train on; all of the suite if not given."""
+    num_envs: int = 64
+    """Parallel environments over all processes."""
+    num_steps: int = 48
+    """Decisions per environment and iteration; 48 chunks of 5 steps are one LIBERO-Spatial horizon."""
+    num_action_chunks: int = 5
+    """Environment steps that one decision executes (C)."""
+    horizon: int | None = None
+    """Environment steps before truncation; the suite's own if not given."""
+    reward: Literal["sparse", "relative"] = "sparse"
+    """Sparse: 1 at success. Relative: the change of success from the step before."""
+    reward_scale: float = 1.0
+    """Factor on rewards before advantages are computed."""
+    renderer: Literal["egl", "osmesa", "warp"] | None = None
+    """Renderer; if not given, the best that the machine has."""
+
+    # --- agent ---
+    model: str = "nano"
+    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a checkpoint."""
+    noise_method: Literal["flow_sde", "flow_cps", "reinflow", "reinflow_joint"] = "flow_sde"
+    """How the denoising chain is made stochastic for exploration."""
+    noise_level: float = 0.5
+    """Strength of the exploration noise (flow_sde and flow_cps)."""
+    denoising_steps: int = 4
+    """Denoising steps from noise to action."""
+    logprob_level: Literal["chunk", "action"] = "chunk"
+    """Clip the ratio of a whole chunk, or of each of its actions."""
+    train_backbone: bool = False
+    """Train the vision tower and the language model too; otherwise their features are computed once a decision."""
+    critic_detach: bool = True
+    """Keep the value loss's gradient out of the policy's trunk."""
+
+    # --- optimisation ---
+    learning_rate: float = 5e-6
+    """AdamW's step size for the policy."""
+    value_learning_rate: float = 1e-4
+    """AdamW's step size for the value head."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    gamma: float = 0.99
+    """Discount per decision."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    update_epochs: int = 4
+    """Passes over each iteration's decisions."""
+    minibatch_size: int = 1024
+    """Decisions per optimiser step over all processes."""
+    micro_batch_size: int = 1024
+    """Decisions per forward pass over all processes; smaller ones accumulate gradients."""
+    norm_adv: bool = True
+    """Normalise advantages over the iteration's decisions of all processes."""
+    clip_coef: float = 0.2
+    """Lower clip of the ratio: 1 - clip_coef."""
+    clip_coef_high: float | None = None
+    """Upper clip of the ratio: 1 + clip_coef_high; clip_coef if not given."""
+    dual_clip: float | None = None
+    """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
+    value_clip: float = 0.2
+    """Clip of the value's change within an iteration."""
+    huber_delta: float = 10.0
+    """Where the value loss turns from quadratic to linear."""
+    vf_coef: float = 1.0
+    """Weight of the value loss."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus (closed form)."""
+    target_kl: float | None = None
+    """End an iteration's update when the approximate KL exceeds this."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped."""
+    max_ratio_deviation: float = 0.05
+    """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities disagree."""
+
+    def per_process(self, name: str, num_processes: int) -> int:
+        """Returns a global size's share of one process; raises ValueError unless it divides exactly."""
+        value = getattr(self, name)
+        if value < 1 or value % num_processes:
+            raise ValueError(
+                f"{name}={value} cannot be shared by {num_processes} process(es): "
+                f"give a positive multiple of {num_processes}"
+            )
+        return value // num_processes
+
+    @property
+    def num_decisions(self) -> int:
+        """Decisions per iteration over all processes."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_minibatches(self) -> int:
+        """Optimiser steps per epoch."""
+        return exact_quotient(self, "num_decisions", "minibatch_size")
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes per optimiser step."""
+        return exact_quotient(self, "minibatch_size", "micro_batch_size")
+
+
+PRESETS: dict[str, Args] = {
+    "demo": Args(
+        run_name="demo", num_iterations=3, num_envs=4, num_steps=24, horizon=120, minibatch_size=32, micro_batch_size=32,
+        update_epochs=2, eval_episodes_per_task=1, learning_rate=3e-5,
+    ),
+}  # fmt: skip
+
+
+def exact_quotient(args: Args, dividend: str, divisor: str) -> int:
+    """Returns args.dividend / args.divisor; raises ValueError unless it is a positive whole number."""
+    a, b = getattr(args, dividend), getattr(args, divisor)
+    if a < 1 or b < 1 or a % b:
+        raise ValueError(f"{dividend}={a} must be a positive multiple of {divisor}={b}")
+    return a // b
+
+
+def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
+    """Returns `num_envs` environments whose observations carry GR00T's modality keys."""
+    envs = gym.make_vec(
+        f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
+        task_ids=args.task_ids, num_action_chunks=args.num_action_chunks, image_size=image_size,
+        horizon=args.horizon, reward=args.reward, renderer=args.renderer,
+    )  # fmt: skip
+    return libero_gym.ModalityObservation(envs)
+
+
+def make_agent(args: Args) -> Gr00tAgent:
+    """Returns the agent that `args` ask for, on the CPU."""
+    return Gr00tAgent.load(
+        args.model,
+        num_action_chunks=args.num_action_chunks,
+        denoising_steps=args.denoising_steps,
+        noise_method=args.noise_method,
+        noise_level=args.noise_level,
+        logprob_level=args.logprob_level,
+        critic_detach=args.critic_detach,
+        train_backbone=args.train_backbone,
+    )
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, episode_end: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Returns advantages and returns, each [K, N], of K decisions in N environments.
+
+    Args:
+        rewards: [K, N] reward of each decision.
+        values: [K, N] value of the observation that each decision saw.
+        next_values: [K, N] value of the observation that each decision led to, before any reset: at an episode's end
+            that of its own last observation.
+        terminated: [K, N] bool, True where the episode ended in success.
+        episode_end: [K, N] bool, True where the episode ended (terminated or truncated).
+        gamma: discount per decision.
+        lam: lambda of GAE.
+    """
+    deltas = rewards + gamma * next_values * ~terminated - values
+    advantages = torch.zeros_like(rewards)
+    carried = torch.zeros_like(rewards[0])
+    for k in reversed(range(len(rewards))):
+        carried = deltas[k] + gamma * lam * ~episode_end[k] * carried
+        advantages[k] = carried
+    return advantages, advantages + values
+
+
+def policy_loss(
+    logratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the clipped surrogate loss of each element and a bool mask, True where the clip was active.
+
+    `logratio` is [B] for chunk-level log-probabilities or [B, C] for action-level ones; advantages are [B].
+    """
+    advantages = advantages.reshape(-1, *[1] * (logratio.ndim - 1))
+    ratio = logratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    return loss, clipped > unclipped
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float, huber_delta: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the clipped Huber loss of each value [B] and a bool mask, True where the clipped branch was active."""
+    clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    plain = nn.functional.huber_loss(values, returns, reduction="none", delta=huber_delta)
+    clipped = nn.functional.huber_loss(clipped_values, returns, reduction="none", delta=huber_delta)
+    return torch.maximum(plain, clipped), clipped > plain
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """Returns 1 - Var[returns - values] / Var[returns], NaN where the returns do not vary."""
+    variance = returns.var()
+    return float("nan") if variance == 0 else (1 - (returns - values).var() / variance).item()
+
+
+def check_finite(grad_norm: Tensor, run: RunFolder, iteration: int, batch: dict[str, Tensor]) -> None:
+    """Raises FloatingPointError and dumps the minibatch if the gradient's norm is not finite."""
+    if torch.isfinite(grad_norm):
+        return
+    dump = run.path / f"non_finite_iteration_{iteration}.safetensors"
+    save_file({name: value.detach().cpu().contiguous() for name, value in batch.items()}, dump)
+    raise FloatingPointError(
+        f"gradient norm is {grad_norm.item()} in iteration {iteration}; the minibatch is in {dump}. "
+        "Lower learning_rate or noise_level, or start from the last checkpoint."
+    )
+
+
+def main(
+    args: Args,
+    make_agent: Callable[[Args], Any] = make_agent,
+    make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
+) -> dict[str, float]:
+    """Trains, evaluates, and returns the last iteration's metrics.
+
+    `make_agent` and `make_envs` are the two places to plug in something else: an agent needs
+    `forward(obs, action=None) -> action, logprob, entropy, value`, `get_value`, `param_groups`, `image_size` and
+    `save_pretrained` (and `encode` unless `train_backbone`); an action is a NamedTuple of tensors with an
+    `env_action`.
+    """
+    accelerator = Accelerator(log_with=list(args.log_with), project_dir=None)
+    num_envs = args.per_process("num_envs", accelerator.num_processes)
+    minibatch_size = args.per_process("minibatch_size", accelerator.num_processes)
+    micro_batch_size = args.per_process("micro_batch_size", accelerator.num_processes)
+    num_micro_batches, num_minibatches = args.num_micro_batches, args.num_minibatches
+    run = RunFolder.create(args, accelerator)
+    set_seed(args.seed)
+    agent = make_agent(args).to(accelerator.device)
+    envs = make_envs(args, num_envs, agent.image_size)
+    set_seed(args.seed, device_specific=True)
+    generator = np.random.default_rng((args.seed, accelerator.process_index))
+    optimizer = torch.optim.AdamW(
+        agent.param_groups(args.learning_rate, args.value_learning_rate),
+        betas=(0.9, 0.95), weight_decay=args.weight_decay,
+    )  # fmt: skip
+    model, optimizer = accelerator.prepare(agent, optimizer)
+    encode = (lambda obs: obs) if args.train_backbone else agent.encode
+
+    obs, _ = envs.reset(seed=args.seed + 1_000_003 * accelerator.process_index)
+    metrics: dict[str, float] = {}
+    global_step = 0
+    with TrainingProgress(
+        args.num_iterations, args.num_steps, args.update_epochs * num_minibatches, enabled=accelerator.is_main_process
+    ) as progress:
+        next_obs = None
+        for iteration in range(1, args.num_iterations + 1):
+            # --- rollout: K decisions in N environments ---
+            iteration_start = time.perf_counter()
+            env_s, env_steps = 0.0, 0
+            episodes: list[dict[str, float]] = []
+            storage: dict[str, list[Any]] = {}
+            agent.eval()
+            for _ in range(args.num_steps):
+                with torch.no_grad(), accelerator.autocast():
+                    next_obs = encode(obs) if next_obs is None else next_obs
+                    action, logprob, _, value = agent.get_action_and_value(next_obs)
+                env_start = time.perf_counter()
+                obs, reward, terminated, truncated, infos = envs.step(action.env_action.cpu().numpy())
+                env_s += time.perf_counter() - env_start
+                env_steps += int(infos["num_steps"].sum())
+                step = dict(obs=next_obs, action=action, logprob=logprob, value=value, final_value=torch.zeros_like(value))
+                with torch.no_grad(), accelerator.autocast():
+                    if truncated.any():
+                        final_obs = index(infos["final_obs"], np.flatnonzero(truncated))
+                        step["final_value"][torch.from_numpy(truncated)] = agent.get_value(final_obs)
+                    next_obs = encode(obs)
+                for name, array in dict(reward=reward, terminated=terminated, truncated=truncated).items():
+                    step[name] = torch.as_tensor(array, device=accelerator.device)
+                for name, item in step.items():
+                    storage.setdefault(name, []).append(item)
+                episodes += run.finished_episodes(infos, terminated | truncated)
+                progress.decision(episodes, env_steps / (time.perf_counter() - iteration_start))
+            global_step += env_steps * accelerator.num_processes
+            rollout_s = time.perf_counter() - iteration_start
+
+            # --- advantages ---
+            with torch.no_grad(), accelerator.autocast():
+                last_value = agent.get_value(next_obs)
+            values = torch.stack(storage["value"])  # [K, N]
+            rewards = torch.stack(storage["reward"]).float() * args.reward_scale
+            terminated, truncated = torch.stack(storage["terminated"]), torch.stack(storage["truncated"])
+            next_values = torch.cat([values[1:], last_value[None]])
+            next_values = torch.where(truncated, torch.stack(storage["final_value"]), next_values)
+            advantages, returns = compute_gae(
+                rewards, values, next_values, terminated, terminated | truncated, args.gamma, args.gae_lambda
+            )
+            b_obs, b_actions = concatenate(storage["obs"]), concatenate(storage["action"])
+            b_logprobs = concatenate(storage["logprob"])
+            b_values, b_returns, b_advantages = values.flatten(), returns.flatten(), advantages.flatten()
+            if args.norm_adv:
+                moments = torch.stack([b_advantages.mean(), b_advantages.square().mean()]).double()
+                mean, square = accelerator.reduce(moments, "mean")
+                b_advantages = (b_advantages - mean.float()) / ((square - mean**2).clamp(min=0).sqrt().float() + 1e-5)
+
+            # --- update ---
+            update_start = time.perf_counter()
+            sums: dict[str, float] = {}
+            num_updates, ratio_deviation, kl = 0, math.nan, 0.0
+            for _epoch in range(args.update_epochs):
+                order = generator.permutation(len(b_values))
+                for start in range(0, len(order), minibatch_size):
+                    stats: dict[str, Tensor] = {}
+                    for micro in range(num_micro_batches):
+                        inds = order[start + micro * micro_batch_size :][:micro_batch_size]
+                        with accelerator.autocast():
+                            _, logprob, entropy, value = model(index(b_obs, inds), index(b_actions, inds))
+                        logratio = logprob - index(b_logprobs, inds)
+                        adv, ret, old_value = (index(x, inds) for x in (b_advantages, b_returns, b_values))
+                        pg, pg_clipped = policy_loss(
+                            logratio, adv, args.clip_coef, args.clip_coef_high or args.clip_coef, args.dual_clip
+                        )
+                        vf, vf_clipped = value_loss(value, old_value, ret, args.value_clip, args.huber_delta)
+                        loss = pg.mean() + args.vf_coef * vf.mean() - args.ent_coef * entropy.mean()
+                        accelerator.backward(loss / num_micro_batches)
+                        with torch.no_grad():
+                            ratio = logratio.exp()
+                            micro_stats = {
+                                "actor/loss": pg.mean(), "actor/value_loss": vf.mean(), "actor/entropy": entropy.mean(),
+                                "actor/approx_kl": ((ratio - 1) - logratio).mean(),
+                                "actor/pg_clipfrac": pg_clipped.float().mean(),
+                                "actor/value_clip_ratio": vf_clipped.float().mean(),
+                            }  # fmt: skip
+                            if num_updates == 0:
+                                deviation = accelerator.gather((ratio - 1).abs().max()).max().item()
+                                ratio_deviation = max(deviation, 0.0 if math.isnan(ratio_deviation) else ratio_deviation)
+                        for name, stat in micro_stats.items():
+                            stats[name] = stats.get(name, 0.0) + stat / num_micro_batches
+                    if not ratio_deviation <= args.max_ratio_deviation:
+                        raise RuntimeError(
+                            f"first minibatch's ratio deviates from 1 by {ratio_deviation:.3g} "
+                            f"(allowed: max_ratio_deviation={args.max_ratio_deviation}): the agent's log-probabilities "
+                            "at rollout and at update differ; check dropout, dtype and the noise settings"
+                        )
+                    grad_norm = accelerator.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    check_finite(
+                        grad_norm, run, iteration, dict(logratio=logratio, advantages=adv, returns=ret, values=value)
+                    )
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    num_updates += 1
+                    stats["actor/grad_norm"] = grad_norm
+                    for name, stat in stats.items():
+                        sums[name] = sums.get(name, 0.0) + accelerator.reduce(stat.detach(), "mean").item()
+                    kl = accelerator.reduce(stats["actor/approx_kl"], "mean").item()
+                    progress.update()
+                    if args.target_kl is not None and kl > args.target_kl:
+                        break
+                if args.target_kl is not None and kl > args.target_kl:
+                    break
+
+            # --- log ---
+            total_s = time.perf_counter() - iteration_start
+            metrics = {name: value / num_updates for name, value in sums.items()} | {
+                "actor/ratio_first_minibatch_max_dev": ratio_deviation,
+                "actor/explained_variance": explained_variance(b_values, b_returns),
+                "actor/lr": optimizer.param_groups[0]["lr"],
+                "rollout/returns_mean": accelerator.reduce(b_returns.mean(), "mean").item(),
+                "rollout/advantages_mean": accelerator.reduce(advantages.mean(), "mean").item(),
+                "time/env_s": env_s, "time/policy_s": rollout_s - env_s,
+                "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
+                "charts/SPS": env_steps * accelerator.num_processes / total_s,
+            }  # fmt: skip
+            metrics |= run.episode_metrics(episodes)
+            run.log(metrics, global_step, iteration)
+            last = iteration == args.num_iterations
+            if last or iteration % args.save_interval == 0:
+                run.save_agent(agent, f"iteration_{iteration}")
+            if args.eval_episodes_per_task and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
+                result = evaluate(
+                    agent, make_envs, args, episodes_per_task=args.eval_episodes_per_task, run=run, iteration=iteration
+                )
+                metrics["eval/success_once"] = result.success_rate
+                run.log({"eval/success_once": result.success_rate}, global_step, iteration)
+    envs.close()
+    run.finish()
+    return metrics
+
+
+def parse_args() -> Args:
+    """Parses the command line; `--preset NAME` sets the defaults that the other arguments override."""
+    names = [b for a, b in itertools.pairwise([*sys.argv, ""]) if a == "--preset"]
+    names += [a.removeprefix("--preset=") for a in sys.argv if a.startswith("--preset=")]
+    if names and names[-1] not in PRESETS:
+        raise SystemExit(f"--preset {names[-1]!r} is not known (available: {', '.join(PRESETS)})")
+    return tyro.cli(Args, default=PRESETS[names[-1]] if names else Args(), description=__doc__)
+
+
+if __name__ == "__main__":
+    main(parse_args())
