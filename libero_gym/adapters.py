@@ -1,0 +1,346 @@
+"""Observations to GR00T's modality keys and back: what passes between environment and policy.
+
+A `modality.json` (the file that GR00T data sets carry in `meta/`) names slices of the state and action
+vectors and the cameras. The default one describes LIBERO. Note its names `state.roll`, `.pitch`, `.yaw`: in
+LIBERO data they hold the three components of an axis-angle vector (rad), not Euler angles.
+
+Shape legend: N environments (absent for a single one), C action chunk steps, H x W pixels. Every function
+here takes any number of leading dimensions and keeps them.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+STATE_DIM = 8
+ACTION_DIM = 7
+
+Observation = dict[str, Any]
+FloatArray = NDArray[np.floating[Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Modality:
+    """Which part of an observation or action each modality key stands for.
+
+    Attributes:
+        video: Name -> key of the image in the environment's observation.
+        state: Name -> (start, end) in `states` [8].
+        action: Name -> (start, end) in the action [7].
+        annotation: Names that hold the task description.
+    """
+
+    video: Mapping[str, str]
+    state: Mapping[str, tuple[int, int]]
+    action: Mapping[str, tuple[int, int]]
+    annotation: tuple[str, ...]
+
+
+def load_modality(path: str | Path | None = None) -> Modality:
+    """Reads a `modality.json`.
+
+    A camera's observation key is the last part of its `original_key`, in the plural where the environment
+    uses the plural: `observation.images.wrist_image` is `wrist_images`.
+
+    Args:
+        path: The file; None reads the LIBERO one that ships with this package.
+
+    Returns:
+        The parsed description.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no JSON, lacks a section, or a slice does not fit the 8 states or 7 actions.
+    """
+    if path is None:
+        source, text = (
+            "modality.json",
+            (resources.files("libero_gym") / "data" / "modality.json").read_text("utf-8"),
+        )
+    else:
+        source, text = str(path), Path(path).read_text("utf-8")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from error
+    missing = {"video", "state", "action"} - set(content if isinstance(content, dict) else ())
+    if missing:
+        raise ValueError(
+            f"{source} lacks {sorted(missing)} (needed: video, state, action; optional: annotation)"
+        )
+    return Modality(
+        video={name: _observation_key(name, entry) for name, entry in content["video"].items()},
+        state=_slices(source, "state", content["state"], STATE_DIM),
+        action=_slices(source, "action", content["action"], ACTION_DIM),
+        annotation=tuple(content.get("annotation", {})),
+    )
+
+
+def _observation_key(name: str, entry: Mapping[str, str]) -> str:
+    key = entry.get("original_key", name).rsplit(".", 1)[-1]
+    return key if key.endswith("s") else f"{key}s"
+
+
+def _slices(
+    source: str, section: str, entries: Mapping[str, Mapping[str, int]], width: int
+) -> dict[str, tuple[int, int]]:
+    slices: dict[str, tuple[int, int]] = {}
+    for name, entry in entries.items():
+        if "start" not in entry or "end" not in entry:
+            raise ValueError(f"{source}: {section}.{name} needs `start` and `end`, got {dict(entry)}")
+        start, end = int(entry["start"]), int(entry["end"])
+        if not 0 <= start < end <= width:
+            raise ValueError(
+                f"{source}: {section}.{name} is [{start}, {end}), which is not within [0, {width})"
+            )
+        slices[name] = (start, end)
+    return slices
+
+
+@functools.cache
+def _default_modality() -> Modality:
+    return load_modality()
+
+
+def observation_to_modality(observation: Mapping[str, Any], modality: Modality | None = None) -> Observation:
+    """Renames and slices an environment observation into modality keys.
+
+    Args:
+        observation: `images`, `wrist_images` uint8 [..., H, W, 3], `states` float32 [..., 8],
+            `task_descriptions` (a str, or a sequence of N of them).
+        modality: The description to follow; None is LIBERO's.
+
+    Returns:
+        `video.*` uint8 [..., H, W, 3], `state.*` float32 [..., width] and `annotation.*`: a str for a single
+        environment, else a str array [N]. Arrays are views of the observation's.
+
+    Raises:
+        ValueError: The observation lacks a camera that the modality names.
+    """
+    modality = modality or _default_modality()
+    result: Observation = {}
+    for name, key in modality.video.items():
+        if key not in observation:
+            cameras = sorted(set(observation) - {"states", "task_descriptions"})
+            raise ValueError(
+                f"video.{name} reads {key!r}, which is not in the observation (cameras: {cameras})"
+            )
+        result[f"video.{name}"] = observation[key]
+    states = observation["states"]
+    for name, (start, end) in modality.state.items():
+        result[f"state.{name}"] = states[..., start:end]
+    text = observation["task_descriptions"]
+    for name in modality.annotation:
+        result[f"annotation.{name}"] = text if isinstance(text, str) else np.asarray(text, dtype=np.str_)
+    return result
+
+
+def action_from_modality(action: Mapping[str, Any], modality: Modality | None = None) -> NDArray[np.float32]:
+    """Assembles environment actions from `action.*` keys.
+
+    The gripper's data convention (1 open, 0 closed) becomes the environment's (-1 open, +1 close) by
+    sign(1 - 2 g), as RLinf's and NVIDIA's LIBERO clients do; 0.5 becomes 0, which holds the gripper.
+
+    Args:
+        action: `action.<name>` arrays [..., width], e.g. [N, C, 1].
+        modality: The description to follow; None is LIBERO's.
+
+    Returns:
+        Environment actions [..., 7], float32, not clipped.
+
+    Raises:
+        ValueError: A key is absent, a width is wrong, leading shapes differ, or a value is not finite.
+    """
+    modality = modality or _default_modality()
+    keys = {f"action.{name}": bounds for name, bounds in modality.action.items()}
+    missing = sorted(set(keys) - set(action))
+    if missing:
+        raise ValueError(f"the action lacks {missing} (got: {sorted(action)})")
+    parts = {key: np.asarray(action[key], dtype=np.float32) for key in keys}
+    lead = next(iter(parts.values())).shape[:-1]
+    result = np.zeros((*lead, ACTION_DIM), dtype=np.float32)  # [..., 7]
+    for key, (start, end) in keys.items():
+        expected = (*lead, end - start)
+        if parts[key].shape != expected:
+            raise ValueError(
+                f"{key} has shape {parts[key].shape}, expected {expected}: "
+                "the key's width last, before it what all keys have in common"
+            )
+        if not np.isfinite(parts[key]).all():
+            raise ValueError(f"{key} holds values that are not finite")
+        result[..., start:end] = parts[key]
+    if "gripper" in modality.action:
+        start, end = modality.action["gripper"]
+        result[..., start:end] = np.sign(1.0 - 2.0 * result[..., start:end])
+    return result
+
+
+def action_to_modality(
+    action: FloatArray, modality: Modality | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Splits environment actions into `action.*` keys, the inverse of `action_from_modality`.
+
+    Args:
+        action: Environment actions [..., 7], gripper -1 open, +1 close.
+        modality: The description to follow; None is LIBERO's.
+
+    Returns:
+        `action.<name>` float32 [..., width], gripper 1 open, 0 closed.
+
+    Raises:
+        ValueError: The last dimension is not 7.
+    """
+    modality = modality or _default_modality()
+    array = np.asarray(action, dtype=np.float32)
+    if array.ndim == 0 or array.shape[-1] != ACTION_DIM:
+        raise ValueError(f"action has shape {array.shape}, expected (..., {ACTION_DIM})")
+    parts = {f"action.{name}": array[..., start:end].copy() for name, (start, end) in modality.action.items()}
+    if "action.gripper" in parts:
+        parts["action.gripper"] = (1.0 - parts["action.gripper"]) / 2.0
+    return parts
+
+
+def observation_to_plain(observation: Mapping[str, Any], image_size: int = 224) -> Observation:
+    """The layout of ordinary vision policies: channel-first images of one size.
+
+    Args:
+        observation: An environment observation; images uint8 [H, W, 3] or [N, H, W, 3].
+        image_size: Height and width of the result, pixels.
+
+    Returns:
+        `images`, `wrist_images` uint8 [N, 3, image_size, image_size] (N = 1 for a single environment),
+        `states` float32 [N, 8], `task_descriptions` list of N str.
+
+    Raises:
+        ValueError: `image_size` is less than 1, or an image has another layout or type.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size={image_size} must be at least 1")
+    text = observation["task_descriptions"]
+    result: Observation = {
+        key: _resize_channel_first(np.asarray(value), image_size)
+        for key, value in observation.items()
+        if key not in ("states", "task_descriptions")
+    }
+    result["states"] = np.atleast_2d(observation["states"])
+    result["task_descriptions"] = [text] if isinstance(text, str) else [str(entry) for entry in text]
+    return result
+
+
+def _resize_channel_first(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(
+            f"expected uint8 images [H, W, 3] or [N, H, W, 3], got {images.dtype} {images.shape}"
+        )
+    batch = images.reshape(-1, *images.shape[-3:])  # [N, H, W, 3]
+    planes = np.moveaxis(batch, -1, 1)  # [N, 3, H, W]
+    height, width = planes.shape[-2:]
+    if (height, width) == (size, size):
+        return np.ascontiguousarray(planes)
+    rows, columns = _resize_weights(height, size), _resize_weights(width, size)
+    resized = rows @ planes.astype(np.float32) @ columns.T  # [N, 3, size, size]
+    return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=16)
+def _resize_weights(source: int, target: int) -> NDArray[np.float32]:
+    """Antialiased bilinear interpolation along one axis, as a matrix [target, source] with unit row sums."""
+    scale = source / target
+    support = max(scale, 1.0)
+    centre = (np.arange(target)[:, None] + 0.5) * scale  # [target, 1]
+    distance = np.abs(np.arange(source)[None] + 0.5 - centre) / support  # [target, source]
+    weights = np.maximum(1.0 - distance, 0.0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _modality_space(space: spaces.Space[Any], modality: Modality) -> spaces.Dict:
+    """The observation space of one environment in modality keys."""
+    if not isinstance(space, spaces.Dict):
+        raise TypeError(f"ModalityObservation needs a Dict observation space, got {space}")
+    source = cast("dict[str, spaces.Space[Any]]", space.spaces)
+    result: dict[str, spaces.Space[Any]] = {}
+    for name, key in modality.video.items():
+        if key not in source:
+            raise ValueError(
+                f"video.{name} reads {key!r}, which is not observed (observed: {sorted(source)})"
+            )
+        result[f"video.{name}"] = source[key]
+    states = source["states"]
+    assert isinstance(states, spaces.Box)
+    for name, (start, end) in modality.state.items():
+        result[f"state.{name}"] = spaces.Box(states.low[start:end], states.high[start:end], dtype=np.float32)
+    for name in modality.annotation:
+        result[f"annotation.{name}"] = source["task_descriptions"]
+    return spaces.Dict(result)
+
+
+class ModalityVectorObservation(gymnasium.vector.VectorWrapper):
+    """Vector environment whose observations, `info["final_obs"]` included, carry modality keys.
+
+    Args:
+        env: A vector environment with LIBERO observations.
+        modality: A `Modality`, a path to a `modality.json`, or None for LIBERO's.
+
+    Raises:
+        ValueError: The modality names a camera that the environment does not observe.
+    """
+
+    def __init__(self, env: gymnasium.vector.VectorEnv, modality: Modality | str | Path | None = None):
+        super().__init__(env)
+        self.modality = modality if isinstance(modality, Modality) else load_modality(modality)
+        self.single_observation_space = _modality_space(env.single_observation_space, self.modality)
+        self.observation_space = batch_space(self.single_observation_space, env.num_envs)
+
+    # Gymnasium's VectorObservationWrapper refuses SAME_STEP autoreset, because it cannot convert `final_obs`.
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Resets the environments; see the wrapped environment."""
+        observations, infos = self.env.reset(seed=seed, options=options)
+        return observation_to_modality(observations, self.modality), infos
+
+    def step(self, actions: Any) -> tuple[Any, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """Steps the environments; see the wrapped environment."""
+        observations, rewards, terminations, truncations, infos = self.env.step(actions)
+        if "final_obs" in infos:
+            infos = {**infos, "final_obs": observation_to_modality(infos["final_obs"], self.modality)}
+        return observation_to_modality(observations, self.modality), rewards, terminations, truncations, infos
+
+
+class ModalityObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Environment whose observations carry modality keys; for a vector environment, the vector form.
+
+    `ModalityObservation(env)` of a `gymnasium.vector.VectorEnv` is a `ModalityVectorObservation`.
+
+    Args:
+        env: An environment, single or vector, with LIBERO observations.
+        modality: A `Modality`, a path to a `modality.json`, or None for LIBERO's.
+
+    Raises:
+        ValueError: The modality names a camera that the environment does not observe.
+    """
+
+    def __new__(cls, env: Any, modality: Modality | str | Path | None = None) -> Any:
+        """Dispatches on the kind of environment, so that callers need not."""
+        if isinstance(env, gymnasium.vector.VectorEnv):
+            return ModalityVectorObservation(env, modality)
+        return super().__new__(cls)
+
+    def __init__(self, env: gymnasium.Env[Any, Any], modality: Modality | str | Path | None = None):
+        super().__init__(env)
+        self.modality = modality if isinstance(modality, Modality) else load_modality(modality)
+        self.observation_space = _modality_space(env.observation_space, self.modality)
+
+    def observation(self, observation: Any) -> Observation:
+        """Converts one observation, see `observation_to_modality`."""
+        return observation_to_modality(observation, self.modality)

@@ -1,0 +1,204 @@
+"""Modality keys, gripper convention and the plain layout, on hand-made observations."""
+
+import json
+from typing import ClassVar
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from libero_gym.adapters import (
+    ModalityObservation,
+    ModalityVectorObservation,
+    action_from_modality,
+    action_to_modality,
+    load_modality,
+    observation_to_modality,
+    observation_to_plain,
+)
+
+SPACE = spaces.Dict(
+    {
+        "images": spaces.Box(0, 255, (6, 6, 3), np.uint8),
+        "wrist_images": spaces.Box(0, 255, (6, 6, 3), np.uint8),
+        "states": spaces.Box(-np.inf, np.inf, (8,), np.float32),
+        "task_descriptions": spaces.Text(64, charset="abcdefghijklmnopqrstuvwxyz 0123456789"),
+    }
+)
+
+
+def make_observation(num_envs=None):
+    rng = np.random.default_rng(0)
+    lead = () if num_envs is None else (num_envs,)
+    return {
+        "images": rng.integers(0, 256, (*lead, 6, 6, 3), dtype=np.uint8),
+        "wrist_images": rng.integers(0, 256, (*lead, 6, 6, 3), dtype=np.uint8),
+        "states": rng.normal(size=(*lead, 8)).astype(np.float32),
+        "task_descriptions": "open it" if num_envs is None else tuple(f"task {i}" for i in range(num_envs)),
+    }
+
+
+class SingleEnv(gymnasium.Env):
+    observation_space = SPACE
+    action_space = spaces.Box(-1, 1, (7,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return make_observation(), {}
+
+    def step(self, action):
+        return make_observation(), 0.0, False, False, {}
+
+
+class VectorEnv(gymnasium.vector.VectorEnv):
+    metadata: ClassVar = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+
+    def __init__(self):
+        self.num_envs = 3
+        self.single_observation_space = SPACE
+        self.observation_space = gymnasium.vector.utils.batch_space(SPACE, 3)
+        self.single_action_space = SingleEnv.action_space
+        self.action_space = gymnasium.vector.utils.batch_space(SingleEnv.action_space, 3)
+
+    def reset(self, *, seed=None, options=None):
+        return make_observation(3), {}
+
+    def step(self, actions):
+        done = np.array([True, False, False])
+        return (
+            make_observation(3),
+            np.zeros(3),
+            done,
+            ~done & False,
+            {"final_obs": make_observation(3), "_final_obs": done},
+        )
+
+
+def test_keys_and_slices_of_a_batch():
+    observation = make_observation(4)
+    result = observation_to_modality(observation)
+    assert result["video.image"] is observation["images"]
+    assert result["video.wrist_image"] is observation["wrist_images"]
+    for i, name in enumerate(("x", "y", "z", "roll", "pitch", "yaw")):
+        np.testing.assert_array_equal(result[f"state.{name}"], observation["states"][:, i : i + 1])
+    np.testing.assert_array_equal(result["state.gripper"], observation["states"][:, 6:])
+    text = result["annotation.human.action.task_description"]
+    assert text.dtype.kind == "U"
+    assert text.tolist() == ["task 0", "task 1", "task 2", "task 3"]
+    assert len(result) == 10
+
+
+def test_gripper_open_is_one_in_data_and_minus_one_in_the_environment():
+    parts = {f"action.{n}": np.full((2, 1), 0.25) for n in ("x", "y", "z", "roll", "pitch", "yaw")}
+    action = action_from_modality(parts | {"action.gripper": np.array([[1.0], [0.0]])})
+    np.testing.assert_array_equal(action[:, 6], [-1.0, 1.0])
+    np.testing.assert_array_equal(action[:, :6], np.full((2, 6), 0.25, np.float32))
+    between = action_from_modality(parts | {"action.gripper": np.array([[0.9], [0.5]])})
+    np.testing.assert_array_equal(between[:, 6], [-1.0, 0.0])
+
+
+def test_action_round_trip_keeps_leading_shape():
+    action = np.random.default_rng(1).uniform(-1, 1, (3, 5, 7)).astype(np.float32)
+    action[..., 6] = np.sign(action[..., 6])
+    parts = action_to_modality(action)
+    assert parts["action.gripper"].shape == (3, 5, 1)
+    np.testing.assert_array_equal(action_from_modality(parts), action)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action.x": None}, r"lacks \['action.x'\]"),
+        ({"action.y": np.zeros(2)}, r"action.y has shape \(2,\), expected \(2, 1\)"),
+        ({"action.z": np.full((2, 1), np.nan)}, "action.z holds values that are not finite"),
+    ],
+)
+def test_bad_actions_are_refused(change, message):
+    parts = action_to_modality(np.zeros((2, 7), np.float32)) | change
+    parts = {key: value for key, value in parts.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        action_from_modality(parts)
+
+
+def test_wrong_action_width_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(2, 6\), expected \(..., 7\)"):
+        action_to_modality(np.zeros((2, 6), np.float32))
+
+
+def test_user_modality_file(tmp_path):
+    path = tmp_path / "modality.json"
+    content = {
+        "video": {"front": {"original_key": "observation.images.image"}},
+        "state": {"eef": {"start": 0, "end": 6}},
+        "action": {"all": {"start": 0, "end": 7}},
+    }
+    path.write_text(json.dumps(content))
+    observation = make_observation(2)
+    result = observation_to_modality(observation, load_modality(path))
+    assert set(result) == {"video.front", "state.eef"}
+    np.testing.assert_array_equal(result["state.eef"], observation["states"][:, :6])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("{}", r"lacks \['action', 'state', 'video'\]"),
+        ('{"video": {}, "state": {"x": {"start": 7, "end": 9}}, "action": {}}', r"state.x is \[7, 9\)"),
+        ('{"video": {}, "state": {"x": {"start": 7}}, "action": {}}', "needs `start` and `end`"),
+    ],
+)
+def test_bad_modality_files_are_refused(tmp_path, text, message):
+    path = tmp_path / "modality.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_modality(path)
+
+
+def test_plain_layout_resizes_and_batches():
+    observation = make_observation()
+    plain = observation_to_plain(observation)
+    assert plain["images"].shape == (1, 3, 224, 224)
+    assert plain["wrist_images"].dtype == np.uint8
+    assert plain["states"].shape == (1, 8)
+    assert plain["task_descriptions"] == ["open it"]
+    same = observation_to_plain(observation, image_size=6)
+    np.testing.assert_array_equal(same["images"][0], observation["images"].transpose(2, 0, 1))
+    half = observation_to_plain({**observation, "images": np.full((6, 6, 3), 77, np.uint8)}, image_size=3)
+    np.testing.assert_array_equal(half["images"], np.full((1, 3, 3, 3), 77))
+    with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
+        observation_to_plain(observation, image_size=0)
+
+
+def test_plain_layout_halves_a_ramp_by_hand():
+    # Source pixels at -1, 0, 1, 2 of the first output pixel get triangle weights 1/4, 3/4, 3/4, 1/4; the one
+    # outside is dropped and the rest renormalised: (3/4 * 0 + 3/4 * 40 + 1/4 * 80) / (7/4) = 28.6.
+    ramp = np.broadcast_to((np.arange(6) * 40).astype(np.uint8)[:, None, None], (6, 6, 3))
+    plain = observation_to_plain({**make_observation(), "images": ramp}, image_size=3)
+    np.testing.assert_array_equal(plain["images"][0, 0, :, 0], [29, 100, 171])
+
+
+def test_single_wrapper_space_holds_its_observations():
+    env = ModalityObservation(SingleEnv())
+    assert isinstance(env, ModalityObservation)
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert env.step(env.action_space.sample())[0].keys() == observation.keys()
+
+
+def test_vector_wrapper_converts_final_observations_too():
+    env = ModalityObservation(VectorEnv())
+    assert isinstance(env, ModalityVectorObservation)
+    observation, _ = env.reset()
+    assert observation["state.gripper"].shape == (3, 2)
+    assert env.observation_space["video.image"].shape == (3, 6, 6, 3)
+    _, _, _, _, infos = env.step(np.zeros((3, 7), np.float32))
+    assert set(infos["final_obs"]) == set(observation)
+
+
+def test_unobserved_camera_is_refused(tmp_path):
+    path = tmp_path / "modality.json"
+    path.write_text('{"video": {"top": {}}, "state": {}, "action": {}}')
+    with pytest.raises(ValueError, match=r"video\.top reads 'tops', which is not observed"):
+        ModalityObservation(SingleEnv(), path)
