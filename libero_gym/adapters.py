@@ -303,7 +303,7 @@ class ModalityVectorObservation(gymnasium.vector.VectorWrapper):
 
     # Gymnasium's VectorObservationWrapper refuses SAME_STEP autoreset, because it cannot convert `final_obs`.
     def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Resets the environments; see the wrapped environment."""
         observations, infos = self.env.reset(seed=seed, options=options)
