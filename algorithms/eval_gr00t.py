@@ -27,10 +27,10 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
 
 import libero_gym
 from algorithms.batch import index
+from algorithms.episodes import Episode, wilson_interval
 from algorithms.run_folder import describe_environment, write_json
 from algorithms.video import Frame, write_video
 from gr00t_agent import Gr00tAgent
@@ -41,6 +41,8 @@ CONTROL_FREQUENCY_HZ = 20
 
 @dataclass(kw_only=True)
 class Args:
+    """Command-line arguments; each one's help follows it."""
+
     checkpoint: str
     """A folder or hub id that `Gr00tAgent.from_pretrained` loads, or a preset's name (random weights)."""
     suite: str = "libero_spatial"
@@ -70,16 +72,6 @@ class Args:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Episode:
-    """One evaluated episode; `length` in environment steps."""
-
-    task_id: int
-    init_state_id: int
-    success: bool
-    length: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalResult:
     """Episodes of an evaluation, in the order (task, initial state), with the protocol that made them."""
 
@@ -96,7 +88,9 @@ class EvalResult:
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns a row per task and one for all: successes, episodes, rate and Wilson 95 % interval."""
-        groups = [(str(i), text, [e for e in self.episodes if e.task_id == i]) for i, text in self.task_descriptions.items()]
+        groups = [
+            (str(i), text, [e for e in self.episodes if e.task_id == i]) for i, text in self.task_descriptions.items()
+        ]
         rows: list[dict[str, Any]] = []
         for name, text, episodes in [*groups, ("all", "all tasks", self.episodes)]:
             successes = sum(e.success for e in episodes)
@@ -127,12 +121,6 @@ class EvalResult:
                 row["task"], row["description"], f"{row['successes']}/{row['episodes']}", f"{row['success_rate']:.1%}", interval
             )  # fmt: skip
         Console().print(table)
-
-
-def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval of a success probability; raises ValueError unless 0 <= successes <= episodes."""
-    interval = binomtest(successes, episodes).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def episode_generator(seed: int, task_id: int, init_state_id: int) -> torch.Generator:
@@ -199,7 +187,10 @@ def evaluate(
     def reset(mask: NDArray[np.bool_]) -> None:
         nonlocal obs
         task_ids, init_state_ids = (np.array([job[part] if job else 0 for job in running]) for part in (0, 1))
-        seeds = [int(np.random.SeedSequence((seed, t, i)).generate_state(1)[0]) for t, i in zip(task_ids, init_state_ids, strict=True)]
+        seeds = [
+            int(np.random.SeedSequence((seed, t, i)).generate_state(1)[0])
+            for t, i in zip(task_ids, init_state_ids, strict=True)
+        ]
         obs, _ = envs.reset(
             seed=seeds, options={"reset_mask": mask, "task_id": task_ids, "init_state_id": init_state_ids}
         )

@@ -34,6 +34,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,12 +45,14 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from gymnasium.vector import AutoresetMode
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import libero_gym
 from algorithms.batch import concatenate, index
-from algorithms.eval_gr00t import evaluate
+from algorithms.episodes import Episode, episode_metrics, finished_episodes
+from algorithms.eval_gr00t import evaluate, evaluation_jobs
 from algorithms.progress import TrainingProgress
 from algorithms.run_folder import RunFolder
 from gr00t_agent import Gr00tAgent
@@ -57,6 +60,8 @@ from gr00t_agent import Gr00tAgent
 
 @dataclass(kw_only=True)
 class Args:
+    """Command-line arguments; each one's help follows it."""
+
     # --- run ---
     preset: str | None = None
     """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
@@ -164,6 +169,11 @@ class Args:
         return value // num_processes
 
     @property
+    def clip_high(self) -> float:
+        """Upper clip of the ratio."""
+        return self.clip_coef if self.clip_coef_high is None else self.clip_coef_high
+
+    @property
     def num_decisions(self) -> int:
         """Decisions per iteration over all processes."""
         return self.num_envs * self.num_steps
@@ -195,12 +205,14 @@ def exact_quotient(args: Args, dividend: str, divisor: str) -> int:
     return a // b
 
 
-def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
+def make_envs(
+    args: Args, num_envs: int, image_size: int, autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP
+) -> gym.vector.VectorEnv:
     """Returns `num_envs` environments whose observations carry GR00T's modality keys."""
     envs = gym.make_vec(
         f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
         task_ids=args.task_ids, num_action_chunks=args.num_action_chunks, image_size=image_size,
-        horizon=args.horizon, reward=args.reward, renderer=args.renderer,
+        horizon=args.horizon, reward=args.reward, renderer=args.renderer, autoreset_mode=autoreset_mode,
     )  # fmt: skip
     return libero_gym.ModalityObservation(envs)
 
@@ -220,7 +232,13 @@ def make_agent(args: Args) -> Gr00tAgent:
 
 
 def compute_gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, episode_end: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    episode_end: Tensor,
+    gamma: float,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns advantages and returns, each [K, N], of K decisions in N environments.
 
@@ -276,84 +294,104 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float("nan") if variance == 0 else (1 - (returns - values).var() / variance).item()
 
 
-def check_finite(grad_norm: Tensor, run: RunFolder, iteration: int, batch: dict[str, Tensor]) -> None:
-    """Raises FloatingPointError and dumps the minibatch if the gradient's norm is not finite."""
-    if torch.isfinite(grad_norm):
-        return
-    dump = run.path / f"non_finite_iteration_{iteration}.safetensors"
-    save_file({name: value.detach().cpu().contiguous() for name, value in batch.items()}, dump)
-    raise FloatingPointError(
-        f"gradient norm is {grad_norm.item()} in iteration {iteration}; the minibatch is in {dump}. "
-        "Lower learning_rate or noise_level, or start from the last checkpoint."
-    )
+def check_finite(grad_norm: Tensor, dump: Path, batch: dict[str, Tensor]) -> None:
+    """Raises FloatingPointError, and writes the minibatch to `dump`, if the gradient's norm is not finite."""
+    if not torch.isfinite(grad_norm):
+        save_file({name: value.detach().cpu().contiguous() for name, value in batch.items()}, dump)
+        raise FloatingPointError(
+            f"gradient norm is {grad_norm.item()}; the minibatch is in {dump}. "
+            "Lower learning_rate or noise_level and start from the last checkpoint."
+        )
+
+
+def evaluate_and_save(agent: Any, make_envs: Callable[..., Any], args: Args, run_path: Path, iteration: int) -> float:
+    """Returns the success rate by the evaluation protocol; leaves its JSON and a video per task in the run's folder."""
+    jobs = evaluation_jobs(args.suite, args.task_ids, args.eval_episodes_per_task)
+    envs = make_envs(args, min(args.num_envs, len(jobs)), agent.image_size, AutoresetMode.DISABLED)
+    result = evaluate(
+        agent, envs, jobs, seed=args.seed, record=lambda _, state: state == 0,
+        video_dir=run_path / "videos" / f"iteration_{iteration}",
+    )  # fmt: skip
+    envs.close()
+    result.save(run_path / "evaluations" / f"iteration_{iteration}.json")
+    result.print_table()
+    return result.success_rate
 
 
 def main(
-    args: Args,
-    make_agent: Callable[[Args], Any] = make_agent,
-    make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
+    args: Args, make_agent: Callable[..., Any] = make_agent, make_envs: Callable[..., Any] = make_envs
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last iteration's metrics.
 
-    `make_agent` and `make_envs` are the two places to plug in something else: an agent needs
-    `forward(obs, action=None) -> action, logprob, entropy, value`, `get_value`, `param_groups`, `image_size` and
-    `save_pretrained` (and `encode` unless `train_backbone`); an action is a NamedTuple of tensors with an
-    `env_action`.
+    `make_agent` and `make_envs` are the two places to plug in something else. An agent is a module with
+    `forward(obs, action=None)` and `get_action_and_value` alike `-> action, logprob, entropy, value`, `get_value`,
+    `predict`, `param_groups`, `image_size`, `save_pretrained`, and `encode` unless `train_backbone`. Its action is a
+    NamedTuple of tensors that has an `env_action`.
     """
-    accelerator = Accelerator(log_with=list(args.log_with), project_dir=None)
-    num_envs = args.per_process("num_envs", accelerator.num_processes)
-    minibatch_size = args.per_process("minibatch_size", accelerator.num_processes)
-    micro_batch_size = args.per_process("micro_batch_size", accelerator.num_processes)
-    num_micro_batches, num_minibatches = args.num_micro_batches, args.num_minibatches
+    accelerator = Accelerator(log_with=list(args.log_with), project_dir=str(args.output_dir))
+    device, num_processes = accelerator.device, accelerator.num_processes
+    num_envs = args.per_process("num_envs", num_processes)
+    minibatch_size = args.per_process("minibatch_size", num_processes)
+    micro_batch_size = args.per_process("micro_batch_size", num_processes)
+    num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
     run = RunFolder.create(args, accelerator)
     set_seed(args.seed)
-    agent = make_agent(args).to(accelerator.device)
+    agent = make_agent(args).to(device).eval()
     envs = make_envs(args, num_envs, agent.image_size)
     set_seed(args.seed, device_specific=True)
     generator = np.random.default_rng((args.seed, accelerator.process_index))
     optimizer = torch.optim.AdamW(
         agent.param_groups(args.learning_rate, args.value_learning_rate),
-        betas=(0.9, 0.95), weight_decay=args.weight_decay,
-    )  # fmt: skip
+        betas=(0.9, 0.95),
+        weight_decay=args.weight_decay,
+    )
     model, optimizer = accelerator.prepare(agent, optimizer)
-    encode = (lambda obs: obs) if args.train_backbone else agent.encode
+    progress = TrainingProgress(
+        args.num_iterations,
+        args.num_steps,
+        args.update_epochs * num_minibatches,
+        enabled=accelerator.is_main_process,
+    )
+
+    @torch.no_grad()
+    def encode(obs: Any) -> Any:
+        """Returns what is stored of an observation: itself, or the frozen backbone's features of it."""
+        with accelerator.autocast():
+            return obs if args.train_backbone else agent.encode(obs)
 
     obs, _ = envs.reset(seed=args.seed + 1_000_003 * accelerator.process_index)
+    next_obs = encode(obs)
     metrics: dict[str, float] = {}
     global_step = 0
-    with TrainingProgress(
-        args.num_iterations, args.num_steps, args.update_epochs * num_minibatches, enabled=accelerator.is_main_process
-    ) as progress:
-        next_obs = None
+    with progress:
         for iteration in range(1, args.num_iterations + 1):
             # --- rollout: K decisions in N environments ---
-            iteration_start = time.perf_counter()
+            rollout_start = time.perf_counter()
             env_s, env_steps = 0.0, 0
-            episodes: list[dict[str, float]] = []
+            episodes: list[Episode] = []
             storage: dict[str, list[Any]] = {}
-            agent.eval()
             for _ in range(args.num_steps):
                 with torch.no_grad(), accelerator.autocast():
-                    next_obs = encode(obs) if next_obs is None else next_obs
                     action, logprob, _, value = agent.get_action_and_value(next_obs)
+                env_action = action.env_action.cpu().numpy()
                 env_start = time.perf_counter()
-                obs, reward, terminated, truncated, infos = envs.step(action.env_action.cpu().numpy())
+                obs, reward, terminated, truncated, infos = envs.step(env_action)
                 env_s += time.perf_counter() - env_start
                 env_steps += int(infos["num_steps"].sum())
-                step = dict(obs=next_obs, action=action, logprob=logprob, value=value, final_value=torch.zeros_like(value))
-                with torch.no_grad(), accelerator.autocast():
-                    if truncated.any():
-                        final_obs = index(infos["final_obs"], np.flatnonzero(truncated))
-                        step["final_value"][torch.from_numpy(truncated)] = agent.get_value(final_obs)
-                    next_obs = encode(obs)
+                final_value = torch.zeros_like(value)
+                if truncated.any():
+                    rows = np.flatnonzero(truncated)
+                    with torch.no_grad(), accelerator.autocast():
+                        final_value[rows] = agent.get_value(index(infos["final_obs"], rows))
+                step = dict(obs=next_obs, action=action, logprob=logprob, value=value, final_value=final_value)
                 for name, array in dict(reward=reward, terminated=terminated, truncated=truncated).items():
-                    step[name] = torch.as_tensor(array, device=accelerator.device)
+                    step[name] = torch.as_tensor(array, device=device)
                 for name, item in step.items():
                     storage.setdefault(name, []).append(item)
-                episodes += run.finished_episodes(infos, terminated | truncated)
-                progress.decision(episodes, env_steps / (time.perf_counter() - iteration_start))
-            global_step += env_steps * accelerator.num_processes
-            rollout_s = time.perf_counter() - iteration_start
+                next_obs = encode(obs)
+                episodes += finished_episodes(infos, terminated | truncated)
+                progress.decision([e.success for e in episodes], env_steps / (time.perf_counter() - rollout_start))
+            global_step += env_steps * num_processes
 
             # --- advantages ---
             with torch.no_grad(), accelerator.autocast():
@@ -366,95 +404,98 @@ def main(
             advantages, returns = compute_gae(
                 rewards, values, next_values, terminated, terminated | truncated, args.gamma, args.gae_lambda
             )
-            b_obs, b_actions = concatenate(storage["obs"]), concatenate(storage["action"])
-            b_logprobs = concatenate(storage["logprob"])
+            b_obs, b_actions, b_logprobs = (concatenate(storage[name]) for name in ("obs", "action", "logprob"))
             b_values, b_returns, b_advantages = values.flatten(), returns.flatten(), advantages.flatten()
             if args.norm_adv:
-                moments = torch.stack([b_advantages.mean(), b_advantages.square().mean()]).double()
+                moments = torch.stack([b_advantages.mean(), b_advantages.square().mean()])
                 mean, square = accelerator.reduce(moments, "mean")
-                b_advantages = (b_advantages - mean.float()) / ((square - mean**2).clamp(min=0).sqrt().float() + 1e-5)
+                b_advantages = (b_advantages - mean) / ((square - mean**2).clamp(min=0).sqrt() + 1e-5)
 
             # --- update ---
             update_start = time.perf_counter()
             sums: dict[str, float] = {}
-            num_updates, ratio_deviation, kl = 0, math.nan, 0.0
-            for _epoch in range(args.update_epochs):
+            num_updates, ratio_deviation, approx_kl = 0, 0.0, 0.0
+            for _ in range(args.update_epochs):
                 order = generator.permutation(len(b_values))
                 for start in range(0, len(order), minibatch_size):
                     stats: dict[str, Tensor] = {}
                     for micro in range(num_micro_batches):
                         inds = order[start + micro * micro_batch_size :][:micro_batch_size]
-                        with accelerator.autocast():
-                            _, logprob, entropy, value = model(index(b_obs, inds), index(b_actions, inds))
-                        logratio = logprob - index(b_logprobs, inds)
                         adv, ret, old_value = (index(x, inds) for x in (b_advantages, b_returns, b_values))
-                        pg, pg_clipped = policy_loss(
-                            logratio, adv, args.clip_coef, args.clip_coef_high or args.clip_coef, args.dual_clip
-                        )
-                        vf, vf_clipped = value_loss(value, old_value, ret, args.value_clip, args.huber_delta)
-                        loss = pg.mean() + args.vf_coef * vf.mean() - args.ent_coef * entropy.mean()
-                        accelerator.backward(loss / num_micro_batches)
-                        with torch.no_grad():
-                            ratio = logratio.exp()
-                            micro_stats = {
-                                "actor/loss": pg.mean(), "actor/value_loss": vf.mean(), "actor/entropy": entropy.mean(),
-                                "actor/approx_kl": ((ratio - 1) - logratio).mean(),
-                                "actor/pg_clipfrac": pg_clipped.float().mean(),
-                                "actor/value_clip_ratio": vf_clipped.float().mean(),
-                            }  # fmt: skip
-                            if num_updates == 0:
-                                deviation = accelerator.gather((ratio - 1).abs().max()).max().item()
-                                ratio_deviation = max(deviation, 0.0 if math.isnan(ratio_deviation) else ratio_deviation)
-                        for name, stat in micro_stats.items():
-                            stats[name] = stats.get(name, 0.0) + stat / num_micro_batches
+                        is_last = micro == num_micro_batches - 1
+                        with nullcontext() if is_last else accelerator.no_sync(model):
+                            with accelerator.autocast():
+                                _, logprob, entropy, value = model(index(b_obs, inds), index(b_actions, inds))
+                            logratio = logprob - index(b_logprobs, inds)
+                            pg, pg_clipped = policy_loss(logratio, adv, args.clip_coef, args.clip_high, args.dual_clip)
+                            vf, vf_clipped = value_loss(value, old_value, ret, args.value_clip, args.huber_delta)
+                            loss = pg.mean() + args.vf_coef * vf.mean() - args.ent_coef * entropy.mean()
+                            accelerator.backward(loss / num_micro_batches)
+                        ratio = logratio.detach().exp()
+                        if num_updates == 0:
+                            ratio_deviation = max(
+                                ratio_deviation, accelerator.gather((ratio - 1).abs().max()).max().item()
+                            )
+                        for name, stat in {
+                            "actor/loss": pg, "actor/value_loss": vf, "actor/entropy": entropy,
+                            "actor/approx_kl": ratio - 1 - logratio, "actor/pg_clipfrac": pg_clipped,
+                            "actor/value_clip_ratio": vf_clipped,
+                        }.items():  # fmt: skip
+                            stats[name] = stats.get(name, 0.0) + stat.detach().float().mean() / num_micro_batches
                     if not ratio_deviation <= args.max_ratio_deviation:
                         raise RuntimeError(
-                            f"first minibatch's ratio deviates from 1 by {ratio_deviation:.3g} "
-                            f"(allowed: max_ratio_deviation={args.max_ratio_deviation}): the agent's log-probabilities "
-                            "at rollout and at update differ; check dropout, dtype and the noise settings"
+                            f"first minibatch's ratio deviates from 1 by {ratio_deviation:.3g} (allowed: "
+                            f"max_ratio_deviation={args.max_ratio_deviation}): the agent's log-probabilities at rollout "
+                            "and at update differ; check dropout, dtype and noise settings"
                         )
-                    grad_norm = accelerator.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    check_finite(
-                        grad_norm, run, iteration, dict(logratio=logratio, advantages=adv, returns=ret, values=value)
-                    )
+                    stats["actor/grad_norm"] = accelerator.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    batch = dict(logratio=logratio, advantages=adv, returns=ret, values=value)
+                    check_finite(stats["actor/grad_norm"], run.path / f"non_finite_{iteration}.safetensors", batch)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     num_updates += 1
-                    stats["actor/grad_norm"] = grad_norm
-                    for name, stat in stats.items():
-                        sums[name] = sums.get(name, 0.0) + accelerator.reduce(stat.detach(), "mean").item()
-                    kl = accelerator.reduce(stats["actor/approx_kl"], "mean").item()
+                    names, means = (
+                        list(stats),
+                        accelerator.reduce(torch.stack(list(stats.values())), "mean").tolist(),
+                    )
+                    for name, mean in zip(names, means, strict=True):
+                        sums[name] = sums.get(name, 0.0) + mean
+                    approx_kl = means[names.index("actor/approx_kl")]
                     progress.update()
-                    if args.target_kl is not None and kl > args.target_kl:
+                    if args.target_kl is not None and approx_kl > args.target_kl:
                         break
-                if args.target_kl is not None and kl > args.target_kl:
+                if args.target_kl is not None and approx_kl > args.target_kl:
                     break
 
-            # --- log ---
-            total_s = time.perf_counter() - iteration_start
-            metrics = {name: value / num_updates for name, value in sums.items()} | {
+            # --- log, save, evaluate ---
+            total_s = time.perf_counter() - rollout_start
+            rollout_means = torch.stack([returns.mean(), advantages.mean()])
+            returns_mean, advantages_mean = accelerator.reduce(rollout_means, "mean").tolist()
+            metrics = {name: total / num_updates for name, total in sums.items()} | {
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation,
                 "actor/explained_variance": explained_variance(b_values, b_returns),
                 "actor/lr": optimizer.param_groups[0]["lr"],
-                "rollout/returns_mean": accelerator.reduce(b_returns.mean(), "mean").item(),
-                "rollout/advantages_mean": accelerator.reduce(advantages.mean(), "mean").item(),
-                "time/env_s": env_s, "time/policy_s": rollout_s - env_s,
+                "rollout/returns_mean": returns_mean, "rollout/advantages_mean": advantages_mean,
+                "time/env_s": env_s, "time/policy_s": update_start - rollout_start - env_s,
                 "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
-                "charts/SPS": env_steps * accelerator.num_processes / total_s,
-            }  # fmt: skip
-            metrics |= run.episode_metrics(episodes)
-            run.log(metrics, global_step, iteration)
+                "charts/SPS": env_steps * num_processes / total_s,
+            } | episode_metrics(episodes, accelerator)  # fmt: skip
             last = iteration == args.num_iterations
             if last or iteration % args.save_interval == 0:
                 run.save_agent(agent, f"iteration_{iteration}")
             if args.eval_episodes_per_task and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
-                result = evaluate(
-                    agent, make_envs, args, episodes_per_task=args.eval_episodes_per_task, run=run, iteration=iteration
-                )
-                metrics["eval/success_once"] = result.success_rate
-                run.log({"eval/success_once": result.success_rate}, global_step, iteration)
+                progress.print("evaluating")
+                metrics["eval/success_once"] = evaluate_and_save(agent, make_envs, args, run.path, iteration)
+            run.log(metrics, global_step, iteration)
+            progress.end_iteration(
+                f"success {metrics.get('env/success_once', math.nan):.1%}  loss {metrics['actor/loss']:.4f}  "
+                f"value loss {metrics['actor/value_loss']:.4f}  kl {metrics['actor/approx_kl']:.2g}  "
+                f"{metrics['charts/SPS']:.0f} env-steps/s"
+            )
     envs.close()
     run.finish()
+    if accelerator.is_main_process:
+        print(run.summary(f"iteration_{args.num_iterations}", args.suite))
     return metrics
 
 

@@ -150,6 +150,24 @@ class RunFolder:
         self._accelerator.wait_for_everyone()
         return folder
 
+    def summary(self, checkpoint: str, suite: str) -> str:
+        """Returns what to tell at the end of a run: where its files are and what to run next."""
+        weights = self.path / "checkpoints" / checkpoint
+        return "\n".join(
+            (
+                "",
+                f"run folder   {self.path}",
+                f"checkpoint   {weights}",
+                f"videos       {self.path / 'videos'}",
+                f"metrics      {self.path / 'metrics.jsonl'}",
+                "",
+                "next:",
+                f"  tensorboard --logdir {self.path.parent}",
+                f"  python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite}",
+                f"  accelerate launch algorithms/ppo_gr00t.py --model {weights} --suite {suite}",
+            )
+        )
+
     def finish(self) -> None:
         """Closes the trackers."""
         self._accelerator.end_training()

@@ -39,7 +39,9 @@ def draw(frame: Frame) -> NDArray[np.uint8]:
     width = VIEW_SIZE * len(frame.views)
     picture = Image.new("RGB", (width, VIEW_SIZE + CAPTION_HEIGHT))
     for i, view in enumerate(frame.views):
-        picture.paste(Image.fromarray(view).resize((VIEW_SIZE, VIEW_SIZE), Image.Resampling.BICUBIC), (i * VIEW_SIZE, 0))
+        picture.paste(
+            Image.fromarray(view).resize((VIEW_SIZE, VIEW_SIZE), Image.Resampling.BICUBIC), (i * VIEW_SIZE, 0)
+        )
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
     task = frame.task
     while canvas.textlength(task, font=font) > width - 12:
@@ -56,4 +58,11 @@ def write_video(path: Path, frames: Sequence[Frame], fps: float) -> None:
     if not frames:
         raise ValueError(f"no frames for {path}: record at least one step of the episode")
     path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, np.stack([draw(f) for f in frames]), fps=fps, codec="libx264", plugin="FFMPEG", macro_block_size=8)
+    iio.imwrite(
+        path,
+        np.stack([draw(f) for f in frames]),
+        fps=fps,
+        codec="libx264",
+        plugin="FFMPEG",
+        macro_block_size=8,
+    )

@@ -1,0 +1,46 @@
+"""LIBERO's manipulation tasks as Gymnasium environments on a native runtime.
+
+Importing the package registers `libero_gym/<suite>-v0`; MuJoCo, LIBERO and torch are imported only when used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from libero_gym.registration import register_envs
+from libero_gym.suites import TaskSpec, get_task, horizon, list_suites, list_tasks
+
+if TYPE_CHECKING:
+    from libero_gym.env import LiberoEnv
+    from libero_gym.simulation import PhysicsError, Simulation
+    from libero_gym.vector import LiberoVectorEnv
+
+__all__ = [
+    "LiberoEnv",
+    "LiberoVectorEnv",
+    "PhysicsError",
+    "Simulation",
+    "TaskSpec",
+    "get_task",
+    "horizon",
+    "list_suites",
+    "list_tasks",
+    "register_envs",
+]
+
+_LAZY = {
+    "LiberoEnv": "libero_gym.env",
+    "LiberoVectorEnv": "libero_gym.vector",
+    "PhysicsError": "libero_gym.simulation",
+    "Simulation": "libero_gym.simulation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'libero_gym' has no attribute {name!r}")
+
+
+register_envs()

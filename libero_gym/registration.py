@@ -1,23 +1,26 @@
 """Registers `libero_gym/<suite>-v0` with Gymnasium for every suite that is installed.
 
-Called by Gymnasium through the entry point group `gymnasium.envs`, in every process that imports Gymnasium: it
-must stay cheap, and must not fail where LIBERO is absent.
+Runs when `libero_gym` is imported, which `gymnasium.make("libero_gym:libero_gym/libero_spatial-v0")` does by itself.
+Costs a few file listings; neither MuJoCo nor LIBERO is imported.
 """
 
 from __future__ import annotations
 
 from gymnasium.envs.registration import register, registry
 
-from libero_gym.suites import list_suites
+from libero_gym.suites import HORIZONS, list_suites
 
 
 def register_envs() -> None:
-    """Register the ids; a second call changes nothing. Registers nothing if no distribution provides `libero`."""
+    """Register the ids; a second call changes nothing.
+
+    Where no distribution provides `libero`, the base suites are registered all the same: making one of them then
+    raises the error that says what to install, instead of Gymnasium's "namespace not found".
+    """
     try:
         suites = list_suites()
     except ModuleNotFoundError:
-        # Gymnasium turns an exception here into a warning at every import, for users who may never want LIBERO.
-        return
+        suites = list(HORIZONS)
     for suite in suites:
         env_id = f"libero_gym/{suite}-v0"
         if env_id not in registry:
