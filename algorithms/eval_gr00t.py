@@ -116,10 +116,8 @@ class EvalResult:
         """Prints the table to the terminal."""
         table = Table("task", "instruction", "success", "rate", "95 % interval")
         for row in self.rows():
-            interval = f"{row['low']:.1%} - {row['high']:.1%}"
-            table.add_row(
-                row["task"], row["description"], f"{row['successes']}/{row['episodes']}", f"{row['success_rate']:.1%}", interval
-            )  # fmt: skip
+            count, interval = f"{row['successes']}/{row['episodes']}", f"{row['low']:.1%} - {row['high']:.1%}"
+            table.add_row(row["task"], row["description"], count, f"{row['success_rate']:.1%}", interval)
         Console().print(table)
 
 

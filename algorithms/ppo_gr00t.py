@@ -46,7 +46,6 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import libero_gym
@@ -191,10 +190,14 @@ class Args:
 
 PRESETS: dict[str, Args] = {
     "demo": Args(
-        run_name="demo", num_iterations=3, num_envs=4, num_steps=24, horizon=120, minibatch_size=32, micro_batch_size=32,
-        update_epochs=2, eval_episodes_per_task=1, learning_rate=3e-5,
+        run_name="demo", num_iterations=3, num_envs=4, num_steps=24, horizon=120, minibatch_size=32,
+        micro_batch_size=32, update_epochs=2, eval_episodes_per_task=1, learning_rate=3e-5,
     ),
 }  # fmt: skip
+METRICS = (
+    "actor/loss", "actor/value_loss", "actor/entropy", "actor/approx_kl", "actor/pg_clipfrac",
+    "actor/value_clip_ratio", "actor/grad_norm", "rollout/returns_mean", "rollout/advantages_mean",
+)  # fmt: skip
 
 
 def exact_quotient(args: Args, dividend: str, divisor: str) -> int:
@@ -220,25 +223,14 @@ def make_envs(
 def make_agent(args: Args) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU."""
     return Gr00tAgent.load(
-        args.model,
-        num_action_chunks=args.num_action_chunks,
-        denoising_steps=args.denoising_steps,
-        noise_method=args.noise_method,
-        noise_level=args.noise_level,
-        logprob_level=args.logprob_level,
-        critic_detach=args.critic_detach,
-        train_backbone=args.train_backbone,
-    )
+        args.model, num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
+        noise_method=args.noise_method, noise_level=args.noise_level, logprob_level=args.logprob_level,
+        critic_detach=args.critic_detach, train_backbone=args.train_backbone,
+    )  # fmt: skip
 
 
 def compute_gae(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    episode_end: Tensor,
-    gamma: float,
-    lam: float,
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Returns advantages and returns, each [K, N], of K decisions in N environments.
 
@@ -248,7 +240,7 @@ def compute_gae(
         next_values: [K, N] value of the observation that each decision led to, before any reset: at an episode's end
             that of its own last observation.
         terminated: [K, N] bool, True where the episode ended in success.
-        episode_end: [K, N] bool, True where the episode ended (terminated or truncated).
+        ended: [K, N] bool, True where the episode ended (terminated or truncated).
         gamma: discount per decision.
         lam: lambda of GAE.
     """
@@ -256,7 +248,7 @@ def compute_gae(
     advantages = torch.zeros_like(rewards)
     carried = torch.zeros_like(rewards[0])
     for k in reversed(range(len(rewards))):
-        carried = deltas[k] + gamma * lam * ~episode_end[k] * carried
+        carried = deltas[k] + gamma * lam * ~ended[k] * carried
         advantages[k] = carried
     return advantages, advantages + values
 
@@ -289,19 +281,8 @@ def value_loss(
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Returns 1 - Var[returns - values] / Var[returns], NaN where the returns do not vary."""
-    variance = returns.var()
-    return float("nan") if variance == 0 else (1 - (returns - values).var() / variance).item()
-
-
-def check_finite(grad_norm: Tensor, dump: Path, batch: dict[str, Tensor]) -> None:
-    """Raises FloatingPointError, and writes the minibatch to `dump`, if the gradient's norm is not finite."""
-    if not torch.isfinite(grad_norm):
-        save_file({name: value.detach().cpu().contiguous() for name, value in batch.items()}, dump)
-        raise FloatingPointError(
-            f"gradient norm is {grad_norm.item()}; the minibatch is in {dump}. "
-            "Lower learning_rate or noise_level and start from the last checkpoint."
-        )
+    """Returns 1 - Var[returns - values] / Var[returns]; NaN or -inf where the returns do not vary."""
+    return (1 - (returns - values).var() / returns.var()).item()
 
 
 def evaluate_and_save(agent: Any, make_envs: Callable[..., Any], args: Args, run_path: Path, iteration: int) -> float:
@@ -330,28 +311,19 @@ def main(
     """
     accelerator = Accelerator(log_with=list(args.log_with), project_dir=str(args.output_dir))
     device, num_processes = accelerator.device, accelerator.num_processes
-    num_envs = args.per_process("num_envs", num_processes)
-    minibatch_size = args.per_process("minibatch_size", num_processes)
-    micro_batch_size = args.per_process("micro_batch_size", num_processes)
-    num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
+    num_envs, micro_batch_size = (args.per_process(n, num_processes) for n in ("num_envs", "micro_batch_size"))
+    num_micro_batches = args.num_micro_batches
     run = RunFolder.create(args, accelerator)
     set_seed(args.seed)
     agent = make_agent(args).to(device).eval()
     envs = make_envs(args, num_envs, agent.image_size)
     set_seed(args.seed, device_specific=True)
     generator = np.random.default_rng((args.seed, accelerator.process_index))
-    optimizer = torch.optim.AdamW(
-        agent.param_groups(args.learning_rate, args.value_learning_rate),
-        betas=(0.9, 0.95),
-        weight_decay=args.weight_decay,
-    )
+    groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(agent, optimizer)
-    progress = TrainingProgress(
-        args.num_iterations,
-        args.num_steps,
-        args.update_epochs * num_minibatches,
-        enabled=accelerator.is_main_process,
-    )
+    num_updates, show = args.update_epochs * args.num_minibatches, accelerator.is_main_process
+    progress = TrainingProgress(args.num_iterations, args.num_steps, num_updates, enabled=show)
 
     @torch.no_grad()
     def encode(obs: Any) -> Any:
@@ -384,7 +356,7 @@ def main(
                     with torch.no_grad(), accelerator.autocast():
                         final_value[rows] = agent.get_value(index(infos["final_obs"], rows))
                 step = dict(obs=next_obs, action=action, logprob=logprob, value=value, final_value=final_value)
-                for name, array in dict(reward=reward, terminated=terminated, truncated=truncated).items():
+                for name, array in (("reward", reward), ("terminated", terminated), ("truncated", truncated)):
                     step[name] = torch.as_tensor(array, device=device)
                 for name, item in step.items():
                     storage.setdefault(name, []).append(item)
@@ -413,69 +385,49 @@ def main(
 
             # --- update ---
             update_start = time.perf_counter()
-            sums: dict[str, float] = {}
-            num_updates, ratio_deviation, approx_kl = 0, 0.0, 0.0
-            for _ in range(args.update_epochs):
-                order = generator.permutation(len(b_values))
-                for start in range(0, len(order), minibatch_size):
-                    stats: dict[str, Tensor] = {}
-                    for micro in range(num_micro_batches):
-                        inds = order[start + micro * micro_batch_size :][:micro_batch_size]
-                        adv, ret, old_value = (index(x, inds) for x in (b_advantages, b_returns, b_values))
-                        is_last = micro == num_micro_batches - 1
-                        with nullcontext() if is_last else accelerator.no_sync(model):
-                            with accelerator.autocast():
-                                _, logprob, entropy, value = model(index(b_obs, inds), index(b_actions, inds))
-                            logratio = logprob - index(b_logprobs, inds)
-                            pg, pg_clipped = policy_loss(logratio, adv, args.clip_coef, args.clip_high, args.dual_clip)
-                            vf, vf_clipped = value_loss(value, old_value, ret, args.value_clip, args.huber_delta)
-                            loss = pg.mean() + args.vf_coef * vf.mean() - args.ent_coef * entropy.mean()
-                            accelerator.backward(loss / num_micro_batches)
-                        ratio = logratio.detach().exp()
-                        if num_updates == 0:
-                            ratio_deviation = max(
-                                ratio_deviation, accelerator.gather((ratio - 1).abs().max()).max().item()
-                            )
-                        for name, stat in {
-                            "actor/loss": pg, "actor/value_loss": vf, "actor/entropy": entropy,
-                            "actor/approx_kl": ratio - 1 - logratio, "actor/pg_clipfrac": pg_clipped,
-                            "actor/value_clip_ratio": vf_clipped,
-                        }.items():  # fmt: skip
-                            stats[name] = stats.get(name, 0.0) + stat.detach().float().mean() / num_micro_batches
-                    if not ratio_deviation <= args.max_ratio_deviation:
-                        raise RuntimeError(
-                            f"first minibatch's ratio deviates from 1 by {ratio_deviation:.3g} (allowed: "
-                            f"max_ratio_deviation={args.max_ratio_deviation}): the agent's log-probabilities at rollout "
-                            "and at update differ; check dropout, dtype and noise settings"
-                        )
-                    stats["actor/grad_norm"] = accelerator.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    batch = dict(logratio=logratio, advantages=adv, returns=ret, values=value)
-                    check_finite(stats["actor/grad_norm"], run.path / f"non_finite_{iteration}.safetensors", batch)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    num_updates += 1
-                    names, means = (
-                        list(stats),
-                        accelerator.reduce(torch.stack(list(stats.values())), "mean").tolist(),
+            orders = [generator.permutation(len(b_values)) for _ in range(args.update_epochs)]
+            minibatches = np.concatenate(orders).reshape(-1, num_micro_batches, micro_batch_size)
+            history: list[Tensor] = []
+            ratio_deviation = 0.0
+            for minibatch in minibatches:
+                stats: list[Tensor] = []
+                for micro, inds in enumerate(minibatch):
+                    adv, ret, old_value = (index(x, inds) for x in (b_advantages, b_returns, b_values))
+                    with nullcontext() if micro == num_micro_batches - 1 else accelerator.no_sync(model):
+                        with accelerator.autocast():
+                            _, logprob, entropy, value = model(index(b_obs, inds), index(b_actions, inds))
+                        logratio = logprob - index(b_logprobs, inds)
+                        pg, pg_clipped = policy_loss(logratio, adv, args.clip_coef, args.clip_high, args.dual_clip)
+                        vf, vf_clipped = value_loss(value, old_value, ret, args.value_clip, args.huber_delta)
+                        loss = pg.mean() + args.vf_coef * vf.mean() - args.ent_coef * entropy.mean()
+                        accelerator.backward(loss / num_micro_batches)
+                    ratio = logratio.detach().exp()
+                    terms = (pg, vf, entropy, (ratio - 1) - logratio, pg_clipped.float(), vf_clipped.float())
+                    stats.append(torch.stack([term.detach().mean() for term in terms]))
+                    if not history:
+                        ratio_deviation = max(ratio_deviation, accelerator.gather((ratio - 1).abs().max()).max().item())
+                if not ratio_deviation <= args.max_ratio_deviation:
+                    raise RuntimeError(
+                        f"first minibatch's ratio is off 1 by {ratio_deviation:.3g} (max {args.max_ratio_deviation}): "
+                        "log-probabilities at rollout and at update differ; check dropout, dtype and noise settings"
                     )
-                    for name, mean in zip(names, means, strict=True):
-                        sums[name] = sums.get(name, 0.0) + mean
-                    approx_kl = means[names.index("actor/approx_kl")]
-                    progress.update()
-                    if args.target_kl is not None and approx_kl > args.target_kl:
-                        break
-                if args.target_kl is not None and approx_kl > args.target_kl:
+                grad_norm = accelerator.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                run.check_finite(grad_norm, iteration, logratio=logratio, advantages=adv, returns=ret, values=value)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                history.append(accelerator.reduce(torch.cat([torch.stack(stats).mean(0), grad_norm[None]]), "mean"))
+                progress.update()
+                if args.target_kl is not None and history[-1][METRICS.index("actor/approx_kl")] > args.target_kl:
                     break
 
             # --- log, save, evaluate ---
             total_s = time.perf_counter() - rollout_start
-            rollout_means = torch.stack([returns.mean(), advantages.mean()])
-            returns_mean, advantages_mean = accelerator.reduce(rollout_means, "mean").tolist()
-            metrics = {name: total / num_updates for name, total in sums.items()} | {
+            rollout_means = accelerator.reduce(torch.stack([returns.mean(), advantages.mean()]), "mean").tolist()
+            means = [*torch.stack(history).mean(0).tolist(), *rollout_means]
+            metrics = dict(zip(METRICS, means, strict=True)) | {
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation,
                 "actor/explained_variance": explained_variance(b_values, b_returns),
                 "actor/lr": optimizer.param_groups[0]["lr"],
-                "rollout/returns_mean": returns_mean, "rollout/advantages_mean": advantages_mean,
                 "time/env_s": env_s, "time/policy_s": update_start - rollout_start - env_s,
                 "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
                 "charts/SPS": env_steps * num_processes / total_s,

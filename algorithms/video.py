@@ -59,10 +59,5 @@ def write_video(path: Path, frames: Sequence[Frame], fps: float) -> None:
         raise ValueError(f"no frames for {path}: record at least one step of the episode")
     path.parent.mkdir(parents=True, exist_ok=True)
     iio.imwrite(
-        path,
-        np.stack([draw(f) for f in frames]),
-        fps=fps,
-        codec="libx264",
-        plugin="FFMPEG",
-        macro_block_size=8,
+        path, np.stack([draw(f) for f in frames]), fps=fps, codec="libx264", plugin="FFMPEG", macro_block_size=8
     )
