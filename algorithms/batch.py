@@ -17,7 +17,7 @@ def index(tree: Any, inds: NDArray[np.intp]) -> Any:
     if isinstance(tree, dict):
         return {name: index(leaf, inds) for name, leaf in tree.items()}
     if isinstance(tree, tuple):
-        return type(tree)(*(index(leaf, inds) for leaf in tree))
+        return type(tree)._make(index(leaf, inds) for leaf in tree)
     if isinstance(tree, torch.Tensor):
         return tree[torch.from_numpy(inds).to(tree.device)]
     return np.asarray(tree)[inds]
@@ -29,7 +29,7 @@ def concatenate(trees: Sequence[Any]) -> Any:
     if isinstance(first, dict):
         return {name: concatenate([tree[name] for tree in trees]) for name in first}
     if isinstance(first, tuple):
-        return type(first)(*(concatenate(leaves) for leaves in zip(*trees, strict=True)))
+        return type(first)._make(concatenate(leaves) for leaves in zip(*trees, strict=True))
     if isinstance(first, torch.Tensor):
         return torch.cat(list(trees))
     return np.concatenate([np.asarray(tree) for tree in trees])

@@ -309,7 +309,7 @@ def main(
     `predict`, `param_groups`, `image_size`, `save_pretrained`, and `encode` unless `train_backbone`. Its action is a
     NamedTuple of tensors that has an `env_action`.
     """
-    accelerator = Accelerator(log_with=list(args.log_with), project_dir=str(args.output_dir))
+    accelerator = Accelerator(log_with=list(args.log_with) or None, project_dir=str(args.output_dir))
     device, num_processes = accelerator.device, accelerator.num_processes
     num_envs, micro_batch_size = (args.per_process(n, num_processes) for n in ("num_envs", "micro_batch_size"))
     num_micro_batches = args.num_micro_batches

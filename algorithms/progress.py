@@ -73,11 +73,11 @@ class TrainingProgress:
         self._iteration += 1
         self._unit = 0
         self._bar.update(self._task, completed=self._iteration * self._units)
-        self._console.print(f"iteration {self._iteration}/{self._num_iterations}  {line}", highlight=False)
+        self.print(f"iteration {self._iteration}/{self._num_iterations}  {line}")
 
     def print(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def _advance(self, phase: str) -> None:
         self._unit += 1

@@ -4,7 +4,7 @@
         args.json          every argument
         environment.json   git commit, package versions, hardware
         metrics.jsonl      one line per iteration
-        <tracker files>    TensorBoard or whatever Accelerate's trackers write
+        logs/              TensorBoard or whatever else Accelerate's trackers write
         checkpoints/       what `from_pretrained` loads
         evaluations/       one JSON per evaluation
         videos/            mp4
@@ -125,8 +125,8 @@ class RunFolder:
         if accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(names, src=0)
         path = Path(args.output_dir) / str(names[0])
-        accelerator.project_configuration.set_directories(str(path))
-        accelerator.init_trackers(".")
+        accelerator.project_configuration.logging_dir = str(path)
+        accelerator.init_trackers("logs")
         if accelerator.is_main_process:
             write_json(path / "args.json", args)
             write_json(path / "environment.json", describe_environment())

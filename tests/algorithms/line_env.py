@@ -1,0 +1,86 @@
+"""A vector environment with the contract of `LiberoVectorEnv` and nothing to simulate: trainer tests take seconds.
+
+A point on a line starts at +1 or -1 and moves by a quarter of the first action component each step; it has succeeded
+when it is within 0.15 of the origin.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+
+class LineVectorEnv(gym.vector.VectorEnv):
+    def __init__(self, num_envs: int, num_action_chunks: int = 2, horizon: int = 12, autoreset=AutoresetMode.SAME_STEP):
+        self.num_envs, self.horizon = num_envs, horizon
+        self.metadata = {"autoreset_mode": autoreset}
+        self.single_observation_space = gym.spaces.Dict({"state.x": gym.spaces.Box(-10, 10, (1,), np.float32)})
+        self.single_action_space = gym.spaces.Box(-1, 1, (num_action_chunks, 7), np.float32)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.x = np.zeros(num_envs, np.float32)
+        self.length = np.zeros(num_envs, np.int64)
+        self.state_id = np.zeros(num_envs, np.int64)
+        self.idle = np.zeros(num_envs, bool)
+        self.total_steps = 0
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None):
+        options = options or {}
+        if isinstance(seed, int):
+            self.rng = np.random.default_rng(seed)
+        mask = options.get("reset_mask", np.ones(self.num_envs, bool))
+        self.restart(mask, options.get("init_state_id"))
+        return self.observation(), {}
+
+    def restart(self, mask: np.ndarray, state_id: np.ndarray | None = None) -> None:
+        if state_id is None:
+            state_id = self.rng.integers(0, 2, self.num_envs)
+        self.state_id = np.where(mask, state_id, self.state_id)
+        self.x = np.where(mask, 1.0 - 2.0 * (self.state_id % 2), self.x).astype(np.float32)
+        self.length = np.where(mask, 0, self.length)
+        self.idle = self.idle & ~mask
+
+    def observation(self) -> dict[str, np.ndarray]:
+        text = np.array(["move to the origin"] * self.num_envs)
+        picture = np.zeros((self.num_envs, 8, 8, 3), np.uint8)
+        return {
+            "state.x": self.x[:, None].copy(),
+            "video.image": picture,
+            "video.wrist_image": picture,
+            "annotation.human.action.task_description": text,
+        }
+
+    def step(self, actions: np.ndarray):
+        chunks = actions.reshape(self.num_envs, -1, 7)
+        reward = np.zeros(self.num_envs, np.float32)
+        num_steps = np.zeros(self.num_envs, np.int64)
+        terminated, truncated = np.zeros((2, self.num_envs), bool)
+        for c in range(chunks.shape[1]):
+            live = ~(terminated | truncated | self.idle)
+            self.x = np.where(live, self.x + np.clip(chunks[:, c, 0], -1, 1) * 0.25, self.x).astype(np.float32)
+            self.length += live
+            num_steps += live
+            success = live & (np.abs(self.x) < 0.15)
+            reward += success
+            terminated |= success
+            truncated |= live & ~success & (self.length >= self.horizon)
+        self.total_steps += int(num_steps.sum())
+        info: dict[str, Any] = dict(
+            num_steps=num_steps,
+            success=terminated.copy(),
+            task_id=np.zeros(self.num_envs, np.int64),
+            init_state_id=self.state_id.copy(),
+            episode_length=self.length.copy(),
+            episode_return=reward.copy(),
+        )
+        ended = terminated | truncated
+        if self.metadata["autoreset_mode"] == AutoresetMode.DISABLED:
+            self.idle |= ended
+        elif ended.any():
+            info["final_info"] = dict(info)
+            info["final_obs"] = self.observation()
+            self.restart(ended)
+        return self.observation(), reward, terminated, truncated, info

@@ -1,0 +1,176 @@
+"""The PPO trainer's formulas against cases worked out by hand."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from algorithms.batch import concatenate, index
+from algorithms.episodes import Episode, finished_episodes, wilson_interval
+from algorithms.ppo_gr00t import Args, compute_gae, explained_variance, policy_loss, value_loss
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None]
+
+
+def gae(rewards, values, next_values, terminated, ended, gamma=0.5, lam=0.5):
+    return compute_gae(
+        column(*rewards),
+        column(*values),
+        column(*next_values),
+        column(*terminated).bool(),
+        column(*ended).bool(),
+        gamma,
+        lam,
+    )
+
+
+def test_gae_of_an_uninterrupted_episode():
+    # deltas: 1 + .5*2 - 4 = -2;  0 + .5*6 - 2 = 1;  A_1 = 1;  A_0 = -2 + .25*1
+    advantages, returns = gae([1, 0], [4, 2], [2, 6], [0, 0], [0, 0])
+    torch.testing.assert_close(advantages, column(-1.75, 1.0))
+    torch.testing.assert_close(returns, column(2.25, 3.0))
+
+
+def test_gae_at_a_termination_ignores_the_next_value_and_carries_nothing_over():
+    # delta_0 = 1 - 4 = -3 (next value 100 must not enter);  delta_1 = 0 + .5*6 - 2 = 1
+    advantages, _ = gae([1, 0], [4, 2], [100, 6], [1, 0], [1, 0])
+    torch.testing.assert_close(advantages, column(-3.0, 1.0))
+
+
+def test_gae_at_a_truncation_bootstraps_from_the_final_value_and_carries_nothing_over():
+    # delta_0 = 1 + .5*8 - 4 = 1
+    advantages, _ = gae([1, 0], [4, 2], [8, 6], [0, 0], [1, 0])
+    torch.testing.assert_close(advantages, column(1.0, 1.0))
+
+
+def test_gae_keeps_environments_apart():
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    both, _ = compute_gae(rewards, rewards * 0, rewards * 0, rewards > 9, rewards > 9, 0.9, 0.8)
+    for n in range(2):
+        alone, _ = compute_gae(
+            rewards[:, n : n + 1],
+            rewards[:, :1] * 0,
+            rewards[:, :1] * 0,
+            rewards[:, :1] > 9,
+            rewards[:, :1] > 9,
+            0.9,
+            0.8,
+        )
+        torch.testing.assert_close(both[:, n : n + 1], alone)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.0, 2.0, -2.0, False),
+        (1.5, 2.0, -2.4, True),  # clipped at 1.2
+        (0.5, 2.0, -1.0, False),  # a worse ratio for a good action is not clipped
+        (0.5, -2.0, 1.6, True),  # clipped at 0.8
+        (5.0, -2.0, 10.0, False),
+    ],
+)
+def test_policy_loss(ratio: float, advantage: float, loss: float, clipped: bool):
+    got, mask = policy_loss(torch.tensor([math.log(ratio)]), torch.tensor([advantage]), 0.2, 0.2, None)
+    assert got.item() == pytest.approx(loss)
+    assert mask.item() == clipped
+
+
+def test_dual_clip_bounds_the_loss_of_bad_actions_only():
+    logratio, advantages = torch.tensor([5.0, 5.0]).log(), torch.tensor([-2.0, 2.0])
+    loss, _ = policy_loss(logratio, advantages, 0.2, 0.2, 3.0)
+    torch.testing.assert_close(loss, torch.tensor([6.0, -2.4]))
+
+
+def test_asymmetric_clip():
+    loss, _ = policy_loss(torch.tensor([2.0]).log(), torch.tensor([1.0]), 0.2, 0.28, None)
+    assert loss.item() == pytest.approx(-1.28)
+
+
+def test_action_level_ratios_share_the_decision_advantage():
+    logratio = torch.tensor([[0.0, 0.0], [1.1, 0.9]]).exp().log()
+    loss, _ = policy_loss(logratio, torch.tensor([1.0, -1.0]), 0.2, 0.2, None)
+    assert loss.shape == (2, 2)
+    torch.testing.assert_close(loss[0], torch.tensor([-1.0, -1.0]))
+    assert (loss[1] > 0).all()
+
+
+def test_value_loss_takes_the_worse_of_value_and_clipped_value():
+    # value 1.0 against return 1.0 is perfect, but the clipped value 0.2 is not: 0.5 * 0.8^2
+    loss, clipped = value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]), 0.2, 10.0)
+    assert loss.item() == pytest.approx(0.32)
+    assert clipped.item()
+    loss, clipped = value_loss(torch.tensor([-1.0]), torch.tensor([0.0]), torch.tensor([1.0]), 0.2, 10.0)
+    assert loss.item() == pytest.approx(2.0)
+    assert not clipped.item()
+
+
+def test_value_loss_is_linear_beyond_huber_delta():
+    loss, _ = value_loss(torch.tensor([5.0]), torch.tensor([5.0]), torch.tensor([0.0]), 0.2, 1.0)
+    assert loss.item() == pytest.approx(4.5)
+
+
+def test_explained_variance():
+    returns = torch.tensor([0.0, 1.0, 2.0])
+    assert explained_variance(returns, returns) == pytest.approx(1.0)
+    assert explained_variance(torch.zeros(3), returns) == pytest.approx(0.0)
+    assert explained_variance(-returns, returns) == pytest.approx(-3.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "message"),
+    [
+        (
+            dict(minibatch_size=100),
+            "num_minibatches",
+            "num_decisions=3072 must be a positive multiple of minibatch_size=100",
+        ),
+        (dict(minibatch_size=0), "num_minibatches", "minibatch_size=0"),
+        (dict(micro_batch_size=1000), "num_micro_batches", "minibatch_size=1024 must be .* micro_batch_size=1000"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(change: dict[str, int], name: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        getattr(Args(**change), name)
+
+
+@pytest.mark.parametrize(("num_envs", "num_processes"), [(0, 1), (7, 2), (-4, 2)])
+def test_sizes_that_cannot_be_shared_are_refused(num_envs: int, num_processes: int):
+    with pytest.raises(ValueError, match=f"num_envs={num_envs} cannot be shared by {num_processes}"):
+        Args(num_envs=num_envs).per_process("num_envs", num_processes)
+
+
+def test_wilson_interval_matches_the_closed_form():
+    n, p, z = 50, 0.9, 1.959963984540054
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert wilson_interval(45, 50) == pytest.approx((centre - half, centre + half), abs=1e-9)
+    with pytest.raises(ValueError, match="must not be greater"):
+        wilson_interval(51, 50)
+
+
+def test_index_and_concatenate_keep_the_nesting():
+    class Pair(NamedTuple):
+        left: torch.Tensor
+        right: torch.Tensor
+
+    def tree(offset: int):
+        pair = Pair(torch.arange(3.0), torch.arange(3) + offset)
+        return {"video": np.arange(3) + offset, "text": np.array(["a", "b", "c"]), "pair": pair}
+
+    joined = concatenate([tree(0), tree(10)])
+    rows = index(joined, np.array([4, 1]))
+    np.testing.assert_array_equal(rows["video"], [11, 1])
+    np.testing.assert_array_equal(rows["text"], ["b", "b"])
+    torch.testing.assert_close(rows["pair"].right, torch.tensor([11, 1]))
+
+
+def test_finished_episodes_reads_only_the_ended_rows():
+    final = dict(task_id=[3, 4], init_state_id=[7, 8], success=[True, False], episode_length=[55, 240])
+    infos = {"final_info": {name: np.array(values) for name, values in final.items()}}
+    got = finished_episodes(infos, np.array([False, True]))
+    assert got == [Episode(task_id=4, init_state_id=8, success=False, length=240)]
+    assert finished_episodes({}, np.array([False, False])) == []
