@@ -58,7 +58,10 @@ class Problem:
             self.name,
             [[category, list(names)] for category, names in self.objects],
             [[category, list(names)] for category, names in self.fixtures],
-            [[region.name, region.target, [list(r) for r in region.ranges], list(region.rgba)] for region in self.regions],
+            [
+                [region.name, region.target, [list(r) for r in region.ranges], list(region.rgba)]
+                for region in self.regions
+            ],
         ]
 
 

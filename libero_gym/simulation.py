@@ -1,0 +1,290 @@
+"""One simulated world: reset, step, observe, judge. No rendering, no Gymnasium, no robosuite.
+
+Timing, as in LIBERO: an environment step is 25 physics substeps of 2 ms. What is observed (proprioception and
+images) is the world after substep 24, and its body and site poses are those of the positions before that substep;
+what is judged (success) is the world after substep 25.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from libero_gym.bddl import read_problem
+from libero_gym.controller import ControllerState, axis_angle_from_quat, creation_kinematics, step_numpy
+from libero_gym.placements import FixtureSampler, make_fixture_sampler
+from libero_gym.predicates import Goal
+from libero_gym.scenes import Robot, Scene
+from libero_gym.suites import TaskSpec, load_init_states
+
+Stepping = Literal["exact", "fast", "numpy"]
+
+ACTION_DIM = 7
+NUM_SETTLING_STEPS = 10
+SETTLING_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+"""No motion, gripper open: what LIBERO's public clients send while objects fall into place."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class PhysicsError(RuntimeError):
+    """The simulation diverged, ran out of space for contacts, or was given an action that is not finite."""
+
+
+class RenderState(NamedTuple):
+    """What an image of the world shows, apart from the model. All arrays are copies.
+
+    Attributes:
+        qpos: float64 [nq]; kinematics of these positions give the poses that the image shows.
+        fixture_poses: float64 [num_fixtures, 7], position (m) and quaternion wxyz of `scene.fixture_body_ids`, to be
+            written to the render model's `body_pos` and `body_quat`.
+        indicator_alpha: float64 [num_indicators], opacity of `scene.indicator_site_ids`, to be written to the render
+            model's `site_rgba[:, 3]`: a stove's glow.
+    """
+
+    qpos: FloatArray
+    fixture_poses: FloatArray
+    indicator_alpha: FloatArray
+
+
+@dataclass(kw_only=True, eq=False)
+class Observation:
+    """Sensor readings of the last step, and the positions that its image shows."""
+
+    qpos: FloatArray
+    eef_pos: FloatArray
+    eef_quat_wxyz: FloatArray
+    gripper_qpos: FloatArray
+
+    def read_sensors(self, data: mujoco.MjData, robot: Robot) -> None:
+        """Copy the end effector's pose (m, quaternion wxyz) and the fingers' positions (m) from `data`."""
+        self.eef_pos[:] = data.site_xpos[robot.eef_site_id]
+        self.eef_quat_wxyz[:] = data.xquat[robot.eef_body_id]
+        self.gripper_qpos[:] = data.qpos[robot.gripper_qpos_adr]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _TaskData:
+    goal: Goal
+    fixture_sampler: FixtureSampler
+    init_states: FloatArray
+
+
+class Simulation:
+    """One world of a scene, which can be reset to any state of any of the scene's tasks.
+
+    Simulations share the scene and own a copy of its physics model, because fixture poses live in the model (3 MB;
+    plus the data). Distinct simulations may be used from distinct threads at the same time; `step` releases the GIL.
+
+    Attributes:
+        scene: the shared scene.
+        model: own copy of the physics model.
+        data: simulation state.
+        task: task of the last reset.
+        init_state_id: index of the stored state of the last reset.
+    """
+
+    def __init__(self, scene: Scene, *, stepping: Stepping = "exact") -> None:
+        """Create a world; call `reset` before `step`.
+
+        Args:
+            scene: from `libero_gym.scenes.load_scene`.
+            stepping: "exact" is LIBERO to the last bit; "fast" has hand-written controller algebra, equal to 1e-9
+                until the first contact; "numpy" is the readable reference of "exact".
+
+        Raises:
+            ValueError: unknown `stepping`.
+        """
+        if stepping not in ("exact", "fast", "numpy"):
+            raise ValueError(f"stepping={stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        self.scene = scene
+        self.model = copy.copy(scene.physics_model)
+        self.data = mujoco.MjData(self.model)
+        self.task: TaskSpec | None = None
+        self.init_state_id = -1
+        self._stepping: Stepping = stepping
+        self._creation = creation_kinematics(self.model, scene.robot)
+        self._controller = ControllerState()
+        self._observation = Observation(
+            qpos=np.zeros(self.model.nq), eef_pos=np.zeros(3), eef_quat_wxyz=np.zeros(4), gripper_qpos=np.zeros(2)
+        )
+        self._default_fixture_poses = self._fixture_poses()
+        self._indicators = _find_indicators(scene)
+        self._indicator_alpha = np.zeros(len(self._indicators))
+        self._observed_indicator_alpha = np.zeros(len(self._indicators))
+        self._goal: Goal | None = None
+        self._success = False
+
+    def reset(
+        self,
+        task: TaskSpec,
+        init_state_id: int,
+        random_state: np.random.RandomState,
+        *,
+        num_settling_steps: int = NUM_SETTLING_STEPS,
+    ) -> None:
+        """Start an episode from a stored initial state, fixtures placed at random, and let objects settle.
+
+        Equal to LIBERO's `numpy.random.seed(s); env.reset(); env.set_init_state(states[init_state_id])` with
+        `random_state = numpy.random.RandomState(s)`, followed by `num_settling_steps` steps without motion.
+
+        Args:
+            task: one of the scene's tasks.
+            init_state_id: index of the stored state.
+            random_state: consumed for the fixture poses.
+            num_settling_steps: 0 for the bare initial state.
+
+        Raises:
+            ValueError: `init_state_id` is out of range.
+            PhysicsError: the simulation diverged while settling.
+        """
+        task_data = _load_task_data(self.scene, task)
+        num_states = len(task_data.init_states)
+        if not 0 <= init_state_id < num_states:
+            raise ValueError(
+                f"init_state_id={init_state_id} is not among the stored states of {task.suite} task {task.task_id} "
+                f"(valid: 0-{num_states - 1})"
+            )
+        poses = task_data.fixture_sampler.sample(random_state, self._default_fixture_poses)
+        self.task = task
+        self.init_state_id = int(init_state_id)
+        self._goal = task_data.goal
+        self._set_fixture_poses(poses)
+        mujoco.mj_resetData(self.model, self.data)
+        self._controller.reset(self._creation)
+        state = task_data.init_states[init_state_id]
+        nq = self.model.nq
+        self.data.time = state[0]
+        self.data.qpos[:] = state[1 : 1 + nq]
+        self.data.qvel[:] = state[1 + nq : 1 + nq + self.model.nv]
+        mujoco.mj_forward(self.model, self.data)
+        self._observation.qpos[:] = self.data.qpos
+        self._observation.read_sensors(self.data, self.scene.robot)
+        self._update_indicators()
+        self._observed_indicator_alpha[:] = self._indicator_alpha
+        self._success = self._goal(self.data)
+        for _ in range(num_settling_steps):
+            self.step(SETTLING_ACTION)
+
+    def step(self, action: npt.ArrayLike) -> bool:
+        """Advance by 50 ms and return whether the goal holds.
+
+        Args:
+            action: float [7]: end effector's change of position (units of 5 cm) and of rotation (axis-angle, units
+                of 0.5 rad), clipped to -1..1, and the gripper (< 0 opens, > 0 closes, 0 holds).
+
+        Raises:
+            ValueError: wrong shape, or `reset` was not called.
+            PhysicsError: the action is not finite, the simulation diverged, or a buffer overflowed.
+        """
+        values = np.ascontiguousarray(action, dtype=np.float64)
+        if values.shape != (ACTION_DIM,):
+            raise ValueError(f"action has shape {values.shape}; expected ({ACTION_DIM},)")
+        if self._goal is None:
+            raise ValueError("reset() must be called before step()")
+        if not np.isfinite(values).all():
+            raise PhysicsError(f"action {values} is not finite; check the policy's output for NaN")
+        self._observed_indicator_alpha[:] = self._indicator_alpha
+        step_numpy(
+            model=self.model,
+            data=self.data,
+            robot=self.scene.robot,
+            state=self._controller,
+            creation=self._creation,
+            action=values,
+            observation=self._observation,
+        )
+        self._raise_on_warning()
+        self._update_indicators()
+        self._success = self._goal(self.data)
+        return self._success
+
+    def success(self) -> bool:
+        """Return whether the goal held at the end of the last step."""
+        return self._success
+
+    def states(self) -> npt.NDArray[np.float32]:
+        """Return the observed proprioception, float32 [8]: eef position (m), axis-angle (rad), fingers (m)."""
+        o = self._observation
+        axis_angle = axis_angle_from_quat(o.eef_quat_wxyz[[1, 2, 3, 0]])
+        return np.concatenate([o.eef_pos, axis_angle, o.gripper_qpos]).astype(np.float32)
+
+    @property
+    def render_qpos(self) -> FloatArray:
+        """Positions, float64 [nq] (copy), whose kinematics are what the image of the last step shows."""
+        return self._observation.qpos.copy()
+
+    def render_state(self) -> RenderState:
+        """Return what a renderer needs to show the last step."""
+        return RenderState(
+            qpos=self._observation.qpos.copy(),
+            fixture_poses=self._fixture_poses(),
+            indicator_alpha=self._observed_indicator_alpha.copy(),
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        """Return everything that decides the future and the present observation, as a dict of arrays (copies).
+
+        `set_state` restores it to the last bit in any simulation of the same scene.
+        """
+        raise NotImplementedError
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_state` returned.
+
+        Raises:
+            ValueError: the state belongs to another scene.
+        """
+        raise NotImplementedError
+
+    def _fixture_poses(self) -> FloatArray:
+        ids = self.scene.fixture_body_ids
+        return np.concatenate([self.model.body_pos[ids], self.model.body_quat[ids]], axis=1)
+
+    def _set_fixture_poses(self, poses: FloatArray) -> None:
+        ids = self.scene.fixture_body_ids
+        self.model.body_pos[ids] = poses[:, :3]
+        self.model.body_quat[ids] = poses[:, 3:]
+
+    def _update_indicators(self) -> None:
+        for index, (addresses, test, alphas) in enumerate(self._indicators):
+            is_on = any(test(float(self.data.qpos[address])) for address in addresses)
+            self._indicator_alpha[index] = alphas[is_on]
+
+    def _raise_on_warning(self) -> None:
+        counts = np.asarray(self.data.warning.number)
+        if counts.any():
+            names = [mujoco.mjtWarning(int(i)).name for i in np.flatnonzero(counts)]
+            raise PhysicsError(
+                f"MuJoCo reports {names} at t={self.data.time:.3f} s in {self.task}; the state is no longer valid: "
+                "reset the environment, and check that actions are within -1..1"
+            )
+
+
+@functools.lru_cache(maxsize=512)
+def _load_task_data(scene: Scene, task: TaskSpec) -> _TaskData:
+    problem = read_problem(task.bddl_file)
+    states = load_init_states(task)
+    width = 1 + scene.physics_model.nq + scene.physics_model.nv
+    if states.shape[1] != width:
+        raise ValueError(f"{task.init_states_file} has {states.shape[1]} columns; {task.name} needs {width}")
+    return _TaskData(
+        goal=Goal(scene, problem.goal), fixture_sampler=make_fixture_sampler(scene, problem), init_states=states
+    )
+
+
+def _find_indicators(scene: Scene) -> list[tuple[tuple[int, ...], Any, tuple[float, float]]]:
+    """Return for each indicator site: joint addresses, test of being on, (alpha when off, alpha when on)."""
+    indicators: list[tuple[tuple[int, ...], Any, tuple[float, float]]] = []
+    for thing in scene.objects.values():
+        for site_id in thing.indicator_site_ids:
+            off = scene.hidden_site_alpha[scene.physics_model.site(site_id).name]
+            # LIBERO shows a site by alpha = 1 - alpha; robosuite has hidden it by a negative alpha before.
+            indicators.append((thing.joint_qpos_adr, thing.joint_tests["turnon"], (off, 1.0 - off)))
+    return indicators
