@@ -1,0 +1,25 @@
+"""GR00T-N1.5 as a reinforcement-learning agent."""
+
+from gr00t_agent.agent import FlowAction, Gr00tAgent, PolicyConfig, SamplingDraws, preset_policy
+from gr00t_agent.data_config import (
+    DataConfig,
+    DatasetMetadata,
+    LiberoFrankaDataConfig,
+    load_data_config,
+    read_metadata,
+    write_metadata,
+)
+
+__all__ = [
+    "DataConfig",
+    "DatasetMetadata",
+    "FlowAction",
+    "Gr00tAgent",
+    "LiberoFrankaDataConfig",
+    "PolicyConfig",
+    "SamplingDraws",
+    "load_data_config",
+    "preset_policy",
+    "read_metadata",
+    "write_metadata",
+]

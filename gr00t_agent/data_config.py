@@ -1,0 +1,308 @@
+"""What a robot's data looks like: modality keys, normalisation, embodiment, and the statistics files.
+
+Keys are GR00T's: `video.<camera>`, `state.<part>`, `action.<part>` and one annotation with the instruction. In
+LIBERO's data `roll`, `pitch` and `yaw` are the three components of an axis-angle vector (rad), not Euler angles.
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+NormalisationMode = Literal["min_max", "mean_std", "q99", "binary"]
+NORMALISATION_MODES: tuple[str, ...] = get_args(NormalisationMode)
+STATISTIC_NAMES = ("max", "min", "mean", "std", "q01", "q99")
+
+METADATA_PATH = Path("experiment_cfg") / "metadata.json"
+
+# Index of each embodiment's weights. The two public code bases disagree.
+EMBODIMENT_IDS: dict[str, dict[str, int]] = {
+    "nvidia": {"gr1": 24, "oxe_droid": 17, "agibot_genie1": 26, "new_embodiment": 31},
+    "rlinf": {
+        "libero_franka": 31,
+        "isaaclab_franka": 31,
+        "maniskill_widowx": 30,
+        "gr1": 24,
+        "oxe_droid": 17,
+        "agibot_genie1": 26,
+        "robocasa_panda_omron": 13,
+        "libero_panda": 2,
+        "new_embodiment": 10,
+    },
+}
+
+
+def embodiment_id(tag: str, table: str = "rlinf") -> int:
+    """Return the index of an embodiment's weights.
+
+    Args:
+        tag: Embodiment tag, e.g. `libero_franka`.
+        table: `nvidia` (GR00T-N1.5's own code) or `rlinf`.
+
+    Raises:
+        ValueError: Unknown table or tag.
+    """
+    if table not in EMBODIMENT_IDS:
+        raise ValueError(f"embodiment table {table!r} is unknown (valid: {', '.join(EMBODIMENT_IDS)})")
+    if tag not in EMBODIMENT_IDS[table]:
+        raise ValueError(
+            f"embodiment_tag={tag!r} is not in the {table} table (valid: {', '.join(EMBODIMENT_IDS[table])}); "
+            "give PolicyConfig.embodiment_id for an embodiment of your own"
+        )
+    return EMBODIMENT_IDS[table][tag]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalityConfig:
+    """One modality: which keys are read, in this order, and at which time offsets.
+
+    Attributes:
+        modality_keys: Full keys, e.g. `state.x`.
+        delta_indices: Offsets in steps from the present one (actions: 0 to horizon - 1).
+    """
+
+    modality_keys: tuple[str, ...]
+    delta_indices: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a policy reads and writes for one robot. Subclass or instantiate it for a robot of your own.
+
+    Attributes:
+        embodiment_tag: Key into the statistics file and the embodiment tables.
+        video_keys: Cameras, in the order of the prompt's images.
+        state_keys: State parts, concatenated in this order.
+        action_keys: Action parts, concatenated in this order.
+        language_key: Key of the instruction.
+        state_modes: Normalisation per state key; keys not named use `min_max`.
+        action_modes: Normalisation per action key; keys not named use `min_max`.
+        gripper_key: Action part in the data convention (1 open, 0 close) that the environment wants as
+            -1 open, +1 close; None: actions go to the environment as they are.
+        crop_scale: Fraction of each side that the centre crop keeps; 1 for no crop.
+        action_horizon: Steps of one action chunk.
+    """
+
+    embodiment_tag: str
+    video_keys: tuple[str, ...]
+    state_keys: tuple[str, ...]
+    action_keys: tuple[str, ...]
+    language_key: str = "annotation.human.action.task_description"
+    state_modes: Mapping[str, NormalisationMode] = field(default_factory=dict[str, NormalisationMode])
+    action_modes: Mapping[str, NormalisationMode] = field(default_factory=dict[str, NormalisationMode])
+    gripper_key: str | None = None
+    crop_scale: float = 0.95
+    action_horizon: int = 16
+
+    def __post_init__(self) -> None:
+        for name, keys in (("video", self.video_keys), ("state", self.state_keys), ("action", self.action_keys)):
+            if not keys:
+                raise ValueError(f"{name}_keys is empty; a policy needs at least one {name} key")
+            for key in keys:
+                if not key.startswith(f"{name}."):
+                    raise ValueError(f"{name}_keys has {key!r}; its keys start with '{name}.'")
+        for modes, keys in ((self.state_modes, self.state_keys), (self.action_modes, self.action_keys)):
+            for key, mode in modes.items():
+                if key not in keys:
+                    raise ValueError(f"a normalisation is given for {key!r}, which is not among {', '.join(keys)}")
+                if mode not in NORMALISATION_MODES:
+                    raise ValueError(f"normalisation {mode!r} is unknown (valid: {', '.join(NORMALISATION_MODES)})")
+        if self.gripper_key is not None and self.gripper_key not in self.action_keys:
+            raise ValueError(f"gripper_key={self.gripper_key!r} is not among {', '.join(self.action_keys)}")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale={self.crop_scale} is not in (0, 1]")
+
+    def modality_configs(self) -> dict[str, ModalityConfig]:
+        """Return the four modalities under NVIDIA's names."""
+        return {
+            "video": ModalityConfig(modality_keys=self.video_keys),
+            "state": ModalityConfig(modality_keys=self.state_keys),
+            "action": ModalityConfig(modality_keys=self.action_keys, delta_indices=tuple(range(self.action_horizon))),
+            "language": ModalityConfig(modality_keys=(self.language_key,)),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "DataConfig":
+        """Rebuild from `to_json`."""
+        return DataConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiberoFrankaDataConfig(DataConfig):
+    """LIBERO with two cameras: end-effector position (m), axis-angle (rad), gripper qpos (m)."""
+
+    embodiment_tag: str = "libero_franka"
+    video_keys: tuple[str, ...] = ("video.image", "video.wrist_image")
+    state_keys: tuple[str, ...] = (
+        "state.x",
+        "state.y",
+        "state.z",
+        "state.roll",
+        "state.pitch",
+        "state.yaw",
+        "state.gripper",
+    )
+    action_keys: tuple[str, ...] = (
+        "action.x",
+        "action.y",
+        "action.z",
+        "action.roll",
+        "action.pitch",
+        "action.yaw",
+        "action.gripper",
+    )
+    gripper_key: str | None = "action.gripper"
+
+
+DATA_CONFIGS: dict[str, type[DataConfig]] = {"libero_franka": LiberoFrankaDataConfig}
+
+
+def load_data_config(name: str) -> DataConfig:
+    """Return a data config by name, or from a file of one's own.
+
+    Args:
+        name: A key of `DATA_CONFIGS`, or `path/to/file.py:Name`, where Name is a `DataConfig` or a subclass that
+            needs no arguments.
+
+    Raises:
+        ValueError: Unknown name, or the file does not define it.
+        FileNotFoundError: The file does not exist.
+    """
+    if ":" not in name:
+        if name not in DATA_CONFIGS:
+            raise ValueError(
+                f"data_config={name!r} is unknown (valid: {', '.join(DATA_CONFIGS)}, or path/to/file.py:Name)"
+            )
+        return DATA_CONFIGS[name]()  # pyright: ignore[reportCallIssue]
+    file_name, _, attribute = name.rpartition(":")
+    path = Path(file_name)
+    if not path.is_file():
+        raise FileNotFoundError(f"data_config={name!r}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"data_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"data_config={name!r}: {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: object = getattr(module, attribute, None)
+    if isinstance(found, type) and issubclass(found, DataConfig):
+        found = found()  # pyright: ignore[reportCallIssue]
+    if not isinstance(found, DataConfig):
+        raise ValueError(f"data_config={name!r}: {path} defines no DataConfig called {attribute!r}")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetMetadata:
+    """Statistics and modalities of one embodiment's data (an entry of `metadata.json`).
+
+    Attributes:
+        statistics: `state` or `action` -> part -> `max min mean std q01 q99` -> one number per element.
+        modalities: `video` -> camera -> resolution (width, height) ...; `state`, `action` -> part -> shape ...
+        embodiment_tag: Tag.
+    """
+
+    statistics: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+    modalities: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    embodiment_tag: str
+
+    def part(self, key: str) -> Mapping[str, Sequence[float]]:
+        """Return the statistics of `state.<part>` or `action.<part>`.
+
+        Raises:
+            KeyError: The part or one of its statistics is missing.
+        """
+        modality, _, part = key.partition(".")
+        parts = self.statistics.get(modality, {})
+        if part not in parts:
+            raise KeyError(
+                f"metadata of {self.embodiment_tag} has no statistics for {key!r} "
+                f"(present: {', '.join(f'{modality}.{p}' for p in parts) or 'none'})"
+            )
+        missing = [name for name in STATISTIC_NAMES if name not in parts[part]]
+        if missing:
+            raise KeyError(f"statistics of {key!r} lack {', '.join(missing)}")
+        return parts[part]
+
+    def resolution(self, key: str) -> tuple[int, int] | None:
+        """Return (height, width) in pixels of camera `video.<name>`, None if the file does not say."""
+        entry = self.modalities.get("video", {}).get(key.partition(".")[2])
+        if entry is None:
+            return None
+        width, height = entry["resolution"]
+        return int(height), int(width)
+
+
+def read_metadata(path: Path, embodiment_tag: str) -> DatasetMetadata:
+    """Read one embodiment's entry of a `metadata.json`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        KeyError: The file has no entry for the tag.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; a checkpoint keeps its statistics there. Give metadata= to use other statistics"
+        )
+    data: dict[str, Any] = json.loads(path.read_text())
+    if embodiment_tag not in data:
+        raise KeyError(f"{path} has no entry for embodiment_tag={embodiment_tag!r} (present: {', '.join(data)})")
+    entry = data[embodiment_tag]
+    return DatasetMetadata(
+        statistics=entry["statistics"], modalities=entry["modalities"], embodiment_tag=embodiment_tag
+    )
+
+
+def write_metadata(path: Path, metadata: DatasetMetadata) -> None:
+    """Write a `metadata.json`; entries of other embodiments in an existing file are kept."""
+    data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    data[metadata.embodiment_tag] = asdict(metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalitySlice:
+    """Where one part lies in a dataset's flat column.
+
+    Attributes:
+        original_key: Column of the dataset, None for the default one of the modality.
+        start: First element.
+        end: One past the last element.
+    """
+
+    original_key: str | None
+    start: int
+    end: int
+
+
+def read_modality(path: Path) -> dict[str, ModalitySlice | str]:
+    """Read a LeRobot-style `modality.json`.
+
+    Returns:
+        Full key -> slice for `state.*` and `action.*`, or -> original column for `video.*` and `annotation.*`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        KeyError: An entry has no start or end.
+    """
+    data: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())
+    parsed: dict[str, ModalitySlice | str] = {}
+    for modality, parts in data.items():
+        for part, entry in parts.items():
+            key = f"{modality}.{part}"
+            if modality in ("state", "action"):
+                absent = {"start", "end"} - set(entry)
+                if absent:
+                    raise KeyError(f"{path}: {key} lacks {', '.join(sorted(absent))}")
+                parsed[key] = ModalitySlice(
+                    original_key=entry.get("original_key"), start=entry["start"], end=entry["end"]
+                )
+            else:
+                parsed[key] = entry.get("original_key", part)
+    return parsed

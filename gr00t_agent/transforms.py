@@ -1,0 +1,415 @@
+"""Observations to network inputs, and network outputs to environment actions. Batched, on any device.
+
+Shape legend: B batch, V camera views, L prompt tokens, H action horizon, A padded action width, a valid action width.
+
+The order of operations is that of NVIDIA's evaluation transforms: float, centre crop, antialiased bilinear resize,
+truncation to 8 bits, (x - 127.5) / 127.5; state parts normalised one by one and zero-padded; chat prompt with one
+image placeholder per view.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from gr00t_agent.config import ModelConfig
+from gr00t_agent.data_config import DataConfig, DatasetMetadata, NormalisationMode
+
+Observation = Mapping[str, Any]
+PaddingMode = Literal["masked", "left", "right"]
+
+IMAGE_OPEN, IMAGE_CONTEXT, IMAGE_CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
+# Tokens that Eagle appends to Qwen3's vocabulary, in this order, from id 151669 on.
+EAGLE_TOKENS = (
+    IMAGE_CONTEXT,
+    IMAGE_OPEN,
+    IMAGE_CLOSE,
+    "<box>",
+    "</box>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<interval>",
+    "</interval>",
+)
+PAD_TOKEN = "<|endoftext|>"
+NANO_TOKENIZER = Path(__file__).parent / "data" / "nano_tokenizer.json"
+
+
+class PromptTokenizer(Protocol):
+    """What the prompt needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`; nothing is added around it."""
+        ...
+
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a special token, None if there is none."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer` reads."""
+        ...
+
+
+class FileTokenizer:
+    """A `tokenizers` model.
+
+    Args:
+        model: The loaded tokenizer.
+    """
+
+    def __init__(self, model: Tokenizer) -> None:
+        self._model = model
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a special token."""
+        return self._model.token_to_id(token)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._model.save(str(folder / "tokenizer.json"))
+
+
+def load_tokenizer(source: str | Path) -> PromptTokenizer:
+    """Load a tokenizer.
+
+    Args:
+        source: `nano` for the one that ships with this package; a `tokenizer.json`; a folder with one, or with
+            Qwen's `vocab.json` and `merges.txt`; or a hub name such as `Qwen/Qwen3-1.7B`. Eagle's image tokens are
+            appended to a plain Qwen tokenizer.
+
+    Raises:
+        OSError: Nothing of that name is on disk or on the hub.
+    """
+    if source == "nano":
+        return FileTokenizer(Tokenizer.from_file(str(NANO_TOKENIZER)))
+    path = Path(source)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.is_file() and path.suffix == ".json":
+        model = Tokenizer.from_file(str(path))
+    else:
+        from transformers import AutoTokenizer
+
+        fast = AutoTokenizer.from_pretrained(str(source), use_fast=True)
+        model = Tokenizer.from_str(fast.backend_tokenizer.to_str())
+    # Truncation and padding that a file may carry are the prompt's business.
+    model.no_truncation()
+    model.no_padding()
+    if model.token_to_id(IMAGE_CONTEXT) is None:
+        model.add_special_tokens(list(EAGLE_TOKENS))
+    return FileTokenizer(model)
+
+
+def prompt_text(instruction: str, num_views: int, num_image_tokens: int) -> str:
+    """Return the chat prompt with its image placeholders written out."""
+    images = "".join(
+        f"<image {i + 1}>{IMAGE_OPEN}{IMAGE_CONTEXT * num_image_tokens}{IMAGE_CLOSE}" for i in range(num_views)
+    )
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{images}{instruction}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+class Normaliser:
+    """Normalises concatenated parts, each in its own mode.
+
+    Modes: `min_max` maps [min, max] to [-1, 1] without clipping (0 where min = max); `mean_std` standardises (values
+    pass where std = 0); `q99` maps [q01, q99] to [-1, 1] and clips going forward only (values pass where the two are
+    equal); `binary` is x > 0.5.
+
+    Args:
+        keys: Full keys, in the order of concatenation.
+        modes: Mode per key; keys not named use `min_max`.
+        metadata: Statistics.
+    """
+
+    def __init__(self, keys: Sequence[str], modes: Mapping[str, NormalisationMode], metadata: DatasetMetadata) -> None:
+        columns: dict[str, list[float]] = {name: [] for name in ("max", "min", "mean", "std", "q01", "q99")}
+        names: list[str] = []
+        self.widths: dict[str, int] = {}
+        for key in keys:
+            part = metadata.part(key)
+            self.widths[key] = len(part["max"])
+            for name, column in columns.items():
+                column.extend(part[name])
+            names += [modes.get(key, "min_max")] * len(part["max"])
+        self.dim = len(names)
+        self._host = {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
+        for mode in ("min_max", "mean_std", "q99", "binary"):
+            self._host[f"is_{mode}"] = torch.tensor([name == mode for name in names])
+        self._on: dict[torch.device, dict[str, Tensor]] = {torch.device("cpu"): self._host}
+
+    def _tensors(self, device: torch.device) -> dict[str, Tensor]:
+        if device not in self._on:
+            self._on[device] = {name: tensor.to(device) for name, tensor in self._host.items()}
+        return self._on[device]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise float32 [..., dim]."""
+        t = self._tensors(x.device)
+        span, quantiles = t["max"] - t["min"], t["q99"] - t["q01"]
+        min_max = torch.where(span != 0, 2 * ((x - t["min"]) / torch.where(span != 0, span, 1.0)) - 1, 0.0)
+        mean_std = torch.where(t["std"] != 0, (x - t["mean"]) / torch.where(t["std"] != 0, t["std"], 1.0), x)
+        q99 = torch.where(
+            quantiles != 0, 2 * ((x - t["q01"]) / torch.where(quantiles != 0, quantiles, 1.0)) - 1, x
+        ).clamp(-1, 1)
+        return self._select(t, min_max, mean_std, torch.where(quantiles != 0, q99, x), (x > 0.5).to(x.dtype))
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Undo `forward` on float32 [..., dim]."""
+        t = self._tensors(x.device)
+        min_max = (x + 1) / 2 * (t["max"] - t["min"]) + t["min"]
+        mean_std = torch.where(t["std"] != 0, x * t["std"] + t["mean"], x)
+        q99 = torch.where(t["q99"] != t["q01"], (x + 1) / 2 * (t["q99"] - t["q01"]) + t["q01"], x)
+        return self._select(t, min_max, mean_std, q99, (x > 0.5).to(x.dtype))
+
+    @staticmethod
+    def _select(t: Mapping[str, Tensor], min_max: Tensor, mean_std: Tensor, q99: Tensor, binary: Tensor) -> Tensor:
+        out = torch.where(t["is_min_max"], min_max, binary)
+        out = torch.where(t["is_mean_std"], mean_std, out)
+        return torch.where(t["is_q99"], q99, out)
+
+
+def resize_views(images: Tensor, crop_scale: float, image_size: int) -> Tensor:
+    """Crop, resize and truncate to 8 bits.
+
+    Args:
+        images: uint8 [n, height, width, 3].
+        crop_scale: Fraction of each side that the centre crop keeps.
+        image_size: Height and width in pixels of the result.
+
+    Returns:
+        uint8 [n, 3, image_size, image_size].
+    """
+    height, width = images.shape[1:3]
+    crop_h, crop_w = int(height * crop_scale), int(width * crop_scale)
+    # Python rounds half to even, as the reference does: 6 for 256 pixels and scale 0.95.
+    top, left = round((height - crop_h) / 2.0), round((width - crop_w) / 2.0)
+    cropped = images[:, top : top + crop_h, left : left + crop_w].permute(0, 3, 1, 2)
+    values = cropped.to(torch.float32) / 255.0
+    if (crop_h, crop_w) != (image_size, image_size):
+        values = F.interpolate(
+            values, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=True
+        )
+    return (values * 255.0).to(torch.uint8)
+
+
+def pixels_from_bytes(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map uint8 images to [-1, 1]."""
+    return ((images.to(torch.float32) - 127.5) / 127.5).to(dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLayout:
+    """How prompts become rows of equal length.
+
+    Attributes:
+        padding: `masked`: padded on the right to `length`, padding read by nothing. `left`: padded on the left to
+            the longest prompt of the batch and read by the action head, as in NVIDIA's code. `right`: like `left`,
+            then padded on the right to `length` with id 0, as in RLinf.
+        length: Tokens of a row; unused by `left`.
+    """
+
+    padding: PaddingMode
+    length: int
+
+
+class Preprocessor:
+    """Turns observations into network inputs and network actions into environment actions.
+
+    Args:
+        config: Network sizes.
+        data_config: What the observations hold.
+        metadata: Statistics.
+        tokenizer: Tokenizer of the network.
+        layout: Padding.
+        round_state_to_bf16: Round the raw state to bfloat16 first, as RLinf does.
+
+    Raises:
+        ValueError: State or action parts are wider than the network, or the tokenizer is another one's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        data_config: DataConfig,
+        metadata: DatasetMetadata,
+        tokenizer: PromptTokenizer,
+        layout: PromptLayout,
+        *,
+        round_state_to_bf16: bool = False,
+    ) -> None:
+        self.config = config
+        self.data_config = data_config
+        self.metadata = metadata
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self.round_state_to_bf16 = round_state_to_bf16
+        self.state_normaliser = Normaliser(data_config.state_keys, data_config.state_modes, metadata)
+        self.action_normaliser = Normaliser(data_config.action_keys, data_config.action_modes, metadata)
+        for name, dim, limit in (
+            ("state", self.state_normaliser.dim, config.action_head.max_state_dim),
+            ("action", self.action_normaliser.dim, config.action_head.action_dim),
+        ):
+            if dim > limit:
+                raise ValueError(f"{name} has {dim} dimensions, but the network takes at most {limit}")
+        image_id = tokenizer.token_to_id(IMAGE_CONTEXT)
+        if image_id != config.image_token_id:
+            raise ValueError(
+                f"the tokenizer gives {IMAGE_CONTEXT} the id {image_id}, the network expects {config.image_token_id}; "
+                "use the tokenizer that belongs to this checkpoint"
+            )
+        pad_id = tokenizer.token_to_id(PAD_TOKEN)
+        if pad_id is None:
+            raise ValueError(f"the tokenizer has no {PAD_TOKEN} token, which pads prompts")
+        self.pad_id = pad_id
+        self._prompt_ids: dict[str, list[int]] = {}
+        self._gripper = self._gripper_mask()
+
+    @property
+    def action_dim(self) -> int:
+        """Valid action width a."""
+        return self.action_normaliser.dim
+
+    def _gripper_mask(self) -> Tensor | None:
+        key = self.data_config.gripper_key
+        if key is None:
+            return None
+        flags: list[bool] = []
+        for name, width in self.action_normaliser.widths.items():
+            flags += [name == key] * width
+        return torch.tensor(flags)
+
+    def _entry(self, obs: Observation, key: str) -> Any:
+        if key not in obs:
+            raise KeyError(f"the observation has no {key!r} (present: {', '.join(map(str, obs))})")
+        return obs[key]
+
+    def images(self, obs: Observation, device: torch.device) -> Tensor:
+        """Return uint8 [B, V, 3, image_size, image_size].
+
+        Raises:
+            KeyError: A camera is missing.
+            ValueError: An image is not uint8 [B, height, width, 3], or not of the resolution in the metadata.
+        """
+        views: list[Tensor] = []
+        for key in self.data_config.video_keys:
+            value = torch.as_tensor(self._entry(obs, key))
+            if value.dtype != torch.uint8 or value.ndim != 4 or value.shape[-1] != 3:
+                raise ValueError(
+                    f"{key} is {value.dtype} {tuple(value.shape)}; it must be uint8 [batch, height, width, 3]"
+                )
+            expected = self.metadata.resolution(key)
+            if expected is not None and tuple(value.shape[1:3]) != expected:
+                raise ValueError(
+                    f"{key} is {value.shape[1]}x{value.shape[2]} pixels, the metadata says "
+                    f"{expected[0]}x{expected[1]}; make the environment render that size"
+                )
+            views.append(value.to(device, non_blocking=True))
+        size, scale = self.config.image_size, self.data_config.crop_scale
+        if all(view.shape == views[0].shape for view in views):
+            # One call for all views: [B, V, h, w, 3] in the order of the prompt's placeholders.
+            stacked = torch.stack(views, dim=1)
+            return resize_views(stacked.flatten(0, 1), scale, size).unflatten(0, stacked.shape[:2])
+        return torch.stack([resize_views(view, scale, size) for view in views], dim=1)
+
+    def state(self, obs: Observation, device: torch.device) -> Tensor:
+        """Return the normalised, zero-padded state, float32 [B, 1, max_state_dim].
+
+        Raises:
+            KeyError: A part is missing.
+            ValueError: A part is not [B, width].
+        """
+        parts: list[Tensor] = []
+        for key, width in self.state_normaliser.widths.items():
+            value = torch.as_tensor(self._entry(obs, key)).to(torch.float32)
+            if value.ndim != 2 or value.shape[1] != width:
+                raise ValueError(f"{key} is {tuple(value.shape)}; it must be [batch, {width}]")
+            parts.append(value)
+        raw = torch.cat(parts, dim=1).to(device, non_blocking=True)
+        if self.round_state_to_bf16:
+            raw = raw.to(torch.bfloat16).to(torch.float32)
+        normalised = self.state_normaliser.forward(raw)
+        return F.pad(normalised, (0, self.config.action_head.max_state_dim - normalised.shape[1]))[:, None]
+
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """Return the token ids of the whole prompt for one instruction."""
+        if instruction not in self._prompt_ids:
+            text = prompt_text(instruction, len(self.data_config.video_keys), self.config.num_image_tokens)
+            self._prompt_ids[instruction] = self.tokenizer.encode(text)
+        return self._prompt_ids[instruction]
+
+    def tokens(self, obs: Observation, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return token ids, int64 [B, L], and bool [B, L], True at real tokens.
+
+        Raises:
+            KeyError: The instruction is missing.
+            ValueError: A prompt is longer than the layout's length.
+        """
+        key = self.data_config.language_key
+        value = self._entry(obs, key)
+        if isinstance(value, str):
+            raise ValueError(f"{key} is one string; it must be a sequence with one instruction per row")
+        instructions = [str(text) for text in np.asarray(value).reshape(-1)]
+        unique = sorted(set(instructions))
+        rows = [self.prompt_ids(text) for text in unique]
+        longest = max(len(row) for row in rows)
+        padding, length = self.layout.padding, self.layout.length
+        if padding != "left" and longest > length:
+            text = unique[[len(row) for row in rows].index(longest)]
+            raise ValueError(
+                f"the prompt of instruction {text!r} has {longest} tokens, but prompt_length={length}; "
+                f"raise PolicyConfig.prompt_length to at least {longest}"
+            )
+        total = longest if padding == "left" else length
+        ids = np.full((len(rows), total), 0 if padding == "right" else self.pad_id, dtype=np.int64)
+        valid = np.zeros((len(rows), total), dtype=np.bool_)
+        for i, row in enumerate(rows):
+            start = 0 if padding == "masked" else longest - len(row)
+            ids[i, :start] = self.pad_id
+            ids[i, start : start + len(row)] = row
+            valid[i, start : start + len(row)] = True
+        index = [unique.index(text) for text in instructions]
+        return (
+            torch.from_numpy(ids[index]).to(device, non_blocking=True),
+            torch.from_numpy(valid[index]).to(device, non_blocking=True),
+        )
+
+    def normalise_actions(self, actions: Tensor) -> Tensor:
+        """Map data actions float32 [B, H, a] to network actions [B, H, A], zero-padded."""
+        if actions.shape[-1] != self.action_dim:
+            raise ValueError(f"actions have width {actions.shape[-1]}, the data config says {self.action_dim}")
+        normalised = self.action_normaliser.forward(actions.to(torch.float32))
+        return F.pad(normalised, (0, self.config.action_head.action_dim - self.action_dim))
+
+    def unnormalise_actions(self, actions: Tensor) -> Tensor:
+        """Map network actions [B, H, A] to data actions float32 [B, H, a]."""
+        return self.action_normaliser.inverse(actions[..., : self.action_dim].to(torch.float32))
+
+    def to_env(self, actions: Tensor) -> Tensor:
+        """Map data actions to environment actions: the gripper from 1 open / 0 close to -1 open / +1 close."""
+        if self._gripper is None:
+            return actions
+        # sign(0) stays 0: a gripper command exactly in the middle means neither.
+        return torch.where(self._gripper.to(actions.device), torch.sign(1 - 2 * actions), actions)
+
+    def from_env(self, actions: Tensor) -> Tensor:
+        """Map environment actions to data actions, the inverse of `to_env` for grippers at -1 or +1."""
+        if self._gripper is None:
+            return actions
+        return torch.where(self._gripper.to(actions.device), (1 - actions) / 2, actions)
