@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-import libero_gym
 from algorithms.batch import index
 from algorithms.episodes import Episode, wilson_interval
 from algorithms.run_folder import describe_environment, write_json
 from algorithms.video import Frame, write_video
 from gr00t_agent import Gr00tAgent
+from libero_gym.adapters import ModalityVectorObservation
+from libero_gym.suites import get_task, horizon, list_tasks, load_init_states
 
 TASK_KEY = "annotation.human.action.task_description"
 CONTROL_FREQUENCY_HZ = 20
@@ -251,15 +252,43 @@ def evaluation_jobs(suite: str, task_ids: tuple[int, ...] | None, episodes_per_t
     Raises:
         ValueError: if a task is not in the suite or has fewer stored initial states.
     """
-    tasks = [libero_gym.get_task(suite, i) for i in task_ids] if task_ids is not None else libero_gym.list_tasks(suite)
+    tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)
     for task in tasks:
-        stored = len(libero_gym.load_init_states(task))
+        stored = len(load_init_states(task))
         if not 1 <= episodes_per_task <= stored:
             raise ValueError(
                 f"episodes_per_task={episodes_per_task} is not possible for task {task.task_id} of {suite}, "
                 f"which stores {stored} initial states (valid: 1-{stored})"
             )
     return [(task.task_id, state) for task in tasks for state in range(episodes_per_task)]
+
+
+def evaluate_into(
+    run_path: Path, iteration: int, agent: Any, make_envs: Callable[[int], gym.vector.VectorEnv], args: Any
+) -> float:
+    """Evaluates an agent in training; leaves the JSON and a video per task in the run's folder.
+
+    Args:
+        run_path: the run's folder.
+        iteration: names the files.
+        agent: the agent.
+        make_envs: makes so many environments with autoreset disabled.
+        args: a trainer's arguments: suite, task_ids, eval_episodes_per_task, num_envs, seed.
+
+    Returns:
+        The success rate.
+    """
+    jobs = evaluation_jobs(args.suite, args.task_ids, args.eval_episodes_per_task)
+    envs = make_envs(min(args.num_envs, len(jobs)))
+    name = f"iteration_{iteration}"
+    result = evaluate(
+        agent, envs, jobs, seed=args.seed, record=lambda _, state: state == 0, video_dir=run_path / "videos" / name
+    )
+    envs.close()
+    result.protocol.update(suite=args.suite, horizon=args.horizon or horizon(args.suite))
+    result.save(run_path / "evaluations" / f"{name}.json")
+    result.print_table()
+    return result.success_rate
 
 
 def main(args: Args) -> EvalResult:
@@ -269,7 +298,7 @@ def main(args: Args) -> EvalResult:
     )
     agent = agent.to(args.device).eval()
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task)
-    envs = libero_gym.ModalityObservation(
+    envs = ModalityVectorObservation(
         gym.make_vec(
             f"libero_gym/{args.suite}-v0", num_envs=min(args.num_envs, len(jobs)),
             vectorization_mode="vector_entry_point", num_action_chunks=args.num_action_chunks,
@@ -295,7 +324,7 @@ def main(args: Args) -> EvalResult:
     envs.close()
     result.protocol.update(
         suite=args.suite, episodes_per_task=args.episodes_per_task, checkpoint=args.checkpoint,
-        horizon=args.horizon or libero_gym.horizon(args.suite), num_action_chunks=args.num_action_chunks,
+        horizon=args.horizon or horizon(args.suite), num_action_chunks=args.num_action_chunks,
         denoising_steps=args.denoising_steps, image_size=agent.image_size,
     )  # fmt: skip
     result.save(args.output_dir / "result.json")

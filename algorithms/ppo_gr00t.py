@@ -29,9 +29,7 @@ that ended in the iteration (`env/success_once`: success at any step of the epis
 
 from __future__ import annotations
 
-import itertools
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -42,19 +40,19 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
-import libero_gym
+from algorithms.arguments import exact_quotient, parse_args, share_of_process
 from algorithms.batch import concatenate, index
 from algorithms.episodes import Episode, episode_metrics, finished_episodes
-from algorithms.eval_gr00t import evaluate, evaluation_jobs
+from algorithms.eval_gr00t import evaluate_into
 from algorithms.progress import TrainingProgress
 from algorithms.run_folder import RunFolder
 from gr00t_agent import Gr00tAgent
+from libero_gym.adapters import ModalityVectorObservation
 
 
 @dataclass(kw_only=True)
@@ -157,16 +155,6 @@ class Args:
     max_ratio_deviation: float = 0.05
     """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities disagree."""
 
-    def per_process(self, name: str, num_processes: int) -> int:
-        """Returns a global size's share of one process; raises ValueError unless it divides exactly."""
-        value = getattr(self, name)
-        if value < 1 or value % num_processes:
-            raise ValueError(
-                f"{name}={value} cannot be shared by {num_processes} process(es): "
-                f"give a positive multiple of {num_processes}"
-            )
-        return value // num_processes
-
     @property
     def clip_high(self) -> float:
         """Upper clip of the ratio."""
@@ -200,14 +188,6 @@ METRICS = (
 )  # fmt: skip
 
 
-def exact_quotient(args: Args, dividend: str, divisor: str) -> int:
-    """Returns args.dividend / args.divisor; raises ValueError unless it is a positive whole number."""
-    a, b = getattr(args, dividend), getattr(args, divisor)
-    if a < 1 or b < 1 or a % b:
-        raise ValueError(f"{dividend}={a} must be a positive multiple of {divisor}={b}")
-    return a // b
-
-
 def make_envs(
     args: Args, num_envs: int, image_size: int, autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP
 ) -> gym.vector.VectorEnv:
@@ -217,7 +197,7 @@ def make_envs(
         task_ids=args.task_ids, num_action_chunks=args.num_action_chunks, image_size=image_size,
         horizon=args.horizon, reward=args.reward, renderer=args.renderer, autoreset_mode=autoreset_mode,
     )  # fmt: skip
-    return libero_gym.ModalityObservation(envs)
+    return ModalityVectorObservation(envs)
 
 
 def make_agent(args: Args) -> Gr00tAgent:
@@ -285,20 +265,6 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return (1 - (returns - values).var() / returns.var()).item()
 
 
-def evaluate_and_save(agent: Any, make_envs: Callable[..., Any], args: Args, run_path: Path, iteration: int) -> float:
-    """Returns the success rate by the evaluation protocol; leaves its JSON and a video per task in the run's folder."""
-    jobs = evaluation_jobs(args.suite, args.task_ids, args.eval_episodes_per_task)
-    envs = make_envs(args, min(args.num_envs, len(jobs)), agent.image_size, AutoresetMode.DISABLED)
-    result = evaluate(
-        agent, envs, jobs, seed=args.seed, record=lambda _, state: state == 0,
-        video_dir=run_path / "videos" / f"iteration_{iteration}",
-    )  # fmt: skip
-    envs.close()
-    result.save(run_path / "evaluations" / f"iteration_{iteration}.json")
-    result.print_table()
-    return result.success_rate
-
-
 def main(
     args: Args, make_agent: Callable[..., Any] = make_agent, make_envs: Callable[..., Any] = make_envs
 ) -> dict[str, float]:
@@ -311,7 +277,7 @@ def main(
     """
     accelerator = Accelerator(log_with=list(args.log_with) or None, project_dir=str(args.output_dir))
     device, num_processes = accelerator.device, accelerator.num_processes
-    num_envs, micro_batch_size = (args.per_process(n, num_processes) for n in ("num_envs", "micro_batch_size"))
+    num_envs, micro_batch_size = (share_of_process(args, n, num_processes) for n in ("num_envs", "micro_batch_size"))
     num_micro_batches = args.num_micro_batches
     run = RunFolder.create(args, accelerator)
     set_seed(args.seed)
@@ -330,6 +296,9 @@ def main(
         """Returns what is stored of an observation: itself, or the frozen backbone's features of it."""
         with accelerator.autocast():
             return obs if args.train_backbone else agent.encode(obs)
+
+    def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
+        return make_envs(args, num_envs, agent.image_size, AutoresetMode.DISABLED)
 
     obs, _ = envs.reset(seed=args.seed + 1_000_003 * accelerator.process_index)
     next_obs = encode(obs)
@@ -437,7 +406,7 @@ def main(
                 run.save_agent(agent, f"iteration_{iteration}")
             if args.eval_episodes_per_task and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
                 progress.print("evaluating")
-                metrics["eval/success_once"] = evaluate_and_save(agent, make_envs, args, run.path, iteration)
+                metrics["eval/success_once"] = evaluate_into(run.path, iteration, agent, make_eval_envs, args)
             run.log(metrics, global_step, iteration)
             progress.end_iteration(
                 f"success {metrics.get('env/success_once', math.nan):.1%}  loss {metrics['actor/loss']:.4f}  "
@@ -451,14 +420,5 @@ def main(
     return metrics
 
 
-def parse_args() -> Args:
-    """Parses the command line; `--preset NAME` sets the defaults that the other arguments override."""
-    names = [b for a, b in itertools.pairwise([*sys.argv, ""]) if a == "--preset"]
-    names += [a.removeprefix("--preset=") for a in sys.argv if a.startswith("--preset=")]
-    if names and names[-1] not in PRESETS:
-        raise SystemExit(f"--preset {names[-1]!r} is not known (available: {', '.join(PRESETS)})")
-    return tyro.cli(Args, default=PRESETS[names[-1]] if names else Args(), description=__doc__)
-
-
 if __name__ == "__main__":
-    main(parse_args())
+    main(parse_args(Args, PRESETS, __doc__))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from algorithms.arguments import share_of_process
 from algorithms.batch import concatenate, index
 from algorithms.episodes import Episode, finished_episodes, wilson_interval
 from algorithms.ppo_gr00t import Args, compute_gae, explained_variance, policy_loss, value_loss
@@ -140,7 +141,7 @@ def test_sizes_that_do_not_divide_are_refused(change: dict[str, int], name: str,
 @pytest.mark.parametrize(("num_envs", "num_processes"), [(0, 1), (7, 2), (-4, 2)])
 def test_sizes_that_cannot_be_shared_are_refused(num_envs: int, num_processes: int):
     with pytest.raises(ValueError, match=f"num_envs={num_envs} cannot be shared by {num_processes}"):
-        Args(num_envs=num_envs).per_process("num_envs", num_processes)
+        share_of_process(Args(num_envs=num_envs), "num_envs", num_processes)
 
 
 def test_wilson_interval_matches_the_closed_form():
