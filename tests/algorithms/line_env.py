@@ -1,6 +1,6 @@
 """A vector environment with the contract of `LiberoVectorEnv` and nothing to simulate: trainer tests take seconds.
 
-A point on a line starts at +1 or -1 and moves by a quarter of the first action component each step; it has succeeded
+A point on a line starts at +0.7 or -0.7 and moves by a quarter of the first action component each step; it has succeeded
 when it is within 0.15 of the origin.
 """
 
@@ -39,7 +39,7 @@ class LineVectorEnv(gym.vector.VectorEnv):
         if state_id is None:
             state_id = self.rng.integers(0, 2, self.num_envs)
         self.state_id = np.where(mask, state_id, self.state_id)
-        self.x = np.where(mask, 1.0 - 2.0 * (self.state_id % 2), self.x).astype(np.float32)
+        self.x = np.where(mask, 0.7 - 1.4 * (self.state_id % 2), self.x).astype(np.float32)
         self.length = np.where(mask, 0, self.length)
         self.idle = self.idle & ~mask
 

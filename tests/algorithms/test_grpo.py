@@ -107,8 +107,8 @@ def test_first_minibatch_ratio_is_one_and_the_seed_decides_everything(tmp_path: 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_it_learns(tmp_path: Path, seed: int):
-    train(tmp_path, seed=seed, num_iterations=40, learning_rate=2e-3)
+    train(tmp_path, seed=seed, num_iterations=40, ent_coef=0.003)
     lines = (tmp_path / f"grpo_libero_spatial_{seed}" / "metrics.jsonl").read_text().splitlines()
     success = [json.loads(line)["env/success_once"] for line in lines]
-    assert success[0] <= 0.8
-    assert np.mean(success[-5:]) >= 0.9
+    assert success[0] <= 0.85
+    assert np.mean(success[-5:]) >= 0.95
