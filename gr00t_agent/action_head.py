@@ -7,9 +7,10 @@ Parameter names are those of the released checkpoints. Two modules exist only fo
 head and the exploration-noise net of ReinFlow.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -234,7 +235,8 @@ class DiT(nn.Module):
 
     def cross_keys_values(self, vl_embs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return keys and values of every cross-attention block; they do not depend on the denoising step."""
-        return [block.attn1.keys_values(vl_embs) for block in self.transformer_blocks if block.cross]
+        blocks = cast(Sequence[DiTBlock], self.transformer_blocks)
+        return [block.attn1.keys_values(vl_embs) for block in blocks if block.cross]
 
     def forward(
         self, x: Tensor, bucket: Tensor, keys_values: Sequence[tuple[Tensor, Tensor]], key_mask: Tensor | None
@@ -287,7 +289,7 @@ class _NoiseNetLayer(nn.Module):
 class _NoiseNetMLP(nn.Module):
     def __init__(self, dims: Sequence[int]) -> None:
         super().__init__()
-        self.moduleList = nn.ModuleList([_NoiseNetLayer(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True)])
+        self.moduleList = nn.ModuleList([_NoiseNetLayer(a, b) for a, b in itertools.pairwise(dims)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.moduleList[:-1]:
@@ -402,15 +404,17 @@ class ActionHead(nn.Module):
         nn.init.normal_(self.future_tokens.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.action_decoder.layer2.W.mul_(0.1)
-        for stack in (self.model.transformer_blocks, self.vl_self_attention.transformer_blocks):
+        dit_blocks = cast(Sequence[DiTBlock], self.model.transformer_blocks)
+        vl_blocks = cast(Sequence[VLBlock], self.vl_self_attention.transformer_blocks)
+        for stack in (dit_blocks, vl_blocks):
             for block in stack:
                 for linear in block.modules():
                     if isinstance(linear, nn.Linear):
                         nn.init.xavier_uniform_(linear.weight)
                         nn.init.zeros_(linear.bias)
                 for residual in (block.attn1.to_out[0], block.ff.net[2]):
-                    residual.weight.mul_((2 * len(stack)) ** -0.5)
-        for block in self.model.transformer_blocks:
+                    cast(nn.Linear, residual).weight.mul_((2 * len(stack)) ** -0.5)
+        for block in dit_blocks:
             nn.init.normal_(block.norm1.linear.weight, std=1e-3)
         nn.init.normal_(self.model.proj_out_1.weight, std=1e-3)
         nn.init.zeros_(self.model.proj_out_1.bias)

@@ -7,7 +7,7 @@ C executed steps of a chunk (`num_action_chunks`), a valid action width.
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -170,7 +170,8 @@ class PolicyConfig:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "PolicyConfig":
         """Rebuild from JSON data."""
-        return PolicyConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+        fields: dict[str, Any] = {k: tuple(cast(list[Any], v)) if isinstance(v, list) else v for k, v in data.items()}
+        return PolicyConfig(**fields)
 
 
 class Gr00tAgent(nn.Module):
@@ -223,7 +224,7 @@ class Gr00tAgent(nn.Module):
                 module.p = 0.0
         # DistributedDataParallel waits for gradients of every parameter but these, which no output depends on.
         self._ddp_params_and_buffers_to_ignore = [f"backbone.{name}" for name in self.backbone.unused_parameter_names()]
-        self._run_backbone: Any = self.backbone
+        self._run_backbone: Any = self.backbone.forward
         self._run_prepare: Any = self.action_head.prepare
         self._run_velocity: Any = self.action_head.velocity
         self.set_trainable(tune_visual=False, tune_llm=False, tune_projector=True, tune_diffusion_model=True)
@@ -342,6 +343,7 @@ class Gr00tAgent(nn.Module):
                 )
                 setattr(self.action_head, name, fresh.to(dtype))
                 logger.warning("the checkpoint has no %s; it is initialised at random", RL_ONLY[prefix])
+        self._cast(dtype)
         self.set_trainable(**self._trainable)
         for name, tensor in self.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -651,7 +653,7 @@ class Gr00tAgent(nn.Module):
         Args:
             mode: torch.compile's mode, e.g. `max-autotune-no-cudagraphs`.
         """
-        self._run_backbone = torch.compile(self.backbone, mode=mode)
+        self._run_backbone = torch.compile(self.backbone.forward, mode=mode)
         self._run_prepare = torch.compile(self.action_head.prepare, mode=mode)
         self._run_velocity = torch.compile(self.action_head.velocity, mode=mode)
 
@@ -664,7 +666,7 @@ class Gr00tAgent(nn.Module):
         return torch.autocast(self.device.type, dtype=dtype, enabled=needed)
 
     @contextlib.contextmanager
-    def _without_dropout(self) -> Iterator[None]:
+    def _without_dropout(self) -> Generator[None]:
         """Turn dropout off: a log-probability has to be a function of its arguments."""
         active = [module for module in self._dropouts if module.training and module.p > 0]
         for module in active:

@@ -91,8 +91,8 @@ class EagleModel(nn.Module):
         self.vision_model = SiglipVisionModel(vision)
         self.language_model = _LanguageModel(Qwen3Model(text))
         self.mlp1 = nn.Sequential(nn.Linear(vision.hidden_size, text.hidden_size))
-        self.vision_model.config._attn_implementation = _ATTENTION_NAME
-        self.language_model.model.config._attn_implementation = _ATTENTION_NAME
+        for config_in_use in (self.vision_model.config, self.language_model.model.config):
+            config_in_use._attn_implementation = _ATTENTION_NAME  # pyright: ignore[reportPrivateUsage]
 
     @property
     def vision_core(self) -> Any:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 NormalisationMode = Literal["min_max", "mean_std", "q99", "binary"]
 NORMALISATION_MODES: tuple[str, ...] = get_args(NormalisationMode)
@@ -130,7 +130,8 @@ class DataConfig:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "DataConfig":
         """Rebuild from `to_json`."""
-        return DataConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+        fields: dict[str, Any] = {k: tuple(cast(list[Any], v)) if isinstance(v, list) else v for k, v in data.items()}
+        return DataConfig(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ truncation to 8 bits, (x - 127.5) / 127.5; state parts normalised one by one and
 image placeholder per view.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,6 +39,10 @@ EAGLE_TOKENS = (
     "</ref>",
     "<interval>",
     "</interval>",
+)
+# Qwen2's pre-tokeniser.
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PAD_TOKEN = "<|endoftext|>"
 NANO_TOKENIZER = Path(__file__).parent / "data" / "nano_tokenizer.json"
@@ -92,26 +97,45 @@ def load_tokenizer(source: str | Path) -> PromptTokenizer:
             appended to a plain Qwen tokenizer.
 
     Raises:
-        OSError: Nothing of that name is on disk or on the hub.
+        FileNotFoundError: A folder holds no tokenizer.
     """
-    if source == "nano":
-        return FileTokenizer(Tokenizer.from_file(str(NANO_TOKENIZER)))
-    path = Path(source)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if path.is_file() and path.suffix == ".json":
-        model = Tokenizer.from_file(str(path))
+    path = NANO_TOKENIZER if source == "nano" else Path(source)
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        model = _qwen_tokenizer(path)
+    elif path.is_dir() or path.is_file():
+        model = Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
     else:
-        from transformers import AutoTokenizer
-
-        fast = AutoTokenizer.from_pretrained(str(source), use_fast=True)
-        model = Tokenizer.from_str(fast.backend_tokenizer.to_str())
+        model = Tokenizer.from_pretrained(str(source))
     # Truncation and padding that a file may carry are the prompt's business.
     model.no_truncation()
     model.no_padding()
     if model.token_to_id(IMAGE_CONTEXT) is None:
         model.add_special_tokens(list(EAGLE_TOKENS))
     return FileTokenizer(model)
+
+
+def _qwen_tokenizer(folder: Path) -> Tokenizer:
+    """Build Qwen2's byte-level BPE from `vocab.json`, `merges.txt` and, if present, `added_tokens.json`."""
+    absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder} has no tokenizer.json, and no {' and '.join(absent)}")
+    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    model = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    model.normalizer = normalizers.NFC()
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    if (folder / "added_tokens.json").is_file():
+        added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text())
+        model.add_special_tokens(sorted(added, key=lambda token: added[token]))
+        wrong = [token for token, token_id in added.items() if model.token_to_id(token) != token_id]
+        if wrong:
+            raise ValueError(f"{folder}/added_tokens.json does not continue vocab.json: {', '.join(wrong)}")
+    return model
 
 
 def prompt_text(instruction: str, num_views: int, num_image_tokens: int) -> str:
