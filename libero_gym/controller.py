@@ -15,6 +15,7 @@ from typing import Any
 import mujoco
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import lapack
 
 from libero_gym.scenes import Robot
 
@@ -162,10 +163,10 @@ def arm_torques(
     torque = orientation_error(state.goal_ori, k.ee_ori) * robot.kp[3:] + -k.ee_ori_vel * robot.kd[3:]
 
     jac = np.asfortranarray(np.vstack([k.jac_pos, k.jac_ori]))  # [6, 7]
-    mass_inv = np.linalg.inv(k.mass_matrix)
-    lambda_full = np.linalg.pinv(np.dot(np.dot(jac, mass_inv), jac.T))
-    lambda_pos = np.linalg.pinv(np.dot(np.dot(k.jac_pos, mass_inv), k.jac_pos.T))
-    lambda_ori = np.linalg.pinv(np.dot(np.dot(k.jac_ori, mass_inv), k.jac_ori.T))
+    mass_inv = _inverse(k.mass_matrix)
+    lambda_full = _pseudo_inverse(np.dot(np.dot(jac, mass_inv), jac.T))
+    lambda_pos = _pseudo_inverse(np.dot(np.dot(k.jac_pos, mass_inv), k.jac_pos.T))
+    lambda_ori = _pseudo_inverse(np.dot(np.dot(k.jac_ori, mass_inv), k.jac_ori.T))
     jac_bar = np.dot(np.dot(mass_inv, jac.T), lambda_full)
     nullspace = np.eye(7) - np.dot(jac_bar, jac)
 
@@ -174,6 +175,22 @@ def arm_torques(
     posture = NULLSPACE_STIFFNESS * (robot.init_qpos - k.joint_pos) - damping * k.joint_vel
     posture_torques = np.dot(nullspace.T, np.dot(k.mass_matrix, posture))
     return np.dot(jac.T, wrench) + gravity_compensation + posture_torques
+
+
+def _inverse(matrix: FloatArray) -> FloatArray:
+    """Invert through an LU factorisation followed by an explicit inversion, as Numba does.
+
+    `numpy.linalg.inv` solves for the identity instead, and rounds differently.
+    """
+    factors, pivots, _ = lapack.dgetrf(matrix)
+    return lapack.dgetri(factors, pivots)[0]
+
+
+def _pseudo_inverse(matrix: FloatArray) -> FloatArray:
+    """Invert through singular values, scaling the right singular vectors first, as Numba does."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    inverse = np.where(s > 1e-15 * s[0], 1.0 / s, 0.0)
+    return np.asfortranarray(np.dot(vt.T * inverse, u.T))
 
 
 def orientation_error(desired: FloatArray, current: FloatArray) -> FloatArray:

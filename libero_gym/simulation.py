@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from libero_gym.controller import ControllerState, axis_angle_from_quat, creatio
 from libero_gym.placements import FixtureSampler, make_fixture_sampler
 from libero_gym.predicates import Goal
 from libero_gym.scenes import Robot, Scene
-from libero_gym.suites import TaskSpec, load_init_states
+from libero_gym.suites import TaskSpec, get_task, load_init_states
 
 Stepping = Literal["exact", "fast", "numpy"]
 
@@ -32,6 +32,8 @@ SETTLING_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 """No motion, gripper open: what LIBERO's public clients send while objects fall into place."""
 
 FloatArray = npt.NDArray[np.float64]
+
+_PHYSICS_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 class PhysicsError(RuntimeError):
@@ -71,7 +73,9 @@ class Observation:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _TaskData:
+class TaskData:
+    """A task compiled against its scene: goal, fixture sampler, stored initial states [num_states, 1 + nq + nv]."""
+
     goal: Goal
     fixture_sampler: FixtureSampler
     init_states: FloatArray
@@ -145,7 +149,7 @@ class Simulation:
             ValueError: `init_state_id` is out of range.
             PhysicsError: the simulation diverged while settling.
         """
-        task_data = _load_task_data(self.scene, task)
+        task_data = load_task_data(self.scene, task)
         num_states = len(task_data.init_states)
         if not 0 <= init_state_id < num_states:
             raise ValueError(
@@ -221,20 +225,73 @@ class Simulation:
             indicator_alpha=self._observed_indicator_alpha.copy(),
         )
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, npt.NDArray[Any]]:
         """Return everything that decides the future and the present observation, as a dict of arrays (copies).
 
-        `set_state` restores it to the last bit in any simulation of the same scene.
-        """
-        raise NotImplementedError
+        `set_state` restores it to the last bit in any simulation of the same scene. No entry needs pickle.
 
-    def set_state(self, state: dict[str, Any]) -> None:
+        Raises:
+            ValueError: `reset` was not called.
+        """
+        if self.task is None:
+            raise ValueError("reset() must be called before get_state()")
+        observation = self._observation
+        return {
+            "scene": np.array(self.scene.key),
+            "suite": np.array(self.task.suite),
+            "task_id": np.array(self.task.task_id),
+            "init_state_id": np.array(self.init_state_id),
+            "physics": self._physics_state(),
+            "fixture_poses": self._fixture_poses(),
+            "goal_pos": self._controller.goal_pos.copy(),
+            "goal_ori": self._controller.goal_ori.copy(),
+            "gripper": self._controller.gripper.copy(),
+            "is_fresh": self._controller.is_fresh.copy(),
+            "observed_qpos": observation.qpos.copy(),
+            "observed_eef_pos": observation.eef_pos.copy(),
+            "observed_eef_quat_wxyz": observation.eef_quat_wxyz.copy(),
+            "observed_gripper_qpos": observation.gripper_qpos.copy(),
+            "indicator_alpha": self._indicator_alpha.copy(),
+            "observed_indicator_alpha": self._observed_indicator_alpha.copy(),
+            "success": np.array(self._success),
+        }
+
+    def set_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore what `get_state` returned.
 
         Raises:
             ValueError: the state belongs to another scene.
         """
-        raise NotImplementedError
+        if str(state["scene"]) != self.scene.key:
+            raise ValueError(
+                f"the state belongs to scene {state['scene']}, this simulation to {self.scene.key}: "
+                "restore it in a simulation of the same task, built by the same versions"
+            )
+        self.task = get_task(str(state["suite"]), int(state["task_id"]))
+        self.init_state_id = int(state["init_state_id"])
+        self._goal = load_task_data(self.scene, self.task).goal
+        self._set_fixture_poses(state["fixture_poses"])
+        mujoco.mj_resetData(self.model, self.data)
+        mujoco.mj_setState(self.model, self.data, state["physics"], _PHYSICS_STATE)
+        mujoco.mj_forward(self.model, self.data)  # derived quantities, for whoever looks at `data`
+        # Some versions of MuJoCo overwrite the solver's warm start when they compute them.
+        mujoco.mj_setState(self.model, self.data, state["physics"], _PHYSICS_STATE)
+        self._controller.goal_pos[:] = state["goal_pos"]
+        self._controller.goal_ori[:] = state["goal_ori"]
+        self._controller.gripper[:] = state["gripper"]
+        self._controller.is_fresh[:] = state["is_fresh"]
+        self._observation.qpos[:] = state["observed_qpos"]
+        self._observation.eef_pos[:] = state["observed_eef_pos"]
+        self._observation.eef_quat_wxyz[:] = state["observed_eef_quat_wxyz"]
+        self._observation.gripper_qpos[:] = state["observed_gripper_qpos"]
+        self._indicator_alpha[:] = state["indicator_alpha"]
+        self._observed_indicator_alpha[:] = state["observed_indicator_alpha"]
+        self._success = bool(state["success"])
+
+    def _physics_state(self) -> FloatArray:
+        state = np.empty(mujoco.mj_stateSize(self.model, _PHYSICS_STATE))
+        mujoco.mj_getState(self.model, self.data, state, _PHYSICS_STATE)
+        return state
 
     def _make_stepper(self, stepping: Stepping) -> Callable[[FloatArray], None]:
         bound: dict[str, Any] = {
@@ -276,13 +333,18 @@ class Simulation:
 
 
 @functools.lru_cache(maxsize=512)
-def _load_task_data(scene: Scene, task: TaskSpec) -> _TaskData:
+def load_task_data(scene: Scene, task: TaskSpec) -> TaskData:
+    """Return the compiled task; equal arguments share one object.
+
+    Raises:
+        ValueError: the stored states do not fit the scene's model.
+    """
     problem = read_problem(task.bddl_file)
     states = load_init_states(task)
     width = 1 + scene.physics_model.nq + scene.physics_model.nv
     if states.shape[1] != width:
         raise ValueError(f"{task.init_states_file} has {states.shape[1]} columns; {task.name} needs {width}")
-    return _TaskData(
+    return TaskData(
         goal=Goal(scene, problem.goal), fixture_sampler=make_fixture_sampler(scene, problem), init_states=states
     )
 

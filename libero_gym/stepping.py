@@ -29,13 +29,7 @@ from numba.core import config, types
 from numba.extending import intrinsic
 
 from libero_gym.cache import cache_dir
-from libero_gym.controller import (
-    NULLSPACE_STIFFNESS,
-    SUBSTEPS,
-    ArmKinematics,
-    ControllerState,
-    inertia_addresses,
-)
+from libero_gym.controller import NULLSPACE_STIFFNESS, SUBSTEPS, ArmKinematics, ControllerState, inertia_addresses
 from libero_gym.scenes import Robot
 
 _OBSERVED_SUBSTEP = SUBSTEPS - 2
@@ -245,9 +239,16 @@ def _run_substeps(
     qpos, qvel, ctrl, qfrc_bias, inertia, site_xpos, site_xmat, xquat = live
     arm_qpos, arm_dof, arm_ctrl, finger_qpos, finger_ctrl, inertia_adr, eef_site, eef_body = robot_ids
     init_qpos, torque_low, torque_high, kp, kd, finger_bias, finger_weight, scales = robot_values
-    creation_pos, creation_ori, creation_pos_vel, creation_ori_vel, creation_jac, creation_mass, creation_q, creation_v = (
-        creation
-    )
+    (
+        creation_pos,
+        creation_ori,
+        creation_pos_vel,
+        creation_ori_vel,
+        creation_jac,
+        creation_mass,
+        creation_q,
+        creation_v,
+    ) = creation
     observed_qpos, observed_pos, observed_quat, observed_fingers = observation
 
     nv = qvel.size
@@ -367,22 +368,9 @@ class NativeStepper:
         """Bind; `state` and `observation` are written by each call."""
         # MjData's arrays are views of memory that lives and stays in place as long as the data does.
         self._keep = (model, data)
-        self._bound = (
-            _mujoco_functions(),
-            (model._address, data._address),
-            is_exact,
-        )
+        self._bound = (_mujoco_functions(), (model._address, data._address), is_exact)
         self._state = (
-            (
-                data.qpos,
-                data.qvel,
-                data.ctrl,
-                data.qfrc_bias,
-                data.M,
-                data.site_xpos,
-                data.site_xmat,
-                data.xquat,
-            ),
+            (data.qpos, data.qvel, data.ctrl, data.qfrc_bias, data.M, data.site_xpos, data.site_xmat, data.xquat),
             (
                 robot.arm_qpos_adr,
                 robot.arm_dof_adr,

@@ -1,0 +1,318 @@
+"""One LIBERO task as a Gymnasium environment."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any, Literal, SupportsFloat, cast
+
+import gymnasium
+import mujoco
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from libero_gym.scenes import load_scene
+from libero_gym.simulation import ACTION_DIM, PhysicsError, Simulation, load_task_data
+from libero_gym.suites import TaskSpec, get_task, horizon, list_tasks
+
+__all__ = ["LiberoEnv", "PhysicsError"]
+
+RewardKind = Literal["sparse", "relative"]
+RendererKind = Literal["egl", "osmesa", "warp"]
+
+DEFAULT_CAMERAS = ("agentview", "robot0_eye_in_hand")
+OBSERVATION_KEYS = ("images", "wrist_images")
+
+# States lie within: eef position (m), axis-angle (rad, |v| <= 2 pi by its definition from w in -1..1), fingers (m).
+_STATE_LIMIT = np.array([10.0] * 3 + [2 * np.pi] * 3 + [1.0] * 2, dtype=np.float32)
+_MAX_SENTENCE = 512
+
+
+def make_observation_space(image_size: int, *, has_images: bool = True) -> spaces.Dict:
+    """Return the observation space of one environment.
+
+    Raises:
+        ValueError: `image_size` is not a positive integer.
+    """
+    if isinstance(image_size, bool) or not isinstance(image_size, int | np.integer) or image_size <= 0:
+        raise ValueError(f"image_size={image_size!r} is not a positive number of pixels (usual: 128, 224, 256)")
+    image = spaces.Box(0, 255, (int(image_size), int(image_size), 3), np.uint8)
+    images = dict.fromkeys(OBSERVATION_KEYS, image) if has_images else {}
+    return spaces.Dict(
+        {
+            **images,
+            "states": spaces.Box(-_STATE_LIMIT, _STATE_LIMIT, dtype=np.float32),
+            "task_descriptions": spaces.Text(
+                max_length=_MAX_SENTENCE, min_length=0, charset=string.ascii_letters + string.digits + " .,'-_()"
+            ),
+        }
+    )
+
+
+def make_action_space() -> spaces.Box:
+    """Return the action space of one environment."""
+    return spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
+
+def check_reward_kind(reward: str) -> RewardKind:
+    """Return `reward` if it is known.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if reward not in ("sparse", "relative"):
+        raise ValueError(f"reward={reward!r} is unknown (valid: 'sparse', 'relative')")
+    return cast("RewardKind", reward)
+
+
+def check_horizon(episode_horizon: int | None, suite: str) -> int:
+    """Return the episode's length in steps: `episode_horizon`, or the suite's if None.
+
+    Raises:
+        ValueError: it is not a positive integer.
+    """
+    if episode_horizon is None:
+        return horizon(suite)
+    if isinstance(episode_horizon, bool) or not isinstance(episode_horizon, int) or episode_horizon < 1:
+        raise ValueError(f"horizon={episode_horizon!r} is not a positive number of steps (default: {horizon(suite)})")
+    return episode_horizon
+
+
+class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
+    """A Franka Panda arm at a table, with a task given as a sentence.
+
+    ## Description
+    The tasks of LIBERO (Liu et al., 2023) and LIBERO-PRO, simulated with MuJoCo at 500 Hz and controlled at 20 Hz.
+    Dynamics, initial states, observations and success are those of LIBERO's own environment, to the last bit on one
+    build of BLAS.
+
+    ## Action space
+    `Box(-1, 1, (7,), float32)`; values outside are clipped.
+
+    | index | meaning | unit |
+    |---|---|---|
+    | 0-2 | desired change of the end effector's position, world frame | 5 cm |
+    | 3-5 | desired rotation of the end effector, axis-angle, world frame | 0.5 rad |
+    | 6 | gripper: negative opens, positive closes, 0 holds | |
+
+    An operational-space controller turns them into joint torques for 25 physics steps of 2 ms.
+
+    ## Observation space
+    `Dict`:
+
+    | key | space | meaning |
+    |---|---|---|
+    | `images` | uint8 (H, W, 3) | camera `camera_names[0]` |
+    | `wrist_images` | uint8 (H, W, 3) | camera `camera_names[1]` |
+    | `states` | float32 (8,) | end effector's position (3, m), axis-angle (3, rad), finger positions (2, m) |
+    | `task_descriptions` | Text | the instruction |
+
+    Images follow the public LIBERO clients and released checkpoints: LIBERO's raw image rotated by 180 degrees. The
+    raw image is the camera's true view flipped vertically (OpenGL's row order), so what is returned is the *mirror
+    image* of the true view. Observations are those of 2 ms before the step's end, as in LIBERO. No two observations
+    share memory. With `renderer=None` as text, see `observe_images`.
+
+    ## Reward
+    `reward="sparse"`: 1 at each step at whose end the goal holds, else 0; as the episode ends there, an episode
+    returns 0 or 1. `reward="relative"`: the change of that value since the previous step, for use with environments
+    that go on after success.
+
+    ## Starting state
+    One of the stored initial states of the task (50 each), fixtures placed at random as LIBERO does, then ten steps
+    without motion for objects to settle, which count for nothing. Without options the task (unless fixed by
+    `task_id`) and the state are drawn from the environment's own generator. `reset(options={"task_id": 3,
+    "init_state_id": 7})` chooses; fixture poses still follow the seed.
+
+    ## Episode end
+    `terminated` when the goal holds; `truncated` after `horizon` steps (default: `libero_gym.suites.HORIZONS`).
+
+    `info` has `success` (bool), `task_id`, `init_state_id`, and `episode_length` (steps so far).
+
+    ## Arguments
+    - `suite`: see `libero_gym.list_suites()`.
+    - `task_id`: fixes the task; None draws one at each reset.
+    - `image_size`: height and width in pixels.
+    - `camera_names`: cameras of `images` and `wrist_images`.
+    - `renderer`: "egl", "osmesa" or "warp"; None takes the best that the machine has.
+    - `observe_images`: False leaves both images out and needs no renderer.
+    - `reward`, `horizon`: see above.
+    - `stepping`: "exact" or "fast", see `libero_gym.simulation.Simulation`.
+    - `render_mode`: "rgb_array": `render()` returns the first camera's image.
+
+    ## Version history
+    - v0: initial version.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's declaration
+
+    def __init__(
+        self,
+        suite: str,
+        *,
+        task_id: int | None = None,
+        image_size: int = 256,
+        camera_names: Sequence[str] = DEFAULT_CAMERAS,
+        renderer: RendererKind | None = None,
+        observe_images: bool = True,
+        reward: RewardKind = "sparse",
+        horizon: int | None = None,
+        stepping: Literal["exact", "fast", "numpy"] = "exact",
+        render_mode: str | None = None,
+    ) -> None:
+        """Create the environment; scenes and renderer are opened by the first reset.
+
+        Raises:
+            ValueError: an argument is not among the allowed ones; the message lists them.
+            ModuleNotFoundError: LIBERO is not installed.
+        """
+        self._tasks = [get_task(suite, task_id)] if task_id is not None else list_tasks(suite)
+        self._suite = suite
+        self._reward_kind = check_reward_kind(reward)
+        self._horizon = check_horizon(horizon, suite)
+        if len(camera_names) != len(OBSERVATION_KEYS):
+            raise ValueError(f"camera_names={tuple(camera_names)} must name {len(OBSERVATION_KEYS)} cameras")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode={render_mode!r} is unknown (valid: None, 'rgb_array')")
+        if render_mode is not None and not observe_images:
+            raise ValueError("render_mode='rgb_array' needs observe_images=True")
+        if stepping not in ("exact", "fast", "numpy"):
+            raise ValueError(f"stepping={stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        self.observation_space = make_observation_space(image_size, has_images=observe_images)
+        self.action_space = make_action_space()
+        self.render_mode = render_mode
+        self._image_size = int(image_size)
+        self._camera_names = tuple(camera_names)
+        self._stepping: Literal["exact", "fast", "numpy"] = stepping
+        self._renderer: Any = self._open_renderer(renderer) if observe_images else None
+        self._simulations: dict[str, Simulation] = {}
+        self._simulation: Simulation | None = None
+        self._images: npt.NDArray[np.uint8] | None = None
+        self._num_steps = 0
+        self._last_value = 0.0
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """The live physics model (without visual geoms)."""
+        return self._require_simulation().model
+
+    @property
+    def data(self) -> mujoco.MjData:
+        """The live simulation state."""
+        return self._require_simulation().data
+
+    @property
+    def simulation(self) -> Simulation:
+        """The live simulation of the current task's scene."""
+        return self._require_simulation()
+
+    @property
+    def task(self) -> TaskSpec:
+        """The task of the current episode."""
+        return cast("TaskSpec", self._require_simulation().task)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start an episode.
+
+        Args:
+            seed: re-seeds the environment's generator.
+            options: `task_id` and `init_state_id`, each optional.
+
+        Raises:
+            ValueError: an unknown option, or an id out of range.
+        """
+        super().reset(seed=seed)
+        options = dict(options or {})
+        task = self._choose_task(options.pop("task_id", None))
+        init_state_id = options.pop("init_state_id", None)
+        if options:
+            raise ValueError(f"unknown reset options {sorted(options)} (valid: 'task_id', 'init_state_id')")
+        simulation = self._open_simulation(task)
+        if init_state_id is None:
+            init_state_id = self.np_random.integers(len(load_task_data(simulation.scene, task).init_states))
+        placement_seed = int(self.np_random.integers(2**32, dtype=np.uint64))
+        simulation.reset(task, int(init_state_id), np.random.RandomState(placement_seed))
+        self._simulation = simulation
+        self._num_steps = 0
+        self._last_value = float(simulation.success())
+        return self._observe(), self._info()
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], SupportsFloat, bool, bool, dict[str, Any]]:
+        """Advance by 50 ms.
+
+        Raises:
+            ValueError: `action` has not 7 elements, or `reset` was not called.
+            PhysicsError: `action` is not finite, or the simulation diverged.
+        """
+        simulation = self._require_simulation()
+        is_success = simulation.step(action)
+        self._num_steps += 1
+        value = float(is_success)
+        reward = value - self._last_value if self._reward_kind == "relative" else value
+        self._last_value = value
+        return self._observe(), reward, is_success, self._num_steps >= self._horizon, self._info()
+
+    def render(self) -> npt.NDArray[np.uint8] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the first camera's image of the current step, uint8 (H, W, 3), or None without a render mode.
+
+        Raises:
+            ValueError: `reset` was not called.
+        """
+        if self.render_mode is None:
+            return None
+        self._require_simulation()
+        return cast("npt.NDArray[np.uint8]", self._images)[0].copy()
+
+    def close(self) -> None:
+        """Release the renderer. A second call does nothing."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self._simulations.clear()
+        self._simulation = None
+
+    def _choose_task(self, task_id: Any) -> TaskSpec:
+        if task_id is None:
+            return self._tasks[int(self.np_random.integers(len(self._tasks)))]
+        task = get_task(self._suite, task_id)
+        if task not in self._tasks:
+            raise ValueError(
+                f"task_id={task_id} was asked of an environment made for task_id={self._tasks[0].task_id}: "
+                "make it without task_id to choose at reset"
+            )
+        return task
+
+    def _open_simulation(self, task: TaskSpec) -> Simulation:
+        scene = load_scene(task)
+        if scene.key not in self._simulations:
+            self._simulations[scene.key] = Simulation(scene, stepping=self._stepping)
+        return self._simulations[scene.key]
+
+    def _open_renderer(self, kind: RendererKind | None) -> Any:
+        from libero_gym.rendering import make_renderer  # GL and Warp are imported only where images are wanted
+
+        return make_renderer(kind, camera_names=self._camera_names, image_size=self._image_size)
+
+    def _require_simulation(self) -> Simulation:
+        if self._simulation is None:
+            raise ValueError("reset() must be called first (the environment is new, or closed)")
+        return self._simulation
+
+    def _observe(self) -> dict[str, Any]:
+        simulation = self._require_simulation()
+        observation: dict[str, Any] = {"states": simulation.states(), "task_descriptions": self.task.language}
+        if self._renderer is not None:
+            self._images = np.asarray(self._renderer.render([simulation]))[0]  # [num_cameras, H, W, 3]
+            observation.update({key: self._images[i].copy() for i, key in enumerate(OBSERVATION_KEYS)})
+        return observation
+
+    def _info(self) -> dict[str, Any]:
+        simulation = self._require_simulation()
+        return {
+            "success": simulation.success(),
+            "task_id": self.task.task_id,
+            "init_state_id": simulation.init_state_id,
+            "episode_length": self._num_steps,
+        }
