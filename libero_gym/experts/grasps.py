@@ -1,0 +1,157 @@
+"""Where to grasp an object: candidates from the shape of its collision geometry, scored.
+
+The gripper comes from above. Its frame (the end-effector site) has x along the fingers' motion, z along the fingers,
+pointing down; `yaw` turns it about the vertical, 0 being the orientation at reset, in which the fingers move along
+the world's y axis. All lengths are in metres, angles in rad.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from libero_gym.experts.geometry import Shapes
+
+FloatArray = npt.NDArray[np.float64]
+
+# The gripper in the frame of its site, from the vertices of robosuite's Panda gripper with the fingers fully open.
+FINGER_INNER = 0.0386
+FINGER_OUTER = 0.0545
+FINGER_HALF_WIDTH = 0.0088
+TIP_DEPTH = 0.0095
+PALM_HEIGHT = 0.031
+HAND_HALF_LENGTH = 0.104
+HAND_HALF_WIDTH = 0.032
+HAND_TOP = 0.12
+
+MAX_WIDTH = 0.070
+"""Widest part that is grasped across: 7 mm less than the opening."""
+
+_RIM_DEPTH = 0.012
+_BODY_DEPTH = 0.020
+_CLEARANCE = 0.003
+_SLICE = 0.010
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Grasp:
+    """A pose of the gripper, fixed to the object.
+
+    Attributes:
+        position: float64 [3], of the site in the world.
+        yaw: rad.
+        kind: "rim" straddles a wall, "across" holds the whole object.
+    """
+
+    position: FloatArray
+    yaw: float
+    kind: str
+
+
+def gripper_rotation(yaw: float) -> FloatArray:
+    """Return world from gripper, [3, 3], of a gripper that points down."""
+    sine, cosine = np.sin(yaw), np.cos(yaw)
+    return np.array([[-sine, cosine, 0.0], [cosine, sine, 0.0], [0.0, 0.0, -1.0]])
+
+
+def opening_axis(yaw: float) -> FloatArray:
+    """Return the horizontal direction [2] of the fingers' motion."""
+    return gripper_rotation(yaw)[:2, 0]
+
+
+def choose_grasp(shapes: Shapes, body_id: int, *, preferred_yaw: float = 0.0, attempt: int = 0) -> Grasp:
+    """Return the best grasp of the object as it stands.
+
+    Args:
+        shapes: clouds of the scene.
+        body_id: root body of the object.
+        preferred_yaw: the yaw that costs nothing.
+        attempt: 0 for the best candidate; n for the n-th best that differs, after failures.
+
+    Raises:
+        ValueError: the object is neither narrow enough nor has it a rim.
+    """
+    cloud = shapes.cloud(body_id)
+    candidates = _candidates_across(cloud, preferred_yaw) or _candidates_rim(cloud, preferred_yaw)
+    if not candidates:
+        name = shapes.model.body(body_id).name
+        raise ValueError(f"body {name!r} has no part narrower than {MAX_WIDTH} m and no rim to grasp")
+    obstacles = shapes.obstacles((body_id,), cloud[:, :2].mean(axis=0), 0.25)
+    scored = sorted(
+        ((cost + 0.5 * _intrusion(obstacles, grasp), index) for index, (cost, grasp) in enumerate(candidates))
+    )
+    return candidates[scored[attempt % min(len(scored), 4)][1]][1]
+
+
+def _candidates_across(cloud: FloatArray, preferred_yaw: float) -> list[tuple[float, Grasp]]:
+    """Grasps across the object, near its top; preferring no rotation, then a narrow and well aligned side."""
+    bottom, top = float(cloud[:, 2].min()), float(cloud[:, 2].max())
+    height = max(min(top - _BODY_DEPTH, (top + bottom) / 2 + 0.02), bottom + TIP_DEPTH + 0.004)
+    height = max(height, top - PALM_HEIGHT + _CLEARANCE)
+    part = cloud[np.abs(cloud[:, 2] - height) < _SLICE]
+    if len(part) == 0:
+        return []
+    yaws = np.deg2rad(np.arange(-90, 90, 3))
+    extents = [(part[:, :2] @ opening_axis(yaw), part[:, :2] @ _side_axis(yaw)) for yaw in yaws]
+    widths = np.array([along.max() - along.min() for along, _ in extents])
+    narrowest = widths.min()
+    candidates: list[tuple[float, Grasp]] = []
+    for yaw, width, (along, side) in zip(yaws, widths, extents, strict=True):
+        # A box turned within the grasp springs into alignment as the fingers close, and slips out while it does.
+        if (
+            width > MAX_WIDTH
+            or width > narrowest + 0.25 * (widths.max() - narrowest) + 1e-6
+            and width > narrowest + 0.003
+        ):
+            continue
+        middle = (along.max() + along.min()) / 2 * opening_axis(yaw) + (side.max() + side.min()) / 2 * _side_axis(yaw)
+        cost = abs(_wrap(yaw - preferred_yaw)) + 20.0 * (width - narrowest)
+        candidates.append((cost, Grasp(position=np.array([*middle, height]), yaw=float(yaw), kind="across")))
+    return candidates
+
+
+def _candidates_rim(cloud: FloatArray, preferred_yaw: float) -> list[tuple[float, Grasp]]:
+    """Grasps of a bowl's or mug's wall, fingers inside and outside; the left side (+y) costs least."""
+    top = float(cloud[:, 2].max())
+    rim = cloud[cloud[:, 2] > top - 0.008]
+    middle = (rim[:, :2].max(axis=0) + rim[:, :2].min(axis=0)) / 2
+    candidates: list[tuple[float, Grasp]] = []
+    for yaw in np.deg2rad(np.arange(-90, 90, 5)):
+        for side in (1.0, -1.0):
+            outward = side * opening_axis(yaw)
+            radius = float(((rim[:, :2] - middle) @ outward).max())
+            for shift in (0.0, 0.008, 0.016, 0.022):
+                position = np.array([*(middle + (radius - 0.004 - shift) * outward), top - _RIM_DEPTH])
+                cost = abs(_wrap(yaw - preferred_yaw)) + (0.0 if side > 0 else 0.8) + 10.0 * shift
+                candidates.append((cost, Grasp(position=position, yaw=float(yaw), kind="rim")))
+    return candidates
+
+
+def _intrusion(obstacles: FloatArray, grasp: Grasp) -> float:
+    """Return how many obstacle points lie inside the open gripper."""
+    local = (obstacles - grasp.position) @ gripper_rotation(grasp.yaw)
+    x, y, z = np.abs(local[:, 0]), np.abs(local[:, 1]), local[:, 2]
+    in_fingers = (
+        (x > FINGER_INNER - _CLEARANCE)
+        & (x < FINGER_OUTER + _CLEARANCE)
+        & (y < FINGER_HALF_WIDTH + _CLEARANCE)
+        & (z < TIP_DEPTH + _CLEARANCE)
+        & (z > -HAND_TOP)
+    )
+    in_hand = (
+        (x < HAND_HALF_LENGTH + _CLEARANCE)
+        & (y < HAND_HALF_WIDTH + _CLEARANCE)
+        & (z < -PALM_HEIGHT + _CLEARANCE)
+        & (z > -HAND_TOP)
+    )
+    return float(np.count_nonzero(in_fingers | in_hand))
+
+
+def _side_axis(yaw: float) -> FloatArray:
+    return gripper_rotation(yaw)[:2, 1]
+
+
+def _wrap(angle: float) -> float:
+    return float((angle + np.pi) % (2 * np.pi) - np.pi)

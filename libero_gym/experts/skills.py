@@ -1,0 +1,277 @@
+"""Skills: closed-loop motions that a task is composed of.
+
+A skill is a generator of `Command`s, one an environment step; it reads the world anew before each. What it returns
+(by `yield from`) says whether it succeeded. Positions are in metres in the world frame, angles in rad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from libero_gym.experts.geometry import Shapes
+from libero_gym.experts.grasps import PALM_HEIGHT, TIP_DEPTH, Grasp, choose_grasp, gripper_rotation
+from libero_gym.scenes import Scene, SceneObject
+from libero_gym.simulation import Simulation
+
+FloatArray = npt.NDArray[np.float64]
+
+OPEN, CLOSED = -1.0, 1.0
+
+_HOVER = 0.06
+_MARGIN = 0.02
+_FINGER_REACH = 0.065
+_LIFT = 0.06
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Command:
+    """Where the gripper shall go.
+
+    Attributes:
+        position: float64 [3], target of the end-effector site.
+        rotation: float64 [3, 3], world from gripper.
+        gripper: `OPEN` or `CLOSED`.
+        speed: fraction of the expert's cruising speed.
+    """
+
+    position: FloatArray
+    rotation: FloatArray
+    gripper: float
+    speed: float = 1.0
+
+
+Skill = Generator[Command, None, bool]
+
+
+class World:
+    """What skills read: the simulation's privileged state.
+
+    Attributes:
+        scene: the shared scene.
+        model: physics model.
+        data: simulation state.
+        shapes: clouds of its bodies.
+        random: source of via points.
+        via_noise: standard deviation in metres of via points; 0 for none.
+    """
+
+    def __init__(self, sim: Simulation, random: np.random.Generator, via_noise: float) -> None:
+        """Look at `sim` from now on."""
+        self.scene: Scene = sim.scene
+        self.model: mujoco.MjModel = sim.model
+        self.data: mujoco.MjData = sim.data
+        self.shapes = Shapes(sim.model, sim.data)
+        self.random = random
+        self.via_noise = via_noise
+        parents = sim.model.body_parentid
+        hand = int(sim.model.body_parentid[sim.model.site_bodyid[sim.scene.robot.eef_site_id]])
+        self.robot_body_id = int(sim.model.body_rootid[hand])
+        finger_bodies = [
+            int(sim.model.jnt_bodyid[j])
+            for address in sim.scene.robot.gripper_qpos_adr
+            for j in range(sim.model.njnt)
+            if sim.model.jnt_qposadr[j] == address
+        ]
+        self._finger_of_geom = np.full(sim.model.ngeom, -1)
+        for geom in range(sim.model.ngeom):
+            body = int(sim.model.geom_bodyid[geom])
+            while body > 0:
+                if body in finger_bodies:
+                    self._finger_of_geom[geom] = finger_bodies.index(body)
+                body = int(parents[body])
+
+    @property
+    def eef_pos(self) -> FloatArray:
+        """Position of the end-effector site, [3] (copy)."""
+        return self.data.site_xpos[self.scene.robot.eef_site_id].copy()
+
+    @property
+    def eef_rotation(self) -> FloatArray:
+        """World from gripper, [3, 3] (copy)."""
+        return self.data.site_xmat[self.scene.robot.eef_site_id].reshape(3, 3).copy()
+
+    @property
+    def opening(self) -> float:
+        """Distance between the finger pads in metres."""
+        left, right = self.data.qpos[self.scene.robot.gripper_qpos_adr]
+        return float(left - right)
+
+    def position(self, thing: SceneObject) -> FloatArray:
+        """Return the position of the object's root body, [3] (copy)."""
+        return self.data.xpos[thing.body_id].copy()
+
+    def is_held(self, thing: SceneObject) -> bool:
+        """Return whether both fingers touch the object."""
+        geoms = self.data.contact.geom[: self.data.ncon]
+        touching: set[int] = set()
+        for first, second in ((0, 1), (1, 0)):
+            fingers = self._finger_of_geom[geoms[:, first]]
+            hits = (fingers >= 0) & thing.contact_mask[geoms[:, second]]
+            touching.update(int(f) for f in fingers[hits])
+        return len(touching) == 2
+
+
+def reach(
+    world: World,
+    target: Callable[[], tuple[FloatArray, float]],
+    *,
+    gripper: float,
+    tolerance: float = 0.006,
+    speed: float = 1.0,
+    timeout: int = 80,
+) -> Skill:
+    """Move straight to the pose `target()` (position, yaw), asked anew each step; True once within tolerance."""
+    for _ in range(timeout):
+        position, yaw = target()
+        rotation = gripper_rotation(yaw)
+        distance = float(np.linalg.norm(position - world.eef_pos))
+        misalignment = float(np.arccos(np.clip((np.trace(rotation @ world.eef_rotation.T) - 1) / 2, -1, 1)))
+        if distance < tolerance and misalignment < max(0.08, 6.0 * tolerance):
+            return True
+        yield Command(position=position, rotation=rotation, gripper=gripper, speed=speed)
+    return False
+
+
+def travel(
+    world: World,
+    target: Callable[[], tuple[FloatArray, float]],
+    *,
+    gripper: float,
+    thing: SceneObject | None = None,
+    tolerance: float = 0.02,
+) -> Skill:
+    """Move to a pose above whatever stands in the way.
+
+    Args:
+        world: state.
+        target: pose (position, yaw), asked anew each step.
+        gripper: command of the fingers.
+        thing: an object that does not count as an obstacle; if it is held, its extent counts as the gripper's.
+        tolerance: metres.
+    """
+    start, yaw = world.eef_pos, target()[1]
+    below, around = TIP_DEPTH, _FINGER_REACH
+    ignored = [world.robot_body_id]
+    if thing is not None:
+        ignored.append(thing.body_id)
+        if gripper == CLOSED:
+            cloud = world.shapes.cloud(thing.body_id)
+            below = max(below, float(start[2] - cloud[:, 2].min()))
+            around = max(0.03, float(np.linalg.norm(cloud[:, :2] - start[:2], axis=1).max())) + 0.01
+    safe = world.shapes.top_along(start, target()[0], around, tuple(ignored)) + below + _MARGIN
+    goal = target()[0]
+    if start[2] < safe - 0.01:
+        above = np.array([*(start[:2] + 0.02 * _direction(goal[:2] - start[:2])), safe])
+        yield from reach(world, lambda: (above, yaw), gripper=gripper, tolerance=0.03)
+    if safe > goal[2] + 0.01:
+
+        def over() -> tuple[FloatArray, float]:
+            position, yaw = target()
+            return np.array([*position[:2], safe]), yaw
+
+        yield from reach(world, over, gripper=gripper, tolerance=0.035)
+    elif world.via_noise > 0 and np.linalg.norm(goal - start) > 0.1:
+        via = (start + goal) / 2 + world.random.normal(0.0, world.via_noise, 3)
+        via[2] = max(via[2], safe)
+        yield from reach(world, lambda: (via, yaw), gripper=gripper, tolerance=0.05)
+    return (yield from reach(world, target, gripper=gripper, tolerance=tolerance))
+
+
+def grip(world: World, *, gripper: float, timeout: int = 14) -> Skill:
+    """Open or close the fingers in place until they stop; True always."""
+    position, rotation = world.eef_pos, world.eef_rotation
+    previous = world.opening
+    for step in range(timeout):
+        yield Command(position=position, rotation=rotation, gripper=gripper)
+        if step >= 5 and abs(world.opening - previous) < 0.0005:
+            break
+        previous = world.opening
+    return True
+
+
+def pick(world: World, thing: SceneObject, *, attempt: int = 0) -> Skill:
+    """Grasp an object from above and lift it a little; True if it is held afterwards."""
+    grasp = choose_grasp(world.shapes, thing.body_id, attempt=attempt)
+    pose = _attached(world, thing, grasp)
+
+    def hover() -> tuple[FloatArray, float]:
+        position, yaw = pose()
+        return position + np.array([0.0, 0.0, _HOVER]), yaw
+
+    yield from travel(world, hover, gripper=OPEN, thing=thing)
+    yield from reach(world, pose, gripper=OPEN, tolerance=0.006, speed=0.8, timeout=40)
+    yield from grip(world, gripper=CLOSED)
+    lifted = world.eef_pos + np.array([0.0, 0.0, _LIFT])
+    yield from reach(world, lambda: (lifted, grasp.yaw), gripper=CLOSED, tolerance=0.03, timeout=25)
+    return world.is_held(thing)
+
+
+def place(
+    world: World, thing: SceneObject, spot: Callable[[], FloatArray], *, settled: Callable[[], bool], drop: float = 0.0
+) -> Skill:
+    """Carry the held object to a spot, lower it, let go and back off; False if it slipped on the way.
+
+    Args:
+        world: state.
+        thing: the held object.
+        spot: where the object's bottom shall be, float64 [3]; its root body is aligned with the spot's x and y.
+        settled: tells when the object stands there; lowering ends then.
+        drop: metres above the spot at which the object is let go.
+    """
+    yaw = _yaw(world.eef_rotation)
+    bottom = float(world.position(thing)[2] - world.shapes.cloud(thing.body_id)[:, 2].min())
+
+    def at(height: float) -> tuple[FloatArray, float]:
+        goal = spot() + np.array([0.0, 0.0, bottom + height])
+        return world.eef_pos + goal - world.position(thing), yaw
+
+    for command in travel(world, lambda: at(0.05 + drop), gripper=CLOSED, thing=thing, tolerance=0.02):
+        yield command
+        if not world.is_held(thing):
+            return False
+    lowering = reach(world, lambda: at(drop - 0.012), gripper=CLOSED, tolerance=0.004, speed=0.6, timeout=40)
+    for command in lowering:
+        yield command
+        if settled() or not world.is_held(thing):
+            break
+    yield from grip(world, gripper=OPEN, timeout=8)
+    yield from retreat(world)
+    return True
+
+
+def retreat(world: World, height: float = 0.08) -> Skill:
+    """Back off upwards with open fingers."""
+    goal, yaw = world.eef_pos + np.array([0.0, 0.0, height]), _yaw(world.eef_rotation)
+    return (yield from reach(world, lambda: (goal, yaw), gripper=OPEN, tolerance=0.02, timeout=25))
+
+
+def rest(world: World, num_steps: int) -> Iterator[Command]:
+    """Hold still with open fingers."""
+    position, rotation = world.eef_pos, gripper_rotation(_yaw(world.eef_rotation))
+    for _ in range(num_steps):
+        yield Command(position=position, rotation=rotation, gripper=OPEN)
+
+
+def _attached(world: World, thing: SceneObject, grasp: Grasp) -> Callable[[], tuple[FloatArray, float]]:
+    """Return a function that gives the grasp's pose as the object moves over its support."""
+    offset = grasp.position - world.position(thing)
+
+    def pose() -> tuple[FloatArray, float]:
+        return world.position(thing) + offset, grasp.yaw
+
+    return pose
+
+
+def _yaw(rotation: FloatArray) -> float:
+    """Return the yaw of a gripper that points down, rad."""
+    return float(np.arctan2(-rotation[0, 0], rotation[1, 0]))
+
+
+def _direction(vector: FloatArray) -> FloatArray:
+    norm = float(np.linalg.norm(vector))
+    return vector / norm if norm > 1e-6 else np.zeros_like(vector)
