@@ -104,7 +104,7 @@ class PolicyConfig:
         disable_dropout: No dropout at all; otherwise dropout acts in `sft_loss` only, never on log-probabilities.
         embodiment_table: Table that turns the data config's tag into an index: `rlinf` or `nvidia`.
         embodiment_id: That index, given directly.
-        round_state_to_bf16: Round raw states to bfloat16 first, as RLinf does.
+        round_to_bf16: Round raw states, normalised states and pixel values to bfloat16, as RLinf does.
         compute_dtype: Type that the network computes in; sampling and log-probabilities are float32 always.
     """
 
@@ -127,7 +127,7 @@ class PolicyConfig:
     disable_dropout: bool = True
     embodiment_table: Literal["rlinf", "nvidia"] = "rlinf"
     embodiment_id: int | None = None
-    round_state_to_bf16: bool = False
+    round_to_bf16: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -679,6 +679,8 @@ class Gr00tAgent(nn.Module):
 
     def _features(self, encoded: Mapping[str, Tensor]) -> Tensor:
         pixels = pixels_from_bytes(encoded["pixels"].flatten(0, 1), self.action_head.vlln.weight.dtype)
+        if self.policy.round_to_bf16:
+            pixels = pixels.to(torch.bfloat16).to(pixels.dtype)
         mask = None if self.policy.padding == "masked" else encoded["valid_mask"]
         with self._autocast():
             return self._run_backbone(pixels, encoded["input_ids"], mask)
@@ -696,7 +698,10 @@ class Gr00tAgent(nn.Module):
             features = self._features({name: tensor.to(self.device) for name, tensor in encoded.items()})
         readable = encoded["valid_mask"].to(self.device) if self.policy.padding == "masked" else None
         dtype = self.action_head.vlln.weight.dtype
-        return features.to(dtype), readable, encoded["state"].to(self.device, dtype)
+        state = encoded["state"].to(self.device)
+        if self.policy.round_to_bf16:
+            state = state.to(torch.bfloat16)
+        return features.to(dtype), readable, state.to(dtype)
 
     def _context(self, obs: Observation) -> HeadContext:
         features, readable, state = self._inputs(obs)
@@ -778,5 +783,5 @@ def _preprocessor(
         metadata,
         tokenizer,
         PromptLayout(padding=policy.padding, length=length),
-        round_state_to_bf16=policy.round_state_to_bf16,
+        round_to_bf16=policy.round_to_bf16,
     )

@@ -152,9 +152,9 @@ def prompt_text(instruction: str, num_views: int, num_image_tokens: int) -> str:
 class Normaliser:
     """Normalises concatenated parts, each in its own mode.
 
-    Modes: `min_max` maps [min, max] to [-1, 1] without clipping (0 where min = max); `mean_std` standardises (values
-    pass where std = 0); `q99` maps [q01, q99] to [-1, 1] and clips going forward only (values pass where the two are
-    equal); `binary` is x > 0.5.
+    Modes: `min_max` maps [min, max] to [-1, 1] without clipping; `mean_std` standardises; `q99` maps [q01, q99] to
+    [-1, 1] and clips; `binary` is x > 0.5. Degenerate statistics, going forward: min = max gives 0, std = 0 passes
+    the value, q01 = q99 clips it only. Going back, they give the constant; nothing is clipped.
 
     Args:
         keys: Full keys, in the order of concatenation.
@@ -192,14 +192,14 @@ class Normaliser:
         q99 = torch.where(
             quantiles != 0, 2 * ((x - t["q01"]) / torch.where(quantiles != 0, quantiles, 1.0)) - 1, x
         ).clamp(-1, 1)
-        return self._select(t, min_max, mean_std, torch.where(quantiles != 0, q99, x), (x > 0.5).to(x.dtype))
+        return self._select(t, min_max, mean_std, q99, (x > 0.5).to(x.dtype))
 
     def inverse(self, x: Tensor) -> Tensor:
         """Undo `forward` on float32 [..., dim]."""
         t = self._tensors(x.device)
         min_max = (x + 1) / 2 * (t["max"] - t["min"]) + t["min"]
-        mean_std = torch.where(t["std"] != 0, x * t["std"] + t["mean"], x)
-        q99 = torch.where(t["q99"] != t["q01"], (x + 1) / 2 * (t["q99"] - t["q01"]) + t["q01"], x)
+        mean_std = x * t["std"] + t["mean"]
+        q99 = (x + 1) / 2 * (t["q99"] - t["q01"]) + t["q01"]
         return self._select(t, min_max, mean_std, q99, (x > 0.5).to(x.dtype))
 
     @staticmethod
@@ -262,7 +262,7 @@ class Preprocessor:
         metadata: Statistics.
         tokenizer: Tokenizer of the network.
         layout: Padding.
-        round_state_to_bf16: Round the raw state to bfloat16 first, as RLinf does.
+        round_to_bf16: Round the raw state to bfloat16 before normalising, as RLinf does.
 
     Raises:
         ValueError: State or action parts are wider than the network, or the tokenizer is another one's.
@@ -276,14 +276,14 @@ class Preprocessor:
         tokenizer: PromptTokenizer,
         layout: PromptLayout,
         *,
-        round_state_to_bf16: bool = False,
+        round_to_bf16: bool = False,
     ) -> None:
         self.config = config
         self.data_config = data_config
         self.metadata = metadata
         self.tokenizer = tokenizer
         self.layout = layout
-        self.round_state_to_bf16 = round_state_to_bf16
+        self.round_to_bf16 = round_to_bf16
         self.state_normaliser = Normaliser(data_config.state_keys, data_config.state_modes, metadata)
         self.action_normaliser = Normaliser(data_config.action_keys, data_config.action_modes, metadata)
         for name, dim, limit in (
@@ -366,7 +366,7 @@ class Preprocessor:
                 raise ValueError(f"{key} is {tuple(value.shape)}; it must be [batch, {width}]")
             parts.append(value)
         raw = torch.cat(parts, dim=1).to(device, non_blocking=True)
-        if self.round_state_to_bf16:
+        if self.round_to_bf16:
             raw = raw.to(torch.bfloat16).to(torch.float32)
         normalised = self.state_normaliser.forward(raw)
         return F.pad(normalised, (0, self.config.action_head.max_state_dim - normalised.shape[1]))[:, None]

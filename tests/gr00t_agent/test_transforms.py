@@ -1,0 +1,233 @@
+"""Preprocessing and un-normalisation against recorded values of the reference transforms."""
+
+import numpy as np
+import pytest
+import torch
+
+from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, PolicyConfig, SamplingDraws, read_metadata
+from gr00t_agent.data_config import METADATA_PATH, DatasetMetadata
+from gr00t_agent.transforms import (
+    Normaliser,
+    Preprocessor,
+    PromptLayout,
+    load_tokenizer,
+    pixels_from_bytes,
+    prompt_text,
+    resize_views,
+)
+from tests.gr00t_agent.conftest import make_observation
+
+CPU = torch.device("cpu")
+
+
+def modality_observation(goldens):
+    """Build the modality dict from recorded simulator observations, as the environment's adapter does."""
+    t = goldens.tensors
+    states = t["env/states"]
+    obs = {
+        "video.image": t["raw/agentview_image"].flip(1, 2),
+        "video.wrist_image": t["raw/robot0_eye_in_hand_image"].flip(1, 2),
+        "state.gripper": states[:, 6:8],
+        "annotation.human.action.task_description": goldens.index["instructions"],
+    }
+    for i, part in enumerate(("x", "y", "z", "roll", "pitch", "yaw")):
+        obs[f"state.{part}"] = states[:, i : i + 1]
+    return obs
+
+
+@pytest.fixture(scope="module")
+def libero_metadata(tiny_checkpoint):
+    return read_metadata(tiny_checkpoint / METADATA_PATH, "libero_franka")
+
+
+def test_images_equal_the_recorded_bytes(tiny_agent, transform_goldens):
+    t = transform_goldens.tensors
+    images = tiny_agent.preprocessor.images(modality_observation(transform_goldens), CPU)
+    for view, name in enumerate(("main", "wrist")):
+        assert torch.equal(images[:, view], t[f"chain/resized_u8_{name}"].permute(0, 3, 1, 2))
+    pixels = pixels_from_bytes(images, torch.float32)
+    assert torch.equal(pixels[0, 0, 0], t["pixel_values_sample0_view0_channel0"])
+
+
+def test_images_already_at_size_are_not_resampled():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
+    assert torch.equal(resize_views(images, 1.0, 32), images.permute(0, 3, 1, 2))
+
+
+def test_state_equals_the_recorded_one(tiny_checkpoint, tiny_agent, transform_goldens):
+    t = transform_goldens.tensors
+    obs = modality_observation(transform_goldens)
+    state = tiny_agent.preprocessor.state(obs, CPU)
+    assert (state - t["state_without_bf16_rounding"]).abs().max() <= 1e-6
+    policy = PolicyConfig(padding="left", round_to_bf16=True)
+    rounding = Gr00tAgent.from_pretrained(tiny_checkpoint, policy=policy).preprocessor
+    assert (rounding.state(obs, CPU) - t["state"]).abs().max() <= 1e-6
+
+
+def test_tokens_equal_the_recorded_ones(tiny_agent, transform_goldens):
+    t = transform_goldens.tensors
+    ids, valid = tiny_agent.preprocessor.tokens(modality_observation(transform_goldens), CPU)
+    assert torch.equal(ids, t["tiny_tokenizer/eagle_input_ids"])
+    assert torch.equal(valid, t["tiny_tokenizer/eagle_attention_mask"].bool())
+
+
+def test_prompt_text_equals_the_recorded_one(transform_goldens):
+    index = transform_goldens.index
+    tokens = index["image_tokens_per_224_image"]
+    text = prompt_text(index["instructions"][0], 2, tokens)
+    shortened = text.replace("<IMG_CONTEXT>" * tokens, f"<IMG_CONTEXT>x{tokens}")
+    assert shortened == index["expanded_prompt_sample0_with_image_run_shortened"]
+
+
+@pytest.mark.parametrize("mode", ["min_max", "mean_std", "q99"])
+def test_normalised_actions_equal_the_recorded_ones(transform_goldens, libero_metadata, mode):
+    t, keys = transform_goldens.tensors, LiberoFrankaDataConfig().action_keys
+    normaliser = Normaliser(keys, dict.fromkeys(keys, mode), libero_metadata)
+    expected = t[f"action/{mode}/normalised_from_raw"]
+    assert (normaliser.forward(t["action/raw"]) - expected).abs().max() <= 1e-6
+    if mode == "min_max":
+        assert (normaliser.inverse(expected) - t["action/raw"]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("mode", ["min_max", "mean_std", "q99"])
+def test_unnormalised_actions_equal_the_recorded_ones(transform_goldens, libero_metadata, mode):
+    t, config = transform_goldens.tensors, LiberoFrankaDataConfig()
+    modes = dict.fromkeys(config.action_keys, mode)
+    if mode == "mean_std":
+        # The recorded policy keeps min_max for the gripper here.
+        modes[config.gripper_key] = "min_max"
+    normaliser = Normaliser(config.action_keys, modes, libero_metadata)
+    expected = t[f"action/{mode}/unnormalised"]
+    actual = normaliser.inverse(t["action/normalised"][..., : normaliser.dim])
+    if mode == "q99":
+        # The recording ran the inverse of the i-th key i + 1 times; doing the same shows that one pass is right.
+        passes = [actual]
+        for _ in range(normaliser.dim - 1):
+            passes.append(normaliser.inverse(passes[-1]))
+        actual = torch.stack([passes[i][..., i] for i in range(normaliser.dim)], dim=-1)
+    assert (actual - expected).abs().max() <= 1e-6
+
+
+def test_environment_actions_equal_the_recorded_ones(tiny_agent, transform_goldens):
+    t = transform_goldens.tensors
+    preprocessor = tiny_agent.preprocessor
+    chunk = t["action/min_max/libero_chunk10"]
+    actual = preprocessor.to_env(preprocessor.unnormalise_actions(t["action/normalised"][:, : chunk.shape[1]]))
+    assert (actual - chunk).abs().max() <= 1e-6
+
+
+def test_gripper_conversion(tiny_agent, transform_goldens):
+    t = transform_goldens.tensors
+    normaliser = tiny_agent.preprocessor
+    recorded = t["gripper/in"].T.expand(-1, 7)[:, None]
+    converted = normaliser.to_env(recorded)[:, 0]
+    assert torch.equal(converted[:, 6], t["gripper/binarised"][0])
+    assert torch.equal(converted[:, :6], recorded[:, 0, :6])
+    env = torch.tensor([[0.1] * 6 + [-1.0], [0.1] * 6 + [1.0]])
+    assert normaliser.from_env(env)[:, 6].tolist() == [1.0, 0.0]
+    assert torch.equal(normaliser.to_env(normaliser.from_env(env)), env)
+
+
+@pytest.mark.parametrize("mode", ["min_max", "mean_std", "q99", "binary"])
+def test_degenerate_statistics(transform_goldens, mode):
+    t = transform_goldens.tensors
+    statistics = {"state": {"v": transform_goldens.index["edge_statistics"]}}
+    metadata = DatasetMetadata(statistics=statistics, modalities={}, embodiment_tag="any")
+    normaliser = Normaliser(["state.v"], {"state.v": mode}, metadata)
+    assert (normaliser.forward(t["edge/x"]) - t[f"edge/{mode}/forward"]).abs().max() <= 1e-6
+    assert (normaliser.inverse(t["edge/x"]) - t[f"edge/{mode}/inverse_of_x"]).abs().max() <= 1e-6
+
+
+@pytest.fixture(scope="module")
+def rlinf_agent(tiny_checkpoint, rl_goldens, transform_goldens):
+    """The recorded policy: right padding, bf16 state rounding, recorded value head."""
+    e2e = transform_goldens.index["e2e"]
+    policy = PolicyConfig(
+        num_action_chunks=e2e["action_chunk"],
+        denoising_steps=e2e["num_steps"],
+        noise_level=e2e["noise_level"],
+        noise_method=e2e["noise_method"],
+        padding="right",
+        prompt_length=e2e["padding_value"],
+        round_to_bf16=True,
+        logprob_level="token",
+    )
+    agent = Gr00tAgent.from_pretrained(tiny_checkpoint, policy=policy)
+    prefix = "weights/value_head."
+    weights = {k.removeprefix(prefix): v for k, v in rl_goldens.tensors.items() if k.startswith(prefix)}
+    agent.action_head.value_head.load_state_dict(weights)
+    return agent.eval()
+
+
+@torch.no_grad()
+def test_whole_policy_call_equals_the_recorded_one(rlinf_agent, transform_goldens):
+    t, e2e = transform_goldens.tensors, transform_goldens.index["e2e"]
+    assert rlinf_agent.embodiment == e2e["embodiment_id"]
+    obs = modality_observation(transform_goldens)
+    ids, valid = rlinf_agent.preprocessor.tokens(obs, CPU)
+    assert torch.equal(ids, t["e2e/eagle_input_ids"])
+    assert torch.equal(valid, t["e2e/eagle_attention_mask"].bool())
+    index = torch.full((len(ids),), e2e["denoise_index_train"])
+    draws = SamplingDraws(t["e2e/noise_init"], index, t["e2e/step_noise"])
+    action, logprob, _, value = rlinf_agent.get_action_and_value(obs, draws=draws)
+    # Two recordings of the reference on different attention kernels differ by 4e-6; log-probabilities divide by std.
+    assert (action.chain - t["e2e/train/chains"]).abs().max() <= 1e-4
+    assert (action.env_action - t["e2e/train/libero_actions"]).abs().max() <= 1e-4
+    assert (logprob - t["e2e/train/policy_logprobs"]).abs().max() <= 1e-4
+    assert (value - t["e2e/train/policy_values"]).abs().max() <= 1e-4
+    actions = rlinf_agent.predict(obs, noise=t["e2e/noise_init"])
+    assert (actions - t["e2e/eval/libero_actions"]).abs().max() <= 1e-4
+
+
+def test_nano_tokenizer_covers_the_prompt():
+    tokenizer = load_tokenizer("nano")
+    ids = tokenizer.encode(prompt_text("put the bowl on the plate", 2, 3))
+    assert ids.count(tokenizer.token_to_id("<IMG_CONTEXT>")) == 6
+    assert len(ids) < 60
+    assert tokenizer.encode("Zürich 42") == tokenizer.encode("Zürich 42")
+
+
+def test_image_tokens_are_appended_to_a_plain_tokenizer(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = load_tokenizer(tmp_path)
+    assert [tokenizer.token_to_id(token) for token in ("<IMG_CONTEXT>", "<img>", "</img>")] == [2, 3, 4]
+
+
+def changed(observation, **entries):
+    return observation | {key.replace("__", "."): value for key, value in entries.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"video__image": np.zeros((2, 8, 8, 3), np.float32)}, ValueError, "must be uint8"),
+        ({"state__x": np.zeros((2, 3), np.float32)}, ValueError, r"state.x is \(2, 3\); it must be \[batch, 1\]"),
+        ({"state__x": np.zeros((3, 1), np.float32)}, RuntimeError, "Sizes of tensors must match"),
+        ({"annotation__human__action__task_description": "open"}, ValueError, "one instruction per row"),
+        ({"annotation__human__action__task_description": ["a"] * 3}, ValueError, "differ in batch size"),
+        ({"annotation__human__action__task_description": ["open the drawer " * 40] * 2}, ValueError, "prompt_length"),
+    ],
+)
+def test_wrong_observations_are_refused(nano_agent, changes, error, message):
+    with pytest.raises(error, match=message):
+        nano_agent.encode(changed(make_observation(2), **changes))
+
+
+def test_missing_observation_key_is_named(nano_agent):
+    obs = make_observation(2)
+    del obs["state.yaw"]
+    with pytest.raises(KeyError, match="the observation has no 'state.yaw'"):
+        nano_agent.encode(obs)
+
+
+def test_other_resolution_than_the_metadata_is_refused(tiny_agent):
+    with pytest.raises(ValueError, match="is 64x64 pixels, the metadata says 256x256"):
+        tiny_agent.encode(make_observation(2))
+
+
+def test_foreign_tokenizer_is_refused(tiny_agent):
+    p = tiny_agent.preprocessor
+    layout = PromptLayout(padding="masked", length=600)
+    with pytest.raises(ValueError, match="use the tokenizer that belongs to this checkpoint"):
+        Preprocessor(p.config, p.data_config, p.metadata, load_tokenizer("nano"), layout)
