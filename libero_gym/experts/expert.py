@@ -13,7 +13,7 @@ from libero_gym.bddl import read_problem
 from libero_gym.experts.skills import Command, World
 from libero_gym.experts.solver import order, solve
 from libero_gym.scenes import load_scene
-from libero_gym.simulation import ACTION_DIM, Simulation, Stepping
+from libero_gym.simulation import ACTION_DIM, Simulation
 from libero_gym.suites import TaskSpec, horizon
 
 FloatArray = npt.NDArray[np.float64]

@@ -7,6 +7,7 @@ the world's y axis. All lengths are in metres, angles in rad.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +30,12 @@ HAND_TOP = 0.12
 MAX_WIDTH = 0.070
 """Widest part that is grasped across: 7 mm less than the opening."""
 
-_RIM_DEPTH = 0.012
+_RIM_DEPTH = 0.018
+# Walls of bowls and mugs widen towards the rim; between upright fingers such a wall creeps out.
+_RIM_ROLL = 0.16
 _BODY_DEPTH = 0.020
 _CLEARANCE = 0.003
+_LEAN_FROM, _LEAN_OVER, _MAX_LEAN = 0.70, 0.12, 0.35
 _SLICE = 0.010
 
 
@@ -41,19 +45,47 @@ class Grasp:
 
     Attributes:
         position: float64 [3], of the site in the world.
-        yaw: rad.
+        rotation: float64 [3, 3], world from gripper.
         kind: "rim" straddles a wall, "across" holds the whole object.
     """
 
     position: FloatArray
-    yaw: float
+    rotation: FloatArray
     kind: str
 
 
-def gripper_rotation(yaw: float) -> FloatArray:
-    """Return world from gripper, [3, 3], of a gripper that points down."""
+def gripper_rotation(yaw: float, roll: float = 0.0) -> FloatArray:
+    """Return world from gripper, [3, 3], of a gripper that points down.
+
+    Args:
+        yaw: rad.
+        roll: rad by which it is then turned about its y axis: the fingertips move towards +x of the gripper.
+    """
     sine, cosine = np.sin(yaw), np.cos(yaw)
-    return np.array([[-sine, cosine, 0.0], [cosine, sine, 0.0], [0.0, 0.0, -1.0]])
+    down = np.array([[-sine, cosine, 0.0], [cosine, sine, 0.0], [0.0, 0.0, -1.0]])
+    return down @ np.array([[np.cos(roll), 0.0, np.sin(roll)], [0.0, 1.0, 0.0], [-np.sin(roll), 0.0, np.cos(roll)]])
+
+
+def lean_outwards(rotation: FloatArray, offset: FloatArray) -> FloatArray:
+    """Return `rotation` with the fingers turned away from the robot where it has to stretch.
+
+    Pointing straight down, the wrist has to be above the fingers, and the elbow is nearly straight at 0.8 m from the
+    robot's base: the arm loses a direction of motion there. Leaning moves the wrist back.
+
+    Args:
+        rotation: [3, 3], world from gripper.
+        offset: [2], from the robot's base to the gripper.
+    """
+    distance = float(np.linalg.norm(offset))
+    lean = _MAX_LEAN * min(1.0, max(0.0, (distance - _LEAN_FROM) / _LEAN_OVER))
+    if lean == 0.0:
+        return rotation
+    x, y = offset / distance
+    # Rotation about the horizontal axis (y, -x): turns down (-z) towards the offset's direction.
+    cosine, sine = np.cos(lean), np.sin(lean)
+    axis = np.array([y, -x, 0.0])
+    cross = np.array([[0.0, 0.0, axis[1]], [0.0, 0.0, -axis[0]], [-axis[1], axis[0], 0.0]])
+    return (np.eye(3) + sine * cross + (1.0 - cosine) * (cross @ cross)) @ rotation
 
 
 def opening_axis(yaw: float) -> FloatArray:
@@ -100,15 +132,15 @@ def _candidates_across(cloud: FloatArray, preferred_yaw: float) -> list[tuple[fl
     candidates: list[tuple[float, Grasp]] = []
     for yaw, width, (along, side) in zip(yaws, widths, extents, strict=True):
         # A box turned within the grasp springs into alignment as the fingers close, and slips out while it does.
-        if (
-            width > MAX_WIDTH
-            or width > narrowest + 0.25 * (widths.max() - narrowest) + 1e-6
-            and width > narrowest + 0.003
+        if width > MAX_WIDTH or (
+            width > narrowest + 0.25 * (widths.max() - narrowest) + 1e-6 and width > narrowest + 0.003
         ):
             continue
         middle = (along.max() + along.min()) / 2 * opening_axis(yaw) + (side.max() + side.min()) / 2 * _side_axis(yaw)
         cost = abs(_wrap(yaw - preferred_yaw)) + 20.0 * (width - narrowest)
-        candidates.append((cost, Grasp(position=np.array([*middle, height]), yaw=float(yaw), kind="across")))
+        candidates.append(
+            (cost, Grasp(position=np.array([*middle, height]), rotation=gripper_rotation(float(yaw)), kind="across"))
+        )
     return candidates
 
 
@@ -122,16 +154,22 @@ def _candidates_rim(cloud: FloatArray, preferred_yaw: float) -> list[tuple[float
         for side in (1.0, -1.0):
             outward = side * opening_axis(yaw)
             radius = float(((rim[:, :2] - middle) @ outward).max())
-            for shift in (0.0, 0.008, 0.016, 0.022):
-                position = np.array([*(middle + (radius - 0.004 - shift) * outward), top - _RIM_DEPTH])
-                cost = abs(_wrap(yaw - preferred_yaw)) + (0.0 if side > 0 else 0.8) + 10.0 * shift
-                candidates.append((cost, Grasp(position=position, yaw=float(yaw), kind="rim")))
+            for shift, roll in itertools.product((0.0, 0.008, 0.016, 0.022), (_RIM_ROLL, 0.0)):
+                position = np.array([*(middle + (radius - 0.006 - shift) * outward), top - _RIM_DEPTH])
+                rotation = gripper_rotation(float(yaw), -side * roll)
+                cost = (
+                    abs(_wrap(yaw - preferred_yaw))
+                    + (0.0 if side > 0 else 0.8)
+                    + 10.0 * shift
+                    + (0.3 if roll == 0 else 0.0)
+                )
+                candidates.append((cost, Grasp(position=position, rotation=rotation, kind="rim")))
     return candidates
 
 
 def _intrusion(obstacles: FloatArray, grasp: Grasp) -> float:
     """Return how many obstacle points lie inside the open gripper."""
-    local = (obstacles - grasp.position) @ gripper_rotation(grasp.yaw)
+    local = (obstacles - grasp.position) @ grasp.rotation
     x, y, z = np.abs(local[:, 0]), np.abs(local[:, 1]), local[:, 2]
     in_fingers = (
         (x > FINGER_INNER - _CLEARANCE)

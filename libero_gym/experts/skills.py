@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.experts.geometry import Shapes
-from libero_gym.experts.grasps import PALM_HEIGHT, TIP_DEPTH, Grasp, choose_grasp, gripper_rotation
+from libero_gym.experts.grasps import TIP_DEPTH, Grasp, choose_grasp, gripper_rotation, lean_outwards
 from libero_gym.scenes import Scene, SceneObject
 from libero_gym.simulation import Simulation
 
@@ -45,6 +45,9 @@ class Command:
     speed: float = 1.0
 
 
+Pose = tuple[FloatArray, FloatArray]
+"""Position [3] and rotation [3, 3] of the gripper, before it leans where the arm has to stretch."""
+
 Skill = Generator[Command, None, bool]
 
 
@@ -58,6 +61,7 @@ class World:
         shapes: clouds of its bodies.
         random: source of via points.
         via_noise: standard deviation in metres of via points; 0 for none.
+        posture: float64 [3, 3], the rotation last commanded, before leaning.
     """
 
     def __init__(self, sim: Simulation, random: np.random.Generator, via_noise: float) -> None:
@@ -68,6 +72,7 @@ class World:
         self.shapes = Shapes(sim.model, sim.data)
         self.random = random
         self.via_noise = via_noise
+        self.posture = gripper_rotation(0.0)
         parents = sim.model.body_parentid
         hand = int(sim.model.body_parentid[sim.model.site_bodyid[sim.scene.robot.eef_site_id]])
         self.robot_body_id = int(sim.model.body_rootid[hand])
@@ -95,6 +100,10 @@ class World:
         """World from gripper, [3, 3] (copy)."""
         return self.data.site_xmat[self.scene.robot.eef_site_id].reshape(3, 3).copy()
 
+    def leaning(self, pose: Pose) -> FloatArray:
+        """Return the pose's rotation, leaning where the arm has to stretch."""
+        return lean_outwards(pose[1], pose[0][:2] - self.data.xpos[self.robot_body_id, :2])
+
     @property
     def opening(self) -> float:
         """Distance between the finger pads in metres."""
@@ -118,17 +127,17 @@ class World:
 
 def reach(
     world: World,
-    target: Callable[[], tuple[FloatArray, float]],
+    target: Callable[[], Pose],
     *,
     gripper: float,
     tolerance: float = 0.006,
     speed: float = 1.0,
     timeout: int = 80,
 ) -> Skill:
-    """Move straight to the pose `target()` (position, yaw), asked anew each step; True once within tolerance."""
+    """Move straight to the pose `target()`, asked anew each step; True once within tolerance."""
     for _ in range(timeout):
-        position, yaw = target()
-        rotation = gripper_rotation(yaw)
+        position, world.posture = target()
+        rotation = world.leaning((position, world.posture))
         distance = float(np.linalg.norm(position - world.eef_pos))
         misalignment = float(np.arccos(np.clip((np.trace(rotation @ world.eef_rotation.T) - 1) / 2, -1, 1)))
         if distance < tolerance and misalignment < max(0.08, 6.0 * tolerance):
@@ -139,7 +148,7 @@ def reach(
 
 def travel(
     world: World,
-    target: Callable[[], tuple[FloatArray, float]],
+    target: Callable[[], Pose],
     *,
     gripper: float,
     thing: SceneObject | None = None,
@@ -149,12 +158,12 @@ def travel(
 
     Args:
         world: state.
-        target: pose (position, yaw), asked anew each step.
+        target: pose, asked anew each step.
         gripper: command of the fingers.
         thing: an object that does not count as an obstacle; if it is held, its extent counts as the gripper's.
         tolerance: metres.
     """
-    start, yaw = world.eef_pos, target()[1]
+    start, rotation = world.eef_pos, target()[1]
     below, around = TIP_DEPTH, _FINGER_REACH
     ignored = [world.robot_body_id]
     if thing is not None:
@@ -167,18 +176,18 @@ def travel(
     goal = target()[0]
     if start[2] < safe - 0.01:
         above = np.array([*(start[:2] + 0.02 * _direction(goal[:2] - start[:2])), safe])
-        yield from reach(world, lambda: (above, yaw), gripper=gripper, tolerance=0.03)
+        yield from reach(world, lambda: (above, rotation), gripper=gripper, tolerance=0.03)
     if safe > goal[2] + 0.01:
 
-        def over() -> tuple[FloatArray, float]:
-            position, yaw = target()
-            return np.array([*position[:2], safe]), yaw
+        def over() -> Pose:
+            position, rotation = target()
+            return np.array([*position[:2], safe]), rotation
 
         yield from reach(world, over, gripper=gripper, tolerance=0.035)
     elif world.via_noise > 0 and np.linalg.norm(goal - start) > 0.1:
         via = (start + goal) / 2 + world.random.normal(0.0, world.via_noise, 3)
         via[2] = max(via[2], safe)
-        yield from reach(world, lambda: (via, yaw), gripper=gripper, tolerance=0.05)
+        yield from reach(world, lambda: (via, rotation), gripper=gripper, tolerance=0.05)
     return (yield from reach(world, target, gripper=gripper, tolerance=tolerance))
 
 
@@ -199,16 +208,22 @@ def pick(world: World, thing: SceneObject, *, attempt: int = 0) -> Skill:
     grasp = choose_grasp(world.shapes, thing.body_id, attempt=attempt)
     pose = _attached(world, thing, grasp)
 
-    def hover() -> tuple[FloatArray, float]:
-        position, yaw = pose()
-        return position + np.array([0.0, 0.0, _HOVER]), yaw
+    def hover() -> Pose:
+        position, rotation = pose()
+        return position + np.array([0.0, 0.0, _HOVER]), rotation
 
     yield from travel(world, hover, gripper=OPEN, thing=thing)
-    yield from reach(world, pose, gripper=OPEN, tolerance=0.006, speed=0.8, timeout=40)
+    yield from reach(world, lambda: _funnel(world, *pose()), gripper=OPEN, tolerance=0.006, speed=0.8, timeout=40)
     yield from grip(world, gripper=CLOSED)
     lifted = world.eef_pos + np.array([0.0, 0.0, _LIFT])
-    yield from reach(world, lambda: (lifted, grasp.yaw), gripper=CLOSED, tolerance=0.03, timeout=25)
+    yield from reach(world, lambda: (lifted, grasp.rotation), gripper=CLOSED, tolerance=0.03, timeout=25)
     return world.is_held(thing)
+
+
+def _funnel(world: World, position: FloatArray, rotation: FloatArray) -> Pose:
+    """Return the pose raised by as much as the gripper is beside it: it comes down only where it is meant to."""
+    beside = float(np.linalg.norm(position[:2] - world.eef_pos[:2]))
+    return position + np.array([0.0, 0.0, min(_HOVER, 3.0 * max(0.0, beside - 0.006))]), rotation
 
 
 def place(
@@ -223,12 +238,12 @@ def place(
         settled: tells when the object stands there; lowering ends then.
         drop: metres above the spot at which the object is let go.
     """
-    yaw = _yaw(world.eef_rotation)
+    rotation = world.posture
     bottom = float(world.position(thing)[2] - world.shapes.cloud(thing.body_id)[:, 2].min())
 
-    def at(height: float) -> tuple[FloatArray, float]:
+    def at(height: float) -> Pose:
         goal = spot() + np.array([0.0, 0.0, bottom + height])
-        return world.eef_pos + goal - world.position(thing), yaw
+        return world.eef_pos + goal - world.position(thing), rotation
 
     for command in travel(world, lambda: at(0.05 + drop), gripper=CLOSED, thing=thing, tolerance=0.02):
         yield command
@@ -246,30 +261,26 @@ def place(
 
 def retreat(world: World, height: float = 0.08) -> Skill:
     """Back off upwards with open fingers."""
-    goal, yaw = world.eef_pos + np.array([0.0, 0.0, height]), _yaw(world.eef_rotation)
-    return (yield from reach(world, lambda: (goal, yaw), gripper=OPEN, tolerance=0.02, timeout=25))
+    goal, rotation = world.eef_pos + np.array([0.0, 0.0, height]), world.posture
+    return (yield from reach(world, lambda: (goal, rotation), gripper=OPEN, tolerance=0.02, timeout=25))
 
 
 def rest(world: World, num_steps: int) -> Iterator[Command]:
     """Hold still with open fingers."""
-    position, rotation = world.eef_pos, gripper_rotation(_yaw(world.eef_rotation))
+    position = world.eef_pos
+    rotation = world.leaning((position, world.posture))
     for _ in range(num_steps):
         yield Command(position=position, rotation=rotation, gripper=OPEN)
 
 
-def _attached(world: World, thing: SceneObject, grasp: Grasp) -> Callable[[], tuple[FloatArray, float]]:
+def _attached(world: World, thing: SceneObject, grasp: Grasp) -> Callable[[], Pose]:
     """Return a function that gives the grasp's pose as the object moves over its support."""
     offset = grasp.position - world.position(thing)
 
-    def pose() -> tuple[FloatArray, float]:
-        return world.position(thing) + offset, grasp.yaw
+    def pose() -> Pose:
+        return world.position(thing) + offset, grasp.rotation
 
     return pose
-
-
-def _yaw(rotation: FloatArray) -> float:
-    """Return the yaw of a gripper that points down, rad."""
-    return float(np.arctan2(-rotation[0, 0], rotation[1, 0]))
 
 
 def _direction(vector: FloatArray) -> FloatArray:
