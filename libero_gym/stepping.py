@@ -35,8 +35,11 @@ from libero_gym.scenes import Robot
 _OBSERVED_SUBSTEP = SUBSTEPS - 2
 
 
-def _native(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate like `numba.njit(cache=True)`, with the cache in the package's folder instead of beside the source."""
+def _native(signature: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate like `numba.njit(cache=True)`, with the cache in the package's folder instead of beside the source.
+
+    A `signature` keeps Numba from compiling one version for each combination of literal arguments.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         folder = cache_dir() / "native"
@@ -44,7 +47,8 @@ def _native(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         previous = config.CACHE_DIR
         config.CACHE_DIR = str(folder)
         try:
-            return numba.njit(cache=True, error_model="numpy", **options)(function)
+            arguments = () if signature is None else (signature,)
+            return numba.njit(*arguments, cache=True, error_model="numpy", **options)(function)
         finally:
             config.CACHE_DIR = previous
 
@@ -90,8 +94,15 @@ _CHARACTERS = np.frombuffer(b"ntS", dtype=np.uint8).copy()
 _SCALARS = np.array([1.0, 0.0])
 _N, _T, _S = 0, 1, 2
 
+_BLAS, _TABLES = "UniTuple(intp, 7)", "UniTuple(intp, 3)"
+_SVD = "Tuple((f8[::1], f8[::1], f8[::1], f8[::1], f8[::1], i4[::1], i4[::1]))"
 
-@_native()
+
+def _words(count: int) -> str:
+    return ", ".join(["intp"] * count)
+
+
+@_native(f"void(intp, {_TABLES}, {_words(11)})")
 def _gemm(dgemm, tables, trans_a, trans_b, m, n, k, a, lda, b, ldb, c, ldc):
     """C [m, n] = op(A) [m, k] op(B) [k, n]; column-major matrices at addresses a, b, c."""
     integers, characters, scalars = tables
@@ -115,7 +126,7 @@ def _gemm(dgemm, tables, trans_a, trans_b, m, n, k, a, lda, b, ldb, c, ldc):
     )
 
 
-@_native()
+@_native(f"void(intp, {_TABLES}, {_words(6)})")
 def _gemv(dgemv, tables, trans, m, n, a, x, y):
     """Y = op(A) x for the column-major A [m, n] at address a."""
     integers, characters, scalars = tables
@@ -138,7 +149,7 @@ def _gemv(dgemv, tables, trans, m, n, a, x, y):
     )
 
 
-@_native()
+@_native(f"void({_BLAS}, {_TABLES}, intp, f8[::1], f8[::1], {_SVD})")
 def _pseudo_inverse(blas, tables, n, matrix, inverse, svd):
     """Invert the row-major `matrix` [n, n] into the column-major `inverse` through singular values, as Numba does."""
     integers, characters, _ = tables
@@ -179,7 +190,7 @@ def _pseudo_inverse(blas, tables, n, matrix, inverse, svd):
     _gemm(blas[0], tables, _T, _T, n, n, rank, vt.ctypes.data, n, u.ctypes.data, n, inverse.ctypes.data, n)
 
 
-@_native()
+@_native(f"void({_BLAS}, {_TABLES}, intp, f8[::1], f8[::1], f8[::1], f8[::1])")
 def _task_inertia(blas, tables, rows, jac, mass_inv, product, result):
     """Result (row-major [rows, rows]) = J M^-1 J^T for the column-major J [rows, 7]."""
     _gemm(blas[0], tables, _T, _T, 7, rows, 7, mass_inv.ctypes.data, 7, jac.ctypes.data, rows, product.ctypes.data, 7)
@@ -188,17 +199,15 @@ def _task_inertia(blas, tables, rows, jac, mass_inv, product, result):
     )
 
 
-@_native()
-def _orientation_error(desired, current, error):
+@_native("void(f8[:, ::1], f8[:, ::1], f8[::1])")
+def _orientation_error(b, a, error):
+    """Write the rotation from `a` to `b` as half the sum of the cross products of their columns."""
     for i in range(3):
-        error[i] = 0.0
-    for axis in range(3):
-        a, b = current[:, axis], desired[:, axis]
-        error[0] += a[1] * b[2] - a[2] * b[1]
-        error[1] += a[2] * b[0] - a[0] * b[2]
-        error[2] += a[0] * b[1] - a[1] * b[0]
-    for i in range(3):
-        error[i] *= 0.5
+        j, k = (i + 1) % 3, (i + 2) % 3
+        value = 0.0
+        for axis in range(3):
+            value += a[j, axis] * b[k, axis] - a[k, axis] * b[j, axis]
+        error[i] = 0.5 * value
 
 
 @_native()
@@ -237,7 +246,8 @@ def _torques_exact(blas, tables, vectors, jacobians, mass, buffers, svd):
     integers = tables[0]
     seven = integers + 4 * 7
     info = svd[6].ctypes.data
-    mass_inv[:] = mass
+    for i in range(49):
+        mass_inv[i] = mass[i]
     _call(blas[4], (seven, seven, mass_inv.ctypes.data, seven, pivots.ctypes.data, info))
     _call(
         blas[5],
@@ -268,79 +278,69 @@ def _torques_exact(blas, tables, vectors, jacobians, mass, buffers, svd):
         torques[i] = (torques[i] + bias[i]) + null_torques[i]
 
 
-@_native()
-def _cholesky(a, n):
-    """Factor the symmetric positive definite `a` [n, n] in place: lower triangle L with L L^T = a."""
-    for j in range(n):
-        diagonal = a[j, j]
-        for k in range(j):
-            diagonal -= a[j, k] * a[j, k]
-        a[j, j] = math.sqrt(diagonal)
-        for i in range(j + 1, n):
+@_native("void(f8[:, ::1], intp, intp)")
+def _cholesky(a, first, n):
+    """Factor in place the symmetric positive definite block of `a` at rows and columns first..first+n-1."""
+    for j in range(first, first + n):
+        for i in range(j, first + n):
             value = a[i, j]
-            for k in range(j):
+            for k in range(first, j):
                 value -= a[i, k] * a[j, k]
-            a[i, j] = value / a[j, j]
+            a[i, j] = math.sqrt(value) if i == j else value / a[j, j]
 
 
-@_native()
-def _solve_cholesky(factor, n, b):
-    """Solve L L^T x = b in place."""
-    for i in range(n):
-        for k in range(i):
+@_native("void(f8[:, ::1], intp, intp, f8[::1])")
+def _solve_cholesky(factor, first, n, b):
+    """Solve L L^T x = b in place on the rows first..first+n-1, L from `_cholesky`."""
+    for i in range(first, first + n):
+        for k in range(first, i):
             b[i] -= factor[i, k] * b[k]
         b[i] /= factor[i, i]
-    for i in range(n - 1, -1, -1):
-        for k in range(i + 1, n):
+    for i in range(first + n - 1, first - 1, -1):
+        for k in range(i + 1, first + n):
             b[i] -= factor[k, i] * b[k]
         b[i] /= factor[i, i]
 
 
 @_native()
-def _torques_fast(vectors, jac_flat, mass_flat):
+def _torques_fast(vectors, jac, mass, fast):
     """The same torques from two Cholesky factors (7x7 and 6x6) and two 3x3 solves."""
     force, torque, posture, bias, torques = vectors
-    jac, mass = jac_flat.reshape((7, 6)), mass_flat.reshape((7, 7))  # transposes: the flat arrays are column-major
-    factor = mass.copy()
-    _cholesky(factor, 7)
-    half = np.empty((6, 7))  # rows L^-1 J^T: J M^-1 J^T = half half^T
+    factor, half, task, blocks, wrench, task_posture = fast
+    for i in range(7):
+        for k in range(7):
+            factor[i, k] = mass[i + 7 * k]
+    _cholesky(factor, 0, 7)
+    # Rows L^-1 J^T, so that J M^-1 J^T = half half^T.
     for row in range(6):
         for i in range(7):
-            value = jac[i, row]
+            value = jac[row + 6 * i]
             for k in range(i):
                 value -= factor[i, k] * half[row, k]
             half[row, i] = value / factor[i, i]
-    task = np.empty((6, 6))
     for i in range(6):
-        for j in range(i + 1):
+        wrench[i] = force[i] if i < 3 else torque[i - 3]
+        task_posture[i] = 0.0
+        for k in range(7):
+            task_posture[i] += jac[i + 6 * k] * posture[k]
+        for j in range(6):
             value = 0.0
             for k in range(7):
                 value += half[i, k] * half[j, k]
             task[i, j] = value
-            task[j, i] = value
-    wrench = np.empty(6)
-    block = task[:3, :3].copy()
-    wrench[:3] = force
-    _cholesky(block, 3)
-    _solve_cholesky(block, 3, wrench[:3])
-    block[:] = task[3:, 3:]
-    wrench[3:] = torque
-    _cholesky(block, 3)
-    _solve_cholesky(block, 3, wrench[3:])
-
+            blocks[i, j] = value
+    for first in (0, 3):
+        _cholesky(blocks, first, 3)
+        _solve_cholesky(blocks, first, 3, wrench)
     # Null-space torques: (I - J^T lambda J M^-1) M posture = M posture - J^T lambda J posture.
-    task_posture = np.zeros(6)
-    for i in range(6):
-        for k in range(7):
-            task_posture[i] += jac[k, i] * posture[k]
-    _cholesky(task, 6)
-    _solve_cholesky(task, 6, task_posture)
+    _cholesky(task, 0, 6)
+    _solve_cholesky(task, 0, 6, task_posture)
     for i in range(7):
         value = bias[i]
         for k in range(7):
-            value += mass[i, k] * posture[k]
+            value += mass[i + 7 * k] * posture[k]
         for k in range(6):
-            value += jac[i, k] * (wrench[k] - task_posture[k])
+            value += jac[k + 6 * i] * (wrench[k] - task_posture[k])
         torques[i] = value
 
 
@@ -366,6 +366,7 @@ def _run_substeps(
     mass,
     buffers,
     svd,
+    fast,
 ):
     step1, step2, jac_site = functions
     model, data = handles
@@ -385,16 +386,22 @@ def _run_substeps(
 
     for substep in range(SUBSTEPS):
         if substep == _OBSERVED_SUBSTEP:
-            observed_qpos[:] = qpos
+            for i in range(qpos.size):
+                observed_qpos[i] = qpos[i]
         _call(step1, (model, data))
 
         if is_fresh[0]:
             is_fresh[0] = 0
-            ee_pos[:] = creation_pos
-            ee_ori[:] = creation_ori
-            jac[:] = creation_jac
-            mass[:] = creation_mass
-            ee_vel[:] = 0.0
+            for i in range(3):
+                ee_pos[i] = creation_pos[i]
+                for j in range(3):
+                    ee_ori[i, j] = creation_ori[i, j]
+            for i in range(42):
+                jac[i] = creation_jac[i]
+            for i in range(49):
+                mass[i] = creation_mass[i]
+            for i in range(6):
+                ee_vel[i] = 0.0
             for j in range(7):
                 joint_state[j] = creation_joint_pos[j]
                 joint_state[7 + j] = 0.0
@@ -438,7 +445,7 @@ def _run_substeps(
         if is_exact:
             _torques_exact(blas, tables, vectors, jacobians, mass, buffers, svd)
         else:
-            _torques_fast(vectors, jac, mass)
+            _torques_fast(vectors, jac, mass, fast)
         for i in range(7):
             ctrl[arm_ctrl[i]] = min(max(torques[i], torque_low[i]), torque_high[i])
         gripper[0] = min(max(gripper[0] - finger_direction, -1.0), 1.0)
@@ -448,8 +455,10 @@ def _run_substeps(
 
         _call(step2, (model, data))
         if substep == _OBSERVED_SUBSTEP:
-            observed_pos[:] = site_xpos[eef_site]
-            observed_quat[:] = xquat[eef_body]
+            for i in range(3):
+                observed_pos[i] = site_xpos[eef_site, i]
+            for i in range(4):
+                observed_quat[i] = xquat[eef_body, i]
             for i in range(2):
                 observed_fingers[i] = qpos[finger_qpos[i]]
 
@@ -591,4 +600,12 @@ def _workspace(nv: int) -> tuple[Any, ...]:
         np.empty(48, dtype=np.int32),  # iwork
         np.empty(1, dtype=np.int32),  # info
     )
-    return small, vectors, jacobians, np.empty(49), buffers, svd
+    fast = (
+        np.empty((7, 7)),  # factor
+        np.empty((6, 7)),  # half
+        np.empty((6, 6)),  # task
+        np.empty((6, 6)),  # blocks
+        np.empty(6),  # wrench
+        np.empty(6),  # task_posture
+    )
+    return small, vectors, jacobians, np.empty(49), buffers, svd, fast
