@@ -26,6 +26,7 @@ _HOVER = 0.06
 _MARGIN = 0.02
 _FINGER_REACH = 0.065
 _LIFT = 0.06
+_MAX_FREE_STEPS = 6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,14 +206,21 @@ def grip(world: World, *, gripper: float, timeout: int = 14) -> Skill:
 
 def pick(world: World, thing: SceneObject, *, attempt: int = 0) -> Skill:
     """Grasp an object from above and lift it a little; True if it is held afterwards."""
-    grasp = choose_grasp(world.shapes, thing.body_id, attempt=attempt)
-    pose = _attached(world, thing, grasp)
+    for _ in range(3):
+        before = _orientation(world, thing)
+        grasp = choose_grasp(world.shapes, thing.body_id, attempt=attempt)
+        pose = _attached(world, thing, grasp)
 
-    def hover() -> Pose:
-        position, rotation = pose()
-        return position + np.array([0.0, 0.0, _HOVER]), rotation
+        def hover(pose: Callable[[], Pose] = pose) -> Pose:
+            position, rotation = pose()
+            return position + np.array([0.0, 0.0, _HOVER]), rotation
 
-    yield from travel(world, hover, gripper=OPEN, thing=thing)
+        yield from travel(world, hover, gripper=OPEN, thing=thing)
+        # An object that was still tumbling has to be grasped otherwise than it seemed.
+        if float(np.sum(before * _orientation(world, thing))) > 2.97:
+            break
+    else:
+        return False
     yield from reach(world, lambda: _funnel(world, *pose()), gripper=OPEN, tolerance=0.006, speed=0.8, timeout=40)
     yield from grip(world, gripper=CLOSED)
     lifted = world.eef_pos + np.array([0.0, 0.0, _LIFT])
@@ -245,18 +253,34 @@ def place(
         goal = spot() + np.array([0.0, 0.0, bottom + height])
         return world.eef_pos + goal - world.position(thing), rotation
 
+    has_slipped = _slip_detector(world, thing)
     for command in travel(world, lambda: at(0.05 + drop), gripper=CLOSED, thing=thing, tolerance=0.02):
         yield command
-        if not world.is_held(thing):
+        if has_slipped():
             return False
     lowering = reach(world, lambda: at(drop - 0.012), gripper=CLOSED, tolerance=0.004, speed=0.6, timeout=40)
     for command in lowering:
         yield command
-        if settled() or not world.is_held(thing):
+        if settled() or has_slipped():
             break
     yield from grip(world, gripper=OPEN, timeout=8)
     yield from retreat(world)
     return True
+
+
+def _slip_detector(world: World, thing: SceneObject) -> Callable[[], bool]:
+    """Return a function, to be called once a step, that tells whether the held object is lost.
+
+    A held object loses contact for a step or two when it swings.
+    """
+    num_free = 0
+
+    def has_slipped() -> bool:
+        nonlocal num_free
+        num_free = 0 if world.is_held(thing) else num_free + 1
+        return num_free >= _MAX_FREE_STEPS
+
+    return has_slipped
 
 
 def retreat(world: World, height: float = 0.08) -> Skill:
@@ -281,6 +305,10 @@ def _attached(world: World, thing: SceneObject, grasp: Grasp) -> Callable[[], Po
         return world.position(thing) + offset, grasp.rotation
 
     return pose
+
+
+def _orientation(world: World, thing: SceneObject) -> FloatArray:
+    return world.data.xmat[thing.body_id].reshape(3, 3).copy()
 
 
 def _direction(vector: FloatArray) -> FloatArray:

@@ -56,13 +56,14 @@ def _put(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Command
     if not (yield from pick(world, thing, attempt=attempt)):
         yield from retreat(world)
         return
-    if atom[1:][1] in world.scene.objects:
+    if atom[2] in world.scene.objects:
         base = world.scene.objects[atom[2]]
 
         def settled() -> bool:
             return test(world.data) or in_contact(world.data, base.contact_mask, thing.contact_mask)
 
-        yield from place(world, thing, lambda: _top_of(world, base), settled=settled)
+        if not (yield from place(world, thing, lambda: _top_of(world, base), settled=settled)):
+            yield from retreat(world)
 
 
 def _top_of(world: World, base: SceneObject) -> FloatArray:
