@@ -1,0 +1,449 @@
+"""Demonstrations of LIBERO tasks by scripted experts, as a LeRobot dataset.
+
+Episodes are simulated without images, in parallel processes. Only those that succeed are rendered, all frames of an
+episode in batches, and staged one by one beside the output; at the end the staged episodes become a dataset. A
+collection that was broken off goes on where it was when the same command runs again.
+
+Episode k of a task is decided by (seed, task, k) alone: neither the number of processes nor the batch size changes
+the data. A task's dataset is its first `episodes_per_task` successful attempts. Every frame holds what the policy
+observes before an action, and that action, gripper 1 open / 0 close; an episode ends with the action that succeeds.
+Its `task_id`, `init_state_id`, `seed` and `object_shift` are kept in `meta/`, so it can be simulated again.
+
+    python algorithms/collect_demos.py --output data/libero_spatial --suite libero_spatial --episodes-per-task 50
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import resources
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import mujoco
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from algorithms.run_folder import json_ready, write_json
+from gr00t_agent.lerobot_writer import EPISODE_FILE, Episode, Recording, assemble_dataset, stage_episode
+from libero_gym.env import DEFAULT_CAMERAS
+from libero_gym.experts import ExpertConfig, make_expert
+from libero_gym.rendering import Renderer, make_renderer
+from libero_gym.scenes import Scene, load_scene
+from libero_gym.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, RenderState, Simulation
+from libero_gym.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states
+
+FPS = 20
+SETTINGS_FILE = "settings.json"
+# What may differ between a collection and its continuation.
+FREE_SETTINGS = {
+    "output", "episodes_per_task", "task_ids", "max_attempts_per_task", "allow_fewer", "num_workers", "renderer",
+    "render_batch_size", "version", "keep_staged",
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Command-line arguments; each one's help follows it."""
+
+    output: Path
+    """Folder of the new dataset; episodes are staged in `<output>.staged` first."""
+    suite: str = "libero_spatial"
+    """LIBERO suite."""
+    task_ids: tuple[int, ...] | None = None
+    """Tasks to record; all of the suite if not given."""
+    episodes_per_task: int = 50
+    """Successful episodes per task."""
+    max_attempts_per_task: int | None = None
+    """Attempts after which a task counts as too hard; 3 * episodes_per_task if not given."""
+    allow_fewer: bool = False
+    """Write the dataset even if a task has fewer episodes than asked for."""
+    init_state_ids: tuple[int, ...] | None = None
+    """Stored initial states that attempts take in turn; all if not given."""
+    object_shift: float = 0.0
+    """Metres by which each object may be moved along x and y from its stored place (0.02 varies the scene)."""
+    horizon: int | None = None
+    """Environment steps before an attempt counts as failed; the suite's own if not given."""
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    """How the expert moves."""
+    seed: int = 0
+    """Seed of fixture poses, object shifts and the expert's variety."""
+    image_size: int = 256
+    """Height and width of both views, pixels."""
+    storage: Literal["video", "image"] = "video"
+    """H.264 mp4 files, or lossless PNGs in the parquet files."""
+    crf: int = 18
+    """Quality of the videos, 0 (lossless) to 51."""
+    version: Literal["v2.1", "v3.0"] = "v2.1"
+    """Layout of the dataset; GR00T's own tools read v2.1."""
+    num_workers: int = 0
+    """Simulating processes; 0 simulates in this one."""
+    renderer: Literal["egl", "osmesa", "warp"] | None = None
+    """Renderer; if not given, the best that the machine has."""
+    render_batch_size: int = 64
+    """Frames that are rendered at once."""
+    keep_staged: bool = False
+    """Keep the staged episodes, to write another version or to add episodes later."""
+
+    @property
+    def max_attempts(self) -> int:
+        """Attempts per task at most."""
+        return 3 * self.episodes_per_task if self.max_attempts_per_task is None else self.max_attempts_per_task
+
+
+class Demonstrator(Protocol):
+    """What acts: `libero_gym.experts.Expert`, or one's own."""
+
+    def reset(self, sim: Simulation, rng: np.random.Generator) -> None:
+        """Start an episode."""
+        ...
+
+    def act(self, sim: Simulation) -> NDArray[np.float32]:
+        """Return the next environment action, float32 [7], gripper -1 open, +1 close."""
+        ...
+
+
+MakeDemonstrator = Callable[[TaskSpec, ExpertConfig], Demonstrator]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at a task, and all that decides it."""
+
+    suite: str
+    task_id: int
+    attempt_id: int
+    init_state_id: int
+    seed: int
+    object_shift: float
+    horizon: int
+
+    @property
+    def name(self) -> str:
+        """Name of its files; sorts by task, then attempt."""
+        return f"task_{self.task_id:03d}_attempt_{self.attempt_id:05d}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectory:
+    """What happened in an attempt of T steps.
+
+    Attributes:
+        attempt: the attempt.
+        failure: why it is of no use; None after success.
+        states: float32 [T, 8], before each action.
+        actions: float32 [T, 7], environment convention.
+        views: what a renderer needs for the image before each action.
+    """
+
+    attempt: Attempt
+    failure: str | None
+    states: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    views: Sequence[RenderState]
+
+
+def make_attempt(args: Args, task: TaskSpec, attempt_id: int) -> Attempt:
+    """Returns attempt number `attempt_id` at a task."""
+    stored = args.init_state_ids or tuple(range(len(load_init_states(task))))
+    seed = np.random.SeedSequence((args.seed, task.task_id, attempt_id)).generate_state(1)[0]
+    return Attempt(
+        suite=args.suite, task_id=task.task_id, attempt_id=attempt_id, seed=int(seed),
+        init_state_id=stored[attempt_id % len(stored)], object_shift=args.object_shift,
+        horizon=args.horizon or horizon(args.suite),
+    )  # fmt: skip
+
+
+def start_episode(sim: Simulation, task: TaskSpec, attempt: Attempt) -> None:
+    """Brings `sim` to the attempt's initial state: a stored one, its objects moved by up to `object_shift`."""
+    random_state = np.random.RandomState(attempt.seed)
+    if attempt.object_shift == 0:
+        sim.reset(task, attempt.init_state_id, random_state)
+        return
+    sim.reset(task, attempt.init_state_id, random_state, num_settling_steps=0)
+    rng = np.random.default_rng((attempt.seed, 1))
+    for joint in np.flatnonzero(sim.model.jnt_type == mujoco.mjtJoint.mjJNT_FREE):
+        address = sim.model.jnt_qposadr[joint]
+        sim.data.qpos[address : address + 2] += rng.uniform(-attempt.object_shift, attempt.object_shift, 2)
+    mujoco.mj_forward(sim.model, sim.data)
+    for _ in range(NUM_SETTLING_STEPS):
+        sim.step(SETTLING_ACTION)
+
+
+_simulations: dict[str, Simulation] = {}
+"""This process's worlds by scene: a scene takes seconds to load."""
+
+
+def record(attempt: Attempt, config: ExpertConfig, make_demonstrator: MakeDemonstrator = make_expert) -> Trajectory:
+    """Simulates an attempt until it succeeds or its horizon is reached."""
+    task = get_task(attempt.suite, attempt.task_id)
+    scene = load_scene(task)
+    sim = _simulations.setdefault(scene.key, Simulation(scene))
+    states: list[NDArray[np.float32]] = []
+    actions: list[NDArray[np.float32]] = []
+    views: list[RenderState] = []
+    failure: str | None = None
+    try:
+        start_episode(sim, task, attempt)
+        if sim.success():
+            failure = "solved before the first action"
+        else:
+            demonstrator = make_demonstrator(task, config)
+            demonstrator.reset(sim, np.random.default_rng((attempt.seed, task.task_id, attempt.init_state_id)))
+            while not sim.success() and len(actions) < attempt.horizon:
+                states.append(sim.states())
+                views.append(sim.render_state())
+                # What is recorded is exactly what is executed.
+                actions.append(np.clip(demonstrator.act(sim), -1.0, 1.0).astype(np.float32))
+                sim.step(actions[-1])
+            failure = None if sim.success() else f"not solved within {attempt.horizon} steps"
+    except PhysicsError as error:
+        failure = f"physics: {error}"
+    if failure is not None:
+        states, actions, views = [], [], []
+    return Trajectory(
+        attempt=attempt, failure=failure, views=views, states=np.array(states, np.float32).reshape(-1, 8),
+        actions=np.array(actions, np.float32).reshape(-1, 7),
+    )  # fmt: skip
+
+
+class RecordedWorld:
+    """A moment of a trajectory, as renderers read a simulation: `scene`, `model` and `render_state()`."""
+
+    def __init__(self, scene: Scene, model: mujoco.MjModel, view: RenderState) -> None:
+        self.scene, self.model, self._view = scene, model, view
+
+    def render_state(self) -> RenderState:
+        """Returns what the image shows."""
+        return self._view
+
+
+def render(renderer: Renderer, trajectory: Trajectory, batch_size: int) -> NDArray[np.uint8]:
+    """Returns the images of a trajectory, uint8 [K, T, H, W, 3] for K cameras."""
+    scene = load_scene(get_task(trajectory.attempt.suite, trajectory.attempt.task_id))
+    sim = _simulations.setdefault(scene.key, Simulation(scene))
+    parts: list[NDArray[np.uint8]] = []
+    for start in range(0, len(trajectory.views), batch_size):
+        views = trajectory.views[start : start + batch_size]
+        fixtures = scene.fixture_body_ids
+        sim.model.body_pos[fixtures], sim.model.body_quat[fixtures] = (
+            views[0].fixture_poses[:, :3],
+            views[0].fixture_poses[:, 3:],
+        )
+        worlds = [RecordedWorld(scene, sim.model, view) for view in views]
+        parts.append(renderer.render(cast("list[Simulation]", worlds)))  # [n, K, H, W, 3]
+    return np.moveaxis(np.concatenate(parts), 1, 0)
+
+
+def to_episode(trajectory: Trajectory, images: NDArray[np.uint8], cameras: Sequence[str], language: str) -> Episode:
+    """Returns a trajectory as it is written: gripper 1 open, 0 close."""
+    actions = trajectory.actions.copy()
+    actions[:, 6] = (1.0 - actions[:, 6]) / 2.0
+    attempt = trajectory.attempt
+    info = {name: getattr(attempt, name) for name in ("task_id", "init_state_id", "seed", "object_shift")}
+    return Episode(
+        frames=dict(zip(cameras, images, strict=True)), states=trajectory.states, actions=actions,
+        instruction=language, info={**info, "suite": attempt.suite},
+    )  # fmt: skip
+
+
+class Staging:
+    """The folder of staged episodes: a folder per success, a JSON file per failure.
+
+    Args:
+        folder: the folder.
+        args: decide the data; a folder made with others is refused.
+
+    Raises:
+        ValueError: the folder was made with other arguments.
+    """
+
+    def __init__(self, folder: Path, args: Args) -> None:
+        self.folder = folder
+        settings = {k: v for k, v in json_ready(dataclasses.asdict(args)).items() if k not in FREE_SETTINGS}
+        path = folder / SETTINGS_FILE
+        if path.is_file():
+            found = json.loads(path.read_text("utf-8"))
+            changed = {k: (found.get(k), v) for k, v in settings.items() if found.get(k) != v}
+            if changed:
+                listing = ", ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
+                raise ValueError(f"{folder} was recorded otherwise ({listing}); remove it or give another output")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, settings)
+
+    def outcome(self, attempt: Attempt) -> bool | None:
+        """Returns True if the attempt is staged, False if it failed, None if it was not made yet."""
+        if (self.folder / attempt.name / EPISODE_FILE).is_file():
+            return True
+        return False if (self.folder / f"{attempt.name}.json").is_file() else None
+
+    def add_failure(self, trajectory: Trajectory) -> None:
+        """Notes that an attempt failed."""
+        content = {**dataclasses.asdict(trajectory.attempt), "failure": trajectory.failure}
+        write_json(self.folder / f"{trajectory.attempt.name}.json", content)
+
+    def failures(self, attempts: Iterable[Attempt]) -> list[str]:
+        """Returns the reasons of those attempts that failed."""
+        paths = [self.folder / f"{attempt.name}.json" for attempt in attempts]
+        return [json.loads(path.read_text("utf-8"))["failure"] for path in paths if path.is_file()]
+
+
+def plan(args: Args, task: TaskSpec, staging: Staging) -> tuple[list[Attempt], list[Attempt]]:
+    """Returns a task's successful attempts so far, and those to make next.
+
+    As many are made next as successes are missing. Attempts are numbered without gaps, so what is kept does not
+    depend on the order in which they end.
+    """
+    kept: list[Attempt] = []
+    missing: list[Attempt] = []
+    for attempt_id in range(args.max_attempts):
+        if len(kept) + len(missing) == args.episodes_per_task:
+            break
+        attempt = make_attempt(args, task, attempt_id)
+        outcome = staging.outcome(attempt)
+        if outcome:
+            kept.append(attempt)
+        elif outcome is None:
+            missing.append(attempt)
+    return kept, missing
+
+
+def simulate(
+    attempts: Sequence[Attempt], args: Args, make_demonstrator: MakeDemonstrator, pool: ProcessPoolExecutor | None
+) -> Iterator[Trajectory]:
+    """Yields the trajectories of attempts as they are simulated."""
+    if pool is None:
+        for attempt in attempts:
+            yield record(attempt, args.expert, make_demonstrator)
+    else:
+        yield from pool.map(
+            record, attempts, [args.expert] * len(attempts), [make_demonstrator] * len(attempts), chunksize=1
+        )
+
+
+def collect(
+    args: Args, tasks: Sequence[TaskSpec], staging: Staging, renderer: Renderer, make_demonstrator: MakeDemonstrator
+) -> None:
+    """Makes attempts until every task has its episodes, or no attempts are left."""
+    console, start, frames = Console(), time.perf_counter(), 0
+    recording = make_recording(args)
+    cameras = camera_columns()
+    language = {task.task_id: task.language for task in tasks}
+    context = get_context("spawn")  # renderers and threads do not survive a fork
+    pool = ProcessPoolExecutor(args.num_workers, mp_context=context) if args.num_workers else None
+    with ThreadPoolExecutor(max(2, len(cameras))) as writers:
+        while attempts := [attempt for task in tasks for attempt in plan(args, task, staging)[1]]:
+            writing: list[Future[None]] = []
+            for count, trajectory in enumerate(simulate(attempts, args, make_demonstrator, pool), 1):
+                attempt = trajectory.attempt
+                if trajectory.failure is not None:
+                    staging.add_failure(trajectory)
+                else:
+                    images = render(renderer, trajectory, args.render_batch_size)
+                    episode = to_episode(trajectory, images, cameras, language[attempt.task_id])
+                    if len(writing) >= 4:  # images of a few episodes at most wait in memory
+                        writing.pop(0).result()
+                    writing.append(writers.submit(stage_episode, staging.folder / attempt.name, episode, recording))
+                    frames += len(episode.actions)
+                outcome = trajectory.failure or f"success after {len(trajectory.actions)} steps"
+                rate = frames / (time.perf_counter() - start)
+                console.print(
+                    f"{count}/{len(attempts)}  task {attempt.task_id} attempt {attempt.attempt_id}: {outcome}   "
+                    f"{rate:.0f} frames/s",
+                    highlight=False,
+                )
+            for future in writing:
+                future.result()
+    if pool is not None:
+        pool.shutdown()
+
+
+def make_recording(args: Args) -> Recording:
+    """Returns how the dataset stores its frames."""
+    return Recording(fps=FPS, storage=args.storage, crf=args.crf)
+
+
+def libero_modality() -> dict[str, Any]:
+    """Returns the content of LIBERO's `modality.json`."""
+    return json.loads((resources.files("libero_gym") / "data" / "modality.json").read_text("utf-8"))
+
+
+def camera_columns() -> list[str]:
+    """Returns the columns of the cameras, in the order of `DEFAULT_CAMERAS`."""
+    return [entry["original_key"] for entry in libero_modality()["video"].values()]
+
+
+def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[str, Any]:
+    """Records, writes the dataset and returns the counts of each task.
+
+    Raises:
+        FileExistsError: the output exists.
+        RuntimeError: a task has too few successful attempts.
+    """
+    if args.output.exists() and any(args.output.iterdir()):
+        raise FileExistsError(f"{args.output} exists; give another output, or remove it to write it anew")
+    if args.episodes_per_task < 1:
+        raise ValueError(f"episodes_per_task={args.episodes_per_task} must be at least 1")
+    tasks = list_tasks(args.suite) if args.task_ids is None else [get_task(args.suite, i) for i in args.task_ids]
+    staging = Staging(args.output.with_name(f"{args.output.name}.staged"), args)
+    renderer = make_renderer(
+        args.renderer, camera_names=DEFAULT_CAMERAS, image_size=args.image_size, num_worlds=args.render_batch_size
+    )
+    try:
+        collect(args, tasks, staging, renderer, make_demonstrator)
+    finally:
+        renderer.close()
+    kept = {task.task_id: plan(args, task, staging)[0] for task in tasks}
+    report = {task.task_id: count_outcomes(args, task, staging, kept[task.task_id]) for task in tasks}
+    print_report(report)
+    short = {task_id: len(attempts) for task_id, attempts in kept.items() if len(attempts) < args.episodes_per_task}
+    if short and not args.allow_fewer:
+        raise RuntimeError(
+            f"tasks {sorted(short)} have only {list(short.values())} of {args.episodes_per_task} episodes after "
+            f"{args.max_attempts} attempts; raise --max-attempts-per-task, or write what there is with --allow-fewer"
+        )
+    staged = [staging.folder / attempt.name for attempts in kept.values() for attempt in attempts]
+    assemble_dataset(args.output, staged, make_recording(args), version=args.version, modality=libero_modality())
+    write_json(args.output / "meta" / "collection.json", {"args": args, "tasks": report})
+    if not args.keep_staged:
+        shutil.rmtree(staging.folder)
+    print(f"\ndataset      {args.output}\ninspect      python algorithms/show_dataset.py --dataset {args.output}")
+    return {"tasks": report}
+
+
+def count_outcomes(args: Args, task: TaskSpec, staging: Staging, kept: Sequence[Attempt]) -> dict[str, Any]:
+    """Returns how many attempts at a task were kept and discarded, and why, and the kept ones' lengths."""
+    last = kept[-1].attempt_id if len(kept) == args.episodes_per_task else args.max_attempts - 1
+    reasons = staging.failures(make_attempt(args, task, i) for i in range(last + 1))
+    lengths = [
+        json.loads((staging.folder / attempt.name / EPISODE_FILE).read_text("utf-8"))["length"] for attempt in kept
+    ]
+    return dict(
+        instruction=task.language, kept=len(kept), discarded=len(reasons),
+        reasons={reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        length_min=min(lengths, default=0), length_max=max(lengths, default=0),
+        length_mean=float(np.mean(lengths)) if lengths else 0.0,
+    )  # fmt: skip
+
+
+def print_report(report: dict[int, dict[str, Any]]) -> None:
+    """Prints a table of the tasks."""
+    table = Table("task", "instruction", "kept", "discarded", "steps (min / mean / max)")
+    for task_id, row in report.items():
+        steps = f"{row['length_min']} / {row['length_mean']:.0f} / {row['length_max']}"
+        table.add_row(str(task_id), row["instruction"], str(row["kept"]), str(row["discarded"]), steps)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
