@@ -232,6 +232,39 @@ class Gr00tAgent(nn.Module):
     # -- building, saving ------------------------------------------------------------------------------------------
 
     @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        policy: PolicyConfig,
+        *,
+        data_config: DataConfig,
+        metadata: DatasetMetadata,
+        tokenizer: PromptTokenizer | str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "Gr00tAgent":
+        """Build a network with random weights, all of it trainable.
+
+        Args:
+            config: Network sizes.
+            policy: Settings.
+            data_config: The robot.
+            metadata: Statistics.
+            tokenizer: Tokenizer, or what `load_tokenizer` takes.
+            device: Where to build.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: The parts do not fit together.
+            KeyError: The statistics do not cover the data config.
+        """
+        preprocessor = _preprocessor(config, policy, data_config, metadata, tokenizer)
+        with torch.device(device):
+            agent = cls(config, policy, preprocessor)
+        agent.set_trainable(tune_visual=True, tune_llm=True)
+        return agent._cast(dtype)
+
+    @classmethod
     def from_preset(
         cls,
         name: PresetName,
@@ -243,7 +276,7 @@ class Gr00tAgent(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "Gr00tAgent":
-        """Build a network with random weights.
+        """Build a network of a named size with random weights, all of it trainable.
 
         Args:
             name: `nano`, which ships with a tokenizer and LIBERO workspace statistics, or `gr00t_n1d5`.
@@ -258,21 +291,20 @@ class Gr00tAgent(nn.Module):
             ValueError: Unknown preset.
             KeyError: The statistics do not cover the data config.
         """
-        config = ModelConfig.preset(name)
-        policy = preset_policy(name) if policy is None else policy
         data_config = LiberoFrankaDataConfig() if data_config is None else data_config
         if metadata is None:
             metadata = read_metadata(NANO_METADATA, data_config.embodiment_tag)
         if tokenizer is None:
             tokenizer = "nano" if name == "nano" else RELEASED_TOKENIZER
-        preprocessor = _preprocessor(config, policy, data_config, metadata, tokenizer)
-        with torch.device(device):
-            agent = cls(config, policy, preprocessor)
-        agent = agent._cast(dtype)
-        if name == "nano":
-            # Nothing in it is pretrained.
-            agent.set_trainable(tune_visual=True, tune_llm=True, tune_projector=True, tune_diffusion_model=True)
-        return agent
+        return cls.from_config(
+            ModelConfig.preset(name),
+            preset_policy(name) if policy is None else policy,
+            data_config=data_config,
+            metadata=metadata,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+        )
 
     @classmethod
     def from_pretrained(
@@ -647,15 +679,18 @@ class Gr00tAgent(nn.Module):
         actions = self.preprocessor.unnormalise_actions(chunk[:, : self.policy.num_action_chunks])
         return self.preprocessor.to_env(actions)
 
-    def compile_network(self, mode: str | None = None) -> None:
+    def compile_network(self, mode: str | None = None, backend: str = "inductor") -> None:
         """Compile backbone and action head with torch.compile; results agree with the plain path to rounding.
+
+        Log-probabilities of rollout and update then stay equal only if both run the compiled network.
 
         Args:
             mode: torch.compile's mode, e.g. `max-autotune-no-cudagraphs`.
+            backend: torch.compile's backend; `inductor` needs a C++ compiler on a CPU.
         """
-        self._run_backbone = torch.compile(self.backbone.forward, mode=mode)
-        self._run_prepare = torch.compile(self.action_head.prepare, mode=mode)
-        self._run_velocity = torch.compile(self.action_head.velocity, mode=mode)
+        self._run_backbone = torch.compile(self.backbone.forward, mode=mode, backend=backend)
+        self._run_prepare = torch.compile(self.action_head.prepare, mode=mode, backend=backend)
+        self._run_velocity = torch.compile(self.action_head.velocity, mode=mode, backend=backend)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

@@ -217,7 +217,7 @@ def test_wrong_observations_are_refused(nano_agent, changes, error, message):
 def test_missing_observation_key_is_named(nano_agent):
     obs = make_observation(2)
     del obs["state.yaw"]
-    with pytest.raises(KeyError, match="the observation has no 'state.yaw'"):
+    with pytest.raises(KeyError, match=r"the observation has no 'state\.yaw'"):
         nano_agent.encode(obs)
 
 
