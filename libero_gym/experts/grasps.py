@@ -37,6 +37,7 @@ _BODY_DEPTH = 0.020
 _CLEARANCE = 0.003
 _LEAN_FROM, _LEAN_OVER, _MAX_LEAN = 0.70, 0.12, 0.35
 _SLICE = 0.010
+_YAW_STEP_DEG = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,22 +126,18 @@ def _candidates_across(cloud: FloatArray, preferred_yaw: float) -> list[tuple[fl
     part = cloud[np.abs(cloud[:, 2] - height) < _SLICE]
     if len(part) == 0:
         return []
-    yaws = np.deg2rad(np.arange(-90, 90, 3))
+    yaws = np.deg2rad(np.arange(-90, 90, _YAW_STEP_DEG))
     extents = [(part[:, :2] @ opening_axis(yaw), part[:, :2] @ _side_axis(yaw)) for yaw in yaws]
     widths = np.array([along.max() - along.min() for along, _ in extents])
-    narrowest = widths.min()
     candidates: list[tuple[float, Grasp]] = []
-    for yaw, width, (along, side) in zip(yaws, widths, extents, strict=True):
-        # A box turned within the grasp springs into alignment as the fingers close, and slips out while it does.
-        if width > MAX_WIDTH or (
-            width > narrowest + 0.25 * (widths.max() - narrowest) + 1e-6 and width > narrowest + 0.003
-        ):
+    for index, (yaw, width, (along, side)) in enumerate(zip(yaws, widths, extents, strict=True)):
+        # A box held askew springs into alignment as the fingers close, and slips out while it does.
+        is_aligned = width < widths.take(range(index - 4, index + 5), mode="wrap").min() + 0.0015
+        if width > MAX_WIDTH or not is_aligned:
             continue
         middle = (along.max() + along.min()) / 2 * opening_axis(yaw) + (side.max() + side.min()) / 2 * _side_axis(yaw)
-        cost = abs(_wrap(yaw - preferred_yaw)) + 20.0 * (width - narrowest)
-        candidates.append(
-            (cost, Grasp(position=np.array([*middle, height]), rotation=gripper_rotation(float(yaw)), kind="across"))
-        )
+        grasp = Grasp(position=np.array([*middle, height]), rotation=gripper_rotation(float(yaw)), kind="across")
+        candidates.append((abs(_wrap(yaw - preferred_yaw)) + 15.0 * (width - widths.min()), grasp))
     return candidates
 
 

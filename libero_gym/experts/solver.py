@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.experts.grasps import HAND_HALF_LENGTH, PALM_HEIGHT
 from libero_gym.experts.skills import Command, World, pick, place, rest, retreat
 from libero_gym.predicates import Goal, in_contact
-from libero_gym.scenes import SceneObject
+from libero_gym.scenes import SceneObject, SceneSite
 
 FloatArray = npt.NDArray[np.float64]
 Atom = tuple[str, ...]
@@ -56,19 +57,42 @@ def _put(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Command
     if not (yield from pick(world, thing, attempt=attempt)):
         yield from retreat(world)
         return
-    if atom[2] in world.scene.objects:
-        base = world.scene.objects[atom[2]]
-
-        def settled() -> bool:
-            return test(world.data) or in_contact(world.data, base.contact_mask, thing.contact_mask)
-
-        if not (yield from place(world, thing, lambda: _top_of(world, base), settled=settled)):
-            yield from retreat(world)
+    spot, settled = _destination(world, thing, atom[2], test)
+    if not (yield from place(world, thing, spot, settled=settled)):
+        yield from retreat(world)
 
 
-def _top_of(world: World, base: SceneObject) -> FloatArray:
-    """Return the spot on a plate, bowl or tray: above its root body, on the surface within 2 cm of it."""
-    position = world.position(base)
+def _destination(
+    world: World, thing: SceneObject, name: str, test: Goal
+) -> tuple[Callable[[], FloatArray], Callable[[], bool]]:
+    """Return where to put the object and how to tell that it is there."""
+    scene = world.scene
+    if name in scene.objects:
+        base = scene.objects[name]
+        return (
+            lambda: _on(world, world.position(base), base),
+            lambda: test(world.data) or in_contact(world.data, base.contact_mask, thing.contact_mask),
+        )
+    site = scene.sites[name]
+    parent = None if site.parent is None else scene.objects[site.parent]
+    if test.atoms[0][0] == "on":
+        return lambda: _on(world, world.data.site_xpos[site.site_id], parent), lambda: test(world.data)
+    return lambda: _inside(world, thing, site), lambda: test(world.data)
+
+
+def _on(world: World, position: FloatArray, base: SceneObject | None) -> FloatArray:
+    """Return the spot on a surface: at the position, as high as the base (a table if None) within 2 cm of it."""
+    if base is None:
+        return position.copy()
     cloud = world.shapes.cloud(base.body_id)
     near = cloud[np.linalg.norm(cloud[:, :2] - position[:2], axis=1) < 0.02]
     return np.array([*position[:2], float(near[:, 2].max())])
+
+
+def _inside(world: World, thing: SceneObject, site: SceneSite) -> FloatArray:
+    """Return the spot in a container: at its centre, as low as the hand can go without touching the walls."""
+    centre = world.data.site_xpos[site.site_id]
+    floor = float(centre[2] - np.abs(world.data.site_xmat[site.site_id].reshape(3, 3) @ site.size)[2])
+    walls = world.shapes.top_along(centre, centre, HAND_HALF_LENGTH, (world.robot_body_id, thing.body_id))
+    below_hand = float(world.eef_pos[2] - world.shapes.cloud(thing.body_id)[:, 2].min()) - PALM_HEIGHT
+    return np.array([*centre[:2], max(floor, walls + 0.015 - below_hand)])
