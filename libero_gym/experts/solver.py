@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.experts.grasps import HAND_HALF_LENGTH, PALM_HEIGHT
-from libero_gym.experts.skills import Command, World, pick, place, rest, retreat
+from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, turn
+from libero_gym.experts.grasps import HAND_HALF_LENGTH, MAX_WIDTH, PALM_HEIGHT
+from libero_gym.experts.skills import Command, Skill, World, pick, place, rest, retreat
 from libero_gym.predicates import Goal, in_contact
 from libero_gym.scenes import SceneObject, SceneSite
 
@@ -48,18 +49,59 @@ def achieve(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Comm
     """Yield one attempt's commands."""
     if atom[0] in {"on", "in"}:
         yield from _put(world, atom, attempt, test)
+    elif atom[0] in {"open", "turnon", "turnoff"}:
+        yield from _articulate(world, atom, test)
     else:
         raise ValueError(f"goal atom {atom} has no skill yet")
 
 
 def _put(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Command]:
     thing = world.scene.objects[atom[1]]
+    if (door := _door(world, atom)) is not None:
+        if not (yield from _articulate(world, door, Goal(world.scene, (door,)))):
+            return
+    if _is_pushed(world, thing, atom[2]):
+        yield from push(
+            world, thing, world.data.site_xpos[world.scene.sites[atom[2]].site_id], lambda: test(world.data)
+        )
+        return
     if not (yield from pick(world, thing, attempt=attempt)):
         yield from retreat(world)
         return
     spot, settled = _destination(world, thing, atom[2], test)
     if not (yield from place(world, thing, spot, settled=settled)):
         yield from retreat(world)
+
+
+def _door(world: World, atom: Atom) -> Atom | None:
+    """Return the unmet atom that the container be open, if it has a drawer or door and is nearly closed."""
+    site = world.scene.sites.get(atom[2])
+    if atom[0] != "in" or site is None or not site.joint_qpos_adr:
+        return None
+    door = ("open", atom[2])
+    return None if Goal(world.scene, (door,))(world.data) else door
+
+
+def _is_pushed(world: World, thing: SceneObject, name: str) -> bool:
+    """Return whether the object is pushed: flat and too wide for the gripper, and its goal is on the table."""
+    site = world.scene.sites.get(name)
+    extent = np.ptp(world.shapes.cloud(thing.body_id), axis=0)
+    return site is not None and site.parent is None and extent[2] < 0.03 and float(extent[:2].min()) > MAX_WIDTH
+
+
+def _articulate(world: World, atom: Atom, test: Goal) -> Skill:
+    """Open a drawer, or turn a knob."""
+    scene = world.scene
+    site = scene.sites.get(atom[1])
+    owner = scene.objects[(site.parent if site is not None else None) or atom[1]]
+    addresses = owner.joint_qpos_adr if site is None else site.joint_qpos_adr
+    joint = find_joint(world, addresses[0])
+    sign = 1.0 if owner.joint_tests[atom[0]].above else -1.0
+    if atom[0] == "open" and is_slide(world, joint):
+        return (yield from pull_open(world, joint, sign, lambda: test(world.data)))
+    if atom[0] in {"turnon", "turnoff"}:
+        return (yield from turn(world, joint, sign, lambda: test(world.data)))
+    raise ValueError(f"goal atom {atom} has no skill for a joint of this kind")
 
 
 def _destination(

@@ -1,0 +1,154 @@
+"""Skills for what moves about a joint, and for what is pushed rather than lifted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from libero_gym.experts.grasps import TIP_DEPTH, choose_grasp, gripper_rotation
+from libero_gym.experts.skills import CLOSED, OPEN, Command, Skill, World, grip, reach, retreat, travel
+from libero_gym.scenes import SceneObject
+
+FloatArray = npt.NDArray[np.float64]
+
+_STANDOFF = 0.07
+_BAR_THICKNESS = 0.018
+_LEAD = 0.05
+_TURN_LEAD = 0.45
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Joint:
+    """A joint of a fixture and the part that it moves.
+
+    Attributes:
+        joint_id: id in the model.
+        qpos_adr: address in qpos.
+        body_id: the part.
+    """
+
+    joint_id: int
+    qpos_adr: int
+    body_id: int
+
+
+def find_joint(world: World, qpos_adr: int) -> Joint:
+    """Return the joint at an address in qpos."""
+    joint_id = int(np.flatnonzero(world.model.jnt_qposadr == qpos_adr)[0])
+    return Joint(joint_id=joint_id, qpos_adr=qpos_adr, body_id=int(world.model.jnt_bodyid[joint_id]))
+
+
+def pull_open(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -> Skill:
+    """Grip a drawer's handle from the front, pull it out, let go and back off.
+
+    Args:
+        world: state.
+        joint: a slide joint.
+        sign: direction of the joint's position in which the drawer opens.
+        is_done: tells when it is open enough.
+    """
+    outward = sign * world.data.xaxis[joint.joint_id]
+    # Pointing into the cabinet, fingers above and below the bar.
+    into = -outward
+    down = np.array([0.0, 0.0, -1.0])
+    rotation = np.stack([down, np.cross(into, down), into], axis=1)
+
+    def handle() -> FloatArray:
+        cloud = world.shapes.cloud(joint.body_id)
+        along = cloud @ outward
+        bar = cloud[along > along.max() - _BAR_THICKNESS]
+        return (bar.max(axis=0) + bar.min(axis=0)) / 2
+
+    yield from travel(world, lambda: (handle() + _STANDOFF * outward, rotation), gripper=OPEN)
+    if not (
+        yield from reach(world, lambda: (handle(), rotation), gripper=OPEN, tolerance=0.008, speed=0.6, timeout=50)
+    ):
+        yield from _back_off(world, outward)
+        return False
+    yield from grip(world, gripper=CLOSED)
+    for _ in range(70):
+        position = handle() + _LEAD * outward
+        if is_done() or float(np.linalg.norm(handle() - world.eef_pos)) > 0.03:
+            break
+        yield Command(position=position, rotation=world.leaning((position, rotation)), gripper=CLOSED, speed=0.8)
+    yield from grip(world, gripper=OPEN, timeout=8)
+    yield from _back_off(world, outward)
+    return is_done()
+
+
+def turn(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -> Skill:
+    """Grasp a knob from above and turn it about its vertical axis; True if it turned far enough."""
+    grasp = choose_grasp(world.shapes, joint.body_id)
+    anchor = world.data.xanchor[joint.joint_id].copy()
+    start = float(world.data.qpos[joint.qpos_adr])
+    above = grasp.position + np.array([0.0, 0.0, 0.06])
+    yield from travel(world, lambda: (above, grasp.rotation), gripper=OPEN)
+    yield from reach(world, lambda: (grasp.position, grasp.rotation), gripper=OPEN, speed=0.8, timeout=40)
+    yield from grip(world, gripper=CLOSED)
+    for _ in range(60):
+        if is_done():
+            return True
+        angle = float(world.data.qpos[joint.qpos_adr]) - start + sign * _TURN_LEAD
+        turned = _about_z(angle)
+        position = anchor + turned @ (grasp.position - anchor)
+        world.posture = turned @ grasp.rotation
+        yield Command(position=position, rotation=world.posture, gripper=CLOSED)
+    yield from grip(world, gripper=OPEN, timeout=8)
+    yield from retreat(world)
+    return is_done()
+
+
+def push(world: World, thing: SceneObject, goal: FloatArray, is_done: Callable[[], bool]) -> Skill:
+    """Push a flat object over the table with closed fingers until it is at `goal` [2]; True if it got there."""
+
+    def heading() -> FloatArray:
+        return _unit(goal[:2] - world.position(thing)[:2])
+
+    def behind(gap: float, height: float) -> FloatArray:
+        cloud = world.shapes.cloud(thing.body_id)
+        centre = world.position(thing)[:2]
+        reach_back = float(((centre - cloud[:, :2]) @ heading()).max())
+        return np.array([*(centre - (reach_back + gap) * heading()), float(cloud[:, 2].min()) + TIP_DEPTH + height])
+
+    rotation = gripper_rotation(0.0)
+    yield from travel(world, lambda: (behind(0.04, 0.06), rotation), gripper=CLOSED)
+    yield from reach(world, lambda: (behind(0.035, 0.004), rotation), gripper=CLOSED, tolerance=0.012, speed=0.8)
+    for _ in range(90):
+        if is_done():
+            return True
+        # The line of the push passes through the centre: a step beside it is corrected before a step forward.
+        offset = world.eef_pos[:2] - world.position(thing)[:2]
+        beside = offset - (offset @ heading()) * heading()
+        if float(np.linalg.norm(beside)) > 0.03:
+            break
+        ahead = world.eef_pos[:2] + 0.03 * heading() - 1.5 * beside
+        position = np.array([*ahead, behind(0.0, 0.004)[2]])
+        yield Command(position=position, rotation=world.leaning((position, rotation)), gripper=CLOSED, speed=0.6)
+    yield from reach(world, lambda: (world.eef_pos + np.array([0, 0, 0.1]), rotation), gripper=CLOSED, timeout=12)
+    return is_done()
+
+
+def _back_off(world: World, outward: FloatArray) -> Skill:
+    """Leave a handle horizontally, then turn the gripper down."""
+    away, rotation = world.eef_pos + _STANDOFF * outward, world.posture
+    yield from reach(world, lambda: (away, rotation), gripper=OPEN, tolerance=0.03, timeout=25)
+    up = away + np.array([0.0, 0.0, 0.06])
+    return (yield from reach(world, lambda: (up, gripper_rotation(0.0)), gripper=OPEN, tolerance=0.06, timeout=25))
+
+
+def _about_z(angle: float) -> FloatArray:
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
+
+
+def _unit(vector: FloatArray) -> FloatArray:
+    return vector / max(float(np.linalg.norm(vector)), 1e-9)
+
+
+def is_slide(world: World, joint: Joint) -> bool:
+    """Return whether the joint slides (a drawer) rather than turns (a door, a knob)."""
+    return int(world.model.jnt_type[joint.joint_id]) == mujoco.mjtJoint.mjJNT_SLIDE
