@@ -301,6 +301,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         data_config: which keys are read; None takes LIBERO's Franka.
         modality_file: a `modality.json` to use instead of the dataset's own, for datasets that have none.
         episode_ids: episodes to use; None takes all.
+        episodes_per_task: use only the first so many of each task's episodes; None takes all.
         image_size: height and width to which frames are resized (antialiased); None keeps the dataset's size.
 
     Attributes:
@@ -323,13 +324,15 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         data_config: DataConfig | None = None,
         modality_file: Path | None = None,
         episode_ids: Sequence[int] | None = None,
+        episodes_per_task: int | None = None,
         image_size: int | None = None,
     ) -> None:
         self.folder = resolve_dataset(path_or_hub_id)
         self.data_config = LiberoFrankaDataConfig() if data_config is None else data_config
         self.info = read_info(self.folder)
         self.fps = float(self.info["fps"])
-        self.episodes = _choose(read_episodes(self.folder, self.info), episode_ids, self.folder)
+        episodes = _choose(read_episodes(self.folder, self.info), episode_ids, self.folder)
+        self.episodes = episodes if episodes_per_task is None else first_of_each_task(episodes, episodes_per_task)
         self._modality = self._read_modality(modality_file)
         self.cameras = [self._camera_column(key) for key in self.data_config.video_keys]
         self._stored_size = self._check_resolutions(image_size)
@@ -678,6 +681,26 @@ def column_statistics(values: NDArray[Any]) -> dict[str, list[float]]:
     return result
 
 
+def check_metadata(own: DatasetMetadata, of_data: DatasetMetadata, config: DataConfig) -> None:
+    """Check that a policy's metadata go with a dataset's.
+
+    Raises:
+        KeyError: the policy has no statistics for a key.
+        ValueError: a part has another width, or a camera another resolution.
+    """
+    for key in (*config.state_keys, *config.action_keys):
+        widths = len(own.part(key)["max"]), len(of_data.part(key)["max"])
+        if widths[0] != widths[1]:
+            raise ValueError(f"{key} has {widths[0]} elements in the policy's statistics, {widths[1]} in the dataset")
+    for key in config.video_keys:
+        sizes = own.resolution(key), of_data.resolution(key)
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{key} is {sizes[0]} pixels in the policy's metadata, {sizes[1]} in the dataset; read the dataset "
+                "with another image_size, or use the dataset's own statistics"
+            )
+
+
 def _choose(episodes: list[EpisodeEntry], episode_ids: Sequence[int] | None, folder: Path) -> list[EpisodeEntry]:
     if not episodes:
         raise ValueError(f"{folder} is empty: its meta/ lists no episodes")
@@ -690,6 +713,25 @@ def _choose(episodes: list[EpisodeEntry], episode_ids: Sequence[int] | None, fol
             f"episode_ids={absent or list(episode_ids)} are not in {folder} (valid: {min(by_id)}-{max(by_id)})"
         )
     return [by_id[i] for i in episode_ids]
+
+
+def first_of_each_task(episodes: Sequence[EpisodeEntry], count: int) -> list[EpisodeEntry]:
+    """Return the first `count` episodes of each task, in their order.
+
+    Raises:
+        ValueError: a task has fewer.
+    """
+    by_task: dict[str, list[EpisodeEntry]] = {}
+    for entry in episodes:
+        by_task.setdefault(entry.instruction, []).append(entry)
+    fewest = min(by_task, key=lambda task: len(by_task[task]))
+    if not 1 <= count <= len(by_task[fewest]):
+        raise ValueError(
+            f"episodes_per_task={count} is not possible: {fewest!r} has {len(by_task[fewest])} episodes "
+            f"(valid: 1-{len(by_task[fewest])})"
+        )
+    chosen = {entry.episode_id for entries in by_task.values() for entry in entries[:count]}
+    return [entry for entry in episodes if entry.episode_id in chosen]
 
 
 def _matrix(column: pa.ChunkedArray) -> NDArray[Any]:

@@ -1,0 +1,451 @@
+"""Supervised fine-tuning of a flow-matching vision-language-action policy on demonstrations.
+
+Flow matching as GR00T-N1.5 is trained (NVIDIA 2025; Lipman et al. 2023, arXiv:2210.02747). With an action chunk a,
+noise e ~ N(0, I) and a time tau between noise (0) and action (1):
+
+    tau   = (s - b) / s,  b ~ Beta(alpha, 1)                 (s = 0.999, alpha = 1.5: more weight on noisy chunks)
+    x_tau = (1 - tau) e + tau a
+    L     = sum_i m_i (v(x_tau, tau, obs)_i - (a - e)_i)^2 / sum_i m_i
+
+m is 1 for the valid dimensions of steps before the episode's end. The sums run over the batch of all processes.
+
+Launch:
+    accelerate launch algorithms/sft_gr00t.py --preset nano --dataset data/libero_spatial
+    accelerate launch --num_processes 4 algorithms/sft_gr00t.py --preset gr00t_n1d5 --dataset data/libero_spatial
+    python algorithms/sft_gr00t.py --preset nano --dataset data/libero_spatial --resume runs/sft_libero_spatial_1
+All sizes are global: they are divided over the processes, and a size that does not divide is an error.
+
+All that is random in a step (frames, augmentation, noise, times, dropout) follows from the seed and the step's number,
+so a resumed run equals an uninterrupted one, and the loss does not depend on the number of processes or micro-batches
+(dropout excepted).
+
+What differs from NVIDIA's script: steps past an episode's end do not count, where there the last action is repeated;
+one learning rate for all that is trained; augmentation as `algorithms/augmentation.py` says.
+
+Metrics: `train/loss` and `train/grad_norm` are means since the last log, `time/data_fraction` is the part of the time
+in which training waited for data, `charts/samples_per_s` counts frames of all processes, `charts/epoch` passes over
+the data, `eval/success_once` success at any step of an episode.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+
+from algorithms.arguments import exact_quotient, parse_args, share_of_process
+from algorithms.augmentation import NUM_DRAWS, Augmentation, augment
+from algorithms.ema import WeightAverage
+from algorithms.eval_gr00t import evaluate_into
+from algorithms.lora import LoraSettings, add_lora, merged
+from algorithms.prefetch import Prefetch
+from algorithms.run_folder import RunFolder
+from algorithms.training_state import forget_metrics_after, load_state, reopen_run, save_state, trained_parameters
+from gr00t_agent import DatasetMetadata, Gr00tAgent, PolicyConfig, preset_policy
+from gr00t_agent.agent import POLICY_FILE
+from gr00t_agent.checkpoint import resolve_checkpoint
+from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
+from libero_gym.adapters import ModalityVectorObservation
+
+# What may differ between a run and its continuation.
+FREE_ARGS = {
+    "preset", "resume", "output_dir", "run_name", "save_interval", "eval_interval", "eval_episodes_per_task",
+    "log_interval", "log_with", "num_envs", "renderer", "frame_cache", "cache_dir", "num_loader_threads",
+    "num_batches_ahead", "micro_batch_size", "compile",
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Command-line arguments; each one's help follows it."""
+
+    # --- run ---
+    preset: str | None = None
+    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
+    run_name: str = "sft_{suite}_{seed}"
+    """Name of the run's folder; may hold fields of these arguments in braces."""
+    output_dir: Path = Path("runs")
+    """Where run folders are made."""
+    resume: Path | None = None
+    """Run folder to go on with; give the same arguments."""
+    seed: int = 1
+    """Seed of initial weights and every random draw."""
+    num_steps: int = 20_000
+    """Optimiser steps."""
+    save_interval: int = 5_000
+    """Steps between checkpoints; the last step is always saved."""
+    eval_interval: int = 0
+    """Steps between evaluations; 0 evaluates only after the last."""
+    eval_episodes_per_task: int = 50
+    """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
+    log_interval: int = 50
+    """Steps between logged metrics."""
+    log_with: tuple[str, ...] = ("tensorboard",)
+    """Accelerate trackers that receive the metrics."""
+
+    # --- data ---
+    dataset: str = ""
+    """Folder or hub id of a LeRobot dataset (v2.0, v2.1 or v3.0)."""
+    modality_file: Path | None = None
+    """A modality.json for datasets without one; LIBERO's is libero_gym/data/modality.json."""
+    episodes_per_task: int | None = None
+    """Use only the first so many episodes of each task; all if not given."""
+    train_image_size: int | None = None
+    """Resize frames to this many pixels as they are read (the environment then renders that size); as stored if not
+    given."""
+    frame_cache: Literal["none", "disk", "device"] = "disk"
+    """Decode every frame when it is used; or all once into a file; or that file copied to each GPU's memory."""
+    cache_dir: Path = Path("runs/frame_cache")
+    """Where decoded frames are kept."""
+    num_loader_threads: int = 4
+    """Threads that decode and gather batches."""
+    num_batches_ahead: int = 4
+    """Batches prepared ahead."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Random crop and colour jitter."""
+
+    # --- agent ---
+    model: str = "nvidia/GR00T-N1.5-3B"
+    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a checkpoint."""
+    statistics: Literal["data", "checkpoint"] = "data"
+    """Normalise states and actions by the dataset's statistics, or by those that the checkpoint has."""
+    tune_visual: bool = False
+    """Train the vision tower and its connector."""
+    tune_llm: bool = False
+    """Train the language model."""
+    tune_projector: bool = True
+    """Train state encoder, action encoder and decoder, and position embedding."""
+    tune_diffusion_model: bool = True
+    """Train the diffusion transformer."""
+    lora_rank: int = 0
+    """Inner width of low-rank adapters; 0 for none."""
+    lora_alpha: float = 16.0
+    """Adapters are scaled by alpha / rank."""
+    lora_dropout: float = 0.1
+    """Dropout on the adapters' inputs."""
+    lora_parts: tuple[Literal["action_head", "language_model", "vision_model"], ...] = ("action_head",)
+    """What gets adapters."""
+    dropout: bool = True
+    """Train with the network's own dropout."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of matrix products; weights and optimiser stay float32."""
+    compile: bool = False
+    """Compile the network (takes minutes, then saves time)."""
+
+    # --- optimisation ---
+    batch_size: int = 128
+    """Frames per optimiser step over all processes."""
+    micro_batch_size: int = 128
+    """Frames per forward pass over all processes; smaller ones accumulate gradients."""
+    learning_rate: float = 1e-4
+    """AdamW's largest step size."""
+    warmup_fraction: float = 0.05
+    """Part of the steps in which the step size rises; then it falls to 0 along a cosine."""
+    weight_decay: float = 1e-5
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.95, 0.999)
+    """AdamW's decay rates of the two moments."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of weights, which is then evaluated and saved; 0 for none."""
+
+    # --- evaluation ---
+    suite: str = "libero_spatial"
+    """LIBERO suite."""
+    task_ids: tuple[int, ...] | None = None
+    """Tasks to evaluate; all of the suite if not given."""
+    num_envs: int = 50
+    """Environments that episodes stream through."""
+    num_action_chunks: int = 5
+    """Environment steps that one decision executes."""
+    denoising_steps: int = 4
+    """Denoising steps from noise to action."""
+    horizon: int | None = None
+    """Environment steps before an episode counts as failed; the suite's own if not given."""
+    renderer: Literal["egl", "osmesa", "warp"] | None = None
+    """Renderer; if not given, the best that the machine has."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes per optimiser step."""
+        return exact_quotient(self, "batch_size", "micro_batch_size")
+
+
+PRESETS: dict[str, Args] = {
+    "nano": Args(
+        model="nano", tune_visual=True, tune_llm=True, dropout=False, batch_size=256, micro_batch_size=256,
+        learning_rate=5e-4, weight_decay=1e-4, betas=(0.9, 0.95), ema_decay=0.999, frame_cache="device",
+    ),
+    "gr00t_n1d5": Args(),
+    "gr00t_n1d5_lora": Args(lora_rank=64, batch_size=64, micro_batch_size=32),
+}  # fmt: skip
+
+
+def make_dataset(args: Args) -> LeRobotDataset:
+    """Returns the demonstrations that `args` ask for."""
+    if not args.dataset:
+        raise ValueError("dataset is not given: name a LeRobot dataset with --dataset")
+    return LeRobotDataset(
+        args.dataset, modality_file=args.modality_file, image_size=args.train_image_size,
+        episodes_per_task=args.episodes_per_task,
+    )  # fmt: skip
+
+
+def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
+    """Returns the agent that `args` ask for, on the CPU, with what is not trained frozen."""
+    changes: dict[str, Any] = dict(
+        num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
+        compute_dtype=args.compute_dtype, disable_dropout=not args.dropout,
+    )  # fmt: skip
+    if args.model in ("nano", "gr00t_n1d5"):
+        policy = replace(preset_policy(args.model), **changes)
+        agent = Gr00tAgent.from_preset(args.model, policy=policy, metadata=metadata)
+    else:
+        folder = resolve_checkpoint(args.model)
+        saved = folder / POLICY_FILE
+        policy = PolicyConfig.from_json(json.loads(saved.read_text())["policy"]) if saved.is_file() else PolicyConfig()
+        given = metadata if args.statistics == "data" else None
+        agent = Gr00tAgent.from_pretrained(folder, policy=replace(policy, **changes), metadata=given)
+    agent.set_trainable(
+        tune_visual=args.tune_visual, tune_llm=args.tune_llm, tune_projector=args.tune_projector,
+        tune_diffusion_model=args.tune_diffusion_model,
+    )  # fmt: skip
+    # The loss does not reach it. Freezing it here leaves the saved policy's flags as reinforcement learning wants them.
+    for parameter in agent.value_parameters():
+        parameter.requires_grad_(False)
+    if args.lora_rank:
+        parts, rank = args.lora_parts, args.lora_rank
+        add_lora(agent, LoraSettings(rank=rank, alpha=args.lora_alpha, dropout=args.lora_dropout, parts=parts))
+    return agent
+
+
+def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
+    """Returns `num_envs` environments for evaluation."""
+    envs = gym.make_vec(
+        f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
+        task_ids=args.task_ids, num_action_chunks=args.num_action_chunks, image_size=image_size,
+        horizon=args.horizon, renderer=args.renderer, autoreset_mode=AutoresetMode.DISABLED,
+    )  # fmt: skip
+    return ModalityVectorObservation(envs)
+
+
+def learning_rate_at(step: int, args: Args) -> float:
+    """Returns the step size of optimiser step `step` (from 1)."""
+    warmup = round(args.warmup_fraction * args.num_steps)
+    if step <= warmup:
+        return args.learning_rate * step / warmup
+    progress = (step - 1 - warmup) / max(1, args.num_steps - warmup)
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def frames_at(step: int, batch_size: int, num_frames: int, seed: int) -> NDArray[np.int64]:
+    """Returns the frames [batch_size] of optimiser step `step` (from 1): shuffled passes over the data, end to end."""
+    positions = np.arange((step - 1) * batch_size, step * batch_size)
+    frames = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(positions // num_frames):
+        of_epoch = positions // num_frames == epoch
+        order = np.random.default_rng((seed, int(epoch))).permutation(num_frames)
+        frames[of_epoch] = order[positions[of_epoch] % num_frames]
+    return frames
+
+
+def seed_of(*parts: int) -> int:
+    """Returns a seed that depends on all of `parts`."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def flow_matching_draws(head: Any, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns noise [B, h, A] and times tau [B] for the loss above; `head` is the action head's configuration."""
+    noise = torch.randn(batch_size, head.action_horizon, head.action_dim, generator=generator)
+    # The inverse of Beta(alpha, 1)'s distribution function.
+    b = torch.rand(batch_size, generator=generator) ** (1 / head.noise_beta_alpha)
+    return noise, (head.noise_s - b) / head.noise_s
+
+
+def encode(agent: Gr00tAgent, obs: dict[str, Any], draws: Tensor, augmentation: Augmentation) -> dict[str, Tensor]:
+    """Returns an observation as the agent encodes it, but augmented; see `Gr00tAgent.encode`."""
+    preprocessor, device = agent.preprocessor, agent.device
+    config = preprocessor.data_config
+    images = torch.stack([obs[key].to(device, non_blocking=True) for key in config.video_keys], dim=1)
+    input_ids, valid_mask = preprocessor.tokens(obs, device)
+    return {
+        "pixels": augment(images, draws, augmentation, config.crop_scale, agent.config.image_size),
+        "state": preprocessor.state(obs, device), "input_ids": input_ids, "valid_mask": valid_mask,
+    }  # fmt: skip
+
+
+def take(batch: Batch, rows: slice) -> Batch:
+    """Returns some rows of a batch."""
+    obs = {key: value[rows] for key, value in batch.obs.items()}
+    return Batch(obs, batch.actions[rows], batch.step_mask[rows])
+
+
+def main(
+    args: Args,
+    make_agent: Callable[[Args, DatasetMetadata], Gr00tAgent] = make_agent,
+    make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
+) -> dict[str, float]:
+    """Trains, evaluates, and returns the last logged metrics."""
+    accelerator = Accelerator(log_with=list(args.log_with) or None, project_dir=str(args.output_dir))
+    device, num_processes, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    local_size = share_of_process(args, "batch_size", num_processes)
+    micro_size = share_of_process(args, "micro_batch_size", num_processes)
+    num_micro_batches = args.num_micro_batches
+    console = Console(quiet=not accelerator.is_main_process)
+
+    # --- data ---
+    dataset = make_dataset(args)
+    metadata = dataset.metadata()
+    console.print(f"{len(dataset.episodes)} episodes, {len(dataset)} frames of {dataset.image_size} pixels")
+    if args.frame_cache != "none":
+        with accelerator.main_process_first():
+            dataset.cache_frames(
+                args.cache_dir, num_threads=args.num_loader_threads,
+                device=device if args.frame_cache == "device" else "cpu",
+                on_episode=lambda done, total: console.print(f"decoded {done}/{total}") if done % 50 == 0 else None,
+            )  # fmt: skip
+
+    # --- agent ---
+    if args.resume is None:
+        run = RunFolder.create(args, accelerator)
+    else:
+        run = reopen_run(args.resume, args, accelerator, FREE_ARGS)
+    set_seed(args.seed)
+    agent = make_agent(args, metadata).to(device)
+    check_metadata(agent.preprocessor.metadata, metadata, dataset.data_config)
+    if args.compile:
+        agent.compile_network()
+    parameters = trained_parameters(agent)
+    num_trained = sum(p.numel() for p in parameters.values())
+    console.print(f"{num_trained:,} of {sum(p.numel() for p in agent.parameters()):,} parameters are trained")
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=args.learning_rate, betas=args.betas, weight_decay=args.weight_decay
+    )
+    average = WeightAverage(list(parameters.values()), args.ema_decay) if args.ema_decay else None
+    first_step = 0
+    if args.resume is not None:
+        first_step, extra = load_state(run.path / "state", agent, optimizer)
+        if average is not None:
+            average.averages = [extra["ema"][name].to(device) for name in parameters]
+        if accelerator.is_main_process:
+            forget_metrics_after(run.path / "metrics.jsonl", first_step)
+    model, optimizer = accelerator.prepare(agent, optimizer)
+    model.train()
+
+    @contextmanager
+    def as_policy() -> Any:
+        """The agent as it is evaluated and saved: averaged weights, adapters merged, eval mode."""
+        with average.applied() if average is not None else nullcontext(), merged(agent):
+            agent.eval()
+            yield
+        agent.train()
+
+    def load(step: int) -> Batch:
+        """Returns this process's part of a step's batch."""
+        rows = slice(rank * local_size, (rank + 1) * local_size)
+        batch = dataset.batch(frames_at(step, args.batch_size, len(dataset), args.seed)[rows])
+        if device.type != "cuda":
+            return batch
+        obs = {k: v.pin_memory() if isinstance(v, Tensor) and not v.is_cuda else v for k, v in batch.obs.items()}
+        return Batch(obs, batch.actions.pin_memory(), batch.step_mask.pin_memory())
+
+    # --- training ---
+    metrics: dict[str, float] = {}
+    history: list[Tensor] = []
+    batches = Prefetch(
+        load, range(first_step + 1, args.num_steps + 1),
+        num_threads=args.num_loader_threads, num_ahead=args.num_batches_ahead,
+    )  # fmt: skip
+    start, logged_step, logged_wait = time.perf_counter(), first_step, 0.0
+    for step, batch in enumerate(batches, first_step + 1):
+        torch.manual_seed(seed_of(args.seed, step, 1 + rank))  # dropout
+        generator = torch.Generator().manual_seed(seed_of(args.seed, step, 0))
+        noise, tau = flow_matching_draws(agent.config.action_head, args.batch_size, generator)
+        augment_draws = torch.rand(args.batch_size, NUM_DRAWS, generator=generator)
+        num_counted = cast(Tensor, accelerator.reduce(batch.step_mask.sum().to(device), "sum"))
+        losses: list[Tensor] = []
+        for micro in range(num_micro_batches):
+            here = slice(micro * micro_size, (micro + 1) * micro_size)
+            overall = slice(rank * local_size + here.start, rank * local_size + here.stop)
+            part = take(batch, here)
+            obs = encode(agent, part.obs, augment_draws[overall], args.augmentation)
+            draws = noise[overall].to(device), tau[overall].to(device)
+            with nullcontext() if micro == num_micro_batches - 1 else accelerator.no_sync(model):
+                loss = model(obs, sft_actions=part.actions, step_mask=part.step_mask, draws=draws)
+                # From this part's mean to its share of the mean over the whole batch.
+                share = part.step_mask.sum().to(device) / num_counted
+                accelerator.backward(loss * share * num_processes)
+            losses.append(loss.detach() * share)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, args)
+        grad_norm = cast(Tensor, accelerator.clip_grad_norm_(parameters.values(), args.max_grad_norm))
+        run.check_finite(grad_norm, step, losses=torch.stack(losses), actions=batch.actions)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.update(step)
+        loss_sum = cast(Tensor, accelerator.reduce(torch.stack(losses).sum(), "sum"))
+        history.append(torch.stack([loss_sum, grad_norm]))
+
+        # --- log, save, evaluate ---
+        last = step == args.num_steps
+        evaluates = bool(args.eval_episodes_per_task) and (
+            last or bool(args.eval_interval and step % args.eval_interval == 0)
+        )
+        if last or evaluates or step % args.log_interval == 0:
+            loss_mean, norm_mean = torch.stack(history).mean(0).tolist()
+            seconds = time.perf_counter() - start
+            metrics = {
+                "train/loss": loss_mean, "train/grad_norm": norm_mean, "train/lr": learning_rate_at(step, args),
+                "time/data_fraction": (batches.wait_s - logged_wait) / seconds,
+                "charts/samples_per_s": (step - logged_step) * args.batch_size / seconds,
+                "charts/epoch": step * args.batch_size / len(dataset),
+            }  # fmt: skip
+            left_s = (args.num_steps - step) * seconds / (step - logged_step)
+            console.print(
+                f"step {step}/{args.num_steps}  loss {loss_mean:.4f}  grad norm {norm_mean:.2f}  "
+                f"{metrics['charts/samples_per_s']:.0f} samples/s  waiting for data "
+                f"{metrics['time/data_fraction']:.1%}  left {left_s:.0f} s",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            history = []
+        if last or step % args.save_interval == 0:
+            with as_policy():
+                run.save_agent(agent, f"step_{step}")
+            if accelerator.is_main_process:
+                ema = {} if average is None else {"ema": dict(zip(parameters, average.averages, strict=True))}
+                save_state(run.path / "state", agent, optimizer, step, ema)
+        if evaluates:
+            if accelerator.is_main_process:
+                with as_policy():
+                    metrics["eval/success_once"] = evaluate_into(
+                        run.path, step, agent, lambda n: make_envs(args, n, dataset.image_size[0]), args
+                    )
+            accelerator.wait_for_everyone()
+        if not history:
+            run.log(metrics, step, step)
+            start, logged_step, logged_wait = time.perf_counter(), step, batches.wait_s
+    run.finish()
+    if accelerator.is_main_process:
+        print(run.summary(f"step_{args.num_steps}", args.suite))
+    return metrics
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, PRESETS, __doc__))
