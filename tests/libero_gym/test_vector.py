@@ -1,0 +1,312 @@
+"""The vector environment: Gymnasium's contract, equality with single environments, chunks, autoreset, bad input."""
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from libero_gym.env import LiberoEnv
+from libero_gym.simulation import PhysicsError
+from libero_gym.vector import LiberoVectorEnv
+
+SUITE = "libero_spatial"
+
+
+def make(num_envs=2, **kwargs):
+    return LiberoVectorEnv(SUITE, num_envs, **({"observe_images": False} | kwargs))
+
+
+def no_motion(*lead):
+    action = np.zeros((*lead, 7), np.float32)
+    action[..., 6] = -1
+    return action
+
+
+def random_actions(num_steps, *lead, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (num_steps, *lead, 7)).astype(np.float32)
+
+
+def force_success(env, i):
+    """Makes environment `i` succeed at its next step, whatever the physics does."""
+    env.simulations[i]._goal = lambda data: True
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if isinstance(value, dict):
+            assert_same(value, right[key])
+        else:
+            np.testing.assert_array_equal(value, right[key], err_msg=key)
+
+
+def test_make_vec_by_id():
+    env = gymnasium.make_vec(
+        f"libero_gym/{SUITE}-v0", num_envs=2, vectorization_mode="vector_entry_point", image_size=16, num_threads=1
+    )
+    assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    observation, infos = env.reset(seed=0, options={"task_id": np.array([2, 5]), "init_state_id": 3})
+    assert env.observation_space.contains(observation)
+    assert infos["task_id"].tolist() == [2, 5]
+    assert infos["init_state_id"].tolist() == [3, 3]
+    assert observation["images"].shape == (2, 16, 16, 3)
+    observation, rewards, terminations, truncations, _ = env.step(no_motion(2))
+    assert env.observation_space.contains(observation)
+    assert (rewards.shape, terminations.dtype, truncations.dtype) == ((2,), np.bool_, np.bool_)
+    env.close()
+    env.close()
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_equals_single_environments_step_by_step(num_threads):
+    vector = make(3, num_threads=num_threads)
+    singles = [LiberoEnv(SUITE, observe_images=False) for _ in range(3)]
+    observation, infos = vector.reset(seed=7)
+    expected = [env.reset(seed=7 + i) for i, env in enumerate(singles)]
+    actions = random_actions(8, 3)
+    for step in range(9):
+        for i, (single, info) in enumerate(result[:1] + result[-1:] for result in expected):
+            np.testing.assert_array_equal(observation["states"][i], single["states"])
+            assert observation["task_descriptions"][i] == single["task_descriptions"]
+            assert {key: infos[key][i] for key in info} == info
+        if step < 8:
+            observation, rewards, terminations, _, infos = vector.step(actions[step])
+            expected = [env.step(action) for env, action in zip(singles, actions[step], strict=True)]
+            np.testing.assert_array_equal(rewards, [result[1] for result in expected])
+            np.testing.assert_array_equal(terminations, [result[2] for result in expected])
+
+
+def test_images_equal_those_of_single_environments():
+    vector = make(2, observe_images=True, image_size=24)
+    observation, _ = vector.reset(seed=3)
+    observation, *_ = vector.step(random_actions(1, 2)[0])
+    for i in range(2):
+        single = LiberoEnv(SUITE, image_size=24)
+        single.reset(seed=3 + i)
+        expected, *_ = single.step(random_actions(1, 2)[0, i])
+        for key in ("images", "wrist_images"):
+            np.testing.assert_array_equal(observation[key][i], expected[key])
+        single.close()
+    vector.close()
+
+
+def test_chunk_equals_single_steps():
+    plain, chunked = make(2), make(2, num_action_chunks=4)
+    plain.reset(seed=1)
+    chunked.reset(seed=1)
+    actions = random_actions(4, 2)
+    for step in range(4):
+        expected, *_ = plain.step(actions[step])
+    observation, rewards, _, _, infos = chunked.step(np.moveaxis(actions, 0, 1))
+    np.testing.assert_array_equal(observation["states"], expected["states"])
+    assert rewards.tolist() == [0, 0]
+    assert infos["rewards"].shape == (2, 4)
+    assert infos["num_steps"].tolist() == [4, 4]
+    assert infos["episode_length"].tolist() == [4, 4]
+
+
+def test_observations_do_not_share_memory():
+    env = make(2, observe_images=True, image_size=8)
+    first, _ = env.reset(seed=0)
+    kept = {key: np.copy(value) for key, value in first.items() if key != "task_descriptions"}
+    second, *_ = env.step(random_actions(1, 2)[0])
+    for key, value in kept.items():
+        assert not np.shares_memory(first[key], second[key])
+        np.testing.assert_array_equal(first[key], value)
+    second["states"][:] = 0
+    assert env.observe()["states"].any()
+    env.close()
+
+
+def test_finished_environment_idles_for_the_rest_of_its_chunk():
+    env = make(2, num_action_chunks=5, horizon=7, autoreset_mode="DISABLED")
+    env.reset(seed=0)
+    _, _, terminations, truncations, infos = env.step(no_motion(2, 5))
+    assert not (terminations | truncations).any()
+    force_success(env, 1)
+    _, rewards, terminations, truncations, infos = env.step(no_motion(2, 5))
+    assert infos["num_steps"].tolist() == [2, 1]
+    assert terminations.tolist() == [False, True]
+    assert truncations.tolist() == [True, False]
+    assert rewards.tolist() == [0, 1]
+    np.testing.assert_array_equal(infos["rewards"], [[0] * 5, [1, 0, 0, 0, 0]])
+    assert infos["episode_length"].tolist() == [7, 6]
+    assert infos["episode_return"].tolist() == [0, 1]
+
+
+def test_disabled_autoreset_idles_until_a_masked_reset():
+    env = make(3, horizon=2, autoreset_mode=AutoresetMode.DISABLED)
+    env.reset(seed=0, options={"task_id": 0, "init_state_id": np.arange(3)})
+    env.step(no_motion(3))
+    ended, _, _, truncations, _ = env.step(no_motion(3))
+    assert truncations.all()
+    idle, rewards, terminations, truncations, infos = env.step(random_actions(1, 3)[0])
+    np.testing.assert_array_equal(idle["states"], ended["states"])
+    assert infos["num_steps"].tolist() == [0, 0, 0]
+    assert not (terminations | truncations).any()
+    assert not rewards.any()
+    mask = np.array([False, True, False])
+    fresh, infos = env.reset(seed=[None, 5, None], options={"reset_mask": mask, "task_id": 4, "init_state_id": 9})
+    np.testing.assert_array_equal(fresh["states"][~mask], ended["states"][~mask])
+    assert (fresh["states"][1] != ended["states"][1]).any()
+    assert infos["task_id"].tolist() == [0, 4, 0]
+    assert infos["init_state_id"].tolist() == [0, 9, 2]
+    assert infos["episode_length"].tolist() == [2, 0, 2]
+    again = LiberoEnv(SUITE, task_id=4, observe_images=False)
+    single, _ = again.reset(seed=5, options={"init_state_id": 9})
+    assert single["task_descriptions"] == fresh["task_descriptions"][1]
+
+
+def test_same_step_autoreset_gives_final_observation_and_info():
+    env = make(2, horizon=2, observe_images=True, image_size=16)
+    twin = make(2, horizon=2, observe_images=True, image_size=16, autoreset_mode="DISABLED")
+    for environment in (env, twin):
+        environment.reset(seed=0, options={"task_id": np.array([1, 2]), "init_state_id": 0})
+        environment.step(no_motion(2))
+    force_success(env, 0)
+    force_success(twin, 0)
+    before = env.step(no_motion(2))
+    expected, _, _, _, expected_infos = twin.step(no_motion(2))
+    observation, rewards, terminations, truncations, infos = before
+    assert rewards.tolist() == [1, 0]
+    assert terminations.tolist() == [True, False]
+    assert truncations.tolist() == [True, True]
+    assert infos["_final_obs"].tolist() == [True, True]
+    assert_same(infos["final_obs"], expected)
+    for key in ("success", "task_id", "init_state_id", "episode_length", "episode_return"):
+        np.testing.assert_array_equal(infos["final_info"][key], expected_infos[key])
+    assert infos["episode_length"].tolist() == [0, 0]
+    assert infos["success"].tolist() == [False, False]
+    assert (observation["images"] != expected["images"]).any()
+    env.close()
+    twin.close()
+
+
+def test_next_step_autoreset_ignores_one_action():
+    env = make(1, horizon=1, autoreset_mode="NEXT_STEP")
+    env.reset(seed=0)
+    ended, _, _, truncations, infos = env.step(no_motion(1))
+    assert truncations.all()
+    assert "final_obs" not in infos
+    observation, rewards, terminations, truncations, infos = env.step(no_motion(1))
+    assert (infos["num_steps"].item(), infos["episode_length"].item(), rewards.item()) == (0, 0, 0)
+    assert not (terminations | truncations).any()
+    assert (observation["states"] != ended["states"]).any()
+    assert env.step(no_motion(1))[3].all()
+
+
+def test_relative_reward_pays_the_change():
+    env = make(1, num_action_chunks=2, reward="relative", autoreset_mode="DISABLED")
+    env.reset(seed=0)
+    env._slots[0].last_value = 1.0  # as if the goal had just been lost
+    _, rewards, _, _, infos = env.step(no_motion(1, 2))
+    np.testing.assert_array_equal(infos["rewards"], [[-1, 0]])
+    assert rewards.tolist() == [-1]
+
+
+def test_state_restores_to_the_last_bit_and_branches():
+    env = make(2, observe_images=True, image_size=16)
+    env.reset(seed=0)
+    env.step(random_actions(1, 2)[0])
+    state = env.get_state(0)
+    actions = random_actions(3, 2, seed=1)
+    actions[:, 1] = actions[:, 0]
+    expected = [env.step(action)[0]["states"][0] for action in actions]
+    image = env.observe()["images"][0]
+    for i in range(2):
+        env.set_state(i, state)
+    for action, states in zip(actions, expected, strict=True):
+        observation, *_ = env.step(action)
+        np.testing.assert_array_equal(observation["states"], [states, states])
+    np.testing.assert_array_equal(observation["images"], [image, image])
+    assert env.get_state(0)["rng"] == env.get_state(1)["rng"]
+    with pytest.raises(ValueError, match=r"env_id=2 is out of range \(valid: 0-1\)"):
+        env.get_state(2)
+    env.close()
+
+
+def test_mixed_scenes_in_one_batch():
+    env = LiberoVectorEnv("libero_object", 2, image_size=24)
+    observation, _ = env.reset(seed=0, options={"task_id": np.array([0, 1])})
+    assert len({simulation.scene.key for simulation in env.simulations}) == 2
+    assert (observation["images"][0] != observation["images"][1]).any()
+    swapped, _ = env.reset(seed=0, options={"task_id": np.array([1, 0])})
+    assert swapped["task_descriptions"] == observation["task_descriptions"][::-1]
+    env.close()
+
+
+def test_render_returns_the_first_camera():
+    env = make(2, observe_images=True, image_size=8, render_mode="rgb_array")
+    observation, _ = env.reset(seed=0)
+    frames = env.render()
+    assert frames is not None
+    np.testing.assert_array_equal(np.stack(frames), observation["images"])
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_envs": 0}, "num_envs=0 is not a positive integer"),
+        ({"num_action_chunks": 0}, "num_action_chunks=0 is not a positive integer"),
+        ({"num_threads": -1}, "num_threads=-1 is not a positive integer"),
+        ({"task_ids": [10]}, r"task_id=10 is not in libero_spatial \(valid: 0-9\)"),
+        ({"task_ids": []}, "task_ids is empty"),
+        ({"image_size": 0, "observe_images": True}, "image_size=0 is not a positive number"),
+        ({"renderer": "vulkan", "observe_images": True}, "renderer='vulkan' is unknown"),
+        ({"reward": "dense"}, "reward='dense' is unknown"),
+        ({"horizon": 0}, "horizon=0 is not a positive number"),
+        ({"stepping": "slow"}, "stepping='slow' is unknown"),
+        ({"autoreset_mode": "SOMETIMES"}, "autoreset_mode='SOMETIMES' is unknown"),
+        ({"camera_names": ["agentview"]}, "must name 2 cameras"),
+        ({"render_mode": "human"}, "render_mode='human' is unknown"),
+        ({"images_as_torch": True}, "need observe_images=True"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**({"num_envs": 1} | arguments))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    env = make(2)
+    env.reset(seed=0)
+    return env
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"options": {"task": 1}}, r"unknown reset options \['task'\]"),
+        ({"options": {"task_id": 11}}, "task_id=11 is not in libero_spatial"),
+        ({"options": {"task_id": np.array([1.0, 2.0])}}, "expected an int, or int"),
+        ({"options": {"task_id": np.array([1, 2, 3])}}, "expected an int, or int"),
+        ({"options": {"init_state_id": 50}}, r"init_state_id=50 is not among .*\(valid: 0-49\)"),
+        ({"options": {"reset_mask": np.array([0, 1])}}, "expected bool"),
+        ({"options": {"reset_mask": np.zeros(2, np.bool_)}}, "False everywhere"),
+        ({"seed": [1, 2, 3]}, "seed has 3 entries"),
+    ],
+)
+def test_bad_resets_are_refused(pair, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        pair.reset(**keywords)
+
+
+def test_bad_actions_are_refused(pair):
+    with pytest.raises(ValueError, match=r"actions have shape \(2, 6\); expected \(2, 7\)"):
+        pair.step(np.zeros((2, 6), np.float32))
+    before = pair.observe()["states"]
+    bad = no_motion(2)
+    bad[1, 3] = np.nan
+    with pytest.raises(PhysicsError, match=r"environments \[1\] are not finite"):
+        pair.step(bad)
+    np.testing.assert_array_equal(pair.observe()["states"], before)
+
+
+def test_stepping_before_reset_is_refused():
+    env = make(2)
+    with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
+        env.step(no_motion(2))
+    with pytest.raises(ValueError, match="never reset"):
+        env.reset(options={"reset_mask": np.array([True, False])})
