@@ -19,6 +19,8 @@ _STANDOFF = 0.07
 _BAR_THICKNESS = 0.018
 _LEAD = 0.05
 _TURN_LEAD = 0.45
+_PUSH_RADIUS = 0.03
+_PRESS = 0.012
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,32 +105,32 @@ def turn(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -
 
 
 def push(world: World, thing: SceneObject, goal: FloatArray, is_done: Callable[[], bool]) -> Skill:
-    """Push a flat object over the table with closed fingers until it is at `goal` [2]; True if it got there."""
+    """Push a plate over the table from within, closed fingers against its rim; True if it got to `goal` [2].
 
-    def heading() -> FloatArray:
-        return _unit(goal[:2] - world.position(thing)[:2])
-
-    def behind(gap: float, height: float) -> FloatArray:
-        cloud = world.shapes.cloud(thing.body_id)
-        centre = world.position(thing)[:2]
-        reach_back = float(((centre - cloud[:, :2]) @ heading()).max())
-        return np.array([*(centre - (reach_back + gap) * heading()), float(cloud[:, 2].min()) + TIP_DEPTH + height])
-
+    The fingers press down while they push: on the shallow slope of the rim they would slide up otherwise. From
+    outside, whatever stands behind the plate would be in the hand's way.
+    """
     rotation = gripper_rotation(0.0)
-    yield from travel(world, lambda: (behind(0.04, 0.06), rotation), gripper=CLOSED)
-    yield from reach(world, lambda: (behind(0.035, 0.004), rotation), gripper=CLOSED, tolerance=0.012, speed=0.8)
+
+    def inside(height: float) -> FloatArray:
+        centre = world.position(thing)
+        cloud = world.shapes.cloud(thing.body_id)
+        spot = centre[:2] + _PUSH_RADIUS * _unit(goal[:2] - centre[:2])
+        near = cloud[np.linalg.norm(cloud[:, :2] - spot, axis=1) < 0.012]
+        return np.array([*spot, float(near[:, 2].max()) + TIP_DEPTH + height])
+
+    yield from travel(world, lambda: (inside(0.05), rotation), gripper=CLOSED, thing=None)
+    yield from reach(world, lambda: (inside(0.0), rotation), gripper=CLOSED, tolerance=0.008, speed=0.7, timeout=30)
     for _ in range(90):
         if is_done():
             return True
-        # The line of the push passes through the centre: a step beside it is corrected before a step forward.
-        offset = world.eef_pos[:2] - world.position(thing)[:2]
-        beside = offset - (offset @ heading()) * heading()
-        if float(np.linalg.norm(beside)) > 0.03:
+        spot = inside(-_PRESS)
+        if float(np.linalg.norm(spot[:2] - world.eef_pos[:2])) > 0.04:
             break
-        ahead = world.eef_pos[:2] + 0.03 * heading() - 1.5 * beside
-        position = np.array([*ahead, behind(0.0, 0.004)[2]])
-        yield Command(position=position, rotation=world.leaning((position, rotation)), gripper=CLOSED, speed=0.6)
-    yield from reach(world, lambda: (world.eef_pos + np.array([0, 0, 0.1]), rotation), gripper=CLOSED, timeout=12)
+        position = np.array([*(world.eef_pos[:2] + 0.035 * _unit(goal[:2] - world.position(thing)[:2])), spot[2]])
+        yield Command(position=position, rotation=world.leaning((position, rotation)), gripper=CLOSED, speed=0.7)
+    up = world.eef_pos + np.array([0.0, 0.0, 0.08])
+    yield from reach(world, lambda: (up, rotation), gripper=CLOSED, tolerance=0.03, timeout=15)
     return is_done()
 
 

@@ -25,7 +25,8 @@ TIP_DEPTH = 0.0095
 PALM_HEIGHT = 0.031
 HAND_HALF_LENGTH = 0.104
 HAND_HALF_WIDTH = 0.032
-HAND_TOP = 0.12
+HAND_TOP = 0.25
+"""How much of the arm above the fingers counts: it comes down from above."""
 
 MAX_WIDTH = 0.070
 """Widest part that is grasped across: 7 mm less than the opening."""

@@ -57,9 +57,9 @@ def achieve(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Comm
 
 def _put(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Command]:
     thing = world.scene.objects[atom[1]]
-    if (door := _door(world, atom)) is not None:
-        if not (yield from _articulate(world, door, Goal(world.scene, (door,)))):
-            return
+    door = _door(world, atom)
+    if door is not None and not (yield from _articulate(world, door, None)):
+        return
     if _is_pushed(world, thing, atom[2]):
         yield from push(
             world, thing, world.data.site_xpos[world.scene.sites[atom[2]].site_id], lambda: test(world.data)
@@ -74,12 +74,14 @@ def _put(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Command
 
 
 def _door(world: World, atom: Atom) -> Atom | None:
-    """Return the unmet atom that the container be open, if it has a drawer or door and is nearly closed."""
+    """Return the atom that the container be open, if it has a drawer or door that is less than half open."""
     site = world.scene.sites.get(atom[2])
     if atom[0] != "in" or site is None or not site.joint_qpos_adr:
         return None
     door = ("open", atom[2])
-    return None if Goal(world.scene, (door,))(world.data) else door
+    threshold = world.scene.objects[site.parent or ""].joint_tests["open"].value
+    position = float(world.data.qpos[site.joint_qpos_adr[0]])
+    return None if position / threshold > 0.5 else door
 
 
 def _is_pushed(world: World, thing: SceneObject, name: str) -> bool:
@@ -89,18 +91,25 @@ def _is_pushed(world: World, thing: SceneObject, name: str) -> bool:
     return site is not None and site.parent is None and extent[2] < 0.03 and float(extent[:2].min()) > MAX_WIDTH
 
 
-def _articulate(world: World, atom: Atom, test: Goal) -> Skill:
-    """Open a drawer, or turn a knob."""
+def _articulate(world: World, atom: Atom, test: Goal | None) -> Skill:
+    """Open a drawer, or turn a knob: until the test passes, or with some margin if there is none."""
     scene = world.scene
     site = scene.sites.get(atom[1])
     owner = scene.objects[(site.parent if site is not None else None) or atom[1]]
     addresses = owner.joint_qpos_adr if site is None else site.joint_qpos_adr
     joint = find_joint(world, addresses[0])
-    sign = 1.0 if owner.joint_tests[atom[0]].above else -1.0
+    threshold = owner.joint_tests[atom[0]]
+    sign = 1.0 if threshold.above else -1.0
+
+    def is_done() -> bool:
+        if test is not None:
+            return test(world.data)
+        return threshold(float(world.data.qpos[joint.qpos_adr]) - 0.07 * threshold.value)
+
     if atom[0] == "open" and is_slide(world, joint):
-        return (yield from pull_open(world, joint, sign, lambda: test(world.data)))
+        return (yield from pull_open(world, joint, sign, is_done))
     if atom[0] in {"turnon", "turnoff"}:
-        return (yield from turn(world, joint, sign, lambda: test(world.data)))
+        return (yield from turn(world, joint, sign, is_done))
     raise ValueError(f"goal atom {atom} has no skill for a joint of this kind")
 
 
