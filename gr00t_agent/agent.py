@@ -7,10 +7,10 @@ C executed steps of a chunk (`num_action_chunks`), a valid action width.
 import contextlib
 import json
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ NANO_METADATA = Path(__file__).parent / "data" / "nano_metadata.json"
 RELEASED_TOKENIZER = "Qwen/Qwen3-1.7B"
 # Room for the instruction in a prompt of default length; the longest of LIBERO has 25 tokens with Qwen's tokenizer.
 INSTRUCTION_TOKENS = 32
+
+
+# Nothing, one generator, or one per row.
+NoiseSource = torch.Generator | Sequence[torch.Generator] | None
 
 
 class FlowAction(NamedTuple):
@@ -341,7 +345,7 @@ class Gr00tAgent(nn.Module):
         if (folder / POLICY_FILE).is_file():
             saved = json.loads((folder / POLICY_FILE).read_text())
         if policy is None:
-            policy = PolicyConfig.from_json(saved["policy"]) if saved else PolicyConfig()
+            policy = saved_policy(folder)
         if data_config is None:
             data_config = DataConfig.from_json(saved["data_config"]) if saved else LiberoFrankaDataConfig()
         if metadata is None:
@@ -358,6 +362,29 @@ class Gr00tAgent(nn.Module):
         agent._materialise(absent, device, dtype)
         if saved:
             agent.set_trainable(**saved["trainable"])
+        return agent
+
+    @classmethod
+    def load(cls, source: str | Path, *, train_backbone: bool | None = None, **changes: Any) -> "Gr00tAgent":
+        """Build from a preset's name, a checkpoint folder or a hub name, with some settings changed.
+
+        Args:
+            source: `nano`, `gr00t_n1d5`, or what `from_pretrained` takes.
+            train_backbone: Train vision tower, connector and language model; None leaves it as it is.
+            changes: Fields of `PolicyConfig`; None leaves a field as it is.
+
+        Raises:
+            TypeError: A field that `PolicyConfig` does not have.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        preset = next((name for name in get_args(PresetName) if name == str(source)), None)
+        if preset is not None:
+            agent = cls.from_preset(preset, policy=replace(preset_policy(preset), **given))
+        else:
+            policy = saved_policy(resolve_checkpoint(source))
+            agent = cls.from_pretrained(source, policy=replace(policy, **given))
+        if train_backbone is not None:
+            agent.set_trainable(**(agent._trainable | {"tune_visual": train_backbone, "tune_llm": train_backbone}))
         return agent
 
     def _materialise(self, absent: list[str], device: torch.device, dtype: torch.dtype) -> None:
@@ -496,6 +523,22 @@ class Gr00tAgent(nn.Module):
         """Where the parameters are."""
         return self.action_head.vlln.weight.device
 
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels that cameras should have: the metadata's, or just enough for the centre crop.
+
+        Raises:
+            ValueError: The cameras of the metadata are not square or differ.
+        """
+        data_config = self.preprocessor.data_config
+        known = {self.preprocessor.metadata.resolution(key) for key in data_config.video_keys}
+        if known == {None}:
+            return -(-int(self.config.image_size / data_config.crop_scale) // 16) * 16
+        sides = {side for resolution in known if resolution is not None for side in resolution}
+        if len(sides) != 1 or None in known:
+            raise ValueError(f"the cameras have no common square size: {known} (height, width)")
+        return sides.pop()
+
     def encode(self, obs: Observation) -> dict[str, Tensor]:
         """Return what of an observation does not depend on trained parameters, for storing and reuse.
 
@@ -603,22 +646,19 @@ class Gr00tAgent(nn.Module):
         return self._value(HeadContext(vl_embs, valid_mask, state_features, [], self.embodiment))
 
     @torch.no_grad()
-    def predict(
-        self, obs: Observation, *, generator: torch.Generator | None = None, noise: Tensor | None = None
-    ) -> Tensor:
+    def predict(self, obs: Observation, *, generator: NoiseSource = None, noise: Tensor | None = None) -> Tensor:
         """Return the deterministic action chunk for the environment, float32 [B, C, a].
 
         Args:
             obs: Observation, or `encode`'s result.
-            generator: Source of the initial noise.
+            generator: Source of the initial noise; a sequence gives every row its own, so that a row's action does
+                not depend on its batch mates' noise.
             noise: Initial noise [B, H, A] instead.
         """
         return self.env_action(self.predict_chunk(obs, generator=generator, noise=noise))
 
     @torch.no_grad()
-    def predict_chunk(
-        self, obs: Observation, *, generator: torch.Generator | None = None, noise: Tensor | None = None
-    ) -> Tensor:
+    def predict_chunk(self, obs: Observation, *, generator: NoiseSource = None, noise: Tensor | None = None) -> Tensor:
         """Return the deterministic chunk in the network's normalised units, float32 [B, H, A]."""
         with self._without_dropout():
             context = self._context(obs)
@@ -698,7 +738,8 @@ class Gr00tAgent(nn.Module):
         """Compute in `compute_dtype` where the parameters are kept in float32."""
         dtype = self.policy.torch_dtype
         needed = dtype != self.action_head.vlln.weight.dtype and dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=dtype, enabled=needed)
+        # Not autocast(enabled=False), which would switch off an autocast of the caller's.
+        return torch.autocast(self.device.type, dtype=dtype) if needed else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _without_dropout(self) -> Generator[None]:
@@ -764,7 +805,11 @@ class Gr00tAgent(nn.Module):
                 features = torch.cat([features, context.state_features.flatten(1).to(features.dtype)], dim=-1)
             return head(features.detach() if self.policy.critic_detach else features)
 
-    def _initial_noise(self, batch: int, generator: torch.Generator | None) -> Tensor:
+    def _initial_noise(self, batch: int, generator: NoiseSource) -> Tensor:
+        if isinstance(generator, Sequence):
+            if len(generator) != batch:
+                raise ValueError(f"{len(generator)} generators were given for {batch} rows; give one per row")
+            return torch.cat([self._initial_noise(1, one) for one in generator])
         head = self.config.action_head
         source = self.device if generator is None else generator.device
         shape = (batch, head.action_horizon, head.action_dim)
@@ -788,6 +833,12 @@ class Gr00tAgent(nn.Module):
         if self.policy.logprob_level == "token":
             return joined
         return joined.sum(dim=-1) if self.policy.logprob_level == "action" else joined.sum(dim=(-2, -1))
+
+
+def saved_policy(folder: Path) -> PolicyConfig:
+    """Return the settings saved with a checkpoint, or the defaults for one that has none."""
+    path = folder / POLICY_FILE
+    return PolicyConfig.from_json(json.loads(path.read_text())["policy"]) if path.is_file() else PolicyConfig()
 
 
 def preset_policy(name: PresetName) -> PolicyConfig:

@@ -326,6 +326,33 @@ def test_seeds_and_given_noise():
         assert torch.equal(agent.predict(obs, generator=seeded(3)), agent.predict(obs, noise=noise))
 
 
+def test_a_generator_per_row_makes_rows_independent(nano_agent):
+    obs = make_observation(3)
+    both = nano_agent.predict_chunk(obs, generator=[seeded(i) for i in range(3)])
+    last = nano_agent.predict_chunk({k: v[2:] for k, v in obs.items()}, generator=[seeded(2)])
+    assert torch.allclose(both[2:], last, atol=1e-5)
+    with pytest.raises(ValueError, match="2 generators were given for 3 rows"):
+        nano_agent.predict(obs, generator=[seeded(0), seeded(1)])
+
+
+def test_image_size_is_the_metadata_or_enough_for_the_crop(nano_agent, tiny_agent):
+    assert tiny_agent.image_size == 256
+    assert nano_agent.image_size == 128
+
+
+def test_load_changes_settings(tmp_path):
+    agent = Gr00tAgent.load("nano", num_action_chunks=3, noise_level=None, train_backbone=False)
+    assert agent.policy == replace(NANO, num_action_chunks=3)
+    assert agent.backbone_is_frozen
+    agent.save_pretrained(tmp_path)
+    again = Gr00tAgent.load(tmp_path, denoising_steps=2)
+    assert again.policy == replace(agent.policy, denoising_steps=2)
+    assert again.backbone_is_frozen
+    assert not Gr00tAgent.load(tmp_path, train_backbone=True).backbone_is_frozen
+    with pytest.raises(TypeError, match="chunks"):
+        Gr00tAgent.load("nano", chunks=3)
+
+
 def test_forward_dispatches():
     agent = build()
     obs = make_observation(2)
