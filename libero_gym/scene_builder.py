@@ -28,7 +28,8 @@ _ASSET = re.compile(r'file="([^"]+)"')
 def import_libero() -> Any:
     """Import `libero.libero.envs` without prompts, writes to the home folder, or a need for GL; return the module.
 
-    Changes the process's environment: for processes that exist to run LIBERO.
+    Sets the environment variables by which LIBERO, Numba and Matplotlib find their folders, for processes that
+    exist to run LIBERO. `MUJOCO_GL`, which robosuite overwrites, is left as it was.
 
     Raises:
         ImportError: LIBERO or one of its requirements is missing.
@@ -36,15 +37,22 @@ def import_libero() -> Any:
     os.environ["LIBERO_CONFIG_PATH"] = str(_write_libero_config())
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba_robosuite"))
     os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
+    chosen_gl = os.environ.get("MUJOCO_GL")
     # robosuite imports a GL binding when it is imported unless told that no GPU renders; its settings module must be
     # in place before the package, whose __init__ reads it.
-    if os.environ.get("MUJOCO_GL") not in {"egl", "osmesa"}:
+    if chosen_gl not in {"egl", "osmesa"} and "robosuite" not in sys.modules:
         os.environ["MUJOCO_GL"] = "disabled"
         macros = _load_robosuite_macros()
         macros.MUJOCO_GPU_RENDERING = False
         macros.CONSOLE_LOGGING_LEVEL = "ERROR"
         sys.modules["robosuite.macros"] = macros
-    return importlib.import_module("libero.libero.envs")
+    try:
+        return importlib.import_module("libero.libero.envs")
+    finally:
+        if chosen_gl is None:
+            os.environ.pop("MUJOCO_GL", None)
+        else:
+            os.environ["MUJOCO_GL"] = chosen_gl
 
 
 def _write_libero_config() -> Path:

@@ -133,6 +133,7 @@ class Simulation:
         random_state: np.random.RandomState,
         *,
         num_settling_steps: int = NUM_SETTLING_STEPS,
+        num_libero_resets: int = 1,
     ) -> None:
         """Start an episode from a stored initial state, fixtures placed at random, and let objects settle.
 
@@ -144,6 +145,8 @@ class Simulation:
             init_state_id: index of the stored state.
             random_state: consumed for the fixture poses.
             num_settling_steps: 0 for the bare initial state.
+            num_libero_resets: how often the LIBERO environment to be matched has been reset, this time included: each
+                reset of it draws more numbers (see `libero_gym.placements.FixtureSampler.sample`).
 
         Raises:
             ValueError: `init_state_id` is out of range.
@@ -156,7 +159,9 @@ class Simulation:
                 f"init_state_id={init_state_id} is not among the stored states of {task.suite} task {task.task_id} "
                 f"(valid: 0-{num_states - 1})"
             )
-        poses = task_data.fixture_sampler.sample(random_state, self._default_fixture_poses)
+        poses = task_data.fixture_sampler.sample(
+            random_state, self._default_fixture_poses, num_resets=num_libero_resets
+        )
         self.task = task
         self.init_state_id = int(init_state_id)
         self._goal = task_data.goal

@@ -126,10 +126,11 @@ def load_init_states(task: TaskSpec) -> npt.NDArray[np.float64]:
 
 def _load_torch_states(path: Path) -> npt.NDArray[Any]:
     import torch  # imported here only: most installations store plain NumPy files
-    from numpy.core import multiarray  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
 
-    allowed: list[Any] = [multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
-    with torch.serialization.safe_globals(allowed):
+    rebuild: Any = np.empty(0).__reduce__()[0]
+    # Files written under NumPy 1 name the function's old module.
+    allowed: list[Any] = [rebuild, (rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype]
+    with torch.serialization.safe_globals([*allowed, type(np.dtype(np.float64))]):
         return np.asarray(torch.load(path, weights_only=True))
 
 

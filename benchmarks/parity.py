@@ -1,0 +1,303 @@
+"""Compares the runtime with LIBERO's own environment, live: positions, observations, success, fixture poses.
+
+`python -m benchmarks.parity` runs all tasks of four suites under three action sequences of 200 steps and a sample of
+LIBERO-90 and LIBERO-PRO, prints a table, and one JSON line at the end. `--num-steps`, `--suites` and `--tasks` make it
+shorter. Sequences: "contact" descends on the table, sweeps, closes the gripper and lifts; "random" is uniform;
+"smooth" is a sum of slow sines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.hardware import describe_run
+from libero_gym.controller import axis_angle_from_quat
+from libero_gym.scene_builder import make_reference_env
+from libero_gym.scenes import Scene, load_scenes
+from libero_gym.simulation import Simulation, Stepping, load_task_data
+from libero_gym.suites import TaskSpec, get_task, list_tasks, load_init_states
+
+SEQUENCES = ("contact", "random", "smooth")
+FULL_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+SAMPLE = (
+    ("libero_90", 3),
+    ("libero_90", 20),
+    ("libero_90", 47),
+    ("libero_90", 74),
+    ("libero_spatial_swap", 0),
+    ("libero_goal_task", 0),
+    ("libero_10_object", 2),
+    ("libero_object_with_mug", 1),
+)
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Largest differences from LIBERO over one run; all zero when the two are identical.
+
+    Attributes:
+        suite: suite name.
+        task_id: task.
+        sequence: action sequence.
+        num_steps: environment steps compared.
+        max_qpos: rad, m.
+        max_qvel: rad/s, m/s.
+        max_states: of the observed proprioception in single precision.
+        max_fixture: of the fixtures' positions and quaternions.
+        num_success_mismatches: steps whose success differs.
+        num_successes: steps at which LIBERO's goal holds.
+        max_contacts: contacts at the busiest step.
+    """
+
+    suite: str
+    task_id: int
+    sequence: str
+    num_steps: int
+    max_qpos: float
+    max_qvel: float
+    max_states: float
+    max_fixture: float
+    num_success_mismatches: int
+    num_successes: int
+    max_contacts: int
+
+    def is_exact(self) -> bool:
+        """Return whether nothing differs."""
+        return not any((self.max_qpos, self.max_qvel, self.max_states, self.max_fixture, self.num_success_mismatches))
+
+
+def make_actions(sequence: str, num_steps: int, seed: int) -> FloatArray:
+    """Return an action sequence, float64 [num_steps, 7].
+
+    Raises:
+        ValueError: unknown `sequence`.
+    """
+    rng = np.random.default_rng(seed)
+    if sequence == "random":
+        return rng.uniform(-1, 1, (num_steps, 7))
+    if sequence == "smooth":
+        steps = np.arange(num_steps)[:, None]
+        return np.sin(steps * rng.uniform(0.02, 0.2, (1, 7)) + rng.uniform(0, 2 * np.pi, (1, 7)))
+    if sequence != "contact":
+        raise ValueError(f"sequence={sequence!r} is unknown (valid: {', '.join(SEQUENCES)})")
+    actions = np.zeros((num_steps, 7))
+    quarter = num_steps // 4
+    actions[:, 6] = -1
+    actions[:quarter, :3] = [*rng.uniform(-0.4, 0.4, 2), -1]
+    actions[quarter : 2 * quarter, :3] = [*rng.uniform(-1, 1, 2), -0.2]
+    actions[2 * quarter :, 6] = 1
+    actions[2 * quarter : 3 * quarter, :3] = [*rng.uniform(-0.3, 0.3, 2), -0.1]
+    actions[3 * quarter :, 2:6] = [1, 0, 0.2, 0.5]
+    return actions
+
+
+@contextlib.contextmanager
+def reference_env(task: TaskSpec) -> Iterator[Any]:
+    """Open LIBERO's own environment of `task`, its prints and its dependencies' warnings silenced."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        env = make_reference_env(task.bddl_file)
+        yield env
+        env.close()
+
+
+def compare_run(
+    *,
+    env: Any,
+    task: TaskSpec,
+    scene: Scene,
+    sequence: str,
+    num_steps: int,
+    init_state_id: int = 0,
+    seed: int = 0,
+    stepping: Stepping = "exact",
+) -> Comparison:
+    """Run LIBERO's environment and a simulation side by side."""
+    np.random.seed(seed)  # noqa: NPY002 - LIBERO draws from the global stream
+    num_resets = getattr(env, "num_compared_resets", 0) + 1
+    env.num_compared_resets = num_resets
+    env.reset()
+    observation = env.set_init_state(load_init_states(task)[init_state_id])
+    simulation = Simulation(scene, stepping=stepping)
+    simulation.reset(
+        task, init_state_id, np.random.RandomState(seed), num_settling_steps=0, num_libero_resets=num_resets
+    )
+    live = env.sim.model._model
+    fixtures = np.abs(live.body_pos - simulation.model.body_pos).max()
+    fixtures = max(fixtures, np.abs(live.body_quat - simulation.model.body_quat).max())
+    differences = {"qpos": [0.0], "qvel": [0.0], "states": [_compare_states(observation, simulation)]}
+    mismatches = successes = contacts = 0
+    for action in make_actions(sequence, num_steps, seed):
+        observation, _, is_success, _ = env.step(action)
+        mismatches += bool(is_success) != simulation.step(action)
+        successes += bool(is_success)
+        contacts = max(contacts, simulation.data.ncon)
+        differences["qpos"].append(np.abs(env.sim.data.qpos - simulation.data.qpos).max())
+        differences["qvel"].append(np.abs(env.sim.data.qvel - simulation.data.qvel).max())
+        differences["states"].append(_compare_states(observation, simulation))
+    return Comparison(
+        suite=task.suite,
+        task_id=task.task_id,
+        sequence=sequence,
+        num_steps=num_steps,
+        max_qpos=float(max(differences["qpos"])),
+        max_qvel=float(max(differences["qvel"])),
+        max_states=float(max(differences["states"])),
+        max_fixture=float(fixtures),
+        num_success_mismatches=mismatches,
+        num_successes=successes,
+        max_contacts=contacts,
+    )
+
+
+def _compare_states(observation: dict[str, Any], simulation: Simulation) -> float:
+    expected = [
+        observation["robot0_eef_pos"],
+        axis_angle_from_quat(observation["robot0_eef_quat"]),
+        observation["robot0_gripper_qpos"],
+    ]
+    return float(np.abs(np.concatenate(expected).astype(np.float32) - simulation.states()).max())
+
+
+def compare_predicates(env: Any, task: TaskSpec, scene: Scene, num_states: int, seed: int) -> tuple[int, int]:
+    """Judge randomised states by LIBERO and here; return (mismatches, states that LIBERO calls a success).
+
+    Things named in the goal are put near where they should be, and joints anywhere in their range, so that both
+    verdicts occur.
+    """
+    rng = np.random.default_rng(seed)
+    np.random.seed(seed)  # noqa: NPY002 - LIBERO draws from the global stream
+    env.reset()
+    env.set_init_state(load_init_states(task)[0])
+    goal = load_task_data(scene, task).goal
+    simulation = Simulation(scene)
+    model, data, live = simulation.model, simulation.data, env.sim
+    model.body_pos[:], model.body_quat[:] = live.model._model.body_pos, live.model._model.body_quat
+    start = np.array(live.data.qpos)
+    mismatches = positives = 0
+    for _ in range(num_states):
+        qpos = start.copy()
+        for atom in goal.atoms:
+            _perturb(scene, model, data, qpos, atom, rng)
+        data.qpos[:] = qpos
+        live.data.qpos[:] = qpos
+        mujoco.mj_forward(model, data)
+        live.forward()
+        expected = bool(env.check_success())
+        positives += expected
+        mismatches += expected != goal(data)
+    return mismatches, positives
+
+
+def _perturb(
+    scene: Scene,
+    model: mujoco.MjModel,
+    data: mujoco.MjData,
+    qpos: FloatArray,
+    atom: tuple[str, ...],
+    rng: np.random.Generator,
+) -> None:
+    if len(atom) == 2:
+        name = atom[1]
+        addresses = scene.sites[name].joint_qpos_adr if name in scene.sites else scene.objects[name].joint_qpos_adr
+        for address in addresses:
+            joint = int(np.flatnonzero(model.jnt_qposadr == address)[0])
+            low, high = model.jnt_range[joint]
+            is_near_an_end = rng.random() < 0.5
+            qpos[address] = rng.choice([low, high]) + rng.normal(0, 0.01) if is_near_an_end else rng.uniform(low, high)
+        return
+    thing = scene.objects[atom[1]]
+    data.qpos[:] = qpos
+    mujoco.mj_kinematics(model, data)
+    if atom[2] in scene.sites:
+        target = data.site_xpos[scene.sites[atom[2]].site_id]
+    else:
+        target = data.xpos[scene.objects[atom[2]].body_id]
+    address = thing.joint_qpos_adr[-1]
+    spread = 0.5 * scene.sites[atom[2]].size[:2] if atom[2] in scene.sites else 0.015
+    qpos[address : address + 2] = target[:2] + rng.normal(0.0, 1.0, 2) * spread
+    qpos[address + 2] = target[2] + rng.uniform(-0.02, 0.06)
+
+
+def main() -> None:
+    """Run the comparisons that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suites", nargs="*", default=list(FULL_SUITES))
+    parser.add_argument("--tasks", nargs="*", type=int, help="task ids (default: all)")
+    parser.add_argument("--num-steps", type=int, default=200)
+    parser.add_argument("--num-predicate-states", type=int, default=300, help="randomised states a task")
+    parser.add_argument("--no-sample", action="store_true", help="leave out LIBERO-90 and LIBERO-PRO")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    tasks = [
+        task
+        for suite in arguments.suites
+        for task in list_tasks(suite)
+        if task.task_id in (arguments.tasks or range(99))
+    ]
+    if not arguments.no_sample:
+        tasks += [get_task(suite, task_id) for suite, task_id in SAMPLE]
+    started = time.perf_counter()
+    print(f"{'task':28} {'sequence':8} {'qpos':>8} {'qvel':>8} {'states':>8} {'fixture':>8} {'success':>9} contacts")
+    results: list[Comparison] = []
+    num_states = num_mismatches = num_positives = 0
+    for task, scene in zip(tasks, load_scenes(tasks), strict=True):
+        with reference_env(task) as env:
+            runs = [
+                compare_run(
+                    env=env, task=task, scene=scene, sequence=sequence, num_steps=arguments.num_steps, seed=seed
+                )
+                for seed, sequence in enumerate(SEQUENCES)
+            ]
+            mismatches, positives = compare_predicates(env, task, scene, arguments.num_predicate_states, seed=7)
+        num_states += arguments.num_predicate_states
+        num_mismatches += mismatches
+        num_positives += positives
+        results += runs
+        for run in runs:
+            print(
+                f"{f'{run.suite}/{run.task_id}':28} {run.sequence:8} {run.max_qpos:8.1e} {run.max_qvel:8.1e} "
+                f"{run.max_states:8.1e} {run.max_fixture:8.1e} {run.num_success_mismatches:4d}/{run.num_successes:<4d} "
+                f"{run.max_contacts:8d}",
+                flush=True,
+            )
+    document = {
+        "benchmark": "parity",
+        **describe_run(),
+        "results": {
+            "num_runs": len(results),
+            "num_exact_runs": sum(run.is_exact() for run in results),
+            "max_qpos": max(run.max_qpos for run in results),
+            "max_states": max(run.max_states for run in results),
+            "num_success_mismatches": sum(run.num_success_mismatches for run in results),
+            "predicate_states": num_states,
+            "predicate_positives": num_positives,
+            "predicate_mismatches": num_mismatches,
+            "seconds": round(time.perf_counter() - started, 1),
+            "inexact": [asdict(run) for run in results if not run.is_exact()],
+        },
+        "targets": {"max_qpos": 0, "max_states": 0, "num_success_mismatches": 0, "predicate_mismatches": 0},
+    }
+    line = json.dumps(document)
+    if arguments.output:
+        arguments.output.write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The Gymnasium environment's contract."""
+
+import subprocess
+import sys
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from libero_gym.env import LiberoEnv
+from libero_gym.simulation import PhysicsError
+from libero_gym.suites import get_task
+
+
+def _make(suite="libero_goal", **options) -> LiberoEnv:
+    return LiberoEnv(suite, **{"observe_images": False, **options})
+
+
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_goal"])
+def test_conforms_to_gymnasium(suite: str):
+    env = gymnasium.make(f"libero_gym/{suite}-v0", observe_images=False)
+    check_env(env.unwrapped, skip_render_check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["libero_object", "libero_10", "libero_90"])
+def test_conforms_to_gymnasium_where_scenes_vary(suite: str):
+    env = gymnasium.make(f"libero_gym/{suite}-v0", task_id=2, observe_images=False)
+    check_env(env.unwrapped, skip_render_check=True)
+
+
+def test_conforms_to_gymnasium_with_images():
+    env = gymnasium.make("libero_gym/libero_goal-v0", image_size=32, render_mode="rgb_array")
+    check_env(env.unwrapped)
+
+
+def test_images():
+    env = LiberoEnv("libero_goal", task_id=1, image_size=48, render_mode="rgb_array")
+    first, _ = env.reset(seed=0)
+    second, *_ = env.step(np.ones(7, dtype=np.float32))
+    for key in ("images", "wrist_images"):
+        assert first[key].shape == (48, 48, 3)
+        assert first[key].std() > 10  # something is to be seen
+        assert not np.shares_memory(first[key], second[key])
+        assert np.any(first[key] != second[key])
+    assert np.any(first["images"] != first["wrist_images"])
+    frame = env.render()
+    assert frame is not None
+    np.testing.assert_array_equal(frame, second["images"])
+    frame[:] = 0
+    assert second["images"].any()
+    env.close()
+
+
+def test_module_prefix_registers_the_ids():
+    code = (
+        "import gymnasium; env = gymnasium.make('libero_gym:libero_gym/libero_spatial-v0', task_id=3, "
+        "observe_images=False); print(env.unwrapped.reset(seed=0)[1]['task_id'])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "3"
+
+
+def test_same_seed_same_episode():
+    episodes = []
+    for seed in (4, 4, 5):
+        env = _make()
+        observation, info = env.reset(seed=seed)
+        states = [observation["states"]]
+        env.action_space.seed(0)
+        states += [env.step(env.action_space.sample())[0]["states"] for _ in range(5)]
+        episodes.append((info["task_id"], info["init_state_id"], np.array(states), env.model.body_pos.copy()))
+    first, again, other = episodes
+    assert first[:2] == again[:2] != other[:2]
+    np.testing.assert_array_equal(first[2], again[2])
+    np.testing.assert_array_equal(first[3], again[3])
+    assert np.any(first[2] != other[2])
+
+
+def test_resets_differ_without_a_new_seed():
+    env = _make()
+    env.reset(seed=0)
+    drawn = {tuple(env.reset()[1][key] for key in ("task_id", "init_state_id")) for _ in range(8)}
+    assert len(drawn) > 4
+
+
+def test_reset_options_choose():
+    env = _make()
+    _, info = env.reset(seed=0, options={"task_id": 6, "init_state_id": 31})
+    assert (info["task_id"], info["init_state_id"], info["episode_length"]) == (6, 31, 0)
+    observation, *_, info = env.step(np.zeros(7, dtype=np.float32))
+    assert observation["task_descriptions"] == get_task("libero_goal", 6).language
+    assert (info["task_id"], info["init_state_id"], info["episode_length"]) == (6, 31, 1)
+
+
+def test_observations_share_no_memory_and_no_element_is_constant():
+    env = _make()
+    observation, _ = env.reset(seed=1)
+    states = [observation["states"]]
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        states.append(env.step(rng.uniform(-1, 1, 7).astype(np.float32))[0]["states"])
+        assert not np.shares_memory(states[-1], states[-2])
+    assert np.all(np.ptp(np.array(states), axis=0) > 0)
+
+
+def test_truncates_at_the_horizon():
+    env = _make(horizon=3)
+    env.reset(seed=0)
+    flags = [env.step(np.zeros(7, dtype=np.float32))[2:4] for _ in range(3)]
+    assert flags == [(False, False), (False, False), (False, True)]
+
+
+def test_default_horizon_is_the_suites():
+    assert _make("libero_10")._horizon == 480
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"), [("sparse", [0.0, 1.0, 1.0, 0.0]), ("relative", [0.0, 1.0, 0.0, -1.0])]
+)
+def test_success_rewards_and_terminates(reward: str, expected: list[float]):
+    env = _make(task_id=7, reward=reward)
+    env.reset(seed=0)
+    (knob,) = env.simulation.scene.objects["flat_stove_1"].joint_qpos_adr
+    rewards, terminated, success = [], [], []
+    for position in (0.0, 1.0, 1.0, 0.0):
+        env.data.qpos[knob] = position
+        env.data.qvel[:] = 0.0
+        _, value, is_over, _, info = env.step(np.zeros(7, dtype=np.float32))
+        rewards.append(value)
+        terminated.append(is_over)
+        success.append(info["success"])
+    assert rewards == expected
+    assert terminated == success == [False, True, True, False]
+
+
+def test_model_and_data_are_live():
+    env = _make()
+    env.reset(seed=0)
+    assert isinstance(env.model, mujoco.MjModel)
+    before = env.data.time
+    env.step(np.zeros(7, dtype=np.float32))
+    assert env.data.time == pytest.approx(before + 0.05)
+
+
+def test_close_twice():
+    env = _make()
+    env.reset(seed=0)
+    env.close()
+    env.close()
+    with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
+        env.step(np.zeros(7, dtype=np.float32))
+
+
+def test_nan_action():
+    env = _make()
+    env.reset(seed=0)
+    with pytest.raises(PhysicsError, match="is not finite"):
+        env.step(np.full(7, np.nan, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, r"image_size=0 is not a positive number of pixels"),
+        ({"image_size": -5}, r"image_size=-5 is not"),
+        ({"image_size": 2.5}, r"image_size=2.5 is not"),
+        ({"reward": "dense"}, r"reward='dense' is unknown \(valid: 'sparse', 'relative'\)"),
+        ({"horizon": 0}, r"horizon=0 is not a positive number of steps \(default: 320\)"),
+        ({"task_id": 10}, r"task_id=10 is not in libero_goal \(valid: 0-9\)"),
+        ({"render_mode": "human"}, r"render_mode='human' is unknown \(valid: None, 'rgb_array'\)"),
+        ({"stepping": "slow"}, r"stepping='slow' is unknown"),
+        ({"camera_names": ("agentview",)}, r"must name 2 cameras"),
+        ({"observe_images": True, "renderer": "vulkan"}, r"vulkan"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        _make(**options)
+
+
+def test_unknown_suite():
+    with pytest.raises(ValueError, match=r"did you mean 'libero_object'\?"):
+        _make("libero_objet")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task_id": 10}, r"task_id=10 is not in libero_goal"),
+        ({"init_state_id": 50}, r"init_state_id=50 is not among the stored states"),
+        ({"state": 1}, r"unknown reset options \['state'\] \(valid: 'task_id', 'init_state_id'\)"),
+    ],
+)
+def test_bad_reset_options(options, message):
+    env = _make()
+    with pytest.raises(ValueError, match=message):
+        env.reset(seed=0, options=options)
+
+
+def test_fixed_task_cannot_be_changed_at_reset():
+    env = _make(task_id=1)
+    with pytest.raises(ValueError, match="was asked of an environment made for task_id=1"):
+        env.reset(options={"task_id": 2})
