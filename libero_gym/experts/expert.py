@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 _POSITION_GAIN = 1.6
 _ROTATION_GAIN = 1.0
 _CRUISE = 0.8
-_TURN = 0.5
+_TURN = 0.7
 _ACCELERATION = 0.2
 _NOISE_MEMORY = 0.8
 

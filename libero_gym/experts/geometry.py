@@ -19,6 +19,10 @@ SPACING = 0.008
 """Largest distance in metres between neighbouring points of a cloud: half the width of a finger."""
 
 
+_OVERHANG_MARGIN = 0.02
+_SIDES = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=2)))
+
+
 class Shapes:
     """Surface points of the collision geoms of one model, posed by its data.
 
@@ -31,7 +35,6 @@ class Shapes:
         """Sample the geoms' surfaces."""
         self.model = model
         self.data = data
-        self._root_of = _roots(model)
         # Planes have no extent; the floor is below everything that matters.
         solid = (model.geom_contype | model.geom_conaffinity).astype(bool) & (
             model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE
@@ -72,6 +75,22 @@ class Shapes:
         heights = cloud[distance < radius, 2]
         return float(heights.max()) if heights.size else -np.inf
 
+    def way_out(self, body_id: int, ignored_body_ids: tuple[int, ...]) -> FloatArray:
+        """Return the shortest horizontal shift [2] after which nothing hangs over the body; zero if nothing does."""
+        cloud = self.cloud(body_id)
+        centre, top = cloud[:, :2].mean(axis=0), float(cloud[:, 2].max())
+        obstacles = self.obstacles(ignored_body_ids, centre, 0.35)
+        overhang = obstacles[obstacles[:, 2] > top + 0.02, :2]
+        above = set[tuple[int, int]]().union(*(_cells(overhang + _OVERHANG_MARGIN * side) for side in _SIDES))
+        footprint = cloud[:, :2]
+        for distance in np.arange(0.0, 0.2, 0.02):
+            # Towards the robot first: there the arm reaches best.
+            for angle in np.pi + np.deg2rad(np.array([0, 30, -30, 60, -60, 90, -90, 120, -120, 150, -150, 180])):
+                shift = distance * np.array([np.cos(angle), np.sin(angle)])
+                if above.isdisjoint(_cells(footprint + shift)):
+                    return shift
+        return np.zeros(2)
+
     def _pose(self, geoms: list[int]) -> FloatArray:
         clouds = [
             self.data.geom_xpos[geom] + self._local[geom] @ self.data.geom_xmat[geom].reshape(3, 3).T for geom in geoms
@@ -79,8 +98,9 @@ class Shapes:
         return np.concatenate(clouds) if clouds else np.zeros((0, 3))
 
 
-def _roots(model: mujoco.MjModel) -> npt.NDArray[np.int32]:
-    return np.asarray(model.body_rootid)
+def _cells(points: FloatArray) -> set[tuple[int, int]]:
+    """Return the squares of 1 cm that contain points [n, 2]."""
+    return {(int(x), int(y)) for x, y in np.unique(np.floor(points / 0.01).astype(np.int64), axis=0)}
 
 
 def _sample(model: mujoco.MjModel, geom: int) -> FloatArray:

@@ -172,6 +172,13 @@ def travel(
         if gripper == CLOSED:
             cloud = world.shapes.cloud(thing.body_id)
             below = max(below, float(start[2] - cloud[:, 2].min()))
+            escape = world.shapes.way_out(thing.body_id, (world.robot_body_id, thing.body_id))
+            if escape.any():
+                aside = start + np.array([*escape, 0.01])
+                yield from reach(
+                    world, lambda: (aside, rotation), gripper=gripper, tolerance=0.01, speed=0.8, timeout=40
+                )
+                start = world.eef_pos
             around = max(0.03, float(np.linalg.norm(cloud[:, :2] - start[:2], axis=1).max())) + 0.01
     safe = world.shapes.top_along(start, target()[0], around, tuple(ignored)) + below + _MARGIN
     goal = target()[0]
