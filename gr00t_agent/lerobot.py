@@ -241,6 +241,8 @@ class VideoFile:
         self._stream = self._container.streams.video[0]
         # The files are small and many are read at a time.
         self._stream.thread_type = "NONE"
+        # Without it, a damaged frame may be patched up from its neighbours.
+        self._stream.codec_context.options = {"err_detect": "explode"}
         self._decoder: Iterator[av.VideoFrame] | None = None
         self._next = 0
 
