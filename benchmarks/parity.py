@@ -14,7 +14,7 @@ import io
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def make_actions(sequence: str, num_steps: int, seed: int) -> FloatArray:
 
 
 @contextlib.contextmanager
-def reference_env(task: TaskSpec) -> Iterator[Any]:
+def reference_env(task: TaskSpec) -> Generator[Any]:
     """Open LIBERO's own environment of `task`, its prints and its dependencies' warnings silenced."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

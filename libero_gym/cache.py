@@ -9,7 +9,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def file_lock(name: str) -> Iterator[None]:
+def file_lock(name: str) -> Generator[None]:
     """Hold the machine-wide lock `name`; other processes and threads that want it wait.
 
     The kernel drops the lock when its holder dies, so a killed process leaves nothing behind that blocks.

@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from libero_gym.scenes import load_scene
 from libero_gym.simulation import ACTION_DIM, PhysicsError, Simulation, load_task_data
-from libero_gym.suites import TaskSpec, get_task, horizon, list_tasks
+from libero_gym.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
 
 __all__ = ["LiberoEnv", "PhysicsError"]
 
@@ -35,7 +35,7 @@ def make_observation_space(image_size: int, *, has_images: bool = True) -> space
     Raises:
         ValueError: `image_size` is not a positive integer.
     """
-    if isinstance(image_size, bool) or not isinstance(image_size, int | np.integer) or image_size <= 0:
+    if not is_integer(image_size) or image_size <= 0:
         raise ValueError(f"image_size={image_size!r} is not a positive number of pixels (usual: 128, 224, 256)")
     image = spaces.Box(0, 255, (int(image_size), int(image_size), 3), np.uint8)
     images = dict.fromkeys(OBSERVATION_KEYS, image) if has_images else {}
@@ -63,7 +63,7 @@ def check_reward_kind(reward: str) -> RewardKind:
     """
     if reward not in ("sparse", "relative"):
         raise ValueError(f"reward={reward!r} is unknown (valid: 'sparse', 'relative')")
-    return cast("RewardKind", reward)
+    return reward
 
 
 def check_horizon(episode_horizon: int | None, suite: str) -> int:
@@ -74,7 +74,7 @@ def check_horizon(episode_horizon: int | None, suite: str) -> int:
     """
     if episode_horizon is None:
         return horizon(suite)
-    if isinstance(episode_horizon, bool) or not isinstance(episode_horizon, int) or episode_horizon < 1:
+    if not is_integer(episode_horizon) or episode_horizon < 1:
         raise ValueError(f"horizon={episode_horizon!r} is not a positive number of steps (default: {horizon(suite)})")
     return episode_horizon
 
@@ -304,8 +304,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         simulation = self._require_simulation()
         observation: dict[str, Any] = {"states": simulation.states(), "task_descriptions": self.task.language}
         if self._renderer is not None:
-            self._images = np.asarray(self._renderer.render([simulation]))[0]  # [num_cameras, H, W, 3]
-            observation.update({key: self._images[i].copy() for i, key in enumerate(OBSERVATION_KEYS)})
+            images = self._renderer.render([simulation])[0]  # [num_cameras, H, W, 3]
+            observation.update({key: images[i].copy() for i, key in enumerate(OBSERVATION_KEYS)})
+            self._images = images
         return observation
 
     def _info(self) -> dict[str, Any]:

@@ -11,6 +11,9 @@ through their addresses in the shared library. Two modes:
 Compiled code is cached in the package's cache folder.
 """
 
+# The natively compiled functions are typed by Numba, and intrinsics are called without their typing context.
+# pyright: reportMissingParameterType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import ctypes
@@ -47,7 +50,7 @@ def _native(signature: str | None = None, **options: Any) -> Callable[[Callable[
         previous = config.CACHE_DIR
         config.CACHE_DIR = str(folder)
         try:
-            arguments = () if signature is None else (signature,)
+            arguments: list[Any] = [] if signature is None else [signature]
             return numba.njit(*arguments, cache=True, error_model="numpy", **options)(function)
         finally:
             config.CACHE_DIR = previous

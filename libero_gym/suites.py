@@ -79,11 +79,16 @@ def get_task(suite: str, task_id: int) -> TaskSpec:
         TypeError: `task_id` is not an integer.
     """
     tasks = _tasks(suite)
-    if isinstance(task_id, bool) or not isinstance(task_id, int | np.integer):
+    if not is_integer(task_id):
         raise TypeError(f"task_id={task_id!r} is not an integer (valid: 0-{len(tasks) - 1})")
     if not 0 <= task_id < len(tasks):
         raise ValueError(f"task_id={task_id} is not in {suite} (valid: 0-{len(tasks) - 1})")
     return tasks[task_id]
+
+
+def is_integer(value: object) -> bool:
+    """Return whether `value` is an integer of Python or NumPy, and not a boolean."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def base_suite(suite: str) -> str | None:
