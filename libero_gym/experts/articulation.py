@@ -21,6 +21,7 @@ _LEAD = 0.05
 _TURN_LEAD = 0.45
 _PUSH_RADIUS = 0.03
 _PRESS = 0.012
+_FLAT = 0.03
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,29 +106,32 @@ def turn(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -
 
 
 def push(world: World, thing: SceneObject, goal: FloatArray, is_done: Callable[[], bool]) -> Skill:
-    """Push a plate over the table from within, closed fingers against its rim; True if it got to `goal` [2].
+    """Push a plate or bowl over the table from within, closed fingers against its rim; True if it got to `goal` [2].
 
-    The fingers press down while they push: on the shallow slope of the rim they would slide up otherwise. From
-    outside, whatever stands behind the plate would be in the hand's way.
+    On the shallow slope of a plate's rim the fingers would slide up, so they press down while they push. From outside,
+    whatever stands behind the plate would be in the hand's way.
     """
     rotation = gripper_rotation(0.0)
+    is_flat = float(np.ptp(world.shapes.cloud(thing.body_id)[:, 2])) < _FLAT
 
     def inside(height: float) -> FloatArray:
         centre = world.position(thing)
         cloud = world.shapes.cloud(thing.body_id)
-        spot = centre[:2] + _PUSH_RADIUS * _unit(goal[:2] - centre[:2])
+        spot = centre[:2] + (_PUSH_RADIUS if is_flat else 0.0) * _unit(goal[:2] - centre[:2])
         near = cloud[np.linalg.norm(cloud[:, :2] - spot, axis=1) < 0.012]
         return np.array([*spot, float(near[:, 2].max()) + TIP_DEPTH + height])
 
-    yield from travel(world, lambda: (inside(0.05), rotation), gripper=CLOSED, thing=None)
-    yield from reach(world, lambda: (inside(0.0), rotation), gripper=CLOSED, tolerance=0.008, speed=0.7, timeout=30)
+    yield from travel(world, lambda: (inside(0.05), rotation), gripper=CLOSED)
+    low = 0.0 if is_flat else 0.006
+    yield from reach(world, lambda: (inside(low), rotation), gripper=CLOSED, tolerance=0.01, speed=0.7, timeout=30)
     for _ in range(90):
         if is_done():
-            return True
-        spot = inside(-_PRESS)
-        if float(np.linalg.norm(spot[:2] - world.eef_pos[:2])) > 0.04:
             break
-        position = np.array([*(world.eef_pos[:2] + 0.035 * _unit(goal[:2] - world.position(thing)[:2])), spot[2]])
+        spot = inside(-_PRESS if is_flat else low)
+        if float(np.linalg.norm(spot[:2] - world.eef_pos[:2])) > 0.045:
+            break
+        ahead = world.eef_pos[:2] + 0.035 * _unit(goal[:2] - world.position(thing)[:2])
+        position = np.array([*ahead, spot[2]])
         yield Command(position=position, rotation=world.leaning((position, rotation)), gripper=CLOSED, speed=0.7)
     up = world.eef_pos + np.array([0.0, 0.0, 0.08])
     yield from reach(world, lambda: (up, rotation), gripper=CLOSED, tolerance=0.03, timeout=15)

@@ -19,7 +19,6 @@ SPACING = 0.008
 """Largest distance in metres between neighbouring points of a cloud: half the width of a finger."""
 
 
-_OVERHANG_MARGIN = 0.02
 _SIDES = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=2)))
 
 
@@ -75,19 +74,22 @@ class Shapes:
         heights = cloud[distance < radius, 2]
         return float(heights.max()) if heights.size else -np.inf
 
-    def way_out(self, body_id: int, ignored_body_ids: tuple[int, ...]) -> FloatArray:
-        """Return the shortest horizontal shift [2] after which nothing hangs over the body; zero if nothing does."""
+    def way_out(self, body_id: int, obstacles: FloatArray, margin: float) -> FloatArray:
+        """Return the shortest horizontal shift [2] after which nothing hangs over the body; zero if nothing does.
+
+        Args:
+            body_id: the body to be shifted.
+            obstacles: float64 [n, 3]; those of its own height and lower do not count.
+            margin: metres to be kept.
+        """
         cloud = self.cloud(body_id)
-        centre, top = cloud[:, :2].mean(axis=0), float(cloud[:, 2].max())
-        obstacles = self.obstacles(ignored_body_ids, centre, 0.35)
-        overhang = obstacles[obstacles[:, 2] > top + 0.02, :2]
-        above = set[tuple[int, int]]().union(*(_cells(overhang + _OVERHANG_MARGIN * side) for side in _SIDES))
-        footprint = cloud[:, :2]
-        for distance in np.arange(0.0, 0.2, 0.02):
+        overhang = obstacles[obstacles[:, 2] > float(cloud[:, 2].max()) + 0.02, :2]
+        above = set[tuple[int, int]]().union(*(_cells(overhang + margin * side) for side in _SIDES))
+        for distance in np.arange(0.0, 0.2, 0.01):
             # Towards the robot first: there the arm reaches best.
             for angle in np.pi + np.deg2rad(np.array([0, 30, -30, 60, -60, 90, -90, 120, -120, 150, -150, 180])):
                 shift = distance * np.array([np.cos(angle), np.sin(angle)])
-                if above.isdisjoint(_cells(footprint + shift)):
+                if above.isdisjoint(_cells(cloud[:, :2] + shift)):
                     return shift
         return np.zeros(2)
 

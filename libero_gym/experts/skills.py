@@ -27,6 +27,7 @@ _MARGIN = 0.02
 _FINGER_REACH = 0.065
 _LIFT = 0.06
 _MAX_FREE_STEPS = 6
+_OVERHANG_MARGIN = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,7 +173,8 @@ def travel(
         if gripper == CLOSED:
             cloud = world.shapes.cloud(thing.body_id)
             below = max(below, float(start[2] - cloud[:, 2].min()))
-            escape = world.shapes.way_out(thing.body_id, (world.robot_body_id, thing.body_id))
+            around_it = world.shapes.obstacles(tuple(ignored), cloud[:, :2].mean(axis=0), 0.35)
+            escape = world.shapes.way_out(thing.body_id, around_it, _OVERHANG_MARGIN)
             if escape.any():
                 aside = start + np.array([*escape, 0.01])
                 yield from reach(

@@ -16,6 +16,8 @@ from libero_gym.scenes import SceneObject, SceneSite
 FloatArray = npt.NDArray[np.float64]
 Atom = tuple[str, ...]
 
+_HAND_ROOM = 0.03
+
 
 def solve(world: World, goal: tuple[Atom, ...]) -> Iterator[Command]:
     """Yield commands for ever: until the goal holds those that bring it about, then those that hold still.
@@ -58,6 +60,8 @@ def achieve(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Comm
 def _put(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Command]:
     thing = world.scene.objects[atom[1]]
     door = _door(world, atom)
+    if door is not None:
+        yield from _clear_the_way(world, thing, door)
     if door is not None and not (yield from _articulate(world, door, None)):
         return
     if _is_pushed(world, thing, atom[2]):
@@ -82,6 +86,26 @@ def _door(world: World, atom: Atom) -> Atom | None:
     threshold = world.scene.objects[site.parent or ""].joint_tests["open"].value
     position = float(world.data.qpos[site.joint_qpos_adr[0]])
     return None if position / threshold > 0.5 else door
+
+
+def _clear_the_way(world: World, thing: SceneObject, door: Atom) -> Skill:
+    """Push the object aside if the drawer, once open, would hang over it or be in the hand's way."""
+    site = world.scene.sites[door[1]]
+    joint = find_joint(world, site.joint_qpos_adr[0])
+    if not is_slide(world, joint):
+        return True
+    threshold = world.scene.objects[site.parent or ""].joint_tests["open"].value
+    path = (threshold - float(world.data.qpos[joint.qpos_adr])) * world.data.xaxis[joint.joint_id]
+    shift = world.shapes.way_out(thing.body_id, world.shapes.cloud(joint.body_id) + path, _HAND_ROOM)
+    if not shift.any():
+        return True
+    goal = world.position(thing)[:2] + shift
+    return (yield from push(world, thing, goal, lambda: bool(_behind(world.position(thing)[:2], goal, shift))))
+
+
+def _behind(position: FloatArray, goal: FloatArray, direction: FloatArray) -> bool:
+    """Return whether `position` has passed `goal` in `direction`, all [2], to 5 mm."""
+    return float((goal - position) @ direction) < 0.005 * float(np.linalg.norm(direction))
 
 
 def _is_pushed(world: World, thing: SceneObject, name: str) -> bool:
