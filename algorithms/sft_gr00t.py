@@ -29,7 +29,6 @@ the data, `eval/success_once` success at any step of an episode.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -56,8 +55,8 @@ from algorithms.lora import LoraSettings, add_lora, merged
 from algorithms.prefetch import Prefetch
 from algorithms.run_folder import RunFolder
 from algorithms.training_state import forget_metrics_after, load_state, reopen_run, save_state, trained_parameters
-from gr00t_agent import DatasetMetadata, Gr00tAgent, PolicyConfig, preset_policy
-from gr00t_agent.agent import POLICY_FILE
+from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
+from gr00t_agent.agent import saved_policy
 from gr00t_agent.checkpoint import resolve_checkpoint
 from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
 from libero_gym.adapters import ModalityVectorObservation
@@ -218,10 +217,9 @@ def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
         agent = Gr00tAgent.from_preset(args.model, policy=policy, metadata=metadata)
     else:
         folder = resolve_checkpoint(args.model)
-        saved = folder / POLICY_FILE
-        policy = PolicyConfig.from_json(json.loads(saved.read_text())["policy"]) if saved.is_file() else PolicyConfig()
         given = metadata if args.statistics == "data" else None
-        agent = Gr00tAgent.from_pretrained(folder, policy=replace(policy, **changes), metadata=given)
+        policy = replace(saved_policy(folder), **changes)
+        agent = Gr00tAgent.from_pretrained(folder, policy=policy, metadata=given)
     agent.set_trainable(
         tune_visual=args.tune_visual, tune_llm=args.tune_llm, tune_projector=args.tune_projector,
         tune_diffusion_model=args.tune_diffusion_model,
