@@ -122,6 +122,7 @@ def build_ray_scene(
     *,
     max_texture_size: int = 1024,
     lit_sites: tuple[int, ...] = (),
+    reflections: bool = True,
 ) -> RayScene:
     """Extracts what is visible of a model.
 
@@ -131,6 +132,7 @@ def build_ray_scene(
         max_texture_size: Larger textures are halved until they fit. Images of 256 pixels never look at the
             finer mipmap levels that this drops.
         lit_sites: Sites that are drawn while they are lit.
+        reflections: Whether the first reflective plane or box mirrors.
 
     Returns:
         The arrays of the scene.
@@ -145,7 +147,7 @@ def build_ray_scene(
     materials: list[list[float]] = []
     textures: list[int] = []
     surface_geom: list[int] = []
-    mirror_found = False
+    mirror_found = not reflections
     for geom in range(model.ngeom):
         rgba = _geom_rgba(model, geom)
         if model.geom_group[geom] not in VISIBLE_GROUPS or rgba[3] < MIN_ALPHA:

@@ -174,8 +174,14 @@ class GlRenderer:
     starting worker processes, and start those by spawning.
     """
 
-    def __init__(self, kind: str, camera_names: Sequence[str], image_size: int):
+    def __init__(self, kind: str, camera_names: Sequence[str], image_size: int, *, reflections: bool = True):
         """Loads the OpenGL bindings; see `make_renderer`.
+
+        Args:
+            kind: "egl" or "osmesa".
+            camera_names: Cameras of the scene, in the order of the images.
+            image_size: Height and width of the images, pixels.
+            reflections: Whether reflective surfaces mirror, as LIBERO's do.
 
         Raises:
             RendererUnavailableError: There is no such OpenGL platform.
@@ -183,6 +189,7 @@ class GlRenderer:
         self._kind: Any = kind
         self._camera_names = tuple(camera_names)
         self._size = image_size
+        self._reflections = reflections
         self._context: Any = None
         self._scenes: dict[str, _GlScene] = {}
         try:
@@ -217,7 +224,7 @@ class GlRenderer:
         for image, simulation in zip(images, simulations, strict=True):
             scene = simulation.scene
             if scene.key not in self._scenes:
-                self._scenes[scene.key] = _GlScene(scene, self._camera_names, self._size)
+                self._scenes[scene.key] = _GlScene(scene, self._camera_names, self._size, self._reflections)
             self._scenes[scene.key].render(simulation, image)
         return images
 
@@ -249,7 +256,7 @@ _render_model_lock = threading.Lock()
 class _GlScene:
     """OpenGL resources of one scene."""
 
-    def __init__(self, scene: Scene, camera_names: tuple[str, ...], size: int):
+    def __init__(self, scene: Scene, camera_names: tuple[str, ...], size: int, reflections: bool):
         model = scene.render_model
         self._scene = scene
         self._model = model
@@ -265,6 +272,7 @@ class _GlScene:
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._drawing = mujoco.MjvScene(model, maxgeom=_MAX_SCENE_GEOMS)
+        self._drawing.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = reflections
 
     def render(self, simulation: Simulation, out: Images) -> None:
         """Draws all cameras of one world into `out` [K, H, W, 3]."""

@@ -12,6 +12,7 @@ Shape legend: N worlds, K cameras, H x W pixels, B bodies, P parts, L lights, F 
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -39,20 +40,21 @@ _MAX_LAUNCH_WORLDS = 256
 
 
 def default_device() -> str:
-    """The device that images are drawn on unless one is named: the first CUDA device, else "cpu"."""
+    """The device that images are drawn on unless one is named: "cpu" without CUDA.
+
+    Of several CUDA devices it is the one of this process's `LOCAL_RANK`, as launchers of distributed training set it.
+    """
     _start_warp()
-    return "cuda:0" if wp.is_cuda_available() else "cpu"
+    if not wp.is_cuda_available():
+        return "cpu"
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return f"cuda:{rank % wp.get_cuda_device_count()}"
 
 
 def list_devices() -> list[str]:
     """Names of the devices that Warp can use."""
     _start_warp()
     return [str(device.alias) for device in wp.get_devices()]
-
-
-def _fields(structure: Any) -> dict[str, Any]:
-    """Names and Warp types of a struct's members."""
-    return {name: variable.type for name, variable in structure.vars.items()}
 
 
 def _start_warp() -> None:
@@ -68,59 +70,92 @@ def _start_warp() -> None:
 _start_lock = threading.Lock()
 
 
-class SceneCaster:
-    """Device copies of one scene and the buffers to draw up to `capacity` worlds of it at once.
+class DeviceScene:
+    """One scene on one device, without the state of any world; immutable, so renderers share it.
 
-    Not for concurrent use.
+    Attributes:
+        device: Warp's name of the device.
+        part_site: int32 [P], see `RayScene`.
+        num_cameras: K.
+        num_lights: L.
+        arrays: The kernels' struct.
     """
 
+    def __init__(self, scene: RayScene, device: str):
+        """Uploads a scene and builds the search trees of its meshes."""
+        self.device = device
+        self.part_site = scene.part_site
+        self.num_cameras = len(scene.camera_body)
+        self.num_lights = len(scene.light_body)
+        self.arrays: Any = ray_kernels.Scene()
+        for name, variable in ray_kernels.Scene.vars.items():
+            value = getattr(scene, name, None)
+            if isinstance(value, np.ndarray):
+                setattr(self.arrays, name, wp.array(value, dtype=variable.type.dtype, device=device))
+            elif value is not None:
+                setattr(self.arrays, name, value)
+        self.arrays.num_parts = len(scene.part_body)
+        self.arrays.num_lights = self.num_lights
+        self.arrays.num_cameras = self.num_cameras
+        # Kept here because the kernels only hold their ids.
+        self._meshes = [
+            self._build_mesh(scene.points[3 * first : 3 * last])
+            for first, last in zip(scene.part_first_face[:-1], scene.part_first_face[1:], strict=True)
+        ]
+        ids = np.array([mesh.id for mesh in self._meshes], dtype=np.uint64)
+        self.arrays.part_mesh = wp.array(ids, dtype=wp.uint64, device=device)
+
+    def _build_mesh(self, corners: npt.NDArray[Any]) -> Any:
+        points = wp.array(corners, dtype=wp.vec3, device=self.device)
+        indices = wp.array(np.arange(len(corners), dtype=np.int32), dtype=int, device=self.device)
+        return wp.Mesh(points=points, indices=indices, bvh_constructor="sah", bvh_leaf_size=2)
+
+
+@functools.lru_cache(maxsize=64)
+def load_device_scene(
+    scene: Scene, camera_names: tuple[str, ...], device: str, *, reflections: bool = True
+) -> DeviceScene:
+    """Returns a scene on a device; equal arguments share one object (some 100 MB).
+
+    Raises:
+        ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
+    """
+    lit_sites = tuple(int(site) for site in scene.indicator_site_ids)
+    ray_scene = build_ray_scene(scene.render_model, camera_names, lit_sites=lit_sites, reflections=reflections)
+    # The model with visuals (130 to 310 MB) has served its purpose; it is compiled again should OpenGL want it.
+    vars(scene).pop("render_model", None)
+    return DeviceScene(ray_scene, device)
+
+
+class SceneCaster:
+    """Draws worlds of one scene into buffers of its own. Not for concurrent use."""
+
     def __init__(
-        self, scene: RayScene, image_size: int, device: str, *, antialiasing: bool, pool: ThreadPoolExecutor | None
+        self, scene: DeviceScene, image_size: int, *, antialiasing: bool, pool: ThreadPoolExecutor | None = None
     ):
-        """Uploads the scene.
+        """Prepares to draw.
 
         Args:
             scene: What to draw.
             image_size: Height and width of the images, pixels.
-            device: "cpu" or a CUDA device such as "cuda:0".
             antialiasing: Whether edges get four samples per pixel.
             pool: Threads among which a CPU's work is divided; None draws in the calling thread.
         """
-        self._device = device
+        self._scene = scene.arrays
+        self._owner = scene
+        self._device = scene.device
         self._size = image_size
         self._antialiasing = antialiasing
-        self._pool = pool
-        self._num_parts = len(scene.part_body)
-        self._num_cameras = len(scene.camera_body)
+        self._pool = pool if scene.device == "cpu" else None
+        self._num_parts = len(scene.part_site)
+        self._num_cameras = scene.num_cameras
+        self._num_lights = scene.num_lights
         self._part_site = scene.part_site
-        self._scene: Any = ray_kernels.Scene()
-        for name, kind in _fields(ray_kernels.Scene).items():
-            if name == "part_mesh":
-                continue
-            value = getattr(scene, name, None)
-            if isinstance(value, np.ndarray):
-                setattr(self._scene, name, wp.array(value, dtype=kind.dtype, device=device))
-            elif value is not None:
-                setattr(self._scene, name, value)
-        self._scene.num_parts = self._num_parts
-        self._scene.num_lights = len(scene.light_body)
-        self._scene.num_cameras = self._num_cameras
-        self._meshes = [
-            self._build_mesh(scene, first, last)
-            for first, last in zip(scene.part_first_face[:-1], scene.part_first_face[1:], strict=True)
-        ]
-        ids = np.array([mesh.id for mesh in self._meshes], dtype=np.uint64)
-        self._scene.part_mesh = wp.array(ids, dtype=wp.uint64, device=device)
-        self._num_places = max(self._num_parts, self._num_cameras, self._scene.num_lights)
+        self._num_places = max(self._num_parts, self._num_cameras, self._num_lights)
         self._capacity = 0
         self._worlds: Any = None
         self._buffers: tuple[Any, Any, Any] = (None, None, None)
         self._images: Any = None
-
-    def _build_mesh(self, scene: RayScene, first: int, last: int) -> Any:
-        points = wp.array(scene.points[3 * first : 3 * last], dtype=wp.vec3, device=self._device)
-        indices = wp.array(np.arange(3 * (last - first), dtype=np.int32), dtype=int, device=self._device)
-        return wp.Mesh(points=points, indices=indices, bvh_constructor="sah", bvh_leaf_size=2)
 
     def render(self, body_pos: npt.NDArray[Any], body_mat: npt.NDArray[Any], lit_sites: npt.NDArray[np.int32]) -> Any:
         """Draws worlds.
@@ -159,7 +194,6 @@ class SceneCaster:
         if num_worlds <= self._capacity:
             return
         n, size, cameras = num_worlds, self._size, self._num_cameras
-        num_lights = self._scene.num_lights
 
         def empty(shape: tuple[int, ...], dtype: Any) -> Any:
             return wp.empty(shape, dtype=dtype, device=self._device)
@@ -170,8 +204,8 @@ class SceneCaster:
         self._worlds.part_sphere = empty((n, self._num_parts), wp.vec4)
         self._worlds.camera_pos = empty((n, cameras), wp.vec3)
         self._worlds.camera_mat = empty((n, cameras), wp.mat33)
-        self._worlds.light_pos = empty((n, num_lights), wp.vec3)
-        self._worlds.light_dir = empty((n, num_lights), wp.vec3)
+        self._worlds.light_pos = empty((n, self._num_lights), wp.vec3)
+        self._worlds.light_dir = empty((n, self._num_lights), wp.vec3)
         rows = n * cameras * size if self._antialiasing else 0
         self._buffers = (empty((rows, size), wp.vec3), empty((rows, size), wp.vec4), empty((rows, size), int))
         self._images = empty((cameras * n, size, size, 3), wp.uint8)
@@ -216,6 +250,7 @@ class WarpRenderer:
         *,
         device: str | None = None,
         antialiasing: bool = True,
+        reflections: bool = True,
         num_threads: int | None = None,
     ):
         """Starts Warp; see `make_renderer`.
@@ -225,6 +260,7 @@ class WarpRenderer:
             image_size: Height and width of the images, pixels.
             device: "cpu" or a CUDA device such as "cuda:0"; None takes CUDA if it is there.
             antialiasing: Whether pixels at edges get four samples.
+            reflections: Whether reflective surfaces mirror, as LIBERO's do.
             num_threads: Threads on a CPU; None takes all cores that this process may use.
 
         Raises:
@@ -236,6 +272,7 @@ class WarpRenderer:
         self._camera_names = tuple(camera_names)
         self._size = image_size
         self._antialiasing = antialiasing
+        self._reflections = reflections
         threads = num_threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(threads, "libero-render") if threads > 1 else None
         self._casters: dict[str, SceneCaster] = {}
@@ -295,7 +332,10 @@ class WarpRenderer:
     def _draw_scene(self, simulations: list[Simulation]) -> Any:
         scene = simulations[0].scene
         if scene.key not in self._casters:
-            self._casters[scene.key] = self._open_scene(scene)
+            device_scene = load_device_scene(scene, self._camera_names, self._device, reflections=self._reflections)
+            self._casters[scene.key] = SceneCaster(
+                device_scene, self._size, antialiasing=self._antialiasing, pool=self._pool
+            )
             self._scratch[scene.key] = mujoco.MjData(scene.physics_model)
         data = self._scratch[scene.key]
         num_bodies = scene.physics_model.nbody
@@ -310,8 +350,3 @@ class WarpRenderer:
             body_mat[i] = data.xmat.reshape(-1, 3, 3)
             lit[i] = np.where(state.indicator_alpha > 0, scene.indicator_site_ids, -1)
         return self._casters[scene.key].render(body_pos, body_mat, lit)
-
-    def _open_scene(self, scene: Scene) -> SceneCaster:
-        lit_sites = tuple(int(site) for site in scene.indicator_site_ids)
-        ray_scene = build_ray_scene(scene.render_model, self._camera_names, lit_sites=lit_sites)
-        return SceneCaster(ray_scene, self._size, self._device, antialiasing=self._antialiasing, pool=self._pool)
