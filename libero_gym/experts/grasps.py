@@ -39,6 +39,8 @@ _CLEARANCE = 0.003
 _LEAN_FROM, _LEAN_OVER, _MAX_LEAN = 0.70, 0.12, 0.35
 _SLICE = 0.010
 _YAW_STEP_DEG = 3
+_INTRUSION_COST = 0.5
+_NUM_ALTERNATIVES = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,10 +115,16 @@ def choose_grasp(shapes: Shapes, body_id: int, *, preferred_yaw: float = 0.0, at
         name = shapes.model.body(body_id).name
         raise ValueError(f"body {name!r} has no part narrower than {MAX_WIDTH} m and no rim to grasp")
     obstacles = shapes.obstacles((body_id,), cloud[:, :2].mean(axis=0), 0.25)
-    scored = sorted(
-        ((cost + 0.5 * _intrusion(obstacles, grasp), index) for index, (cost, grasp) in enumerate(candidates))
-    )
-    return candidates[scored[attempt % min(len(scored), 4)][1]][1]
+    rank = attempt % _NUM_ALTERNATIVES
+    best: list[tuple[float, int]] = []
+    order = sorted(range(len(candidates)), key=lambda index: candidates[index][0])
+    for index in order:
+        cost, grasp = candidates[index]
+        # The rest cost more than those found, even if nothing stands in their way.
+        if len(best) > rank and cost > best[rank][0]:
+            break
+        best = sorted([*best, (cost + _INTRUSION_COST * _intrusion(obstacles, grasp), index)])
+    return candidates[best[min(rank, len(best) - 1)][1]][1]
 
 
 def _candidates_across(cloud: FloatArray, preferred_yaw: float) -> list[tuple[float, Grasp]]:
