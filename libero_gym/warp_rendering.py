@@ -83,6 +83,7 @@ class DeviceScene:
 
     def __init__(self, scene: RayScene, device: str):
         """Uploads a scene and builds the search trees of its meshes."""
+        _start_warp()
         self.device = device
         self.part_site = scene.part_site
         self.num_cameras = len(scene.camera_body)
