@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ _TURN_LEAD = 0.45
 _PUSH_RADIUS = 0.03
 _PRESS = 0.012
 _FLAT = 0.03
+_FLOOR_CLEARANCE = 0.006
+_PUSH_LEAD = 0.035
+_CORNER = 0.02
+_LOST = 0.06
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,29 +118,56 @@ def push(world: World, thing: SceneObject, goal: FloatArray, is_done: Callable[[
     """
     rotation = gripper_rotation(0.0)
     is_flat = float(np.ptp(world.shapes.cloud(thing.body_id)[:, 2])) < _FLAT
+    radius = _PUSH_RADIUS if is_flat else 0.0
+    press = -_PRESS if is_flat else _FLOOR_CLEARANCE
+    goals = _free_path(world, thing, goal[:2])
 
     def inside(height: float) -> FloatArray:
         centre = world.position(thing)
         cloud = world.shapes.cloud(thing.body_id)
-        spot = centre[:2] + (_PUSH_RADIUS if is_flat else 0.0) * _unit(goal[:2] - centre[:2])
+        spot = centre[:2] + radius * _unit(goals[0] - centre[:2])
         near = cloud[np.linalg.norm(cloud[:, :2] - spot, axis=1) < 0.012]
         return np.array([*spot, float(near[:, 2].max()) + TIP_DEPTH + height])
 
     yield from travel(world, lambda: (inside(0.05), rotation), gripper=CLOSED)
-    low = 0.0 if is_flat else 0.006
+    low = max(0.0, press)
     yield from reach(world, lambda: (inside(low), rotation), gripper=CLOSED, tolerance=0.01, speed=0.7, timeout=30)
-    for _ in range(90):
-        if is_done():
+    for _ in range(110):
+        rest = goals[0] - world.position(thing)[:2]
+        if len(goals) > 1 and float(np.linalg.norm(rest)) < _CORNER:
+            goals.pop(0)
+        spot = inside(press)
+        if is_done() or float(np.linalg.norm(spot[:2] - world.eef_pos[:2])) > _LOST:
             break
-        spot = inside(-_PRESS if is_flat else low)
-        if float(np.linalg.norm(spot[:2] - world.eef_pos[:2])) > 0.045:
-            break
-        ahead = world.eef_pos[:2] + 0.035 * _unit(goal[:2] - world.position(thing)[:2])
-        position = np.array([*ahead, spot[2]])
+        # Always the same force ahead, wherever on the rim the fingers have come to bear; to the side, back in line.
+        ahead, offset = _unit(rest), spot[:2] - world.eef_pos[:2]
+        aside = offset - (offset @ ahead) * ahead
+        position = np.array([*(world.eef_pos[:2] + _PUSH_LEAD * ahead + aside), spot[2]])
         yield Command(position=position, rotation=world.leaning((position, rotation)), gripper=CLOSED, speed=0.7)
     up = world.eef_pos + np.array([0.0, 0.0, 0.08])
     yield from reach(world, lambda: (up, rotation), gripper=CLOSED, tolerance=0.03, timeout=15)
     return is_done()
+
+
+def _free_path(world: World, thing: SceneObject, goal: FloatArray) -> list[FloatArray]:
+    """Return the points [2] to pass: straight to the goal or round one corner, whichever sweeps over least."""
+    start = world.position(thing)[:2]
+    cloud = world.shapes.cloud(thing.body_id)
+    width = float(np.linalg.norm(cloud[:, :2] - start, axis=1).max())
+    obstacles = world.shapes.obstacles((world.robot_body_id, thing.body_id), (start + goal) / 2, 0.4)
+    low = float(cloud[:, 2].min())
+    obstacles = obstacles[(obstacles[:, 2] > low + 0.005) & (obstacles[:, 2] < low + 0.05), :2]
+    paths = [[goal], [np.array([start[0], goal[1]]), goal], [np.array([goal[0], start[1]]), goal]]
+
+    def hits(path: list[FloatArray]) -> int:
+        is_hit = np.zeros(len(obstacles), dtype=bool)
+        for begin, end in itertools.pairwise([start, *path]):
+            length = float(np.linalg.norm(end - begin))
+            along = np.clip((obstacles - begin) @ _unit(end - begin), 0.0, length)
+            is_hit |= np.linalg.norm(obstacles - begin - along[:, None] * _unit(end - begin), axis=1) < width
+        return int(is_hit.sum())
+
+    return min(paths, key=hits)
 
 
 def _back_off(world: World, outward: FloatArray) -> Skill:
