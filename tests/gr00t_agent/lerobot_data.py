@@ -38,9 +38,13 @@ def make_episode(number: int, length: int, size: int = 32) -> Episode:
     )
 
 
-def write_dataset(folder: Path, version: Version, storage: str, lengths=LENGTHS, size: int = 32) -> list[Episode]:
+def write_dataset(
+    folder: Path, version: Version, storage: str, lengths=LENGTHS, *, has_constant_actions: bool = False
+) -> list[Episode]:
     recording = Recording(storage=storage)
-    episodes = [make_episode(i, length, size) for i, length in enumerate(lengths)]
+    episodes = [make_episode(i, length) for i, length in enumerate(lengths)]
+    for episode in episodes if has_constant_actions else ():
+        episode.actions[:] = episode.actions[0]
     staged = [folder.with_name(f"{folder.name}_staged") / f"episode_{i}" for i in range(len(episodes))]
     for path, episode in zip(staged, episodes, strict=True):
         stage_episode(path, episode, recording)
