@@ -169,8 +169,7 @@ def evaluate(
     episodes: list[Episode] = []
     descriptions: dict[int, str] = {}
     videos: list[Path] = []
-    chunk_shape = envs.single_action_space.shape
-    assert chunk_shape is not None
+    chunk_shape = (envs.action_space.shape or ())[1:]
     obs: dict[str, Any] = {}
 
     def assign(free: NDArray[np.intp]) -> NDArray[np.bool_]:

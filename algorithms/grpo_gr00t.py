@@ -219,14 +219,12 @@ def play(agent: Any, envs: gym.vector.VectorEnv, groups: NDArray[np.intp], args:
     mask = np.ones(envs.num_envs, dtype=bool)
     obs, _ = envs.reset(seed=seeds, options={"reset_mask": mask, "task_id": task_ids, "init_state_id": state_ids})
     live = np.arange(envs.num_envs)
-    chunk_shape = envs.single_action_space.shape
-    assert chunk_shape is not None
+    chunk_shape = (envs.action_space.shape or ())[1:]
     success, length = np.zeros(envs.num_envs, dtype=bool), np.zeros(envs.num_envs, dtype=np.int64)
     stored: list[tuple[Any, Any, Tensor, NDArray[np.intp]]] = []
     env_s = 0.0
     while len(live):
-        live_obs = index(obs, live)
-        encoded = live_obs if args.train_backbone else agent.encode(live_obs)
+        encoded = agent.encode(index(obs, live))
         action, logprob, _, _ = agent.get_action_and_value(encoded)
         stored.append((encoded, action, logprob, live))
         env_action = np.zeros((envs.num_envs, *chunk_shape), dtype=np.float32)

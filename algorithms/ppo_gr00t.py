@@ -272,8 +272,8 @@ def main(
 
     `make_agent` and `make_envs` are the two places to plug in something else. An agent is a module with
     `forward(obs, action=None)` and `get_action_and_value` alike `-> action, logprob, entropy, value`, `get_value`,
-    `predict`, `param_groups`, `image_size`, `save_pretrained`, and `encode` unless `train_backbone`. Its action is a
-    NamedTuple of tensors that has an `env_action`.
+    `predict`, `param_groups`, `image_size`, `save_pretrained`, and `encode`, which turns an observation into what is
+    stored of it (a frozen backbone's features). Its action is a NamedTuple of tensors that has an `env_action`.
     """
     accelerator = Accelerator(log_with=list(args.log_with) or None, project_dir=str(args.output_dir))
     device, num_processes = accelerator.device, accelerator.num_processes
@@ -291,17 +291,12 @@ def main(
     num_updates, show = args.update_epochs * args.num_minibatches, accelerator.is_main_process
     progress = TrainingProgress(args.num_iterations, args.num_steps, num_updates, enabled=show)
 
-    @torch.no_grad()
-    def encode(obs: Any) -> Any:
-        """Returns what is stored of an observation: itself, or the frozen backbone's features of it."""
-        with accelerator.autocast():
-            return obs if args.train_backbone else agent.encode(obs)
-
     def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
         return make_envs(args, num_envs, agent.image_size, AutoresetMode.DISABLED)
 
     obs, _ = envs.reset(seed=args.seed + 1_000_003 * accelerator.process_index)
-    next_obs = encode(obs)
+    with accelerator.autocast():
+        next_obs = agent.encode(obs)
     metrics: dict[str, float] = {}
     global_step = 0
     with progress:
@@ -329,7 +324,8 @@ def main(
                     step[name] = torch.as_tensor(array, device=device)
                 for name, item in step.items():
                     storage.setdefault(name, []).append(item)
-                next_obs = encode(obs)
+                with accelerator.autocast():
+                    next_obs = agent.encode(obs)
                 episodes += finished_episodes(infos, terminated | truncated)
                 progress.decision([e.success for e in episodes], env_steps / (time.perf_counter() - rollout_start))
             global_step += env_steps * num_processes

@@ -47,8 +47,8 @@ def draw(frame: Frame) -> NDArray[np.uint8]:
     while canvas.textlength(task, font=font) > width - 12:
         task = task.removesuffix("...")[:-1] + "..."
     canvas.text((6, VIEW_SIZE + 4), task, font=font, fill="white")
-    outcome, colour = ("success", "lightgreen") if frame.success else ("running", "lightgray")
-    status = f"step {frame.step:4d}   reward {frame.reward:4.1f}   {outcome}"
+    outcome, colour = ("yes", "lightgreen") if frame.success else ("no", "lightgray")
+    status = f"step {frame.step:4d}   reward {frame.reward:4.1f}   success {outcome}"
     canvas.text((6, VIEW_SIZE + 25), status, font=font, fill=colour)
     return np.asarray(picture)
 
