@@ -1,0 +1,175 @@
+"""Throughput of the vector environment against LIBERO's own environments in worker processes.
+
+    python -m benchmarks.env_vector --num-envs 8 --num-threads 1 2
+
+Ours: `LiberoVectorEnv`, chunks of 5 actions, both images at the end of a chunk. LIBERO's: one
+`OffScreenRenderEnv` a process under `gymnasium.vector.AsyncVectorEnv`, which draws both images at every step since it
+cannot do otherwise. Without OpenGL (`--gl none`, or nothing found) LIBERO's environment runs without images, and the
+ratio says so: it then compares our images with none. Random actions. Prints a table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.hardware import describe_run
+from libero_gym.suites import get_task
+from libero_gym.vector import LiberoVectorEnv
+
+CHUNK = 5
+TARGETS = {"h100_16_cores_64_envs_256_px": {"env_steps_per_s": 2000, "ratio": 6}}
+
+
+class LiberoReference(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
+    """LIBERO's environment of one task, with images ("osmesa", "egl") or without ("none")."""
+
+    def __init__(self, suite: str, task_id: int, image_size: int, gl: str) -> None:
+        """Import LIBERO, which must happen in the worker's own process."""
+        os.environ["MUJOCO_GL"] = "disabled" if gl == "none" else gl
+        from libero_gym.scene_builder import import_libero, make_reference_env
+
+        bddl_file = get_task(suite, task_id).bddl_file
+        spaces: dict[str, gymnasium.spaces.Space[Any]] = {
+            "states": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+        }
+        if gl == "none":
+            self._env = make_reference_env(bddl_file)
+        else:
+            self._env = import_libero().env_wrapper.OffScreenRenderEnv(
+                bddl_file_name=str(bddl_file), camera_heights=image_size, camera_widths=image_size
+            )
+            image = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+            spaces |= {"agentview_image": image, "robot0_eye_in_hand_image": image}
+        self.observation_space = gymnasium.spaces.Dict(spaces)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (7,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start an episode."""
+        super().reset(seed=seed)
+        self._env.seed(0 if seed is None else seed)
+        return self._select(self._env.reset()), {}
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Advance; success does not end the episode, so that the work is the same throughout."""
+        observation, reward, _, _ = self._env.step(action)
+        return self._select(observation), float(reward), False, False, {}
+
+    def close(self) -> None:
+        """Release LIBERO's environment."""
+        self._env.close()
+
+    def _select(self, observation: dict[str, Any]) -> dict[str, Any]:
+        names = {"states": "robot0_eef_pos"}
+        return {key: observation[names.get(key, key)] for key in self.observation_space}  # pyright: ignore
+
+
+def find_gl() -> str:
+    """Return "egl" or "osmesa", whichever opens a context in a process of its own, else "none"."""
+    for kind in ("egl", "osmesa"):
+        probe = f"from libero_gym.rendering import GlRenderer; GlRenderer({kind!r}, (), 8).describe_device()"
+        if subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode == 0:
+            return kind
+    return "none"
+
+
+def measure_ours(args: argparse.Namespace, num_threads: int) -> dict[str, Any]:
+    """Return env-steps/s of the vector environment, and the seconds to open and reset it."""
+    start = time.perf_counter()
+    env = LiberoVectorEnv(
+        args.suite,
+        args.num_envs,
+        num_action_chunks=CHUNK,
+        image_size=args.image_size,
+        num_threads=num_threads,
+        renderer=args.renderer,
+    )
+    env.reset(seed=0)
+    opening = time.perf_counter() - start
+    rng = np.random.default_rng(0)
+    shape = (args.num_envs, CHUNK, 7)
+    env.step(rng.uniform(-1, 1, shape).astype(np.float32))
+    start, steps = time.perf_counter(), 0
+    for _ in range(args.num_chunks):
+        *_, infos = env.step(rng.uniform(-1, 1, shape).astype(np.float32))
+        steps += int(infos["num_steps"].sum())
+    rate = steps / (time.perf_counter() - start)
+    result = {"env": "ours", "renderer": env.renderer_name, "num_threads": num_threads}
+    env.close()
+    return {**result, "env_steps_per_s": rate, "open_and_reset_s": opening}
+
+
+def measure_libero(args: argparse.Namespace, gl: str) -> dict[str, Any]:
+    """Return env-steps/s of LIBERO's environments, one in a process."""
+    start = time.perf_counter()
+    factories = [
+        partial(LiberoReference, args.suite, i % 10, args.image_size, gl) for i in range(args.num_reference_envs)
+    ]
+    env = gymnasium.vector.AsyncVectorEnv(factories, context="spawn")
+    env.reset(seed=0)
+    opening = time.perf_counter() - start
+    rng = np.random.default_rng(0)
+    shape = (args.num_reference_envs, 7)
+    env.step(rng.uniform(-1, 1, shape).astype(np.float32))
+    start = time.perf_counter()
+    for _ in range(args.num_chunks * CHUNK):
+        env.step(rng.uniform(-1, 1, shape).astype(np.float32))
+    rate = args.num_chunks * CHUNK * args.num_reference_envs / (time.perf_counter() - start)
+    env.close()
+    result = {"env": "LIBERO", "renderer": gl, "num_processes": args.num_reference_envs}
+    return {**result, "env_steps_per_s": rate, "open_and_reset_s": opening}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="libero_spatial")
+    parser.add_argument("--num-envs", type=int, default=8)
+    parser.add_argument("--num-reference-envs", type=int, default=None, help="default: one a core, at most num-envs")
+    parser.add_argument("--num-threads", type=int, nargs="+", default=None, help="default: 1, 2, 4 .. all cores")
+    parser.add_argument("--num-chunks", type=int, default=10)
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--renderer", choices=("egl", "osmesa", "warp"), default=None, help="ours")
+    parser.add_argument("--gl", choices=("egl", "osmesa", "none"), help="LIBERO's; default: what is found")
+    parser.add_argument("--output", type=Path, default=None, help="file for the JSON line")
+    args = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    args.num_reference_envs = args.num_reference_envs or min(cores, args.num_envs)
+    threads = args.num_threads or sorted({2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores})
+    gl = args.gl or find_gl()
+    print(f"{'environment':<34}{'threads or processes':>22}{'env-steps/s':>13}{'open + reset s':>16}", flush=True)
+    results = [measure_libero(args, gl)]
+    label = "LIBERO WITHOUT IMAGES (no OpenGL)" if gl == "none" else f"LIBERO ({gl})"
+    rows = [(label, args.num_reference_envs, results[0])]
+    for num_threads in threads:
+        results.append(measure_ours(args, num_threads))
+        rows.append((f"ours ({results[-1]['renderer']})", num_threads, results[-1]))
+    for name, workers, result in rows:
+        print(f"{name:<34}{workers:>22}{result['env_steps_per_s']:>13.1f}{result['open_and_reset_s']:>16.1f}")
+    best = max(result["env_steps_per_s"] for result in results[1:])
+    ratio = best / results[0]["env_steps_per_s"]
+    print(f"ratio: {ratio:.2f}" + (" (our images against none)" if gl == "none" else ""))
+    settings = {key: getattr(args, key) for key in ("suite", "num_envs", "num_chunks", "image_size")}
+    settings |= {"action_chunk": CHUNK, "reference_has_images": gl != "none"}
+    document = {"benchmark": "env_vector", **describe_run(), "settings": settings}
+    line = json.dumps({**document, "results": {"rates": results, "ratio": ratio}, "targets": TARGETS})
+    if args.output is not None:
+        args.output.write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
