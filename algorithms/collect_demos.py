@@ -47,7 +47,7 @@ SETTINGS_FILE = "settings.json"
 # What may differ between a collection and its continuation.
 FREE_SETTINGS = {
     "output", "episodes_per_task", "task_ids", "max_attempts_per_task", "allow_fewer", "num_workers", "renderer",
-    "render_batch_size", "version", "keep_staged",
+    "render_batch_size", "num_writers", "version", "keep_staged",
 }  # fmt: skip
 
 
@@ -89,8 +89,10 @@ class Args:
     """Simulating processes; 0 simulates in this one."""
     renderer: Literal["egl", "osmesa", "warp"] | None = None
     """Renderer; if not given, the best that the machine has."""
-    render_batch_size: int = 64
+    render_batch_size: int = 128
     """Frames that are rendered at once."""
+    num_writers: int = 4
+    """Threads that encode episodes."""
     keep_staged: bool = False
     """Keep the staged episodes, to write another version or to add episodes later."""
 
@@ -341,7 +343,7 @@ def collect(
     language = {task.task_id: task.language for task in tasks}
     context = get_context("spawn")  # renderers and threads do not survive a fork
     pool = ProcessPoolExecutor(args.num_workers, mp_context=context) if args.num_workers else None
-    with ThreadPoolExecutor(max(2, len(cameras))) as writers:
+    with ThreadPoolExecutor(args.num_writers) as writers:
         while attempts := [attempt for task in tasks for attempt in plan(args, task, staging)[1]]:
             writing: list[Future[None]] = []
             for count, trajectory in enumerate(simulate(attempts, args, make_demonstrator, pool), 1):
@@ -351,7 +353,7 @@ def collect(
                 else:
                     images = render(renderer, trajectory, args.render_batch_size)
                     episode = to_episode(trajectory, images, cameras, language[attempt.task_id])
-                    if len(writing) >= 4:  # images of a few episodes at most wait in memory
+                    if len(writing) >= 2 * args.num_writers:  # bounds the images that wait in memory
                         writing.pop(0).result()
                     writing.append(writers.submit(stage_episode, staging.folder / attempt.name, episode, recording))
                     frames += len(episode.actions)

@@ -1,0 +1,183 @@
+"""Collecting demonstrations: what is kept, that it is deterministic and goes on after an interruption, and replays."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from algorithms import collect_demos, show_dataset
+from algorithms.collect_demos import Args, Attempt, Trajectory, make_attempt, record, start_episode
+from gr00t_agent.lerobot import LeRobotDataset
+from libero_gym.experts import ExpertConfig
+from libero_gym.scenes import load_scene
+from libero_gym.simulation import RenderState, Simulation
+from libero_gym.suites import get_task
+
+
+class BlankRenderer:
+    name = "egl"
+
+    def render(self, simulations: Any) -> np.ndarray:
+        return np.full((len(simulations), 2, 16, 16, 3), 100, np.uint8)
+
+    def close(self) -> None:
+        pass
+
+
+def fake_record(attempt: Attempt, config: ExpertConfig, make_demonstrator: Any) -> Trajectory:
+    """Attempts 1 and 2 of each task fail; the rest takes 3 steps plus its number."""
+    failure = "not solved within 240 steps" if attempt.attempt_id in (1, 2) else None
+    length = 0 if failure else 3 + attempt.attempt_id
+    rng = np.random.default_rng(attempt.seed)
+    actions = rng.uniform(-1, 1, (length, 7)).astype(np.float32)
+    actions[:, 6] = np.where(np.arange(length) % 2, 1.0, -1.0)
+    view = RenderState(np.zeros(1), np.zeros((0, 7)), np.zeros(0))
+    states = rng.normal(size=(length, 8)).astype(np.float32)
+    return Trajectory(attempt=attempt, failure=failure, states=states, actions=actions, views=[view] * length)
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    monkeypatch.setattr(collect_demos, "record", fake_record)
+    monkeypatch.setattr(collect_demos, "make_renderer", lambda *_, **__: BlankRenderer())
+    monkeypatch.setattr(
+        collect_demos, "render", lambda renderer, trajectory, _: renderer.render(trajectory.views).swapaxes(0, 1)
+    )
+
+
+def small_args(folder: Path, **changes: Any) -> Args:
+    defaults: dict[str, Any] = dict(
+        output=folder / "data", task_ids=(4, 7), episodes_per_task=3, image_size=16, storage="image"
+    )
+    return Args(**(defaults | changes))
+
+
+def test_the_first_successes_of_each_task_are_kept(faked, tmp_path):
+    report = collect_demos.main(small_args(tmp_path))["tasks"]
+    for task_id in (4, 7):
+        assert (report[task_id]["kept"], report[task_id]["discarded"]) == (3, 2)
+        assert report[task_id]["reasons"] == {"not solved within 240 steps": 2}
+        assert (report[task_id]["length_min"], report[task_id]["length_max"]) == (3, 7)
+    dataset = LeRobotDataset(tmp_path / "data")
+    assert [entry.length for entry in dataset.episodes] == [3, 6, 7, 3, 6, 7]
+    assert [entry.instruction for entry in dataset.episodes][2:4] == [
+        get_task("libero_spatial", i).language for i in (4, 7)
+    ]
+    assert dataset.episodes[1].info["init_state_id"] == 3
+    # -1 open / +1 close became 1 open / 0 close.
+    assert dataset.action[:3, 6].tolist() == [1.0, 0.0, 1.0]
+    expected = fake_record(make_attempt(small_args(tmp_path), get_task("libero_spatial", 4), 0), ExpertConfig(), None)
+    np.testing.assert_array_equal(dataset.action[:3, :6], expected.actions[:, :6])
+    assert not (tmp_path / "data.staged").exists()
+    collection = json.loads((tmp_path / "data" / "meta" / "collection.json").read_text())
+    assert collection["args"]["seed"] == 0
+    with pytest.raises(FileExistsError, match="give another output"):
+        collect_demos.main(small_args(tmp_path))
+
+
+def test_an_interrupted_collection_goes_on(faked, tmp_path, monkeypatch):
+    made: list[tuple[int, int]] = []
+
+    def counted(attempt: Attempt, config: ExpertConfig, make_demonstrator: Any) -> Trajectory:
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append((attempt.task_id, attempt.attempt_id))
+        return fake_record(attempt, config, make_demonstrator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect_demos, "record", counted)
+        with pytest.raises(KeyboardInterrupt):
+            collect_demos.main(small_args(tmp_path))
+        with pytest.raises(ValueError, match=r"was recorded otherwise \(seed was 0, now 1\)"):
+            collect_demos.main(small_args(tmp_path, seed=1))
+        first = list(made)
+        made.clear()
+        patch.setattr(
+            collect_demos, "record", lambda *a: made.append((a[0].task_id, a[0].attempt_id)) or fake_record(*a)
+        )
+        collect_demos.main(small_args(tmp_path))
+    assert not set(first) & set(made)
+    collect_demos.main(small_args(tmp_path / "whole"))
+    ours, whole = LeRobotDataset(tmp_path / "data"), LeRobotDataset(tmp_path / "whole" / "data")
+    np.testing.assert_array_equal(ours.action, whole.action)
+    np.testing.assert_array_equal(ours.state["state.x"], whole.state["state.x"])
+
+
+def test_too_few_successes(faked, tmp_path):
+    with pytest.raises(RuntimeError, match=r"tasks \[4, 7\] have only \[1, 1\] of 3 episodes after 3 attempts"):
+        collect_demos.main(small_args(tmp_path, max_attempts_per_task=3))
+    report = collect_demos.main(small_args(tmp_path, max_attempts_per_task=3, allow_fewer=True))["tasks"]
+    assert (report[4]["kept"], report[4]["discarded"]) == (1, 2)
+    assert len(LeRobotDataset(tmp_path / "data").episodes) == 2
+
+
+def test_staged_episodes_extend_a_dataset(faked, tmp_path):
+    collect_demos.main(small_args(tmp_path, keep_staged=True))
+    (tmp_path / "data").rename(tmp_path / "small")
+    collect_demos.main(small_args(tmp_path, episodes_per_task=5, version="v3.0", allow_fewer=False))
+    small, large = LeRobotDataset(tmp_path / "small"), LeRobotDataset(tmp_path / "data")
+    assert [entry.length for entry in large.episodes][:5] == [3, 6, 7, 8, 9]
+    assert large.info["codebase_version"] == "v3.0"
+    np.testing.assert_array_equal(large.action[:16], small.action[:16])
+
+
+def test_attempts_differ_and_do_not_depend_on_each_other(tmp_path):
+    task = get_task("libero_spatial", 4)
+    args = small_args(tmp_path, init_state_ids=(5, 9))
+    attempts = [make_attempt(args, task, i) for i in range(4)]
+    assert [attempt.init_state_id for attempt in attempts] == [5, 9, 5, 9]
+    assert len({attempt.seed for attempt in attempts}) == 4
+    assert make_attempt(replace(args, seed=1), task, 0).seed != attempts[0].seed
+    assert make_attempt(args, get_task("libero_spatial", 5), 0).seed != attempts[0].seed
+    assert make_attempt(args, task, 2) == attempts[2]
+
+
+@pytest.mark.slow
+def test_an_experts_episode_is_rendered_recorded_and_replays(tmp_path):
+    args = Args(
+        output=tmp_path / "data", task_ids=(0,), episodes_per_task=1, image_size=32, storage="image",
+        object_shift=0.01, renderer="warp", render_batch_size=16,
+    )  # fmt: skip
+    collect_demos.main(args)
+    dataset = LeRobotDataset(tmp_path / "data")
+    info = dataset.episodes[0].info
+    task = get_task(info["suite"], info["task_id"])
+    attempt = make_attempt(args, task, 0)
+    assert (attempt.init_state_id, attempt.seed) == (info["init_state_id"], info["seed"])
+    sim = Simulation(load_scene(task))
+    start_episode(sim, task, attempt)
+    moved = sim.data.qpos.copy()
+    for i, action in enumerate(dataset.action):
+        for key, value in zip(dataset.data_config.state_keys[:6], sim.states(), strict=False):
+            assert dataset.state[key][i, 0] == value
+        env_action = action.copy()
+        env_action[6] = 1.0 - 2.0 * action[6]
+        assert not sim.success()
+        sim.step(env_action)
+    assert sim.success()
+    start_episode(sim, task, replace(attempt, object_shift=0.0))
+    difference = np.abs(moved - sim.data.qpos)
+    assert 1e-3 < difference.max() < 0.03
+    images = dataset.images(np.arange(len(dataset))).numpy().astype(int)
+    assert images.std() > 20
+    changes = np.abs(np.diff(images, axis=0)).mean((2, 3, 4))  # [T - 1, 2]
+    assert (changes.mean(0) > 0.5).all()  # both views move
+    failed = record(replace(attempt, horizon=5), ExpertConfig())
+    assert failed.failure == "not solved within 5 steps"
+    assert len(failed.actions) == 0
+
+
+def test_a_dataset_is_shown(faked, tmp_path):
+    collect_demos.main(small_args(tmp_path))
+    options = dict(dataset=str(tmp_path / "data"), output=tmp_path / "shown", moments=3, view_size=20, videos=True)
+    path = show_dataset.main(show_dataset.Args(**options))
+    with Image.open(path) as sheet:
+        assert sheet.size == (3 * 20, 2 * (16 + 2 * 20))
+        assert sheet.getpixel((5, 30)) == (100, 100, 100)
+    assert sorted(p.name for p in (tmp_path / "shown").glob("*.mp4")) == ["episode_000000.mp4", "episode_000003.mp4"]
+    with pytest.raises(ValueError, match="moments=0"):
+        show_dataset.main(show_dataset.Args(**(options | {"moments": 0})))
