@@ -1,7 +1,7 @@
 """How fast the policy decides and learns: a table, then one JSON document on the last line.
 
-    python benchmarks/policy.py                      # released size on a GPU, nano on a CPU
-    python benchmarks/policy.py --preset nano --batch-size 4
+    python -m benchmarks.policy                       # released size on a GPU, nano on a CPU
+    python -m benchmarks.policy --preset nano --batch-size 4
 
 One decision is preprocessing, backbone, N denoising steps and the value, from images in host memory. It is measured
     * in the reference's order of work: prompts padded to 570 tokens (nano: to the same share), masked attention over
@@ -14,9 +14,7 @@ with is that of a large matrix product of the same type on the same device, meas
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.hardware import describe_run
 from gr00t_agent import FlowAction, Gr00tAgent, PolicyConfig, preset_policy
 from gr00t_agent.config import ModelConfig, PresetName
 from gr00t_agent.sampler import Prediction
@@ -217,19 +216,6 @@ def measure_decision(
     return results
 
 
-def commit() -> str:
-    """Return the commit of the working tree, `unknown` outside a repository."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def hardware(device: torch.device) -> str:
-    """Name the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def main() -> dict[str, Any]:
     """Measure, print, return the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,11 +241,9 @@ def main() -> dict[str, Any]:
     learner.backbone.to(policy.torch_dtype)
     results |= measure_update(learner, make_observation(update_batch_size, learner.image_size), device, args.repeats)
 
-    document = {
-        "hardware": hardware(device),
-        "commit": commit(),
-        "setting": {"preset": preset, "batch_size": batch_size, "compile_mode": args.compile_mode,
-                    "torch": torch.__version__},
+    document = describe_run() | {
+        "setting": {"preset": preset, "device": args.device, "batch_size": batch_size,
+                    "compile_mode": args.compile_mode, "num_threads": torch.get_num_threads()},
         "results": {name: round(value, 4) for name, value in results.items()},
         "targets": TARGETS if on_gpu else {},
     }  # fmt: skip
