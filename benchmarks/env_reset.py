@@ -37,7 +37,7 @@ def measure_task(task: TaskSpec, *, num_resets: int) -> dict[str, float]:
 
     def reset_ours(state_id: int, num_settling_steps: int) -> None:
         random_state = np.random.RandomState(state_id)
-        simulation.reset(task, state_id, random_state, num_settling_steps=num_settling_steps)
+        simulation.reset(task, state_id, random_state, init_states="original", num_settling_steps=num_settling_steps)
 
     with reference_env(task) as env:
         return {

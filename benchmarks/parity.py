@@ -135,7 +135,12 @@ def compare_run(
     observation = env.set_init_state(load_init_states(task)[init_state_id])
     simulation = Simulation(scene, stepping=stepping)
     simulation.reset(
-        task, init_state_id, np.random.RandomState(seed), num_settling_steps=0, num_libero_resets=num_resets
+        task,
+        init_state_id,
+        np.random.RandomState(seed),
+        init_states="original",
+        num_settling_steps=0,
+        num_libero_resets=num_resets,
     )
     live = env.sim.model._model
     fixtures = np.abs(live.body_pos - simulation.model.body_pos).max()

@@ -13,7 +13,15 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from libero_gym.scenes import load_scene
-from libero_gym.simulation import ACTION_DIM, PhysicsError, Simulation, load_task_data
+from libero_gym.simulation import (
+    ACTION_DIM,
+    InitStates,
+    PhysicsError,
+    Simulation,
+    Stepping,
+    check_init_states,
+    load_task_data,
+)
 from libero_gym.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
 
 __all__ = ["LiberoEnv", "PhysicsError"]
@@ -119,10 +127,13 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     that go on after success.
 
     ## Starting state
-    One of the stored initial states of the task (50 each), fixtures placed at random as LIBERO does, then ten steps
-    without motion for objects to settle, which count for nothing. Without options the task (unless fixed by
+    One of the stored initial states of the task (50 each), after the customary ten steps without motion in which
+    objects come to rest, which count for nothing. `init_states="settled"` takes them as they came to rest under
+    MuJoCo 3.3, before a change of contacts that makes some of them end elsewhere (see `libero_gym.settling`), fixtures
+    included; `"original"` places fixtures at random as LIBERO does and settles under the installed version. Without
+    options the task (unless fixed by
     `task_id`) and the state are drawn from the environment's own generator. `reset(options={"task_id": 3,
-    "init_state_id": 7})` chooses; fixture poses still follow the seed.
+    "init_state_id": 7})` chooses.
 
     ## Episode end
     `terminated` when the goal holds; `truncated` after `horizon` steps (default: `libero_gym.suites.HORIZONS`).
@@ -137,6 +148,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     - `renderer`: "egl", "osmesa" or "warp"; None takes the best that the machine has.
     - `observe_images`: False leaves both images out and needs no renderer.
     - `reward`, `horizon`: see above.
+    - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
     - `stepping`: "exact" or "fast", see `libero_gym.simulation.Simulation`.
     - `render_mode`: "rgb_array": `render()` returns the first camera's image.
 
@@ -157,7 +169,8 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         observe_images: bool = True,
         reward: RewardKind = "sparse",
         horizon: int | None = None,
-        stepping: Literal["exact", "fast", "numpy"] = "exact",
+        init_states: InitStates | None = None,
+        stepping: Stepping = "exact",
         render_mode: str | None = None,
     ) -> None:
         """Create the environment; scenes and renderer are opened by the first reset.
@@ -183,7 +196,8 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self.render_mode = render_mode
         self._image_size = int(image_size)
         self._camera_names = tuple(camera_names)
-        self._stepping: Literal["exact", "fast", "numpy"] = stepping
+        self._stepping: Stepping = stepping
+        self._init_states = check_init_states(init_states, suite)
         self._renderer: Any = self._open_renderer(renderer) if observe_images else None
         self._simulations: dict[str, Simulation] = {}
         self._simulation: Simulation | None = None
@@ -233,7 +247,8 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         if init_state_id is None:
             init_state_id = self.np_random.integers(len(load_task_data(simulation.scene, task).init_states))
         placement_seed = int(self.np_random.integers(2**32, dtype=np.uint64))
-        simulation.reset(task, int(init_state_id), np.random.RandomState(placement_seed))
+        random_state = np.random.RandomState(placement_seed)
+        simulation.reset(task, int(init_state_id), random_state, init_states=self._init_states)
         self._simulation = simulation
         self._num_steps = 0
         self._last_value = float(simulation.success())

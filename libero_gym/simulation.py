@@ -22,9 +22,11 @@ from libero_gym.controller import ControllerState, axis_angle_from_quat, creatio
 from libero_gym.placements import FixtureSampler, make_fixture_sampler
 from libero_gym.predicates import Goal
 from libero_gym.scenes import Robot, Scene
+from libero_gym.settling import SettledStates, has_settled_states, load_settled_states
 from libero_gym.suites import TaskSpec, get_task, load_init_states
 
 Stepping = Literal["exact", "fast", "numpy"]
+InitStates = Literal["settled", "original"]
 
 ACTION_DIM = 7
 NUM_SETTLING_STEPS = 10
@@ -132,24 +134,32 @@ class Simulation:
         init_state_id: int,
         random_state: np.random.RandomState,
         *,
+        init_states: InitStates | None = None,
         num_settling_steps: int = NUM_SETTLING_STEPS,
         num_libero_resets: int = 1,
     ) -> None:
-        """Start an episode from a stored initial state, fixtures placed at random, and let objects settle.
+        """Start an episode from a stored initial state, objects at rest.
 
-        Equal to LIBERO's `numpy.random.seed(s); env.reset(); env.set_init_state(states[init_state_id])` with
-        `random_state = numpy.random.RandomState(s)`, followed by `num_settling_steps` steps without motion.
+        Original states: equal to LIBERO's `numpy.random.seed(s); env.reset(); env.set_init_state(states[i])` with
+        `random_state = numpy.random.RandomState(s)`, followed by `num_settling_steps` steps without motion. Where
+        objects come to rest then depends on MuJoCo's version, see `libero_gym.settling`.
+
+        Settled states: the outcome of that under MuJoCo 3.3.7, with the fixture poses that it had there;
+        `random_state` and the arguments after `init_states` have no part in it.
 
         Args:
             task: one of the scene's tasks.
             init_state_id: index of the stored state.
-            random_state: consumed for the fixture poses.
-            num_settling_steps: 0 for the bare initial state.
+            random_state: consumed for the fixture poses of original states.
+            init_states: "settled" or "original"; None is "settled" for the suites that the package has them for (the
+                base suites), "original" for others.
+            num_settling_steps: 0 for the bare original state.
             num_libero_resets: how often the LIBERO environment to be matched has been reset, this time included: each
                 reset of it draws more numbers (see `libero_gym.placements.FixtureSampler.sample`).
 
         Raises:
-            ValueError: `init_state_id` is out of range.
+            ValueError: `init_state_id` is out of range, or `init_states` is unknown.
+            FileNotFoundError: "settled" was asked of a suite for which none are recorded.
             PhysicsError: the simulation diverged while settling.
         """
         task_data = load_task_data(self.scene, task)
@@ -159,28 +169,33 @@ class Simulation:
                 f"init_state_id={init_state_id} is not among the stored states of {task.suite} task {task.task_id} "
                 f"(valid: 0-{num_states - 1})"
             )
-        poses = task_data.fixture_sampler.sample(
-            random_state, self._default_fixture_poses, num_resets=num_libero_resets
-        )
+        kind = check_init_states(init_states, task.suite)
         self.task = task
         self.init_state_id = int(init_state_id)
         self._goal = task_data.goal
-        self._set_fixture_poses(poses)
         mujoco.mj_resetData(self.model, self.data)
         self._controller.reset(self._creation)
-        state = task_data.init_states[init_state_id]
-        nq = self.model.nq
-        self.data.time = state[0]
-        self.data.qpos[:] = state[1 : 1 + nq]
-        self.data.qvel[:] = state[1 + nq : 1 + nq + self.model.nv]
+        if kind == "settled":
+            self._set_settled_state(load_settled_states(task), init_state_id)
+        else:
+            self._set_fixture_poses(
+                task_data.fixture_sampler.sample(
+                    random_state, self._default_fixture_poses, num_resets=num_libero_resets
+                )
+            )
+            state = task_data.init_states[init_state_id]
+            self.data.time = state[0]
+            self.data.qpos[:] = state[1 : 1 + self.model.nq]
+            self.data.qvel[:] = state[1 + self.model.nq :]
         mujoco.mj_forward(self.model, self.data)
         self._observation.qpos[:] = self.data.qpos
         self._observation.read_sensors(self.data, self.scene.robot)
         self._update_indicators()
         self._observed_indicator_alpha[:] = self._indicator_alpha
         self._success = self._goal(self.data)
-        for _ in range(num_settling_steps):
-            self.step(SETTLING_ACTION)
+        if kind == "original":
+            for _ in range(num_settling_steps):
+                self.step(SETTLING_ACTION)
 
     def step(self, action: npt.ArrayLike) -> bool:
         """Advance by 50 ms and return whether the goal holds.
@@ -313,6 +328,16 @@ class Simulation:
 
         return NativeStepper(is_exact=stepping == "exact", **bound)
 
+    def _set_settled_state(self, states: SettledStates, index: int) -> None:
+        self._set_fixture_poses(states.fixture_poses[index])
+        self.data.qpos[:] = states.physics[index, : self.model.nq]
+        self.data.qvel[:] = states.physics[index, self.model.nq :]
+        controller = states.controller[index]
+        self._controller.goal_pos[:] = controller[:3]
+        self._controller.goal_ori[:] = controller[3:12].reshape(3, 3)
+        self._controller.gripper[:] = controller[12:]
+        self._controller.is_fresh[:] = 0
+
     def _fixture_poses(self) -> FloatArray:
         ids = self.scene.fixture_body_ids
         return np.concatenate([self.model.body_pos[ids], self.model.body_quat[ids]], axis=1)
@@ -335,6 +360,19 @@ class Simulation:
                 f"MuJoCo reports {names} at t={self.data.time:.3f} s in {self.task}; the state is no longer valid: "
                 "reset the environment, and check that actions are within -1..1"
             )
+
+
+def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
+    """Return the kind of initial states to use; None is the suite's default (see `Simulation.reset`).
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if init_states is None:
+        return "settled" if has_settled_states(suite) else "original"
+    if init_states not in ("settled", "original"):
+        raise ValueError(f"init_states={init_states!r} is unknown (valid: 'settled', 'original')")
+    return init_states
 
 
 @functools.lru_cache(maxsize=512)

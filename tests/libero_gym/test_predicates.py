@@ -18,7 +18,9 @@ def scene():
 @pytest.fixture
 def simulation(scene):
     simulation = Simulation(scene)
-    simulation.reset(get_task("libero_goal", 0), 0, np.random.RandomState(0), num_settling_steps=0)
+    simulation.reset(
+        get_task("libero_goal", 0), 0, np.random.RandomState(0), init_states="original", num_settling_steps=0
+    )
     return simulation
 
 

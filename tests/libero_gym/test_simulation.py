@@ -14,6 +14,7 @@ from libero_gym.suites import get_task, load_init_states
 def _simulation(suite="libero_goal", task_id=0, *, init_state_id=0, seed=0, **options) -> Simulation:
     task = get_task(suite, task_id)
     simulation = Simulation(load_scene(task))
+    options.setdefault("init_states", "original")
     simulation.reset(task, init_state_id, np.random.RandomState(seed), **options)
     return simulation
 
@@ -85,7 +86,7 @@ def test_reset_forgets_the_episode_before():
     used = _simulation(init_state_id=9, seed=6)
     for action in np.random.default_rng(0).uniform(-1, 1, (20, 7)):
         used.step(action)
-    used.reset(get_task("libero_goal", 0), 3, np.random.RandomState(5))
+    used.reset(get_task("libero_goal", 0), 3, np.random.RandomState(5), init_states="original")
     _assert_equal_states(used, fresh)
     for action in np.random.default_rng(1).uniform(-1, 1, (5, 7)):
         used.step(action)
@@ -95,7 +96,7 @@ def test_reset_forgets_the_episode_before():
 
 def test_one_scene_serves_all_its_tasks():
     simulation = _simulation(task_id=0)
-    simulation.reset(get_task("libero_goal", 7), 2, np.random.RandomState(0))
+    simulation.reset(get_task("libero_goal", 7), 2, np.random.RandomState(0), init_states="original")
     _assert_equal_states(simulation, _simulation(task_id=7, init_state_id=2))
 
 
@@ -208,7 +209,7 @@ def test_diverged_physics_raises(monkeypatch, tmp_path):
     simulation.data.qvel[:] = 1e12
     with pytest.raises(PhysicsError, match=r"MuJoCo reports \['mjWARN_BAD"):
         simulation.step(SETTLING_ACTION)
-    simulation.reset(get_task("libero_goal", 0), 0, np.random.RandomState(0))
+    simulation.reset(get_task("libero_goal", 0), 0, np.random.RandomState(0), init_states="original")
     _assert_equal_states(simulation, _simulation())
 
 

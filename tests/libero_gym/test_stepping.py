@@ -15,7 +15,7 @@ from libero_gym.suites import get_task
 def _run(stepping, actions, *, suite="libero_goal", task_id=0, init_state_id=3):
     task = get_task(suite, task_id)
     simulation = Simulation(load_scene(task), stepping=stepping)
-    simulation.reset(task, init_state_id, np.random.RandomState(0), num_settling_steps=2)
+    simulation.reset(task, init_state_id, np.random.RandomState(0), init_states="original", num_settling_steps=2)
     trajectory = []
     for action in actions:
         simulation.step(action)
