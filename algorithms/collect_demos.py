@@ -9,7 +9,7 @@ the data. A task's dataset is its first `episodes_per_task` successful attempts.
 observes before an action, and that action, gripper 1 open / 0 close; an episode ends with the action that succeeds.
 Its `task_id`, `init_state_id`, `seed` and `object_shift` are kept in `meta/`, so it can be simulated again.
 
-    python algorithms/collect_demos.py --output data/libero_spatial --suite libero_spatial --episodes-per-task 50
+    python algorithms/collect_demos.py --output runs/data/libero_spatial --suite libero_spatial --episodes-per-task 50
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ noise e ~ N(0, I) and a time tau between noise (0) and action (1):
 m is 1 for the valid dimensions of steps before the episode's end. The sums run over the batch of all processes.
 
 Launch:
-    accelerate launch algorithms/sft_gr00t.py --preset nano --dataset data/libero_spatial
-    accelerate launch --num_processes 4 algorithms/sft_gr00t.py --preset gr00t_n1d5 --dataset data/libero_spatial
-    python algorithms/sft_gr00t.py --preset nano --dataset data/libero_spatial --resume runs/sft_libero_spatial_1
+    accelerate launch algorithms/sft_gr00t.py --preset nano --dataset runs/data/libero_spatial
+    accelerate launch --num_processes 4 algorithms/sft_gr00t.py --preset gr00t_n1d5 --dataset runs/data/libero_spatial
+    python algorithms/sft_gr00t.py --preset nano --dataset runs/data/libero_spatial --resume runs/sft_libero_spatial_1
 All sizes are global: they are divided over the processes, and a size that does not divide is an error.
 
 All that is random in a step (frames, augmentation, noise, times, dropout) follows from the seed and the step's number,

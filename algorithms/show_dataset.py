@@ -1,6 +1,6 @@
 """What is in a LeRobot dataset: a table, a contact sheet and videos.
 
-    python algorithms/show_dataset.py --dataset data/libero_spatial --output runs/libero_spatial_data
+    python algorithms/show_dataset.py --dataset runs/data/libero_spatial --output runs/data/shown
 
 Prints episodes and lengths per task and the statistics of every state and action element; writes contact_sheet.png
 (one row per shown episode: both views at evenly spaced moments) and, on request, an mp4 per shown episode.

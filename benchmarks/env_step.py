@@ -41,7 +41,7 @@ def measure_task(task: TaskSpec, *, num_steps: int, num_rounds: int) -> dict[str
     """Return milliseconds a step of "libero", "exact", "fast" and "bare"."""
     scene = load_scene(task)
     actions = make_actions("smooth", num_steps, seed=1)
-    best = dict.fromkeys(("libero", "exact", "fast", "bare"), float("inf"))
+    best: dict[str, float] = dict.fromkeys(("libero", "exact", "fast", "bare"), float("inf"))
     controls = record_controls(scene, task, actions)
     with reference_env(task) as env:
         runners: dict[str, Callable[[], float]] = {

@@ -265,6 +265,7 @@ class Gr00tAgent(nn.Module):
         preprocessor = _preprocessor(config, policy, data_config, metadata, tokenizer)
         with torch.device(device):
             agent = cls(config, policy, preprocessor)
+        agent.backbone.reset_position_table()
         agent.set_trainable(tune_visual=True, tune_llm=True)
         return agent._cast(dtype)
 

@@ -10,6 +10,7 @@ padding exist:
       the rows of padded tokens are meaningless and must be masked by whoever reads the features.
 """
 
+import math
 from typing import Any, cast
 
 import torch
@@ -122,6 +123,23 @@ class Backbone(nn.Module):
         self.image_token_id = config.image_token_id
         self.num_vision_layers_run = config.num_vision_layers_run
         self.num_image_tokens = config.num_image_tokens
+
+    @torch.no_grad()
+    def reset_position_table(self) -> None:
+        """Start the vision tower's position table from two-dimensional sines instead of noise.
+
+        A tower that is trained from scratch on little data then knows which patches are neighbours. Half the
+        channels hold x, half y, at wavelengths from 6 to 600 patches; the amplitude is that of the patch embedding.
+        """
+        table = self.eagle_model.vision_core.embeddings.position_embedding.weight  # [P, width]
+        side = int(table.shape[0] ** 0.5)
+        num_frequencies = table.shape[1] // 4
+        index = torch.arange(num_frequencies, dtype=torch.float32, device=table.device)
+        frequency = torch.exp(-math.log(100.0) * index / num_frequencies)
+        y, x = torch.meshgrid(*[torch.arange(side, dtype=torch.float32, device=table.device)] * 2, indexing="ij")
+        angles = torch.stack([x, y], dim=-1).reshape(-1, 2, 1) * frequency  # [P, 2, num_frequencies]
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)  # [P, 4 * num_frequencies]
+        table[:, : waves.shape[1]] = 0.5 * waves
 
     def unused_parameter_names(self) -> list[str]:
         """Names of parameters that no output depends on: SigLIP's last norm, pooling head and layers not run."""

@@ -154,6 +154,8 @@ EAGLE_NANO: JsonDict = _overlay(
             "eos_token_id": 2,
             "head_dim": 32,
             "hidden_size": 128,
+            # 1 / sqrt(width), as the released 0.02 is for 2048.
+            "initializer_range": 0.088,
             "intermediate_size": 384,
             "max_position_embeddings": 1024,
             "num_attention_heads": 4,

@@ -63,10 +63,7 @@ def load_modality(path: str | Path | None = None) -> Modality:
         ValueError: The file is no JSON, lacks a section, or a slice does not fit the 8 states or 7 actions.
     """
     if path is None:
-        source, text = (
-            "modality.json",
-            (resources.files("libero_gym") / "data" / "modality.json").read_text("utf-8"),
-        )
+        source, text = ("modality.json", (resources.files("libero_gym") / "data" / "modality.json").read_text("utf-8"))
     else:
         source, text = str(path), Path(path).read_text("utf-8")
     try:
@@ -75,9 +72,7 @@ def load_modality(path: str | Path | None = None) -> Modality:
         raise ValueError(f"{source} is not valid JSON: {error}") from error
     missing = {"video", "state", "action"} - set(content if isinstance(content, dict) else ())
     if missing:
-        raise ValueError(
-            f"{source} lacks {sorted(missing)} (needed: video, state, action; optional: annotation)"
-        )
+        raise ValueError(f"{source} lacks {sorted(missing)} (needed: video, state, action; optional: annotation)")
     return Modality(
         video={name: _observation_key(name, entry) for name, entry in content["video"].items()},
         state=_slices(source, "state", content["state"], STATE_DIM),
@@ -100,9 +95,7 @@ def _slices(
             raise ValueError(f"{source}: {section}.{name} needs `start` and `end`, got {dict(entry)}")
         start, end = int(entry["start"]), int(entry["end"])
         if not 0 <= start < end <= width:
-            raise ValueError(
-                f"{source}: {section}.{name} is [{start}, {end}), which is not within [0, {width})"
-            )
+            raise ValueError(f"{source}: {section}.{name} is [{start}, {end}), which is not within [0, {width})")
         slices[name] = (start, end)
     return slices
 
@@ -132,9 +125,7 @@ def observation_to_modality(observation: Mapping[str, Any], modality: Modality |
     for name, key in modality.video.items():
         if key not in observation:
             cameras = sorted(set(observation) - {"states", "task_descriptions"})
-            raise ValueError(
-                f"video.{name} reads {key!r}, which is not in the observation (cameras: {cameras})"
-            )
+            raise ValueError(f"video.{name} reads {key!r}, which is not in the observation (cameras: {cameras})")
         result[f"video.{name}"] = observation[key]
     states = observation["states"]
     for name, (start, end) in modality.state.items():
@@ -185,9 +176,7 @@ def action_from_modality(action: Mapping[str, Any], modality: Modality | None = 
     return result
 
 
-def action_to_modality(
-    action: FloatArray, modality: Modality | None = None
-) -> dict[str, NDArray[np.float32]]:
+def action_to_modality(action: FloatArray, modality: Modality | None = None) -> dict[str, NDArray[np.float32]]:
     """Splits environment actions into `action.*` keys, the inverse of `action_from_modality`.
 
     Args:
@@ -239,9 +228,7 @@ def observation_to_plain(observation: Mapping[str, Any], image_size: int = 224) 
 
 def _resize_channel_first(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(
-            f"expected uint8 images [H, W, 3] or [N, H, W, 3], got {images.dtype} {images.shape}"
-        )
+        raise ValueError(f"expected uint8 images [H, W, 3] or [N, H, W, 3], got {images.dtype} {images.shape}")
     batch = images.reshape(-1, *images.shape[-3:])  # [N, H, W, 3]
     planes = np.moveaxis(batch, -1, 1)  # [N, 3, H, W]
     height, width = planes.shape[-2:]
@@ -271,9 +258,7 @@ def _modality_space(space: spaces.Space[Any], modality: Modality) -> spaces.Dict
     result: dict[str, spaces.Space[Any]] = {}
     for name, key in modality.video.items():
         if key not in source:
-            raise ValueError(
-                f"video.{name} reads {key!r}, which is not observed (observed: {sorted(source)})"
-            )
+            raise ValueError(f"video.{name} reads {key!r}, which is not observed (observed: {sorted(source)})")
         result[f"video.{name}"] = source[key]
     states = source["states"]
     assert isinstance(states, spaces.Box)
@@ -302,9 +287,7 @@ class ModalityVectorObservation(gymnasium.vector.VectorWrapper):
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
 
     # Gymnasium's VectorObservationWrapper refuses SAME_STEP autoreset, because it cannot convert `final_obs`.
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Resets the environments; see the wrapped environment."""
         observations, infos = self.env.reset(seed=seed, options=options)
         return observation_to_modality(observations, self.modality), infos

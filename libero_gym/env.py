@@ -197,7 +197,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self._image_size = int(image_size)
         self._camera_names = tuple(camera_names)
         self._stepping: Stepping = stepping
-        self._init_states = check_init_states(init_states, suite)
+        self._init_states: InitStates = check_init_states(init_states, suite)
         self._renderer: Any = self._open_renderer(renderer) if observe_images else None
         self._simulations: dict[str, Simulation] = {}
         self._simulation: Simulation | None = None

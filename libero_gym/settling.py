@@ -108,7 +108,7 @@ def record_suite(suite: str, folder: Path) -> Path:
         print(f"{suite}/{task.task_id}: {len(settled)} states", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{suite}.npz"
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
     return path
 
 

@@ -6,6 +6,7 @@ A skill is a generator of `Command`s, one an environment step; it reads the worl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.experts.geometry import Shapes
-from libero_gym.experts.grasps import TIP_DEPTH, Grasp, choose_grasp, gripper_rotation, lean_outwards
+from libero_gym.experts.grasps import (
+    HAND_HALF_LENGTH,
+    PALM_HEIGHT,
+    TIP_DEPTH,
+    Grasp,
+    choose_grasp,
+    gripper_rotation,
+    lean_outwards,
+)
 from libero_gym.scenes import Scene, SceneObject
 from libero_gym.simulation import Simulation
 
@@ -27,6 +36,7 @@ _MARGIN = 0.02
 _FINGER_REACH = 0.065
 _LIFT = 0.06
 _MAX_FREE_STEPS = 6
+_STALL_STEPS, _STALL_DISTANCE, _NEAR = 10, 0.002, 0.02
 _OVERHANG_MARGIN = 0.02
 
 
@@ -136,7 +146,11 @@ def reach(
     speed: float = 1.0,
     timeout: int = 80,
 ) -> Skill:
-    """Move straight to the pose `target()`, asked anew each step; True once within tolerance."""
+    """Move straight to the pose `target()`, asked anew each step; True once within tolerance.
+
+    Also ends when something holds the gripper back: True if it is near the target.
+    """
+    trail: deque[FloatArray] = deque(maxlen=_STALL_STEPS)
     for _ in range(timeout):
         position, world.posture = target()
         rotation = world.leaning((position, world.posture))
@@ -144,6 +158,10 @@ def reach(
         misalignment = float(np.arccos(np.clip((np.trace(rotation @ world.eef_rotation.T) - 1) / 2, -1, 1)))
         if distance < tolerance and misalignment < max(0.08, 6.0 * tolerance):
             return True
+        is_stalled = len(trail) == _STALL_STEPS and float(np.linalg.norm(trail[0] - world.eef_pos)) < _STALL_DISTANCE
+        if is_stalled and misalignment < 0.3:
+            return distance < _NEAR
+        trail.append(world.eef_pos)
         yield Command(position=position, rotation=rotation, gripper=gripper, speed=speed)
     return False
 
@@ -182,8 +200,11 @@ def travel(
                 )
                 start = world.eef_pos
             around = max(0.03, float(np.linalg.norm(cloud[:, :2] - start[:2], axis=1).max())) + 0.01
-    safe = world.shapes.top_along(start, target()[0], around, tuple(ignored)) + below + _MARGIN
     goal = target()[0]
+    safe = _MARGIN + max(
+        world.shapes.top_along(start, goal, around, tuple(ignored)) + below,
+        world.shapes.top_along(start, goal, HAND_HALF_LENGTH, tuple(ignored)) - PALM_HEIGHT,
+    )
     if start[2] < safe - 0.01:
         above = np.array([*(start[:2] + 0.02 * _direction(goal[:2] - start[:2])), safe])
         yield from reach(world, lambda: (above, rotation), gripper=gripper, tolerance=0.03)

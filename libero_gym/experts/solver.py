@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, turn
+from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_shut, turn
 from libero_gym.experts.grasps import HAND_HALF_LENGTH, MAX_WIDTH, PALM_HEIGHT
 from libero_gym.experts.skills import Command, Skill, World, pick, place, rest, retreat
 from libero_gym.predicates import Goal, in_contact
@@ -34,8 +34,14 @@ def solve(world: World, goal: tuple[Atom, ...]) -> Iterator[Command]:
             yield from rest(world, 1)
             continue
         atom = unmet[0]
-        yield from achieve(world, atom, attempts[atom], tests[atom])
+        yield from achieve(world, atom, attempts[atom], tests[atom], _slot(atoms, atom))
         attempts[atom] += 1
+
+
+def _slot(atoms: list[Atom], atom: Atom) -> float:
+    """Return the middle of the part of its region that belongs to this atom, -1..1."""
+    rivals = [other for other in atoms if other[0] == "on" and other[0::2] == atom[0::2]]
+    return (2 * rivals.index(atom) + 1) / len(rivals) - 1.0 if atom in rivals else 0.0
 
 
 def order(goal: tuple[Atom, ...]) -> list[Atom]:
@@ -47,17 +53,25 @@ def order(goal: tuple[Atom, ...]) -> list[Atom]:
     return sorted(goal, key=lambda atom: rank[atom[0]])
 
 
-def achieve(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Command]:
-    """Yield one attempt's commands."""
+def achieve(world: World, atom: Atom, attempt: int, test: Goal, slot: float = 0.0) -> Iterator[Command]:
+    """Yield one attempt's commands.
+
+    Args:
+        world: state.
+        atom: what shall hold.
+        attempt: how many attempts failed before.
+        test: whether it holds.
+        slot: where on its region an object goes, -1..1: several may share one.
+    """
     if atom[0] in {"on", "in"}:
-        yield from _put(world, atom, attempt, test)
-    elif atom[0] in {"open", "turnon", "turnoff"}:
+        yield from _put(world, atom, attempt, test, slot)
+    elif atom[0] in {"open", "turnon", "turnoff", "close"}:
         yield from _articulate(world, atom, test)
     else:
         raise ValueError(f"goal atom {atom} has no skill yet")
 
 
-def _put(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Command]:
+def _put(world: World, atom: Atom, attempt: int, test: Goal, slot: float) -> Iterator[Command]:
     thing = world.scene.objects[atom[1]]
     door = _door(world, atom)
     if door is not None:
@@ -72,7 +86,7 @@ def _put(world: World, atom: Atom, attempt: int, test: Goal) -> Iterator[Command
     if not (yield from pick(world, thing, attempt=attempt)):
         yield from retreat(world)
         return
-    spot, settled = _destination(world, thing, atom[2], test)
+    spot, settled = _destination(world, thing, atom[2], test, slot)
     if not (yield from place(world, thing, spot, settled=settled)):
         yield from retreat(world)
 
@@ -116,7 +130,7 @@ def _is_pushed(world: World, thing: SceneObject, name: str) -> bool:
 
 
 def _articulate(world: World, atom: Atom, test: Goal | None) -> Skill:
-    """Open a drawer, or turn a knob: until the test passes, or with some margin if there is none."""
+    """Open or shut a drawer or door, or turn a knob: until the test passes, or with some margin if there is none."""
     scene = world.scene
     site = scene.sites.get(atom[1])
     owner = scene.objects[(site.parent if site is not None else None) or atom[1]]
@@ -134,11 +148,13 @@ def _articulate(world: World, atom: Atom, test: Goal | None) -> Skill:
         return (yield from pull_open(world, joint, sign, is_done))
     if atom[0] in {"turnon", "turnoff"}:
         return (yield from turn(world, joint, sign, is_done))
+    if atom[0] == "close":
+        return (yield from push_shut(world, joint, sign, is_done))
     raise ValueError(f"goal atom {atom} has no skill for a joint of this kind")
 
 
 def _destination(
-    world: World, thing: SceneObject, name: str, test: Goal
+    world: World, thing: SceneObject, name: str, test: Goal, slot: float
 ) -> tuple[Callable[[], FloatArray], Callable[[], bool]]:
     """Return where to put the object and how to tell that it is there."""
     scene = world.scene
@@ -151,7 +167,9 @@ def _destination(
     site = scene.sites[name]
     parent = None if site.parent is None else scene.objects[site.parent]
     if test.atoms[0][0] == "on":
-        return lambda: _on(world, world.data.site_xpos[site.site_id], parent), lambda: test(world.data)
+        # Side by side along x: the fingers open along y.
+        shift = np.array([1.5 * slot * float(site.size[0]), 0.0, 0.0])
+        return lambda: _on(world, world.data.site_xpos[site.site_id] + shift, parent), lambda: test(world.data)
     return lambda: _inside(world, thing, site), lambda: test(world.data)
 
 

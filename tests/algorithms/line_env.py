@@ -1,7 +1,7 @@
 """A vector environment with the contract of `LiberoVectorEnv` and nothing to simulate: trainer tests take seconds.
 
-A point on a line starts at +0.7 or -0.7 and moves by a quarter of the first action component each step; it has succeeded
-when it is within 0.15 of the origin.
+A point on a line starts at +0.7 or -0.7 and moves by a quarter of the first action component each step; it has
+succeeded when it is within 0.15 of the origin.
 """
 
 from __future__ import annotations

@@ -310,3 +310,18 @@ def test_stepping_before_reset_is_refused():
         env.step(no_motion(2))
     with pytest.raises(ValueError, match="never reset"):
         env.reset(options={"reset_mask": np.array([True, False])})
+
+
+def test_images_as_torch_equal_the_arrays():
+    arrays = make(2, observe_images=True, image_size=16, renderer="warp", horizon=1)
+    tensors = make(2, observe_images=True, image_size=16, images_as_torch=True, horizon=1)
+    for env in (arrays, tensors):
+        env.reset(seed=0)
+    expected, *_, expected_infos = arrays.step(no_motion(2))
+    observation, *_, infos = tensors.step(no_motion(2))
+    assert observation["images"].shape == (2, 16, 16, 3)
+    for key in ("images", "wrist_images"):
+        np.testing.assert_array_equal(observation[key].cpu().numpy(), expected[key])
+        np.testing.assert_array_equal(infos["final_obs"][key].cpu().numpy(), expected_infos["final_obs"][key])
+    for env in (arrays, tensors):
+        env.close()
