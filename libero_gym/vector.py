@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import gymnasium
 import numpy as np
@@ -30,7 +30,15 @@ from libero_gym.env import (
     make_observation_space,
 )
 from libero_gym.scenes import Scene, load_scenes
-from libero_gym.simulation import ACTION_DIM, PhysicsError, Simulation, load_task_data
+from libero_gym.simulation import (
+    ACTION_DIM,
+    InitStates,
+    PhysicsError,
+    Simulation,
+    Stepping,
+    check_init_states,
+    load_task_data,
+)
 from libero_gym.suites import TaskSpec, get_task, list_tasks
 
 _RESET_OPTIONS = ("reset_mask", "task_id", "init_state_id")
@@ -105,8 +113,12 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     ## Reset
     `reset(seed, options)`. `seed`: an int (environment i gets `seed + i`) or a list of N. Options, each optional:
     `task_id` and `init_state_id` (an int or int [N]), `reset_mask` (bool [N], True = reset). What is not chosen is
-    drawn from the environment's own generator; so it is at automatic resets. To give a group of environments the
-    same start, give them the same ids and the same seed.
+    drawn from the environment's own generator; so it is at automatic resets.
+
+    Environments given the same `task_id`, `init_state_id` and seed start in the same state to the last bit, and stay
+    in it under the same actions. A group of G for GRPO is `task_id=numpy.repeat(tasks, G)`,
+    `init_state_id=numpy.repeat(states, G)` and `seed=numpy.repeat(seeds, G).tolist()`. The seed decides the fixtures of
+    "original" states; "settled" ones hold theirs.
 
     ## Arguments
     As for `LiberoEnv`, and:
@@ -133,7 +145,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         images_as_torch: bool = False,
         reward: RewardKind = "sparse",
         horizon: int | None = None,
-        stepping: Literal["exact", "fast", "numpy"] = "exact",
+        init_states: InitStates | None = None,
+        stepping: Stepping = "exact",
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         num_threads: int | None = None,
         render_mode: str | None = None,
@@ -153,6 +166,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             raise ValueError("task_ids is empty; name at least one task, or None for all of the suite")
         self._reward_kind = check_reward_kind(reward)
         self._horizon = check_horizon(horizon, suite)
+        self._init_states: InitStates = check_init_states(init_states, suite)
         if len(camera_names) != len(OBSERVATION_KEYS):
             raise ValueError(f"camera_names={tuple(camera_names)} must name {len(OBSERVATION_KEYS)} cameras")
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -161,7 +175,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             raise ValueError("render_mode='rgb_array' and images_as_torch=True need observe_images=True")
         if stepping not in ("exact", "fast", "numpy"):
             raise ValueError(f"stepping={stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
-        self._stepping: Literal["exact", "fast", "numpy"] = stepping
+        self._stepping: Stepping = stepping
         self._autoreset = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self._autoreset}
         self.render_mode = render_mode
@@ -407,7 +421,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         def start(i: int) -> None:
             slot = self._slots[i]
             task, init_state_id, placement_seed = starts[i]
-            slot.world.reset(task, init_state_id, np.random.RandomState(placement_seed))
+            random_state = np.random.RandomState(placement_seed)
+            slot.world.reset(task, init_state_id, random_state, init_states=self._init_states)
             slot.length, slot.episode_return, slot.is_done = 0, 0.0, False
             slot.last_value = float(slot.world.success())
 

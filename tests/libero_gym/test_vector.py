@@ -225,6 +225,77 @@ def test_state_restores_to_the_last_bit_and_branches():
     env.close()
 
 
+@pytest.mark.parametrize("init_states", [None, "settled", "original"])
+def test_groups_start_and_stay_in_equal_states(init_states):
+    env = make(6, init_states=init_states)
+    options = {"task_id": np.repeat([4, 7], 3), "init_state_id": np.repeat([8, 2], 3)}
+    env.reset(seed=[11, 11, 11, 12, 12, 12], options=options)
+    for step in range(3):
+        states = [env.get_state(i) for i in range(6)]
+        for i in range(6):
+            assert_same(states[i], states[i - i % 3])
+        assert (states[0]["fixture_poses"] != states[3]["fixture_poses"]).any()
+        actions = random_actions(1, 2, seed=step)[0]
+        env.step(np.repeat(actions, 3, axis=0))
+
+
+def test_initial_states_are_chosen_like_in_the_single_environment():
+    starts = {}
+    for kind in ("settled", "original"):
+        vector, single = make(1, init_states=kind), LiberoEnv(SUITE, observe_images=False, init_states=kind)
+        options = {"task_id": 5, "init_state_id": 3}
+        vector.reset(seed=2, options=options)
+        single.reset(seed=2, options=options)
+        for name, value in single.simulation.get_state().items():
+            np.testing.assert_array_equal(vector.get_state(0)[name], value, err_msg=name)
+        starts[kind] = vector.get_state(0)
+    assert (starts["settled"]["fixture_poses"] != starts["original"]["fixture_poses"]).any()
+
+
+def test_fixtures_of_original_states_follow_the_seed_and_settled_ones_do_not():
+    options = {"task_id": 0, "init_state_id": 0}
+    for kind, differs in (("original", True), ("settled", False)):
+        env = make(2, init_states=kind)
+        env.reset(seed=[0, 1], options=options)
+        first, second = (env.get_state(i)["fixture_poses"] for i in range(2))
+        assert bool((first != second).any()) is differs
+
+
+def test_number_of_threads_changes_nothing():
+    batches = []
+    for num_threads in (1, 2, 5):
+        env = make(5, num_threads=num_threads, horizon=3, num_action_chunks=2)
+        results = [env.reset(seed=9)]
+        results += [env.step(np.moveaxis(a, 0, 1)) for a in random_actions(8, 5).reshape(4, 2, 5, 7)]
+        batches.append((results, [env.get_state(i) for i in range(5)]))
+        env.close()
+    (expected, expected_states), *others = batches
+    assert any(infos.get("_final_obs", np.zeros(1)).any() for *_, infos in expected)
+    for results, states in others:
+        for result, reference in zip(results, expected, strict=True):
+            for value, known in zip(result, reference, strict=True):
+                assert_same({"value": value}, {"value": known})
+        for state, known in zip(states, expected_states, strict=True):
+            assert_same(state, known)
+
+
+def test_state_moves_between_environments_of_different_scenes():
+    env = LiberoVectorEnv("libero_object", 2, observe_images=False)
+    env.reset(seed=0, options={"task_id": np.array([0, 1]), "init_state_id": np.array([4, 5])})
+    actions = random_actions(6, 2, seed=3)
+    actions[:, 1] = actions[:, 0]
+    for action in actions[:3]:
+        env.step(action)
+    state = env.get_state(0)
+    env.set_state(1, state)
+    assert_same(env.get_state(1), state)
+    for action in actions[3:]:
+        observation, *_ = env.step(action)
+        np.testing.assert_array_equal(observation["states"][0], observation["states"][1])
+    assert observation["task_descriptions"][0] == observation["task_descriptions"][1]
+    assert_same(env.get_state(0), env.get_state(1))
+
+
 def test_mixed_scenes_in_one_batch():
     env = LiberoVectorEnv("libero_object", 2, image_size=24)
     observation, _ = env.reset(seed=0, options={"task_id": np.array([0, 1])})
@@ -257,6 +328,7 @@ def test_render_returns_the_first_camera():
         ({"reward": "dense"}, "reward='dense' is unknown"),
         ({"horizon": 0}, "horizon=0 is not a positive number"),
         ({"stepping": "slow"}, "stepping='slow' is unknown"),
+        ({"init_states": "fresh"}, r"init_states='fresh' is unknown \(valid: 'settled', 'original'\)"),
         ({"autoreset_mode": "SOMETIMES"}, "autoreset_mode='SOMETIMES' is unknown"),
         ({"camera_names": ["agentview"]}, "must name 2 cameras"),
         ({"render_mode": "human"}, "render_mode='human' is unknown"),
