@@ -1,18 +1,30 @@
-"""Videos of episodes, with what happened written on every frame."""
+"""Videos of episodes, with what happened written on every frame.
+
+`write_video` shows one episode, `write_tiled_video` several side by side. `RolloutRecorder` films what a trainer's
+first environments do while it collects a rollout.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 CAPTION_HEIGHT = 48
 VIEW_SIZE = 256
+CONTROL_FREQUENCY_HZ = 20
+IMAGE_KEYS = ("video.image", "video.wrist_image")
+TASK_KEY = "annotation.human.action.task_description"
+
+_SUCCESS, _FAILURE, _RUNNING = (18, 84, 38), (110, 28, 28), (0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +37,7 @@ class Frame:
         step: environment steps taken in the episode.
         reward: the episode's return so far.
         success: True once the episode has succeeded.
+        ended: True in the episode's last frame.
     """
 
     views: Sequence[NDArray[np.uint8]]
@@ -32,32 +45,200 @@ class Frame:
     step: int
     reward: float
     success: bool
+    ended: bool = False
 
 
-def draw(frame: Frame) -> NDArray[np.uint8]:
-    """Returns `frame` as one picture: its views, `VIEW_SIZE` pixels high, above a caption."""
-    width = VIEW_SIZE * len(frame.views)
-    picture = Image.new("RGB", (width, VIEW_SIZE + CAPTION_HEIGHT))
+def frame_of(
+    obs: Mapping[str, Any], infos: Mapping[str, Any], env_id: int, *, success: bool | None = None, ended: bool = False
+) -> Frame:
+    """Returns what environment `env_id` of a vector environment shows.
+
+    Args:
+        obs: observation with GR00T's modality keys.
+        infos: the same call's infos.
+        env_id: which environment.
+        success: None reads it from `infos`.
+        ended: True if the observation is the episode's last.
+    """
+    return Frame(
+        views=[_to_numpy(obs[key][env_id]) for key in IMAGE_KEYS], task=str(obs[TASK_KEY][env_id]),
+        step=int(infos["episode_length"][env_id]), reward=float(infos["episode_return"][env_id]),
+        success=bool(infos["success"][env_id]) if success is None else success, ended=ended,
+    )  # fmt: skip
+
+
+def draw(frame: Frame, view_size: int = VIEW_SIZE) -> NDArray[np.uint8]:
+    """Returns `frame` as one picture: its views, `view_size` pixels high, above a caption.
+
+    The caption's ground is green once the episode has succeeded, red if it ends without success.
+    """
+    width = view_size * len(frame.views)
+    ground = _SUCCESS if frame.success else _FAILURE if frame.ended else _RUNNING
+    picture = Image.new("RGB", (width, view_size + CAPTION_HEIGHT), ground)
     for i, view in enumerate(frame.views):
-        picture.paste(
-            Image.fromarray(view).resize((VIEW_SIZE, VIEW_SIZE), Image.Resampling.BICUBIC), (i * VIEW_SIZE, 0)
-        )
+        image = Image.fromarray(view)
+        if image.size != (view_size, view_size):
+            image = image.resize((view_size, view_size), Image.Resampling.BICUBIC)
+        picture.paste(image, (i * view_size, 0))
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
     task = frame.task
     while canvas.textlength(task, font=font) > width - 12:
         task = task.removesuffix("...")[:-1] + "..."
-    canvas.text((6, VIEW_SIZE + 4), task, font=font, fill="white")
-    outcome, colour = ("yes", "lightgreen") if frame.success else ("no", "lightgray")
-    status = f"step {frame.step:4d}   reward {frame.reward:4.1f}   success {outcome}"
-    canvas.text((6, VIEW_SIZE + 25), status, font=font, fill=colour)
+    canvas.text((6, view_size + 4), task, font=font, fill="white")
+    status = f"step {frame.step:4d}   reward {frame.reward:4.1f}   success {'yes' if frame.success else 'no'}"
+    canvas.text((6, view_size + 25), status, font=font, fill="lightgray")
     return np.asarray(picture)
 
 
 def write_video(path: Path, frames: Sequence[Frame], fps: float) -> None:
-    """Writes `frames` as an H.264 mp4; raises ValueError if there are none."""
-    if not frames:
-        raise ValueError(f"no frames for {path}: record at least one step of the episode")
+    """Writes an episode as an H.264 mp4.
+
+    Raises:
+        ValueError: there are no frames, or they differ in views.
+    """
+    _num_views(path, [frames])
+    _encode(path, (draw(frame) for frame in frames), fps)
+
+
+def write_tiled_video(
+    path: Path, episodes: Sequence[Sequence[Frame]], fps: float, *, columns: int | None = None, view_size: int = 192
+) -> None:
+    """Writes several episodes as one H.264 mp4, each in its own tile, all started together.
+
+    An episode that is over keeps showing its last frame.
+
+    Args:
+        path: the file.
+        episodes: frames of each episode; all with the same number of views.
+        fps: frames per second.
+        columns: tiles in a row; None makes the picture about 16 by 9.
+        view_size: height and width of each view, pixels.
+
+    Raises:
+        ValueError: there is no episode, one has no frames, they differ in views, `view_size` is not even, or `columns`
+            is less than 1.
+    """
+    if view_size < 2 or view_size % 2:
+        raise ValueError(f"view_size={view_size} must be a positive even number of pixels")
+    width, height = view_size * _num_views(path, episodes), view_size + CAPTION_HEIGHT
+    if columns is None:
+        columns = _columns_for_16_by_9(len(episodes), width, height)
+    if columns < 1:
+        raise ValueError(f"columns={columns} must be at least 1, or None for about 16 by 9")
+    rows = math.ceil(len(episodes) / columns)
+
+    def pictures() -> Iterable[NDArray[np.uint8]]:
+        picture = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
+        for moment in range(max(map(len, episodes))):
+            for i, episode in enumerate(episodes):
+                if moment < len(episode):
+                    y, x = i // columns * height, i % columns * width
+                    picture[y : y + height, x : x + width] = draw(episode[moment], view_size)
+            yield picture
+
+    _encode(path, pictures(), fps)
+
+
+class RolloutRecorder:
+    """Films the first environments of a trainer's rollouts, one tiled video per filmed iteration.
+
+        recorder = RolloutRecorder(run.path / "videos", num_envs=4, interval=10, fps=20 / num_action_chunks)
+        ...
+        obs, reward, terminated, truncated, infos = envs.step(actions)
+        recorder.add(iteration, obs, infos, terminated | truncated)
+        ...
+        recorder.write(iteration)  # after the rollout
+
+    Iterations 1, 1 + interval, 1 + 2 * interval ... are filmed; in others both calls return at once. A tile shows one
+    environment through the whole rollout, a frame per decision: with environments that reset themselves in the same
+    step an episode's last observation is shown, and then the next episode. Frames are kept in memory until `write`
+    (two views of 256 pixels are 0.4 MB a decision and environment).
+
+    Args:
+        folder: where `rollout_<iteration>.mp4` is written.
+        num_envs: environments filmed, from the first on; at most as many as there are.
+        interval: iterations from one film to the next; 0 films none.
+        fps: frames per second: decisions per second of the robot's time.
+
+    Raises:
+        ValueError: `num_envs` is less than 1 or `interval` less than 0.
+    """
+
+    def __init__(self, folder: Path, *, num_envs: int, interval: int, fps: float) -> None:
+        if num_envs < 1 or interval < 0:
+            raise ValueError(f"num_envs={num_envs} must be at least 1 and interval={interval} at least 0 (0: no films)")
+        self._folder = folder
+        self._num_envs = num_envs
+        self._interval = interval
+        self._fps = fps
+        self._frames: list[list[Frame]] = []
+
+    def films(self, iteration: int) -> bool:
+        """Returns whether `iteration` (from 1) is filmed."""
+        return self._interval > 0 and (iteration - 1) % self._interval == 0
+
+    def add(
+        self, iteration: int, obs: Mapping[str, Any], infos: Mapping[str, Any], ended_mask: NDArray[np.bool_]
+    ) -> None:
+        """Takes a frame of each filmed environment after a step.
+
+        Args:
+            iteration: the trainer's, from 1.
+            obs: the step's observation with GR00T's modality keys.
+            infos: the step's infos; if an episode ended and `final_obs` and `final_info` are there, they are shown.
+            ended_mask: bool [N], True where the step ended an episode.
+        """
+        if not self.films(iteration):
+            return
+        count = min(self._num_envs, len(ended_mask))
+        self._frames = self._frames or [[] for _ in range(count)]
+        for i in range(count):
+            if ended_mask[i] and "final_obs" in infos:
+                frame = frame_of(infos["final_obs"], infos["final_info"], i, ended=True)
+            else:
+                frame = frame_of(obs, infos, i, ended=bool(ended_mask[i]))
+            self._frames[i].append(frame)
+
+    def write(self, iteration: int) -> Path | None:
+        """Writes the iteration's film and forgets its frames; returns the file, or None if nothing was filmed."""
+        if not self._frames:
+            return None
+        path = self._folder / f"rollout_{iteration}.mp4"
+        write_tiled_video(path, self._frames, self._fps)
+        self._frames = []
+        return path
+
+
+def _to_numpy(image: Any) -> NDArray[np.uint8]:
+    """Returns an image, wherever it lies, as an array of its own."""
+    return image.cpu().numpy() if isinstance(image, torch.Tensor) else np.array(image)
+
+
+def _num_views(path: Path, episodes: Sequence[Sequence[Frame]]) -> int:
+    views = {len(frame.views) for episode in episodes for frame in episode}
+    if not episodes or not all(episodes) or len(views) != 1:
+        raise ValueError(
+            f"{path} needs at least one episode, each of at least one frame, all frames with the same number of views "
+            f"(given: {[len(episode) for episode in episodes]} frames, {sorted(views)} views)"
+        )
+    return views.pop()
+
+
+def _columns_for_16_by_9(num_tiles: int, width: int, height: int) -> int:
+    def distance(columns: int) -> float:
+        rows = math.ceil(num_tiles / columns)
+        return abs(math.log(columns * width / (rows * height) / (16 / 9)))
+
+    return min(range(1, num_tiles + 1), key=distance)
+
+
+def _encode(path: Path, pictures: Iterable[NDArray[np.uint8]], fps: float) -> None:
+    """Writes pictures, whose height and width must be even, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(
-        path, np.stack([draw(f) for f in frames]), fps=fps, codec="libx264", plugin="FFMPEG", macro_block_size=8
-    )
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    with iio.imopen(temporary, "w", plugin="pyav") as file:
+        # What every browser plays; encoders default to other chroma sampling.
+        file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
+        for picture in pictures:
+            file.write_frame(picture)
+    temporary.replace(path)
