@@ -16,10 +16,11 @@ from libero_gym.scenes import JointTest, Scene, SceneObject, SceneSite
 
 Atom = Callable[[mujoco.MjData], bool]
 
-_ON_OBJECT_RADIUS = 0.03
-_ON_SITE_SLACK = 0.005
-_ON_SITE_HEIGHT = 0.10
-_IN_SITE_SLACK = 0.01
+# LIBERO's tolerances, m.
+ON_OBJECT_RADIUS = 0.03
+ON_SITE_SLACK = 0.005
+ON_SITE_HEIGHT = 0.10
+IN_SITE_SLACK = 0.01
 
 
 class Goal:
@@ -68,7 +69,7 @@ def _compile_on(scene: Scene, thing: SceneObject, support: str, atom: tuple[str,
         thing_pos, base_pos = data.xpos[thing.body_id], data.xpos[base.body_id]
         return (
             bool(base_pos[2] <= thing_pos[2])
-            and bool(np.linalg.norm(base_pos[:2] - thing_pos[:2]) < _ON_OBJECT_RADIUS)
+            and bool(np.linalg.norm(base_pos[:2] - thing_pos[:2]) < ON_OBJECT_RADIUS)
             and in_contact(data, base.contact_mask, thing.contact_mask)
         )
 
@@ -82,7 +83,7 @@ def _compile_on_site(scene: Scene, thing: SceneObject, site: SceneSite) -> Atom:
         # LIBERO rotates by the site's matrix where its transpose would give site coordinates.
         offset = data.site_xmat[site.site_id].reshape(3, 3) @ (data.xpos[thing.body_id] - data.site_xpos[site.site_id])
         return (
-            bool(site.size[2] - _ON_SITE_SLACK < offset[2] < site.size[2] + _ON_SITE_HEIGHT)
+            bool(site.size[2] - ON_SITE_SLACK < offset[2] < site.size[2] + ON_SITE_HEIGHT)
             and bool(np.all(np.abs(offset[:2]) < site.size[:2]))
             and (parent is None or in_contact(data, parent.contact_mask, thing.contact_mask))
         )
@@ -91,7 +92,7 @@ def _compile_on_site(scene: Scene, thing: SceneObject, site: SceneSite) -> Atom:
 
 
 def _compile_in(thing: SceneObject, site: SceneSite) -> Atom:
-    slack = np.array([0.0, 0.0, _IN_SITE_SLACK])
+    slack = np.array([0.0, 0.0, IN_SITE_SLACK])
 
     def is_in_site(data: mujoco.MjData) -> bool:
         centre, position = data.site_xpos[site.site_id], data.xpos[thing.body_id]

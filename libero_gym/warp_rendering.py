@@ -17,6 +17,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mujoco
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from libero_gym.simulation import Simulation
+
 
 # Worlds drawn by one kernel launch; bounds the memory for intermediate results (8 MB a world of 256 pixels).
 _MAX_LAUNCH_WORLDS = 256
@@ -128,6 +130,23 @@ def load_device_scene(
     return DeviceScene(ray_scene, device)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DevicePoses:
+    """What images of N worlds of one scene show, poses on the renderer's device.
+
+    Attributes:
+        scene: The scene.
+        body_pos: Warp array [N, B] of `vec3`, positions of the bodies, m.
+        body_mat: Warp array [N, B] of `mat33`, their rotations.
+        lit_sites: [N, num] ids of sites that are lit, -1 for none.
+    """
+
+    scene: Scene
+    body_pos: Any
+    body_mat: Any
+    lit_sites: npt.NDArray[np.int32]
+
+
 class SceneCaster:
     """Draws worlds of one scene into buffers of its own. Not for concurrent use."""
 
@@ -158,12 +177,12 @@ class SceneCaster:
         self._buffers: tuple[Any, Any, Any] = (None, None, None)
         self._images: Any = None
 
-    def render(self, body_pos: npt.NDArray[Any], body_mat: npt.NDArray[Any], lit_sites: npt.NDArray[np.int32]) -> Any:
+    def render(self, body_pos: Any, body_mat: Any, lit_sites: npt.NDArray[np.int32]) -> Any:
         """Draws worlds.
 
         Args:
-            body_pos: [N, B, 3] positions of the bodies, m.
-            body_mat: [N, B, 3, 3] their rotations.
+            body_pos: [N, B, 3] positions of the bodies, m; an array, or a Warp array [N, B] of `vec3` on the device.
+            body_mat: [N, B, 3, 3] their rotations; an array, or a Warp array [N, B] of `mat33` on the device.
             lit_sites: [N, num] ids of sites that are lit, -1 for none.
 
         Returns:
@@ -176,8 +195,8 @@ class SceneCaster:
         for part in np.nonzero(self._part_site >= 0)[0]:
             visible[:, part] = (lit_sites == self._part_site[part]).any(axis=1)
         arrays = [
-            wp.array(np.ascontiguousarray(body_pos, dtype=np.float32), dtype=wp.vec3, device=self._device),
-            wp.array(np.ascontiguousarray(body_mat, dtype=np.float32), dtype=wp.mat33, device=self._device),
+            self._on_device(body_pos, wp.vec3),
+            self._on_device(body_mat, wp.mat33),
             wp.array(visible, dtype=wp.uint8, device=self._device),
         ]
         wp.launch(
@@ -190,6 +209,11 @@ class SceneCaster:
         if self._antialiasing:
             self._launch(ray_kernels.smooth_edges, num_worlds)
         return self._images[: self._num_cameras * num_worlds]
+
+    def _on_device(self, values: Any, dtype: Any) -> Any:
+        if isinstance(values, wp.array):
+            return values
+        return wp.array(np.ascontiguousarray(values, dtype=np.float32), dtype=dtype, device=self._device)
 
     def _reserve(self, num_worlds: int) -> None:
         if num_worlds <= self._capacity:
@@ -295,22 +319,19 @@ class WarpRenderer:
         Raises:
             ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
         """
-        shape = (len(self._camera_names), len(simulations), self._size, self._size, 3)
-        images = np.empty(shape, dtype=np.uint8)
-        for indices, batch in self._draw(simulations):
-            images[:, indices] = batch.numpy().reshape(shape[0], len(indices), *shape[2:])
-        return np.moveaxis(images, 0, 1)  # [N, K, H, W, 3]; each camera's images are contiguous
+        return self._collect(len(simulations), self._draw(simulations))
 
     def render_torch(self, simulations: Sequence[Simulation]) -> torch.Tensor:
         """Like `render`, as a torch tensor on the renderer's device; images on a GPU do not leave it."""
-        import torch  # not needed by any other path
+        return self._collect_torch(len(simulations), self._draw(simulations))
 
-        shape = (len(self._camera_names), len(simulations), self._size, self._size, 3)
-        images = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        for indices, batch in self._draw(simulations):
-            part = wp.to_torch(batch).reshape(shape[0], len(indices), *shape[2:])
-            images[:, torch.as_tensor(indices, device=self._device)] = part
-        return images.movedim(0, 1)
+    def render_poses(self, poses: DevicePoses) -> Images:
+        """Like `render`, of worlds whose poses are on the device already."""
+        return self._collect(len(poses.lit_sites), self._draw_poses(poses))
+
+    def render_poses_torch(self, poses: DevicePoses) -> torch.Tensor:
+        """Like `render_torch`, of worlds whose poses are on the device already."""
+        return self._collect_torch(len(poses.lit_sites), self._draw_poses(poses))
 
     def close(self) -> None:
         """Releases threads and buffers; a second call does nothing."""
@@ -319,6 +340,23 @@ class WarpRenderer:
             self._pool = None
         self._casters.clear()
         self._scratch.clear()
+
+    def _collect(self, num_worlds: int, batches: Iterator[tuple[list[int], Any]]) -> Images:
+        shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
+        images = np.empty(shape, dtype=np.uint8)
+        for indices, batch in batches:
+            images[:, indices] = batch.numpy().reshape(shape[0], len(indices), *shape[2:])
+        return np.moveaxis(images, 0, 1)  # [N, K, H, W, 3]; each camera's images are contiguous
+
+    def _collect_torch(self, num_worlds: int, batches: Iterator[tuple[list[int], Any]]) -> torch.Tensor:
+        import torch  # not needed by any other path
+
+        shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        for indices, batch in batches:
+            part = wp.to_torch(batch).reshape(shape[0], len(indices), *shape[2:])
+            images[:, torch.as_tensor(indices, device=self._device)] = part
+        return images.movedim(0, 1)
 
     def _draw(self, simulations: Sequence[Simulation]) -> Iterator[tuple[list[int], Any]]:
         """Yields (indices of simulations, Warp array [K * num, H, W, 3]) scene by scene."""
@@ -330,13 +368,26 @@ class WarpRenderer:
                 indices = members[first : first + _MAX_LAUNCH_WORLDS]
                 yield indices, self._draw_scene([simulations[index] for index in indices])
 
-    def _draw_scene(self, simulations: list[Simulation]) -> Any:
-        scene = simulations[0].scene
+    def _draw_poses(self, poses: DevicePoses) -> Iterator[tuple[list[int], Any]]:
+        """Yields as `_draw` does."""
+        caster = self._caster(poses.scene)
+        for first in range(0, len(poses.lit_sites), _MAX_LAUNCH_WORLDS):
+            part = slice(first, min(first + _MAX_LAUNCH_WORLDS, len(poses.lit_sites)))
+            batch = caster.render(poses.body_pos[part], poses.body_mat[part], poses.lit_sites[part])
+            yield list(range(part.start, part.stop)), batch
+
+    def _caster(self, scene: Scene) -> SceneCaster:
         if scene.key not in self._casters:
             device_scene = load_device_scene(scene, self._camera_names, self._device, reflections=self._reflections)
             self._casters[scene.key] = SceneCaster(
                 device_scene, self._size, antialiasing=self._antialiasing, pool=self._pool
             )
+        return self._casters[scene.key]
+
+    def _draw_scene(self, simulations: list[Simulation]) -> Any:
+        scene = simulations[0].scene
+        caster = self._caster(scene)
+        if scene.key not in self._scratch:
             self._scratch[scene.key] = mujoco.MjData(scene.physics_model)
         data = self._scratch[scene.key]
         num_bodies = scene.physics_model.nbody
@@ -350,4 +401,4 @@ class WarpRenderer:
             body_pos[i] = data.xpos
             body_mat[i] = data.xmat.reshape(-1, 3, 3)
             lit[i] = np.where(state.indicator_alpha > 0, scene.indicator_site_ids, -1)
-        return self._casters[scene.key].render(body_pos, body_mat, lit)
+        return caster.render(body_pos, body_mat, lit)
