@@ -415,18 +415,22 @@ class Gr00tAgent(nn.Module):
             parameter.data = parameter.data.to(dtype)
         return self
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write a checkpoint in the released format, with this policy's settings beside it.
 
         Files: `config.json`, `model.safetensors` (or shards with an index), `experiment_cfg/metadata.json`,
         `eagle2_hg_model/` (sizes and tokenizer) and `policy_config.json`.
+
+        Args:
+            folder: Made if need be.
+            state_dict: The weights, where this process holds only shards of them (`accelerator.get_state_dict`).
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write(folder)
         self.preprocessor.tokenizer.save(folder / EAGLE_FOLDER)
         write_metadata(folder / METADATA_PATH, self.preprocessor.metadata)
-        write_weights(self, folder)
+        write_weights(self, folder, state_dict=state_dict)
         saved = {
             "policy": asdict(self.policy),
             "data_config": self.preprocessor.data_config.to_json(),
@@ -586,7 +590,7 @@ class Gr00tAgent(nn.Module):
         obs: Observation,
         action: FlowAction | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: NoiseSource = None,
         noise_anneal: float = 1.0,
         draws: SamplingDraws | None = None,
     ) -> tuple[FlowAction, Tensor, Tensor, Tensor]:
@@ -598,7 +602,8 @@ class Gr00tAgent(nn.Module):
         Args:
             obs: Observation, or `encode`'s result.
             action: Stored action to score; None samples.
-            generator: Source of randomness for sampling.
+            generator: Source of randomness for sampling; a sequence gives every row its own, so that what a row draws
+                does not depend on its batch mates.
             noise_anneal: Fraction of the exploration noise left; scoring needs the value used when sampling.
             draws: Random numbers from outside.
 
@@ -617,8 +622,11 @@ class Gr00tAgent(nn.Module):
                 return self._predict(context, x, step, noise_anneal)
 
             if action is None:
-                draws = SamplingDraws() if draws is None else draws
                 batch = context.state_features.shape[0]
+                if isinstance(generator, Sequence):
+                    draws = self._draws_of_rows(generator, batch) if draws is None else draws
+                    generator = None
+                draws = SamplingDraws() if draws is None else draws
                 noise = self._initial_noise(batch, generator) if draws.noise is None else draws.noise.to(self.device)
                 index = draws.denoise_index
                 if index is None:
@@ -815,6 +823,18 @@ class Gr00tAgent(nn.Module):
         source = self.device if generator is None else generator.device
         shape = (batch, head.action_horizon, head.action_dim)
         return torch.randn(shape, generator=generator, device=source).to(self.device)
+
+    def _draws_of_rows(self, generators: Sequence[torch.Generator], batch: int) -> SamplingDraws:
+        """Return what each row draws from a generator of its own."""
+        if len(generators) != batch:
+            raise ValueError(f"{len(generators)} generators were given for {batch} rows; give one per row")
+        head, sampler, num_steps = self.config.action_head, self.sampler, self.policy.denoising_steps
+        shape = (1 + (num_steps if sampler.is_joint else 1), head.action_horizon, head.action_dim)
+        rows = [torch.randn(shape, generator=one, device=one.device) for one in generators]
+        index = [sampler.draw_index(1, one.device, one) for one in generators]
+        normal = torch.stack(rows, dim=1).to(self.device)  # [1 + draws, B, H, A]
+        # A chain with one stochastic step uses one draw, whichever step that is.
+        return SamplingDraws(normal[0], torch.cat(index).to(self.device), normal[1:].expand(num_steps, -1, -1, -1))
 
     def _training_time(self, batch: int, generator: torch.Generator | None) -> Tensor:
         """Draw tau = (s - b) / s, b ~ Beta(alpha, beta), float32 [B]."""

@@ -160,10 +160,24 @@ def load_weights(
     return absent_modules
 
 
-def write_weights(module: nn.Module, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a module's tensors under the released names, in shards with an index where they exceed one shard."""
+def write_weights(
+    module: nn.Module,
+    folder: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a module's tensors under the released names, in shards with an index where they exceed one shard.
+
+    Args:
+        module: The agent.
+        folder: Made if need be.
+        max_shard_bytes: Size of a file.
+        state_dict: The module's tensors, for one that does not hold them whole (sharded over processes).
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {released_name(name): t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
+    state_dict = module.state_dict() if state_dict is None else state_dict
+    tensors = {released_name(name): t.detach().cpu().contiguous() for name, t in state_dict.items()}
     shards: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
     for name, tensor in tensors.items():

@@ -292,6 +292,10 @@ class ModalityVectorObservation(gymnasium.vector.VectorWrapper):
         observations, infos = self.env.reset(seed=seed, options=options)
         return observation_to_modality(observations, self.modality), infos
 
+    def observe(self) -> Observation:
+        """Observes without stepping, for instance after `set_state`; see `LiberoVectorEnv.observe`."""
+        return observation_to_modality(cast(Any, self.env).observe(), self.modality)
+
     def step(self, actions: Any) -> tuple[Any, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Steps the environments; see the wrapped environment."""
         observations, rewards, terminations, truncations, infos = self.env.step(actions)

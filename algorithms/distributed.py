@@ -1,0 +1,118 @@
+"""What the trainers need of several processes: typed reductions, sharded weights, work that one process does for all.
+
+Accelerate runs the trainers on one process, under DistributedDataParallel, or sharded by FSDP2 (`fsdp_version: 2` in
+an `accelerate config`); everything here is the same call in all three. Under FSDP2 every forward pass is a collective
+operation: all processes must make the same number of them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# One process evaluates or saves while the others wait; NCCL's ten minutes would end the run.
+_COLLECTIVE_TIMEOUT = timedelta(hours=12)
+# What a trainer calls on an agent besides `forward`.
+_AGENT_METHODS = ("get_action_and_value", "get_value", "encode", "predict")
+
+
+def make_accelerator(log_with: Iterable[str], output_dir: Path) -> Accelerator:
+    """Returns the accelerator of this process, with its trackers logging below `output_dir`.
+
+    Raises:
+        ValueError: the launch asks for FSDP1 or DeepSpeed.
+    """
+    timeout = InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)
+    accelerator = Accelerator(
+        log_with=cast(Any, list(log_with) or None), project_dir=str(output_dir), kwargs_handlers=[timeout]
+    )
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise ValueError(
+            f"distributed_type={kind.value} is not supported (supported: one process, DDP, FSDP with fsdp_version: 2); "
+            "change it with `accelerate config`"
+        )
+    return accelerator
+
+
+def prepare(accelerator: Accelerator, agent: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """Returns the model to call for gradients and the optimiser; `agent` itself stays the one to call without."""
+    model, prepared = accelerator.prepare(agent, optimizer)
+    for name in _AGENT_METHODS:
+        if accelerator.is_fsdp2 and hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+    return model, prepared
+
+
+def over_processes(accelerator: Accelerator, value: Tensor, how: Literal["sum", "mean", "max"]) -> Tensor:
+    """Returns `value` combined element by element over all processes; the same on each."""
+    if how == "max":
+        return cast(Tensor, accelerator.gather(value[None])).amax(dim=0)
+    return cast(Tensor, accelerator.reduce(value, how))
+
+
+def mean_and_variance(accelerator: Accelerator, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and population variance of the elements of all processes' `values`, float64 scalars."""
+    values = values.double()
+    count = values.new_tensor(float(values.numel()))
+    total = over_processes(accelerator, torch.stack([values.sum(), count]), "sum")
+    mean = total[0] / total[1]
+    return mean, over_processes(accelerator, (values - mean).square().sum(), "sum") / total[1]
+
+
+def clip_grad_norm(accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clips the gradients' joint norm and returns what it was before, float32 scalar."""
+    norm = cast(Tensor, accelerator.clip_grad_norm_(list(parameters), max_norm))
+    return whole(norm).float()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor that may be sharded over processes as a whole; collective if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copies a whole `value` into `target`, which may be sharded over processes."""
+    value = value.to(device=target.device, dtype=target.dtype)
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+def sharded_like(target: Tensor, value: Tensor) -> Tensor:
+    """Returns a whole `value` as a tensor that lies, and is sharded, as `target` is."""
+    value = value.to(target.device)
+    if isinstance(target, DTensor) and value.ndim > 0:
+        return distribute_tensor(value, target.device_mesh, target.placements)
+    return value
+
+
+def whole_weights(accelerator: Accelerator, model: nn.Module) -> Mapping[str, Tensor] | None:
+    """Returns all weights of a sharded model on the main process; None if the model is not sharded."""
+    return cast(Mapping[str, Tensor], accelerator.get_state_dict(model)) if accelerator.is_fsdp2 else None
+
+
+def for_all(accelerator: Accelerator, work: Callable[[Path], float], folder: Path) -> float:
+    """Returns `work(folder)`, done by the main process while the others wait.
+
+    Sharded weights need every process: then all do the same, the others with a folder that is thrown away.
+    """
+    if accelerator.is_main_process:
+        result = [work(folder)]
+    elif accelerator.is_fsdp2:
+        with tempfile.TemporaryDirectory() as scratch:
+            result = [work(Path(scratch))]
+    else:
+        result = [0.0]
+    return broadcast_object_list(result)[0]

@@ -1,0 +1,46 @@
+"""Random numbers that depend on what they are for, not on who draws them.
+
+Every draw of a training run has a key: the seed, the iteration, the decision, the environment. Nothing depends on how
+environments are spread over processes and stages, and a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+def seed_of(*key: int) -> int:
+    """Returns a seed in 0 .. 2^63 - 1 that is decided by all of `key`, non-negative integers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generators_of(key: tuple[int, ...], env_ids: Iterable[int]) -> list[torch.Generator]:
+    """Returns a generator for each environment, decided by `key` and its number among those of all processes."""
+    return [torch.Generator().manual_seed(seed_of(*key, int(env_id))) for env_id in env_ids]
+
+
+def deal(strata: NDArray[np.integer], num_parts: int, key: tuple[int, ...]) -> list[NDArray[np.intp]]:
+    """Returns `num_parts` random, disjoint sets of rows [M_i] that together are all rows.
+
+    The rows of each stratum are shuffled and dealt to the parts in turn, beginning at a random part. So each part has
+    equally many of a stratum, to within one, and who else's strata are dealt makes no difference: a part's rows over
+    all processes do not depend on the number of processes, if strata lie whole on one.
+
+    Args:
+        strata: [B] stratum of each row, non-negative.
+        num_parts: how many sets.
+        key: decides the result together with the strata's numbers.
+    """
+    part_of_row = np.empty(len(strata), dtype=np.intp)
+    position = np.empty(len(strata), dtype=np.float64)
+    for stratum in np.unique(strata):
+        rng = np.random.default_rng((*key, int(stratum)))
+        rows = rng.permutation(np.flatnonzero(strata == stratum))
+        part_of_row[rows] = (rng.integers(num_parts) + np.arange(len(rows))) % num_parts
+        position[rows] = rng.random(len(rows))
+    order = np.argsort(position, kind="stable")  # mixes strata, so that micro-batches are mixed too
+    return [order[part_of_row[order] == part] for part in range(num_parts)]
