@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -142,7 +143,7 @@ class Args:
     dropout: bool = True
     """Train with the network's own dropout."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of matrix products; weights and optimiser stay float32."""
+    """Type of matrix products in training; weights, optimiser and the saved policy's own type stay."""
     compile: bool = False
     """Compile the network (takes minutes, then saves time)."""
 
@@ -210,7 +211,7 @@ def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU, with what is not trained frozen."""
     changes: dict[str, Any] = dict(
         num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
-        compute_dtype=args.compute_dtype, disable_dropout=not args.dropout,
+        disable_dropout=not args.dropout,
     )  # fmt: skip
     if args.model in ("nano", "gr00t_n1d5"):
         policy = replace(preset_policy(args.model), **changes)
@@ -290,8 +291,7 @@ def encode(agent: Gr00tAgent, obs: dict[str, Any], draws: Tensor, augmentation: 
 
 def take(batch: Batch, rows: slice) -> Batch:
     """Returns some rows of a batch."""
-    obs = {key: value[rows] for key, value in batch.obs.items()}
-    return Batch(obs, batch.actions[rows], batch.step_mask[rows])
+    return Batch({key: value[rows] for key, value in batch.obs.items()}, batch.actions[rows], batch.step_mask[rows])
 
 
 def main(
@@ -345,6 +345,7 @@ def main(
             forget_metrics_after(run.path / "metrics.jsonl", first_step)
     model, optimizer = accelerator.prepare(agent, optimizer)
     model.train()
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.compute_dtype == "bfloat16")
 
     @contextmanager
     def as_policy() -> Any:
@@ -385,7 +386,8 @@ def main(
             obs = encode(agent, part.obs, augment_draws[overall], args.augmentation)
             draws = noise[overall].to(device), tau[overall].to(device)
             with nullcontext() if micro == num_micro_batches - 1 else accelerator.no_sync(model):
-                loss = model(obs, sft_actions=part.actions, step_mask=part.step_mask, draws=draws)
+                with autocast():
+                    loss = model(obs, sft_actions=part.actions, step_mask=part.step_mask, draws=draws)
                 # From this part's mean to its share of the mean over the whole batch.
                 share = part.step_mask.sum().to(device) / num_counted
                 accelerator.backward(loss * share * num_processes)
@@ -403,9 +405,8 @@ def main(
 
         # --- log, save, evaluate ---
         last = step == args.num_steps
-        evaluates = bool(args.eval_episodes_per_task) and (
-            last or bool(args.eval_interval and step % args.eval_interval == 0)
-        )
+        is_due = last or bool(args.eval_interval and step % args.eval_interval == 0)
+        evaluates = is_due and args.eval_episodes_per_task > 0
         if last or evaluates or step % args.log_interval == 0:
             loss_mean, norm_mean = torch.stack(history).mean(0).tolist()
             seconds = time.perf_counter() - start
