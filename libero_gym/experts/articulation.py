@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.experts.grasps import TIP_DEPTH, choose_grasp, gripper_rotation
-from libero_gym.experts.skills import CLOSED, OPEN, Command, Skill, World, grip, reach, retreat, travel
+from libero_gym.experts.skills import CLOSED, OPEN, Command, Skill, World, grip, reach, release, retreat, travel
 from libero_gym.scenes import SceneObject
 
 FloatArray = npt.NDArray[np.float64]
@@ -78,13 +78,13 @@ def pull_open(world: World, joint: Joint, sign: float, is_done: Callable[[], boo
     ):
         yield from _back_off(world, outward)
         return False
-    yield from grip(world, gripper=CLOSED)
+    yield from grip(world)
     for _ in range(70):
         position = handle() + _LEAD * outward
         if is_done() or float(np.linalg.norm(handle() - world.eef_pos)) > 0.03:
             break
         yield Command(position=position, rotation=world.leaning((position, rotation)), gripper=CLOSED, speed=0.8)
-    yield from grip(world, gripper=OPEN, timeout=8)
+    yield from release(world)
     yield from _back_off(world, outward)
     return is_done()
 
@@ -97,7 +97,7 @@ def turn(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -
     above = grasp.position + np.array([0.0, 0.0, 0.06])
     yield from travel(world, lambda: (above, grasp.rotation), gripper=OPEN)
     yield from reach(world, lambda: (grasp.position, grasp.rotation), gripper=OPEN, speed=0.8, timeout=40)
-    yield from grip(world, gripper=CLOSED)
+    yield from grip(world)
     for _ in range(60):
         if is_done():
             return True
@@ -106,7 +106,7 @@ def turn(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -
         position = anchor + turned @ (grasp.position - anchor)
         world.posture = turned @ grasp.rotation
         yield Command(position=position, rotation=world.posture, gripper=CLOSED)
-    yield from grip(world, gripper=OPEN, timeout=8)
+    yield from release(world)
     yield from retreat(world)
     return is_done()
 

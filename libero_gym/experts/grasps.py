@@ -39,8 +39,11 @@ _CLEARANCE = 0.003
 _LEAN_FROM, _LEAN_OVER, _MAX_LEAN = 0.70, 0.12, 0.35
 _SLICE = 0.010
 _YAW_STEP_DEG = 3
-_INTRUSION_COST = 0.5
+_INTRUSION_COST, _DROP_COST = 0.5, 15.0
+_HAND_MARGIN = 0.012
 _NUM_ALTERNATIVES = 4
+_SIDE_SHIFTS, _PITCHES = (0.0, 0.015, -0.015, 0.03, -0.03), (0.0, 0.3, -0.3)
+_FLAT_LENGTH, _FLATNESS, _SPARE = 0.010, 0.0015, 0.006
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,16 +61,20 @@ class Grasp:
     kind: str
 
 
-def gripper_rotation(yaw: float, roll: float = 0.0) -> FloatArray:
+def gripper_rotation(yaw: float, *, roll: float = 0.0, pitch: float = 0.0) -> FloatArray:
     """Return world from gripper, [3, 3], of a gripper that points down.
 
     Args:
         yaw: rad.
         roll: rad by which it is then turned about its y axis: the fingertips move towards +x of the gripper.
+        pitch: rad by which it is then turned about its x axis, along which the fingers move: the fingertips move
+            towards +y of the gripper.
     """
     sine, cosine = np.sin(yaw), np.cos(yaw)
     down = np.array([[-sine, cosine, 0.0], [cosine, sine, 0.0], [0.0, 0.0, -1.0]])
-    return down @ np.array([[np.cos(roll), 0.0, np.sin(roll)], [0.0, 1.0, 0.0], [-np.sin(roll), 0.0, np.cos(roll)]])
+    about_y = np.array([[np.cos(roll), 0.0, np.sin(roll)], [0.0, 1.0, 0.0], [-np.sin(roll), 0.0, np.cos(roll)]])
+    about_x = np.array([[1.0, 0.0, 0.0], [0.0, np.cos(pitch), np.sin(pitch)], [0.0, -np.sin(pitch), np.cos(pitch)]])
+    return down @ about_y @ about_x
 
 
 def lean_outwards(rotation: FloatArray, offset: FloatArray) -> FloatArray:
@@ -97,37 +104,78 @@ def opening_axis(yaw: float) -> FloatArray:
     return gripper_rotation(yaw)[:2, 0]
 
 
-def choose_grasp(shapes: Shapes, body_id: int, *, preferred_yaw: float = 0.0, attempt: int = 0) -> Grasp:
+def choose_grasp(
+    shapes: Shapes,
+    body_id: int,
+    *,
+    ignored_body_ids: tuple[int, ...] = (),
+    attempt: int = 0,
+    carry: FloatArray | None = None,
+) -> Grasp:
     """Return the best grasp of the object as it stands.
 
     Args:
         shapes: clouds of the scene.
         body_id: root body of the object.
-        preferred_yaw: the yaw that costs nothing.
+        ignored_body_ids: bodies that are in nobody's way, such as the robot's.
         attempt: 0 for the best candidate; n for the n-th best that differs, after failures.
+        carry: float64 [3], by how much the object will be moved; grasps that let the hand get there cost less.
 
     Raises:
         ValueError: the object is neither narrow enough nor has it a rim.
     """
     cloud = shapes.cloud(body_id)
-    candidates = _candidates_across(cloud, preferred_yaw) or _candidates_rim(cloud, preferred_yaw)
+    candidates = _candidates_across(cloud) or _candidates_rim(cloud)
     if not candidates:
         name = shapes.model.body(body_id).name
         raise ValueError(f"body {name!r} has no part narrower than {MAX_WIDTH} m and no rim to grasp")
-    obstacles = shapes.obstacles((body_id,), cloud[:, :2].mean(axis=0), 0.25)
+    middle, ignored = cloud[:, :2].mean(axis=0), (body_id, *ignored_body_ids)
+    obstacles = shapes.obstacles(ignored, middle, 0.25)
+    around_goal = None if carry is None else shapes.obstacles(ignored, middle + carry[:2], 0.25) - carry
+
+    def total(cost: float, grasp: Grasp) -> float:
+        drop = 0.0 if around_goal is None else hand_room(around_goal, grasp.position, grasp.rotation)
+        return cost + _INTRUSION_COST * _intrusion(obstacles, grasp) + _DROP_COST * max(0.0, drop)
+
     rank = attempt % _NUM_ALTERNATIVES
-    best: list[tuple[float, int]] = []
-    order = sorted(range(len(candidates)), key=lambda index: candidates[index][0])
-    for index in order:
-        cost, grasp = candidates[index]
-        # The rest cost more than those found, even if nothing stands in their way.
-        if len(best) > rank and cost > best[rank][0]:
+    scored: list[tuple[float, int]] = []
+    for index in sorted(range(len(candidates)), key=lambda index: candidates[index][0]):
+        # The rest cost more than the best one, even if nothing stands in their way.
+        if rank == 0 and scored and candidates[index][0] > min(scored)[0]:
             break
-        best = sorted([*best, (cost + _INTRUSION_COST * _intrusion(obstacles, grasp), index)])
-    return candidates[best[min(rank, len(best) - 1)][1]][1]
+        scored.append((total(*candidates[index]), index))
+    chosen: list[Grasp] = []
+    for _, index in sorted(scored):
+        grasp = candidates[index][1]
+        if all(_differ(grasp, other) for other in chosen):
+            chosen.append(grasp)
+        if len(chosen) > rank:
+            break
+    return chosen[-1]
 
 
-def _candidates_across(cloud: FloatArray, preferred_yaw: float) -> list[tuple[float, Grasp]]:
+def hand_room(obstacles: FloatArray, position: FloatArray, rotation: FloatArray) -> float:
+    """Return by how much the hand at a pose has to rise, in metres, to be above all that is below or inside it.
+
+    Args:
+        obstacles: float64 [n, 3].
+        position: float64 [3], of the gripper's site.
+        rotation: float64 [3, 3], world from gripper, pointing more or less down.
+    """
+    local = (obstacles - position) @ rotation
+    is_under = (np.abs(local[:, 0]) < HAND_HALF_LENGTH + _CLEARANCE) & (
+        np.abs(local[:, 1]) < HAND_HALF_WIDTH + _CLEARANCE
+    )
+    return float(np.max(-local[is_under, 2], initial=-np.inf)) - PALM_HEIGHT + _HAND_MARGIN
+
+
+def _differ(grasp: Grasp, other: Grasp) -> bool:
+    """Return whether two grasps differ by more than 15 mm or 15 degrees."""
+    cosine = (float(np.sum(grasp.rotation * other.rotation)) - 1.0) / 2.0
+    return float(np.linalg.norm(grasp.position - other.position)) > 0.015 or cosine < np.cos(np.deg2rad(15.0))
+
+
+def _candidates_across(cloud: FloatArray) -> list[tuple[float, Grasp]]:
     """Grasps across the object, near its top; preferring no rotation, then a narrow and well aligned side."""
     bottom, top = float(cloud[:, 2].min()), float(cloud[:, 2].max())
     height = max(min(top - _BODY_DEPTH, (top + bottom) / 2 + 0.02), bottom + TIP_DEPTH + 0.004)
@@ -144,13 +192,24 @@ def _candidates_across(cloud: FloatArray, preferred_yaw: float) -> list[tuple[fl
         is_aligned = width < widths.take(range(index - 4, index + 5), mode="wrap").min() + 0.0015
         if width > MAX_WIDTH or not is_aligned:
             continue
-        middle = (along.max() + along.min()) / 2 * opening_axis(yaw) + (side.max() + side.min()) / 2 * _side_axis(yaw)
-        grasp = Grasp(position=np.array([*middle, height]), rotation=gripper_rotation(float(yaw)), kind="across")
-        candidates.append((abs(_wrap(yaw - preferred_yaw)) + 15.0 * (width - widths.min()), grasp))
+        centre, middle = (along.max() + along.min()) / 2, (side.max() + side.min()) / 2
+        cost = abs(float(yaw)) + 15.0 * (width - widths.min())
+        spare = max(0.0, FINGER_INNER - width / 2 - _SPARE)
+        for shift, pitch, sideways in itertools.product(_SIDE_SHIFTS, _PITCHES, (0.0, spare, -spare)):
+            # Off its middle, only what has flat sides is held.
+            local = along[np.abs(side - middle - shift) < _FLAT_LENGTH]
+            if shift and (local.size == 0 or float(np.ptp(local)) < width - _FLATNESS):
+                continue
+            # Off the middle between the fingers, the object slides there as they close.
+            spot = (centre + sideways) * opening_axis(yaw) + (middle + shift) * _side_axis(yaw)
+            grasp = Grasp(
+                position=np.array([*spot, height]), rotation=gripper_rotation(float(yaw), pitch=pitch), kind="across"
+            )
+            candidates.append((cost + 10.0 * abs(shift) + abs(pitch) + 30.0 * abs(sideways), grasp))
     return candidates
 
 
-def _candidates_rim(cloud: FloatArray, preferred_yaw: float) -> list[tuple[float, Grasp]]:
+def _candidates_rim(cloud: FloatArray) -> list[tuple[float, Grasp]]:
     """Grasps of a bowl's or mug's wall, fingers inside and outside; the left side (+y) costs least."""
     top = float(cloud[:, 2].max())
     rim = cloud[cloud[:, 2] > top - 0.008]
@@ -162,13 +221,8 @@ def _candidates_rim(cloud: FloatArray, preferred_yaw: float) -> list[tuple[float
             radius = float(((rim[:, :2] - middle) @ outward).max())
             for shift, roll in itertools.product((0.0, 0.008, 0.016, 0.022), (_RIM_ROLL, 0.0)):
                 position = np.array([*(middle + (radius - 0.006 - shift) * outward), top - _RIM_DEPTH])
-                rotation = gripper_rotation(float(yaw), -side * roll)
-                cost = (
-                    abs(_wrap(yaw - preferred_yaw))
-                    + (0.0 if side > 0 else 0.8)
-                    + 10.0 * shift
-                    + (0.3 if roll == 0 else 0.0)
-                )
+                rotation = gripper_rotation(float(yaw), roll=-side * roll)
+                cost = abs(float(yaw)) + (0.0 if side > 0 else 0.8) + 10.0 * shift + (0.3 if roll == 0 else 0.0)
                 candidates.append((cost, Grasp(position=position, rotation=rotation, kind="rim")))
     return candidates
 
@@ -195,7 +249,3 @@ def _intrusion(obstacles: FloatArray, grasp: Grasp) -> float:
 
 def _side_axis(yaw: float) -> FloatArray:
     return gripper_rotation(yaw)[:2, 1]
-
-
-def _wrap(angle: float) -> float:
-    return float((angle + np.pi) % (2 * np.pi) - np.pi)

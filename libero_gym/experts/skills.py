@@ -38,6 +38,7 @@ _LIFT = 0.06
 _MAX_FREE_STEPS = 6
 _STALL_STEPS, _STALL_DISTANCE, _NEAR = 10, 0.002, 0.02
 _OVERHANG_MARGIN = 0.02
+_FREE, _WIDE_OPEN, _EVASION = 0.02, 0.08, 0.015
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,7 +89,7 @@ class World:
         parents = sim.model.body_parentid
         hand = int(sim.model.body_parentid[sim.model.site_bodyid[sim.scene.robot.eef_site_id]])
         self.robot_body_id = int(sim.model.body_rootid[hand])
-        finger_bodies = [
+        self._finger_bodies = [
             int(sim.model.jnt_bodyid[j])
             for address in sim.scene.robot.gripper_qpos_adr
             for j in range(sim.model.njnt)
@@ -98,8 +99,8 @@ class World:
         for geom in range(sim.model.ngeom):
             body = int(sim.model.geom_bodyid[geom])
             while body > 0:
-                if body in finger_bodies:
-                    self._finger_of_geom[geom] = finger_bodies.index(body)
+                if body in self._finger_bodies:
+                    self._finger_of_geom[geom] = self._finger_bodies.index(body)
                 body = int(parents[body])
 
     @property
@@ -126,15 +127,28 @@ class World:
         """Return the position of the object's root body, [3] (copy)."""
         return self.data.xpos[thing.body_id].copy()
 
-    def is_held(self, thing: SceneObject) -> bool:
-        """Return whether both fingers touch the object."""
+    def base(self, thing: SceneObject) -> FloatArray:
+        """Return the point of the object's lowest height below its root body, [3]."""
+        return np.array([*self.data.xpos[thing.body_id, :2], float(self.shapes.cloud(thing.body_id)[:, 2].min())])
+
+    def outward(self, finger: int) -> FloatArray:
+        """Return the direction [3] in which a finger (0 or 1) opens."""
+        axis = self.eef_rotation[:, 0]
+        return axis if (self.data.xpos[self._finger_bodies[finger]] - self.eef_pos) @ axis > 0 else -axis
+
+    def touching_fingers(self, thing: SceneObject) -> set[int]:
+        """Return which fingers (0, 1) touch the object."""
         geoms = self.data.contact.geom[: self.data.ncon]
         touching: set[int] = set()
         for first, second in ((0, 1), (1, 0)):
             fingers = self._finger_of_geom[geoms[:, first]]
             hits = (fingers >= 0) & thing.contact_mask[geoms[:, second]]
             touching.update(int(f) for f in fingers[hits])
-        return len(touching) == 2
+        return touching
+
+    def is_held(self, thing: SceneObject) -> bool:
+        """Return whether both fingers touch the object."""
+        return len(self.touching_fingers(thing)) == 2
 
 
 def reach(
@@ -222,23 +236,51 @@ def travel(
     return (yield from reach(world, target, gripper=gripper, tolerance=tolerance))
 
 
-def grip(world: World, *, gripper: float, timeout: int = 14) -> Skill:
-    """Open or close the fingers in place until they stop; True always."""
+def grip(world: World) -> Skill:
+    """Close the fingers in place until they stop; True always."""
     position, rotation = world.eef_pos, world.eef_rotation
     previous = world.opening
-    for step in range(timeout):
-        yield Command(position=position, rotation=rotation, gripper=gripper)
+    for step in range(14):
+        yield Command(position=position, rotation=rotation, gripper=CLOSED)
         if step >= 5 and abs(world.opening - previous) < 0.0005:
             break
         previous = world.opening
     return True
 
 
-def pick(world: World, thing: SceneObject, *, attempt: int = 0) -> Skill:
-    """Grasp an object from above and lift it a little; True if it is held afterwards."""
+def release(world: World, thing: SceneObject | None = None) -> Skill:
+    """Open the fingers in place until they have let go; True always.
+
+    The fingers' command passes from closed to open over 8 steps: those that hold something wide move late. A finger
+    that `thing` still leans on, or hangs from by its edge, moves away from it.
+    """
+    position, rotation = world.eef_pos, world.eef_rotation
+    free = world.opening + min(_FREE, 0.8 * (_WIDE_OPEN - world.opening))
+    for _ in range(20):
+        touching = set[int]() if thing is None else world.touching_fingers(thing)
+        if world.opening > free and not touching:
+            break
+        if world.opening > free:
+            position = world.eef_pos + _EVASION * sum((world.outward(finger) for finger in touching), np.zeros(3))
+        yield Command(position=position, rotation=rotation, gripper=OPEN)
+    return True
+
+
+def pick(world: World, thing: SceneObject, *, attempt: int = 0, goal: Callable[[], FloatArray] | None = None) -> Skill:
+    """Grasp an object from above and lift it a little; True if it is held afterwards.
+
+    Args:
+        world: state.
+        thing: the object.
+        attempt: how many attempts failed before.
+        goal: where the object's bottom shall be at last, [3]; it is grasped so that the hand fits there.
+    """
     for _ in range(3):
         before = _orientation(world, thing)
-        grasp = choose_grasp(world.shapes, thing.body_id, attempt=attempt)
+        carry = None if goal is None else goal() - world.base(thing)
+        grasp = choose_grasp(
+            world.shapes, thing.body_id, ignored_body_ids=(world.robot_body_id,), attempt=attempt, carry=carry
+        )
         pose = _attached(world, thing, grasp)
 
         def hover(pose: Callable[[], Pose] = pose) -> Pose:
@@ -252,7 +294,7 @@ def pick(world: World, thing: SceneObject, *, attempt: int = 0) -> Skill:
     else:
         return False
     yield from reach(world, lambda: _funnel(world, *pose()), gripper=OPEN, tolerance=0.006, speed=0.8, timeout=40)
-    yield from grip(world, gripper=CLOSED)
+    yield from grip(world)
     lifted = world.eef_pos + np.array([0.0, 0.0, _LIFT])
     yield from reach(world, lambda: (lifted, grasp.rotation), gripper=CLOSED, tolerance=0.03, timeout=25)
     return world.is_held(thing)
@@ -277,7 +319,7 @@ def place(
         drop: metres above the spot at which the object is let go.
     """
     rotation = world.posture
-    bottom = float(world.position(thing)[2] - world.shapes.cloud(thing.body_id)[:, 2].min())
+    bottom = float((world.position(thing) - world.base(thing))[2])
 
     def at(height: float) -> Pose:
         goal = spot() + np.array([0.0, 0.0, bottom + height])
@@ -293,7 +335,7 @@ def place(
         yield command
         if settled() or has_slipped():
             break
-    yield from grip(world, gripper=OPEN, timeout=8)
+    yield from release(world, thing)
     yield from retreat(world)
     return True
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_shut, turn
-from libero_gym.experts.grasps import HAND_HALF_LENGTH, MAX_WIDTH, PALM_HEIGHT
+from libero_gym.experts.grasps import MAX_WIDTH, hand_room
 from libero_gym.experts.skills import Command, Skill, World, pick, place, rest, retreat
 from libero_gym.predicates import Goal, in_contact
 from libero_gym.scenes import SceneObject, SceneSite
@@ -83,10 +83,13 @@ def _put(world: World, atom: Atom, attempt: int, test: Goal, slot: float) -> Ite
             world, thing, world.data.site_xpos[world.scene.sites[atom[2]].site_id], lambda: test(world.data)
         )
         return
-    if not (yield from pick(world, thing, attempt=attempt)):
+    spot, settled = _destination(world, thing, atom[2], test, slot)
+    if not (yield from pick(world, thing, attempt=attempt, goal=spot)):
         yield from retreat(world)
         return
-    spot, settled = _destination(world, thing, atom[2], test, slot)
+    site = world.scene.sites.get(atom[2])
+    if atom[0] == "in" and site is not None:
+        spot = _free_spot(world, thing, spot)
     if not (yield from place(world, thing, spot, settled=settled)):
         yield from retreat(world)
 
@@ -170,7 +173,7 @@ def _destination(
         # Side by side along x: the fingers open along y.
         shift = np.array([1.5 * slot * float(site.size[0]), 0.0, 0.0])
         return lambda: _on(world, world.data.site_xpos[site.site_id] + shift, parent), lambda: test(world.data)
-    return lambda: _inside(world, thing, site), lambda: test(world.data)
+    return lambda: _floor(world, site), lambda: test(world.data)
 
 
 def _on(world: World, position: FloatArray, base: SceneObject | None) -> FloatArray:
@@ -182,10 +185,21 @@ def _on(world: World, position: FloatArray, base: SceneObject | None) -> FloatAr
     return np.array([*position[:2], float(near[:, 2].max())])
 
 
-def _inside(world: World, thing: SceneObject, site: SceneSite) -> FloatArray:
-    """Return the spot in a container: at its centre, as low as the hand can go without touching the walls."""
+def _floor(world: World, site: SceneSite) -> FloatArray:
+    """Return the middle of the floor of a container."""
     centre = world.data.site_xpos[site.site_id]
-    floor = float(centre[2] - np.abs(world.data.site_xmat[site.site_id].reshape(3, 3) @ site.size)[2])
-    walls = world.shapes.top_along(centre, centre, HAND_HALF_LENGTH, (world.robot_body_id, thing.body_id))
-    below_hand = float(world.eef_pos[2] - world.shapes.cloud(thing.body_id)[:, 2].min()) - PALM_HEIGHT
-    return np.array([*centre[:2], max(floor, walls + 0.015 - below_hand)])
+    half_height = float(np.abs(world.data.site_xmat[site.site_id].reshape(3, 3) @ site.size)[2])
+    return centre - np.array([0.0, 0.0, half_height])
+
+
+def _free_spot(world: World, thing: SceneObject, floor: Callable[[], FloatArray]) -> Callable[[], FloatArray]:
+    """Return where to let go of the held object: above the floor, as low as the hand gets between the walls."""
+
+    def spot() -> FloatArray:
+        goal = floor()
+        carry = goal - world.base(thing)
+        obstacles = world.shapes.obstacles((world.robot_body_id, thing.body_id), (world.eef_pos + carry)[:2], 0.15)
+        rise = hand_room(obstacles - carry, world.eef_pos, world.leaning((world.eef_pos + carry, world.posture)))
+        return goal + np.array([0.0, 0.0, max(0.0, rise)])
+
+    return spot

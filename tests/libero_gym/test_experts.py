@@ -57,6 +57,7 @@ def test_recorded_actions_succeed_in_libero(suite: str, task_id: int, init_state
         np.random.seed(seed)  # noqa: NPY002 - LIBERO draws from the global stream
         env.reset()
         env.set_init_state(load_init_states(task)[init_state_id])
+        is_success = False
         for action in [SETTLING_ACTION] * 10 + list(episode.actions[:-1]):
             is_success = env.step(action)[2]
         assert not is_success
