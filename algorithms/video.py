@@ -1,20 +1,23 @@
 """Videos of episodes, with what happened written on every frame.
 
-`write_video` shows one episode, `write_tiled_video` several side by side. `RolloutRecorder` films what a trainer's
-first environments do while it collects a rollout.
+`write_video` shows one episode, `write_tiled_video` several side by side, `tile_videos` what was written before.
+`RolloutRecorder` films what a trainer's first environments do while it collects a rollout.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import imageio.v3 as iio
 import numpy as np
 import torch
+from av.container import InputContainer
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -49,22 +52,20 @@ class Frame:
 
 
 def frame_of(
-    obs: Mapping[str, Any], infos: Mapping[str, Any], env_id: int, *, success: bool | None = None, ended: bool = False
+    obs: Mapping[str, Any], env_id: int, *, step: int, reward: float, success: bool, ended: bool = False
 ) -> Frame:
-    """Returns what environment `env_id` of a vector environment shows.
+    """Returns what environment `env_id` of a vector environment shows; the rest as in `Frame`.
 
     Args:
-        obs: observation with GR00T's modality keys.
-        infos: the same call's infos.
+        obs: observation with GR00T's modality keys; images may lie on any device.
         env_id: which environment.
-        success: None reads it from `infos`.
-        ended: True if the observation is the episode's last.
+        step: see `Frame`.
+        reward: see `Frame`.
+        success: see `Frame`.
+        ended: see `Frame`.
     """
-    return Frame(
-        views=[_to_numpy(obs[key][env_id]) for key in IMAGE_KEYS], task=str(obs[TASK_KEY][env_id]),
-        step=int(infos["episode_length"][env_id]), reward=float(infos["episode_return"][env_id]),
-        success=bool(infos["success"][env_id]) if success is None else success, ended=ended,
-    )  # fmt: skip
+    views = [_to_numpy(obs[key][env_id]) for key in IMAGE_KEYS]
+    return Frame(views=views, task=str(obs[TASK_KEY][env_id]), step=step, reward=reward, success=success, ended=ended)
 
 
 def draw(frame: Frame, view_size: int = VIEW_SIZE) -> NDArray[np.uint8]:
@@ -120,23 +121,29 @@ def write_tiled_video(
     """
     if view_size < 2 or view_size % 2:
         raise ValueError(f"view_size={view_size} must be a positive even number of pixels")
-    width, height = view_size * _num_views(path, episodes), view_size + CAPTION_HEIGHT
-    if columns is None:
-        columns = _columns_for_16_by_9(len(episodes), width, height)
-    if columns < 1:
-        raise ValueError(f"columns={columns} must be at least 1, or None for about 16 by 9")
-    rows = math.ceil(len(episodes) / columns)
+    size = view_size + CAPTION_HEIGHT, view_size * _num_views(path, episodes)
+    columns = _checked_columns(columns, len(episodes), size[1], size[0])
+    streams = [(draw(frame, view_size) for frame in episode) for episode in episodes]
+    _encode(path, _tiled(streams, size, columns), fps)
 
-    def pictures() -> Iterable[NDArray[np.uint8]]:
-        picture = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
-        for moment in range(max(map(len, episodes))):
-            for i, episode in enumerate(episodes):
-                if moment < len(episode):
-                    y, x = i // columns * height, i % columns * width
-                    picture[y : y + height, x : x + width] = draw(episode[moment], view_size)
-            yield picture
 
-    _encode(path, pictures(), fps)
+def tile_videos(path: Path, videos: Sequence[Path], *, columns: int | None = None, width: int = 1920) -> None:
+    """Writes videos of one size and frame rate as one, like `write_tiled_video`, shrunk to at most `width` pixels.
+
+    Raises:
+        ValueError: there are none, they differ in size or frame rate, or `columns` is less than 1.
+    """
+    with ExitStack() as stack:
+        containers = [stack.enter_context(av.open(str(video))) for video in videos]
+        streams = [container.streams.video[0] for container in containers]
+        kinds = {(stream.height, stream.width, stream.average_rate or 0) for stream in streams}
+        if len(kinds) != 1:
+            raise ValueError(f"{path} needs videos of one size and frame rate (given: {videos}: {sorted(kinds)})")
+        full_height, full_width, fps = kinds.pop()
+        columns = _checked_columns(columns, len(videos), full_width, full_height)
+        scale = min(1.0, width / (columns * full_width))
+        size = round(full_height * scale / 2) * 2, round(full_width * scale / 2) * 2
+        _encode(path, _tiled([_decoded(container, size) for container in containers], size, columns), float(fps))
 
 
 class RolloutRecorder:
@@ -193,11 +200,15 @@ class RolloutRecorder:
         count = min(self._num_envs, len(ended_mask))
         self._frames = self._frames or [[] for _ in range(count)]
         for i in range(count):
-            if ended_mask[i] and "final_obs" in infos:
-                frame = frame_of(infos["final_obs"], infos["final_info"], i, ended=True)
-            else:
-                frame = frame_of(obs, infos, i, ended=bool(ended_mask[i]))
-            self._frames[i].append(frame)
+            ended = bool(ended_mask[i])
+            is_reset = ended and "final_obs" in infos
+            shown, told = (infos["final_obs"], infos["final_info"]) if is_reset else (obs, infos)
+            self._frames[i].append(
+                frame_of(
+                    shown, i, step=int(told["episode_length"][i]), reward=float(told["episode_return"][i]),
+                    success=bool(told["success"][i]), ended=ended,
+                )
+            )  # fmt: skip
 
     def write(self, iteration: int) -> Path | None:
         """Writes the iteration's film and forgets its frames; returns the file, or None if nothing was filmed."""
@@ -224,21 +235,52 @@ def _num_views(path: Path, episodes: Sequence[Sequence[Frame]]) -> int:
     return views.pop()
 
 
-def _columns_for_16_by_9(num_tiles: int, width: int, height: int) -> int:
+def _checked_columns(columns: int | None, num_tiles: int, width: int, height: int) -> int:
+    """Returns the tiles of a row: `columns`, or what makes the picture about 16 by 9."""
+
     def distance(columns: int) -> float:
         rows = math.ceil(num_tiles / columns)
         return abs(math.log(columns * width / (rows * height) / (16 / 9)))
 
-    return min(range(1, num_tiles + 1), key=distance)
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns={columns} must be at least 1, or None for about 16 by 9")
+    return min(range(1, num_tiles + 1), key=distance) if columns is None else columns
+
+
+def _decoded(container: InputContainer, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
+    """Yields the pictures of a video, shrunk to `size` (height, width)."""
+    for frame in container.decode(video=0):
+        small = frame.reformat(width=size[1], height=size[0], format="rgb24", interpolation="AREA")
+        yield np.asarray(small.to_ndarray(), dtype=np.uint8)
+
+
+def _tiled(
+    streams: Sequence[Iterator[NDArray[np.uint8]]], size: tuple[int, int], columns: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Yields pictures with a tile of `size` (height, width) per stream, which keeps its last picture at its end."""
+    height, width = size
+    picture = np.zeros((math.ceil(len(streams) / columns) * height, columns * width, 3), dtype=np.uint8)
+    while True:
+        news = [next(stream, None) for stream in streams]
+        if all(new is None for new in news):
+            return
+        for i, new in enumerate(news):
+            if new is not None:
+                y, x = i // columns * height, i % columns * width
+                picture[y : y + height, x : x + width] = new
+        yield picture
 
 
 def _encode(path: Path, pictures: Iterable[NDArray[np.uint8]], fps: float) -> None:
     """Writes pictures, whose height and width must be even, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp.mp4")
-    with iio.imopen(temporary, "w", plugin="pyav") as file:
-        # What every browser plays; encoders default to other chroma sampling.
-        file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
-        for picture in pictures:
-            file.write_frame(picture)
-    temporary.replace(path)
+    try:
+        with iio.imopen(temporary, "w", plugin="pyav") as file:
+            # What every browser plays; encoders default to other chroma sampling.
+            file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
+            for picture in pictures:
+                file.write_frame(picture)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

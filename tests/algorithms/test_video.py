@@ -17,6 +17,7 @@ from algorithms.video import (
     Frame,
     RolloutRecorder,
     draw,
+    tile_videos,
     write_tiled_video,
     write_video,
 )  # fmt: skip
@@ -65,6 +66,7 @@ def test_an_interrupted_encoding_leaves_the_old_file(tmp_path: Path):
     with pytest.raises(TypeError, match="Cannot handle this data type"):
         write_video(path, [plain(90), broken], fps=4)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_captions_tell_the_outcome_and_fit():
@@ -90,6 +92,20 @@ def test_tiles_start_together_and_keep_their_last_frame(tmp_path: Path):
     assert decoded.shape == (3, 2 * height, 2 * 128, 3)
     corners = [(20, 20), (20, 148), (height + 20, 20), (height + 20, 148)]
     assert greys(decoded, corners) == [[40, 200, 120, 0], [60, 200, 140, 0], [80, 200, 140, 0]]
+
+
+def test_videos_are_tiled_as_they_were_written(tmp_path: Path):
+    paths = [tmp_path / f"{i}.mp4" for i in range(3)]
+    for path, values in zip(paths, ((40, 60), (200,), (120, 140, 160)), strict=True):
+        write_video(path, [plain(value) for value in values], fps=2.5)
+    tile_videos(tmp_path / "tiles.mp4", paths, columns=3, width=768)
+    facts, decoded = decode(tmp_path / "tiles.mp4")
+    assert facts == ("h264", "yuv420p", 2.5)
+    assert decoded.shape == (3, 152, 768, 3)
+    assert greys(decoded, [(50, 50), (50, 306), (50, 562)]) == [[40, 200, 120], [60, 200, 140], [60, 200, 160]]
+    write_video(paths[0], [plain(0)], fps=4)
+    with pytest.raises(ValueError, match="needs videos of one size and frame rate"):
+        tile_videos(tmp_path / "tiles.mp4", paths)
 
 
 @pytest.mark.parametrize(("number", "columns"), [(1, 1), (2, 2), (4, 2), (6, 3), (10, 4), (16, 4)])
