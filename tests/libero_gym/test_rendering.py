@@ -260,7 +260,7 @@ from libero_gym.rendering import GlRenderer
 from libero_gym.scenes import load_scene
 from libero_gym.simulation import Simulation
 simulation = Simulation(load_scene(task))
-simulation.reset(task, 3, np.random.RandomState(0), num_settling_steps=0)
+simulation.reset(task, 3, np.random.RandomState(0), init_states="original", num_settling_steps=0)
 for _ in range(3):
     simulation.step([0.3, -0.2, 0.1, 0, 0, 0.2, 1])
 ours = GlRenderer(sys.argv[1], ("agentview", "robot0_eye_in_hand"), 64).render([simulation])[0]
