@@ -28,6 +28,7 @@ _PUSH_LEAD = 0.035
 _CORNER = 0.02
 _LOST = 0.06
 _SLANT = 0.6
+_TIP_OVERLAP = 0.022
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,14 +112,14 @@ def turn(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -
     return is_done()
 
 
-def push_shut(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -> Skill:
-    """Push a drawer or a door shut with closed fingers; True if it is shut.
+def push_part(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -> Skill:
+    """Push a drawer or a door with closed fingers, such as to shut it; True if it got far enough.
 
     Args:
         world: state.
         joint: a slide joint, or a hinge with a vertical axis.
-        sign: direction of the joint's position in which it shuts.
-        is_done: tells when it is shut.
+        sign: direction of the joint's position in which it shall move.
+        is_done: tells when it has moved far enough.
     """
     is_drawer = is_slide(world, joint)
     axis, anchor = world.data.xaxis[joint.joint_id].copy(), world.data.xanchor[joint.joint_id].copy()
@@ -127,11 +128,11 @@ def push_shut(world: World, joint: Joint, sign: float, is_done: Callable[[], boo
     def contact() -> FloatArray:
         return world.data.xpos[joint.body_id] + world.data.xmat[joint.body_id].reshape(3, 3) @ edge
 
-    def shutting() -> FloatArray:
+    def ahead() -> FloatArray:
         return sign * axis if is_drawer else _unit(np.cross(sign * axis, contact() - anchor))
 
-    # The hand slants away from what the part shuts against.
-    into = shutting() if is_drawer else _unit(shutting() + _unit(anchor - contact()))
+    # The hand slants away from what the part moves against.
+    into = ahead() if is_drawer else _unit(ahead() + _unit(anchor - contact()))
     pointing = np.sin(_SLANT) * into + np.cos(_SLANT) * np.array([0.0, 0.0, -1.0])
     side = np.cross([0.0, 0.0, 1.0], into)
     # Of the two equivalent turns of the wrist, the one nearer to where it is.
@@ -139,7 +140,7 @@ def push_shut(world: World, joint: Joint, sign: float, is_done: Callable[[], boo
     rotation = np.stack([side, np.cross(pointing, side), pointing], axis=1)
 
     def before(gap: float) -> FloatArray:
-        return contact() - gap * shutting() - TIP_DEPTH * pointing
+        return contact() - gap * ahead() - TIP_DEPTH * pointing
 
     yield from travel(world, lambda: (before(0.07), rotation), gripper=CLOSED, tolerance=0.03)
     for _ in range(90):
@@ -147,13 +148,13 @@ def push_shut(world: World, joint: Joint, sign: float, is_done: Callable[[], boo
             break
         position = before(-_LEAD)
         yield Command(position=position, rotation=rotation, gripper=CLOSED, speed=0.8)
-    away = world.eef_pos - 0.05 * shutting() + np.array([0.0, 0.0, 0.04])
+    away = world.eef_pos - 0.05 * ahead() + np.array([0.0, 0.0, 0.04])
     yield from reach(world, lambda: (away, rotation), gripper=CLOSED, tolerance=0.03, timeout=15)
     return is_done()
 
 
 def _contact_point(world: World, joint: Joint, sign: float) -> FloatArray:
-    """Return where to push a part shut, in its own frame: a drawer's handle, or a door's face near its free edge."""
+    """Return where to push a part, in its own frame: a drawer's handle, or a door's face near its free edge."""
     cloud = world.shapes.cloud(joint.body_id)
     if is_slide(world, joint):
         along = cloud @ (-sign * world.data.xaxis[joint.joint_id])
@@ -165,6 +166,9 @@ def _contact_point(world: World, joint: Joint, sign: float) -> FloatArray:
         outside = np.cross(-sign * world.data.xaxis[joint.joint_id], bar.mean(axis=0) - anchor)
         bar = bar[bar @ _unit(outside) > (bar @ _unit(outside)).max() - 0.01]
     centre = (bar.max(axis=0) + bar.min(axis=0)) / 2
+    if not is_slide(world, joint):
+        # Only the fingertips are beside the door: the hand stays above it.
+        centre[2] = bar[:, 2].max() - _TIP_OVERLAP
     pose = world.data.xmat[joint.body_id].reshape(3, 3)
     return pose.T @ (centre - world.data.xpos[joint.body_id])
 

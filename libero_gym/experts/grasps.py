@@ -39,7 +39,7 @@ _CLEARANCE = 0.003
 _LEAN_FROM, _LEAN_OVER, _MAX_LEAN = 0.70, 0.12, 0.35
 _SLICE = 0.010
 _YAW_STEP_DEG = 3
-_INTRUSION_COST, _DROP_COST = 0.5, 15.0
+INTRUSION_COST, _DROP_COST = 0.5, 15.0
 _HAND_MARGIN = 0.012
 _NUM_ALTERNATIVES = 4
 _SIDE_SHIFTS, _PITCHES = (0.0, 0.015, -0.015, 0.03, -0.03), (0.0, 0.3, -0.3)
@@ -135,7 +135,9 @@ def choose_grasp(
 
     def total(cost: float, grasp: Grasp) -> float:
         drop = 0.0 if around_goal is None else hand_room(around_goal, grasp.position, grasp.rotation)
-        return cost + _INTRUSION_COST * _intrusion(obstacles, grasp) + _DROP_COST * max(0.0, drop)
+        return (
+            cost + INTRUSION_COST * intrusion(obstacles, grasp.position, grasp.rotation) + _DROP_COST * max(0.0, drop)
+        )
 
     rank = attempt % _NUM_ALTERNATIVES
     scored: list[tuple[float, int]] = []
@@ -227,9 +229,9 @@ def _candidates_rim(cloud: FloatArray) -> list[tuple[float, Grasp]]:
     return candidates
 
 
-def _intrusion(obstacles: FloatArray, grasp: Grasp) -> float:
-    """Return how many obstacle points lie inside the open gripper."""
-    local = (obstacles - grasp.position) @ grasp.rotation
+def intrusion(obstacles: FloatArray, position: FloatArray, rotation: FloatArray) -> float:
+    """Return how many points of `obstacles` [n, 3] lie inside the open gripper at a pose."""
+    local = (obstacles - position) @ rotation
     x, y, z = np.abs(local[:, 0]), np.abs(local[:, 1]), local[:, 2]
     in_fingers = (
         (x > FINGER_INNER - _CLEARANCE)

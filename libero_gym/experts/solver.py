@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_shut, turn
+from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_part, turn
 from libero_gym.experts.grasps import MAX_WIDTH, hand_room
+from libero_gym.experts.insertion import blocking_door, find_opening, insert
 from libero_gym.experts.skills import Command, Skill, World, pick, place, rest, retreat
 from libero_gym.predicates import Goal, in_contact
 from libero_gym.scenes import SceneObject, SceneSite
@@ -83,11 +84,19 @@ def _put(world: World, atom: Atom, attempt: int, test: Goal, slot: float) -> Ite
             world, thing, world.data.site_xpos[world.scene.sites[atom[2]].site_id], lambda: test(world.data)
         )
         return
+    site = world.scene.sites.get(atom[2])
+    opening = find_opening(world, site) if atom[0] == "in" and site is not None else None
+    if opening is not None and site is not None:
+        while (hinge := blocking_door(world, site, opening)) is not None:
+            sign = 1.0 if world.scene.objects[site.parent or ""].joint_tests["open"].above else -1.0
+            yield from push_part(world, hinge, sign, lambda: blocking_door(world, site, opening) is None)
+        yield from insert(world, thing, opening)
+        yield from retreat(world)
+        return
     spot, settled = _destination(world, thing, atom[2], test, slot)
     if not (yield from pick(world, thing, attempt=attempt, goal=spot)):
         yield from retreat(world)
         return
-    site = world.scene.sites.get(atom[2])
     if atom[0] == "in" and site is not None:
         spot = _free_spot(world, thing, spot)
     if not (yield from place(world, thing, spot, settled=settled)):
@@ -152,7 +161,7 @@ def _articulate(world: World, atom: Atom, test: Goal | None) -> Skill:
     if atom[0] in {"turnon", "turnoff"}:
         return (yield from turn(world, joint, sign, is_done))
     if atom[0] == "close":
-        return (yield from push_shut(world, joint, sign, is_done))
+        return (yield from push_part(world, joint, sign, is_done))
     raise ValueError(f"goal atom {atom} has no skill for a joint of this kind")
 
 
