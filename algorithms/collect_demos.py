@@ -15,6 +15,7 @@ Its `task_id`, `init_state_id`, `seed` and `object_shift` are kept in `meta/`, s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -86,13 +87,13 @@ class Args:
     version: Literal["v2.1", "v3.0"] = "v2.1"
     """Layout of the dataset; GR00T's own tools read v2.1."""
     num_workers: int = 0
-    """Simulating processes; 0 simulates in this one."""
+    """Simulating processes; 0 simulates, and encodes, in this one."""
     renderer: Literal["egl", "osmesa", "warp"] | None = None
     """Renderer; if not given, the best that the machine has."""
     render_batch_size: int = 128
     """Frames that are rendered at once."""
     num_writers: int = 4
-    """Threads that encode episodes."""
+    """Processes that encode episodes; threads if num_workers is 0."""
     keep_staged: bool = False
     """Keep the staged episodes, to write another version or to add episodes later."""
 
@@ -181,15 +182,16 @@ def start_episode(sim: Simulation, task: TaskSpec, attempt: Attempt) -> None:
         sim.step(SETTLING_ACTION)
 
 
-_simulations: dict[str, Simulation] = {}
-"""This process's worlds by scene: a scene takes seconds to load."""
+@functools.lru_cache(maxsize=64)
+def simulation_of(scene: Scene) -> Simulation:
+    """Returns this process's world of a scene."""
+    return Simulation(scene)
 
 
 def record(attempt: Attempt, config: ExpertConfig, make_demonstrator: MakeDemonstrator = make_expert) -> Trajectory:
     """Simulates an attempt until it succeeds or its horizon is reached."""
     task = get_task(attempt.suite, attempt.task_id)
-    scene = load_scene(task)
-    sim = _simulations.setdefault(scene.key, Simulation(scene))
+    sim = simulation_of(load_scene(task))
     states: list[NDArray[np.float32]] = []
     actions: list[NDArray[np.float32]] = []
     views: list[RenderState] = []
@@ -232,7 +234,7 @@ class RecordedWorld:
 def render(renderer: Renderer, trajectory: Trajectory, batch_size: int) -> NDArray[np.uint8]:
     """Returns the images of a trajectory, uint8 [K, T, H, W, 3] for K cameras."""
     scene = load_scene(get_task(trajectory.attempt.suite, trajectory.attempt.task_id))
-    sim = _simulations.setdefault(scene.key, Simulation(scene))
+    sim = simulation_of(scene)
     parts: list[NDArray[np.uint8]] = []
     for start in range(0, len(trajectory.views), batch_size):
         views = trajectory.views[start : start + batch_size]
@@ -343,8 +345,11 @@ def collect(
     language = {task.task_id: task.language for task in tasks}
     context = get_context("spawn")  # renderers and threads do not survive a fork
     pool = ProcessPoolExecutor(args.num_workers, mp_context=context) if args.num_workers else None
-    with ThreadPoolExecutor(args.num_writers) as writers:
+    with (
+        ProcessPoolExecutor(args.num_writers, mp_context=context) if pool else ThreadPoolExecutor(args.num_writers)
+    ) as writers:
         while attempts := [attempt for task in tasks for attempt in plan(args, task, staging)[1]]:
+            attempts.sort(key=lambda attempt: attempt.attempt_id)  # a collection broken off has all tasks alike
             writing: list[Future[None]] = []
             for count, trajectory in enumerate(simulate(attempts, args, make_demonstrator, pool), 1):
                 attempt = trajectory.attempt
