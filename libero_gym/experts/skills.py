@@ -239,10 +239,11 @@ def travel(
 def grip(world: World) -> Skill:
     """Close the fingers in place until they stop; True always."""
     position, rotation = world.eef_pos, world.eef_rotation
-    previous = world.opening
-    for step in range(14):
+    previous, num_still = world.opening, 0
+    for step in range(16):
         yield Command(position=position, rotation=rotation, gripper=CLOSED)
-        if step >= 5 and abs(world.opening - previous) < 0.0005:
+        num_still = num_still + 1 if abs(world.opening - previous) < 0.0005 else 0
+        if step >= 5 and num_still >= 2:
             break
         previous = world.opening
     return True
