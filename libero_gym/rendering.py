@@ -5,7 +5,8 @@ released checkpoints: LIBERO's raw image (OpenGL's row order, upside down) rotat
 camera view mirrored left to right.
 
 - "egl", "osmesa": MuJoCo's classic OpenGL renderer, pixel-identical to LIBERO's `OffScreenRenderEnv` on the same
-  machine. One context, worlds one after another.
+  machine. One context, worlds one after another. EGL draws on the GPU of the process's CUDA device, so that each rank
+  of distributed training uses its own; `MUJOCO_EGL_DEVICE_ID` overrides that.
 - "warp": needs nothing but pip, on a CPU or a CUDA device, all worlds at once; see `libero_gym.warp_rendering`.
 
 Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
@@ -13,13 +14,16 @@ Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import ctypes.util
 import importlib
 import importlib.util
 import logging
 import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -40,6 +44,8 @@ Images = npt.NDArray[np.uint8]
 
 logger = logging.getLogger(__name__)
 
+# Of the extension EGL_NV_device_cuda.
+_EGL_CUDA_DEVICE_NV = 0x323A
 # robosuite opens its contexts with this many geoms and this font scale.
 _MAX_SCENE_GEOMS = 1000
 # From this many worlds on, a CUDA device draws faster with Warp than with OpenGL, which takes 1.5 to 2 ms a view.
@@ -167,6 +173,88 @@ def _has_gpu_with_egl() -> bool:
     return not any(name in description.lower() for name in ("llvmpipe", "softpipe", "swiftshader"))
 
 
+def choose_egl_device(
+    cuda_ordinals: Sequence[int | None], *, requested: str | None, cuda_device: int | None, local_rank: int
+) -> int | None:
+    """Chooses the EGL device that a process draws on.
+
+    EGL and CUDA list the same GPUs in different orders, and `CUDA_VISIBLE_DEVICES` hides GPUs from CUDA alone.
+
+    Args:
+        cuda_ordinals: For each EGL device its CUDA device as this process counts them, None if it has none.
+        requested: Value of `MUJOCO_EGL_DEVICE_ID`, if it is set; it decides.
+        cuda_device: The process's current CUDA device, None if CUDA is not in use yet. Then the rank decides, as it
+            does for the ray caster.
+        local_rank: The process's rank on this machine.
+
+    Returns:
+        Index of the EGL device; None for the first that works, where no EGL device knows of CUDA.
+
+    Raises:
+        RendererUnavailableError: The device that was asked for is not there.
+    """
+    if requested is not None:
+        if not requested.isdecimal() or int(requested) >= len(cuda_ordinals):
+            raise RendererUnavailableError(
+                f"MUJOCO_EGL_DEVICE_ID={requested!r} is not an EGL device of this machine "
+                f"(valid: {list(range(len(cuda_ordinals)))})"
+            )
+        return int(requested)
+    known = {ordinal: index for index, ordinal in enumerate(cuda_ordinals) if ordinal is not None}
+    if not known:
+        return None
+    wanted = sorted(known)[local_rank % len(known)] if cuda_device is None else cuda_device
+    if wanted not in known:
+        raise RendererUnavailableError(
+            f"no EGL device belongs to CUDA device {wanted} (EGL has those of CUDA devices {sorted(known)}): give the "
+            "container the GPU's graphics capability, choose with MUJOCO_EGL_DEVICE_ID, or use renderer='warp'"
+        )
+    return known[wanted]
+
+
+def _read_cuda_ordinals(egl: Any) -> list[int | None]:
+    """Asks EGL (the module `mujoco.egl.egl_ext`) for the CUDA device of each of its devices."""
+    address = egl.eglGetProcAddress("eglQueryDeviceAttribEXT")
+    devices = egl.eglQueryDevicesEXT()
+    if not address:
+        return [None] * len(devices)
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, egl.EGLDeviceEXT, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))(address)
+    ordinals: list[int | None] = []
+    for device in devices:
+        value = ctypes.c_ssize_t(-1)
+        is_known = bool(query(device, _EGL_CUDA_DEVICE_NV, ctypes.byref(value))) and value.value >= 0
+        ordinals.append(int(value.value) if is_known else None)
+    egl.eglGetError()  # devices without CUDA leave one behind, which the next call would be blamed for
+    return ordinals
+
+
+def _current_cuda_device() -> int | None:
+    torch: Any = sys.modules.get("torch")  # not imported here: without it, no device has been chosen
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def _chosen_egl_device(platform: Any) -> Generator[None]:
+    """Makes `mujoco.egl` open the process's one display on the device of `choose_egl_device`."""
+    requested = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    index = choose_egl_device(
+        _read_cuda_ordinals(platform.EGL),
+        requested=requested,
+        cuda_device=_current_cuda_device(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
+    if index is None or requested is not None:
+        yield
+        return
+    os.environ["MUJOCO_EGL_DEVICE_ID"] = str(index)
+    try:
+        yield
+    finally:
+        del os.environ["MUJOCO_EGL_DEVICE_ID"]
+
+
 class GlRenderer:
     """MuJoCo's classic renderer in an off-screen context, as robosuite sets it up.
 
@@ -210,7 +298,7 @@ class GlRenderer:
         self._make_current()
         from OpenGL import GL  # typed nowhere
 
-        return str(GL.glGetString(GL.GL_RENDERER))
+        return GL.glGetString(GL.GL_RENDERER).decode()
 
     def render(self, simulations: Sequence[Simulation]) -> Images:
         """Draws the last observed state of each simulation; see `Renderer`.
@@ -240,8 +328,12 @@ class GlRenderer:
 
     def _make_current(self) -> None:
         if self._context is None:
+            is_first_on_egl = self._kind == "egl" and self._platform.EGL_DISPLAY is None
             try:
-                self._context = self._platform.GLContext(max(self._size, 640), max(self._size, 480))
+                with _chosen_egl_device(self._platform) if is_first_on_egl else contextlib.nullcontext():
+                    self._context = self._platform.GLContext(max(self._size, 640), max(self._size, 480))
+            except RendererUnavailableError:
+                raise
             except Exception as error:  # PyOpenGL raises its own, undocumented kinds
                 raise RendererUnavailableError(
                     f"renderer {self._kind!r} cannot create a context ({error}): {_REMEDIES[self._kind]}"

@@ -1,5 +1,6 @@
 """The ray caster on hand-made scenes and against recorded classic images; OpenGL where it is installed."""
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -14,13 +15,14 @@ import pytest
 from libero_gym import rendering
 from libero_gym.cache import cache_dir
 from libero_gym.ray_scene import build_ray_scene
-from libero_gym.rendering import RendererUnavailableError, make_renderer
+from libero_gym.rendering import GlRenderer, RendererUnavailableError, choose_egl_device, make_renderer
 from libero_gym.scenes import load_scene
 from libero_gym.simulation import RenderState, Simulation
 from libero_gym.suites import get_task
 from libero_gym.warp_rendering import DeviceScene, SceneCaster, WarpRenderer
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
+DEVICE_CHOICE = {"requested": None, "cuda_device": None, "local_rank": 0}
 DATA = Path(__file__).parent / "data"
 
 # The camera looks down on a table from 2 m; the headlight shines along the view, so the centre is lit head-on.
@@ -241,6 +243,83 @@ def test_camera_that_the_scene_lacks_is_refused():
     renderer.close()
 
 
+@pytest.mark.parametrize(
+    ("cuda_ordinals", "choice", "expected"),
+    [
+        ([2, 0, 1, None], {"cuda_device": 0}, 1),  # EGL lists the GPUs in another order
+        ([2, 0, 1, None], {"cuda_device": 2}, 0),
+        ([2, 0, 1, None], {"local_rank": 1}, 2),  # CUDA is not in use yet: as the ray caster chooses
+        ([2, 0, 1, None], {"local_rank": 3}, 1),  # two ranks share a GPU
+        ([None, None, 0, None], {"local_rank": 3}, 2),  # each rank sees one GPU
+        ([2, 0, 1, None], {"cuda_device": 0, "requested": "3"}, 3),
+        ([None, None], {"local_rank": 1}, None),  # no GPU of NVIDIA's
+        ([None], {"cuda_device": 1}, None),
+        ([], {}, None),
+    ],
+)
+def test_egl_device_is_that_of_the_cuda_device(cuda_ordinals, choice, expected):
+    assert choose_egl_device(cuda_ordinals, **DEVICE_CHOICE | choice) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"cuda_device": 2}, r"no EGL device belongs to CUDA device 2 \(EGL has those of CUDA devices \[0, 1\]\)"),
+        ({"requested": "3"}, r"MUJOCO_EGL_DEVICE_ID='3' is not an EGL device of this machine \(valid: \[0, 1, 2\]\)"),
+        ({"requested": "cuda:0"}, "MUJOCO_EGL_DEVICE_ID='cuda:0' is not an EGL device"),
+    ],
+)
+def test_absent_egl_device_is_refused(choice, message):
+    with pytest.raises(RendererUnavailableError, match=message):
+        choose_egl_device([1, 0, None], **DEVICE_CHOICE | choice)
+
+
+class FakeEgl:
+    """Stands in for `mujoco.egl` on a machine whose second EGL device is CUDA device 0, the third device 1."""
+
+    def __init__(self):
+        self.EGL = self
+        self.EGLDeviceEXT = ctypes.c_void_p
+        self.EGL_DISPLAY = None
+        self.opened_on = []
+        signature = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))
+        self.query = signature(self._query_device)
+
+    def _query_device(self, device, attribute, value):
+        assert attribute == 0x323A
+        value[0] = device - 12
+        return device > 11
+
+    def eglGetProcAddress(self, name):
+        assert name == "eglQueryDeviceAttribEXT"
+        return ctypes.cast(self.query, ctypes.c_void_p).value
+
+    def eglQueryDevicesEXT(self):
+        return [11, 12, 13]
+
+    def eglGetError(self):
+        return 0
+
+    def GLContext(self, width, height):
+        self.opened_on.append(os.environ["MUJOCO_EGL_DEVICE_ID"])
+        self.EGL_DISPLAY = "display"
+        return types.SimpleNamespace(make_current=lambda: None, free=lambda: None)
+
+
+@pytest.mark.parametrize(("rank", "device"), [("0", "1"), ("1", "2")])
+def test_each_rank_opens_egl_on_its_own_gpu(monkeypatch, rank, device):
+    platform = FakeEgl()
+    monkeypatch.setitem(sys.modules, "mujoco.egl", platform)
+    monkeypatch.setattr(rendering, "_current_cuda_device", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
+    renderer = GlRenderer("egl", CAMERAS, 8)
+    renderer._make_current()
+    assert platform.opened_on == [device]
+    assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
+    renderer.close()
+
+
 # LIBERO and OpenGL live in a process of their own: both leave traces in the one that imports them.
 LIBERO_IMAGES = """
 import sys
@@ -268,8 +347,8 @@ print("differing bytes:", int((np.stack(images) != ours).sum()))
 """
 
 
-def gl_kind():
-    for kind in ("osmesa", "egl"):
+def gl_kind(kinds=("osmesa", "egl")):
+    for kind in kinds:
         probe = f"from libero_gym.rendering import GlRenderer; print(GlRenderer({kind!r}, (), 8).describe_device())"
         process = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False)
         if process.returncode == 0:
@@ -291,3 +370,12 @@ def test_gl_images_are_those_of_libero():
     )
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.splitlines()[-1] == "differing bytes: 0"
+
+
+def test_egl_device_that_this_machine_lacks():
+    if gl_kind(("egl",)) is None:
+        pytest.skip("no EGL here (Debian: libegl1)")
+    code = "from libero_gym.rendering import GlRenderer; GlRenderer('egl', (), 8).describe_device()"
+    environment = {**os.environ, "MUJOCO_EGL_DEVICE_ID": "77"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert "RendererUnavailableError: MUJOCO_EGL_DEVICE_ID='77' is not an EGL device" in process.stderr
