@@ -10,10 +10,10 @@ given are those saved with the checkpoint. An exception ends the evaluation: it 
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --seeds 0 1 2 --num-envs 50
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --reference-env --renderer osmesa
 
-Writes result.json (the protocol, the tables, every episode), one video per task, and all of them in one. Episodes are
-also written as they end, and the same command with --resume goes on after an interruption; on the same kind of machine
-its outcome is that of an uninterrupted evaluation. --reference-env runs the policy in LIBERO's own environment instead
-of ours.
+Writes result.json (the protocol, the tables, every episode), one video per task and one of all, and report.html with
+all of that. Episodes are also written as they end, and the same command with --resume goes on after an interruption:
+on the same kind of machine its outcome is that of an uninterrupted evaluation. --reference-env runs the policy in
+LIBERO's own environment instead of ours.
 
 Episodes stream through `num_envs` environments: one that ends is replaced at once. All environments' rows go through
 the network in every decision, those that have no episode left included: so the batch, and with it the rounding of the
@@ -43,6 +43,7 @@ from rich.table import Table
 from algorithms.episode_log import EpisodeLog, EvalEpisode
 from algorithms.episodes import wilson_interval
 from algorithms.reference_env import ReferenceVectorEnv
+from algorithms.report import write_report
 from algorithms.run_folder import describe_environment, write_json
 from algorithms.video import CONTROL_FREQUENCY_HZ, TASK_KEY, Frame, frame_of, tile_videos, write_video
 from gr00t_agent import Gr00tAgent
@@ -486,9 +487,11 @@ def main(args: Args) -> EvalResult:
     result.save(args.output_dir / "result.json")
     if result.videos:
         tile_videos(video_dir / "all_tasks.mp4", [path for path in result.videos if "_state_0_" in path.name])
+    report_path = write_report(args.output_dir)
     result.print_table()
     phases = "  ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in result.timing.items())
-    console.print(f"time    {phases}\nresult  {args.output_dir / 'result.json'}", highlight=False, soft_wrap=True)
+    for name, shown in (("time", phases), ("result", args.output_dir / "result.json"), ("report", report_path)):
+        console.print(f"{name:7} {shown}", highlight=False, soft_wrap=True)
     return result
 
 

@@ -19,7 +19,7 @@ from gr00t_agent import Gr00tAgent
 from gr00t_agent.agent import NANO_METADATA
 from gr00t_agent.data_config import read_metadata
 from libero_gym.simulation import PhysicsError
-from libero_gym.suites import horizon
+from libero_gym.suites import get_task, horizon
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.tiny_agent import tiny_agent
 
@@ -299,6 +299,8 @@ def test_a_checkpoint_is_evaluated_interrupted_and_resumed(checkpoint: Path, tmp
     assert replace(again, seconds=0, timing={}) == replace(whole, seconds=0, timing={})
     assert len(log.read_bytes().splitlines()) == 4
     assert (tmp_path / "whole" / "videos" / "all_tasks.mp4").is_file()
+    assert "turn on the stove" not in (report := (tmp_path / "whole" / "report.html").read_text())
+    assert get_task("libero_goal", 6).language in report
     with pytest.raises(ValueError, match=r"policy.denoising_steps was 2, now 3"):
         eval_gr00t.main(small_args(checkpoint, tmp_path / "whole", resume=True, denoising_steps=3))
     with pytest.raises(FileExistsError, match="--resume"):
