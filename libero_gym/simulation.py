@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import mujoco
@@ -18,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.bddl import read_problem
-from libero_gym.controller import ControllerState, axis_angle_from_quat, creation_kinematics, step_numpy
+from libero_gym.cache import cache_dir
+from libero_gym.controller import ArmKinematics, ControllerState, axis_angle_from_quat, creation_kinematics, step_numpy
 from libero_gym.placements import FixtureSampler, make_fixture_sampler
 from libero_gym.predicates import Goal
-from libero_gym.scenes import Robot, Scene
+from libero_gym.scenes import Robot, Scene, load_scene
 from libero_gym.settling import SettledStates, has_settled_states, load_settled_states
 from libero_gym.suites import TaskSpec, get_task, load_init_states
 
@@ -39,7 +43,17 @@ _PHYSICS_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 class PhysicsError(RuntimeError):
-    """The simulation diverged, ran out of space for contacts, or was given an action that is not finite."""
+    """The simulation diverged, ran out of space for contacts, or was given an action that is not finite.
+
+    Attributes:
+        dump: file with the state before the step that failed, and its action; `load_dump` opens it. None where none
+            could be written, which the message explains.
+    """
+
+    def __init__(self, message: str, *, dump: Path | None = None) -> None:
+        """Describe the failure."""
+        super().__init__(message)
+        self.dump = dump
 
 
 class RenderState(NamedTuple):
@@ -115,7 +129,7 @@ class Simulation:
         self.data = mujoco.MjData(self.model)
         self.task: TaskSpec | None = None
         self.init_state_id = -1
-        self._creation = creation_kinematics(self.model, scene.robot)
+        self._creation = _creation_kinematics(scene)
         self._controller = ControllerState()
         self._observation = Observation(
             qpos=np.zeros(self.model.nq), eef_pos=np.zeros(3), eef_quat_wxyz=np.zeros(4), gripper_qpos=np.zeros(2)
@@ -125,6 +139,18 @@ class Simulation:
         self._indicators = _find_indicators(scene)
         self._indicator_alpha = np.zeros(len(self._indicators))
         self._observed_indicator_alpha = np.zeros(len(self._indicators))
+        # What the next step depends on besides MuJoCo's state; a step that fails is undone by it.
+        self._memory = (
+            self._controller.goal_pos,
+            self._controller.goal_ori,
+            self._controller.gripper,
+            self._controller.is_fresh,
+            self._observation.qpos,
+            self._observation.eef_pos,
+            self._observation.eef_quat_wxyz,
+            self._observation.gripper_qpos,
+            self._observed_indicator_alpha,
+        )
         self._goal: Goal | None = None
         self._success = False
 
@@ -206,7 +232,8 @@ class Simulation:
 
         Raises:
             ValueError: wrong shape, or `reset` was not called.
-            PhysicsError: the action is not finite, the simulation diverged, or a buffer overflowed.
+            PhysicsError: the action is not finite, the simulation diverged, or a buffer overflowed. The world is then
+                as it was before the step, and so is the error's `dump`.
         """
         values = np.ascontiguousarray(action, dtype=np.float64)
         if values.shape != (ACTION_DIM,):
@@ -214,10 +241,22 @@ class Simulation:
         if self._goal is None:
             raise ValueError("reset() must be called before step()")
         if not np.isfinite(values).all():
-            raise PhysicsError(f"action {values} is not finite; check the policy's output for NaN")
+            raise self.physics_error(f"action {values} is not finite; check the policy's output for NaN", values)
+        started = self.data.time
+        physics, memory = self._physics_state(), [array.copy() for array in self._memory]
         self._observed_indicator_alpha[:] = self._indicator_alpha
         self._advance(values)
-        self._raise_on_warning()
+        counts = np.asarray(self.data.warning.number)
+        if counts.any():
+            names = [mujoco.mjtWarning(int(i)).name for i in np.flatnonzero(counts)]
+            self._restore_physics(physics)
+            for array, value in zip(self._memory, memory, strict=True):
+                array[:] = value
+            raise self.physics_error(
+                f"MuJoCo reports {names} in the step from t={started:.3f} s of {self.task}: reset the environment, and "
+                "check that nothing but its actions moves it",
+                values,
+            )
         self._update_indicators()
         self._success = self._goal(self.data)
         return self._success
@@ -291,11 +330,7 @@ class Simulation:
         self.init_state_id = int(state["init_state_id"])
         self._goal = load_task_data(self.scene, self.task).goal
         self._set_fixture_poses(state["fixture_poses"])
-        mujoco.mj_resetData(self.model, self.data)
-        mujoco.mj_setState(self.model, self.data, state["physics"], _PHYSICS_STATE)
-        mujoco.mj_forward(self.model, self.data)  # derived quantities, for whoever looks at `data`
-        # Some versions of MuJoCo overwrite the solver's warm start when they compute them.
-        mujoco.mj_setState(self.model, self.data, state["physics"], _PHYSICS_STATE)
+        self._restore_physics(state["physics"])
         self._controller.goal_pos[:] = state["goal_pos"]
         self._controller.goal_ori[:] = state["goal_ori"]
         self._controller.gripper[:] = state["gripper"]
@@ -307,6 +342,31 @@ class Simulation:
         self._indicator_alpha[:] = state["indicator_alpha"]
         self._observed_indicator_alpha[:] = state["observed_indicator_alpha"]
         self._success = bool(state["success"])
+
+    def physics_error(self, reason: str, action: FloatArray) -> PhysicsError:
+        """Return the error to raise for `action`, float64 [7], having dumped the present state and the action.
+
+        Raises:
+            ValueError: `reset` was not called.
+        """
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}.npz"
+        content: dict[str, Any] = {**self.get_state(), "action": action, "error": np.array(reason)}
+        try:
+            folder = cache_dir() / "dumps"
+            folder.mkdir(exist_ok=True)
+            np.savez(folder / name, **content)
+        except OSError as error:  # a full disk must not hide what went wrong
+            return PhysicsError(f"{reason} (the state could not be dumped: {error})")
+        return PhysicsError(
+            f"{reason} (state and action: libero_gym.simulation.load_dump('{folder / name}'))", dump=folder / name
+        )
+
+    def _restore_physics(self, physics: FloatArray) -> None:
+        mujoco.mj_resetData(self.model, self.data)
+        mujoco.mj_setState(self.model, self.data, physics, _PHYSICS_STATE)
+        mujoco.mj_forward(self.model, self.data)  # derived quantities, for whoever looks at `data`
+        # Some versions of MuJoCo overwrite the solver's warm start when they compute them.
+        mujoco.mj_setState(self.model, self.data, physics, _PHYSICS_STATE)
 
     def _physics_state(self) -> FloatArray:
         state = np.empty(mujoco.mj_stateSize(self.model, _PHYSICS_STATE))
@@ -352,15 +412,6 @@ class Simulation:
             is_on = any(test(float(self.data.qpos[address])) for address in addresses)
             self._indicator_alpha[index] = alphas[is_on]
 
-    def _raise_on_warning(self) -> None:
-        counts = np.asarray(self.data.warning.number)
-        if counts.any():
-            names = [mujoco.mjtWarning(int(i)).name for i in np.flatnonzero(counts)]
-            raise PhysicsError(
-                f"MuJoCo reports {names} at t={self.data.time:.3f} s in {self.task}; the state is no longer valid: "
-                "reset the environment, and check that actions are within -1..1"
-            )
-
 
 def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
     """Return the kind of initial states to use; None is the suite's default (see `Simulation.reset`).
@@ -373,6 +424,28 @@ def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
     if init_states not in ("settled", "original"):
         raise ValueError(f"init_states={init_states!r} is unknown (valid: 'settled', 'original')")
     return init_states
+
+
+def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:
+    """Return (simulation in the dumped state, action float64 [7]); `simulation.step(action)` fails as it did then.
+
+    `Simulation.set_state` restores a dump too: it is what `get_state` returns, with "action" and "error" (the message)
+    added, in a `.npz` file without pickle.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the state belongs to other versions of LIBERO, robosuite or MuJoCo than the installed ones.
+    """
+    with np.load(path, allow_pickle=False) as archive:
+        state = dict(archive)
+    simulation = Simulation(load_scene(get_task(str(state["suite"]), int(state["task_id"]))))
+    simulation.set_state(state)
+    return simulation, state["action"]
+
+
+@functools.cache
+def _creation_kinematics(scene: Scene) -> ArmKinematics:
+    return creation_kinematics(scene.physics_model, scene.robot)
 
 
 @functools.lru_cache(maxsize=512)

@@ -30,15 +30,7 @@ from libero_gym.env import (
     make_observation_space,
 )
 from libero_gym.scenes import Scene, load_scenes
-from libero_gym.simulation import (
-    ACTION_DIM,
-    InitStates,
-    PhysicsError,
-    Simulation,
-    Stepping,
-    check_init_states,
-    load_task_data,
-)
+from libero_gym.simulation import ACTION_DIM, InitStates, Simulation, Stepping, check_init_states, load_task_data
 from libero_gym.suites import TaskSpec, get_task, list_tasks
 
 _RESET_OPTIONS = ("reset_mask", "task_id", "init_state_id")
@@ -195,7 +187,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         if observe_images:
             self._renderer = self._open_renderer(renderer, tuple(camera_names), int(image_size), threads)
         self._slots = [_Slot(rng=seeding.np_random(None)[0]) for _ in range(self.num_envs)]
-        self._spare_simulations: dict[str, list[Simulation]] = {}
+        self._spare_simulations: list[Simulation] = []  # of other scenes, the last used last; at most one per slot
         self._images: Any = None
         self._states = np.zeros((self.num_envs, 8), np.float32)
         self._stale = np.ones(self.num_envs, np.bool_)
@@ -243,10 +235,11 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
 
         Raises:
             ValueError: `actions` has the wrong shape, or `reset` was not called.
-            PhysicsError: an action is not finite (nothing has been stepped then), or a simulation diverged.
+            PhysicsError: an action is not finite (nothing has been stepped then), or a simulation diverged; its `dump`
+                is of the first environment concerned.
         """
-        chunks = self._check_actions(actions)
-        _ = self.simulations  # raises before anything moves if an environment was never reset
+        worlds = self.simulations  # raises before anything moves if an environment was never reset
+        chunks = self._check_actions(actions, worlds)
         to_reset = np.zeros(self.num_envs, np.bool_)
         if self._autoreset is AutoresetMode.NEXT_STEP:
             to_reset = np.array([slot.is_done for slot in self._slots])
@@ -434,9 +427,13 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         if slot.simulation is not None:
             if slot.simulation.scene is scene:
                 return
-            self._spare_simulations.setdefault(slot.simulation.scene.key, []).append(slot.simulation)
-        spare = self._spare_simulations.get(scene.key)
-        slot.simulation = spare.pop() if spare else Simulation(scene, stepping=self._stepping)
+            self._spare_simulations.append(slot.simulation)
+        spare = next((i for i, other in enumerate(self._spare_simulations) if other.scene is scene), None)
+        if spare is None:
+            slot.simulation = Simulation(scene, stepping=self._stepping)
+        else:
+            slot.simulation = self._spare_simulations.pop(spare)
+        del self._spare_simulations[: -self.num_envs]
 
     def _observe(self) -> dict[str, Any]:
         """Draw what has changed and return copies."""
@@ -480,7 +477,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             "num_steps": np.array([slot.num_steps for slot in self._slots]),
         }
 
-    def _check_actions(self, actions: Any) -> npt.NDArray[np.float64]:
+    def _check_actions(self, actions: Any, worlds: Sequence[Simulation]) -> npt.NDArray[np.float64]:
         """Return actions as [N, C, 7]."""
         values = np.asarray(actions, dtype=np.float64)
         expected = (self.num_envs, ACTION_DIM)
@@ -488,13 +485,16 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             expected = (self.num_envs, self._num_chunks, ACTION_DIM)
         if values.shape != expected:
             raise ValueError(f"actions have shape {values.shape}; expected {expected}")
-        is_bad = ~np.isfinite(values.reshape(self.num_envs, -1)).all(axis=1)
+        chunks = values.reshape(self.num_envs, self._num_chunks, ACTION_DIM)
+        is_bad = ~np.isfinite(chunks).all(axis=-1)  # [N, C]
         if is_bad.any():
-            raise PhysicsError(
-                f"actions of environments {np.flatnonzero(is_bad).tolist()} are not finite; "
-                "check the policy's output for NaN"
+            env_ids, steps = np.nonzero(is_bad)
+            raise worlds[env_ids[0]].physics_error(
+                f"actions of environments {np.unique(env_ids).tolist()} are not finite; "
+                "check the policy's output for NaN",
+                chunks[env_ids[0], steps[0]],
             )
-        return values.reshape(self.num_envs, self._num_chunks, ACTION_DIM)
+        return chunks
 
     def _reset_mask(self, mask: Any) -> BoolArray:
         if mask is None:
