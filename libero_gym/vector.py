@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import gymnasium
 import numpy as np
@@ -119,9 +119,20 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     - `num_action_chunks`: C.
     - `num_threads`: threads for stepping and drawing; None takes all cores that the process may use.
     - `images_as_torch`: see above; needs the renderer "warp".
+    - `physics`: "cpu", or "warp" for thousands of environments on a GPU, which is not LIBERO to the last bit: the
+      result is a `libero_gym.warp_vector.LiberoWarpEnv`.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's declaration
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Choose the class by `physics`, so that callers, and Gymnasium's registry, need not."""
+        chosen: Any = cls
+        if kwargs.get("physics") == "warp" and cls is LiberoVectorEnv:
+            from libero_gym.warp_vector import LiberoWarpEnv  # imports Warp
+
+            chosen = LiberoWarpEnv
+        return super().__new__(chosen)
 
     def __init__(
         self,
@@ -142,6 +153,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         num_threads: int | None = None,
         render_mode: str | None = None,
+        physics: Literal["cpu", "warp"] = "cpu",
     ) -> None:
         """Create the environments; scenes are opened by the first reset.
 
@@ -150,6 +162,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
         """
+        if physics not in ("cpu", "warp"):
+            raise ValueError(f"physics={physics!r} is unknown (valid: 'cpu', 'warp')")
         self.num_envs = _positive("num_envs", num_envs)
         self._num_chunks = _positive("num_action_chunks", num_action_chunks)
         self._suite = suite
@@ -506,10 +520,13 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             )
         if not values.any():
             raise ValueError("reset_mask is False everywhere; at least one environment must be reset")
-        fresh = [i for i, slot in enumerate(self._slots) if slot.simulation is None and not values[i]]
+        fresh = [i for i in range(self.num_envs) if not values[i] and not self._is_started(i)]
         if fresh:
             raise ValueError(f"reset_mask leaves out environments {fresh}, which were never reset")
         return values
+
+    def _is_started(self, env_id: int) -> bool:
+        return self._slots[env_id].simulation is not None
 
     def _ids(self, name: str, ids: Any) -> IntArray | None:
         if ids is None:
