@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from algorithms.episodes import Episode
 from algorithms.run_folder import describe_environment, json_ready, write_json
@@ -32,13 +32,26 @@ class EvalEpisode(Episode):
         return self.seed, self.task_id, self.init_state_id
 
 
+class EpisodeStore(Protocol):
+    """Where an evaluation keeps its finished episodes."""
+
+    episodes: list[EvalEpisode]
+
+    def append(self, episode: EvalEpisode) -> None:
+        """Keeps one more."""
+        ...
+
+
 class EpisodeLog:
-    """Appends episodes as they end; see the module.
+    """Keeps episodes on disk as they end; see the module.
 
     Args:
         folder: made if it does not exist.
         protocol: what decides the outcomes; JSON values.
         resume: go on with the evaluation that the folder holds, if it holds one.
+
+    Attributes:
+        episodes: all that are kept.
 
     Raises:
         FileExistsError: the folder holds an evaluation and `resume` is False.

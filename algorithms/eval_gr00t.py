@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from algorithms.episode_log import EpisodeLog, EvalEpisode
+from algorithms.episode_log import EpisodeLog, EpisodeStore, EvalEpisode
 from algorithms.episodes import wilson_interval
 from algorithms.reference_env import ReferenceVectorEnv
 from algorithms.report import write_report
@@ -222,8 +222,7 @@ def evaluate(
     seed: int | Sequence[int],
     record: Callable[[int, int], bool] = lambda task_id, init_state_id: True,
     video_dir: Path | None = None,
-    on_episode: Callable[[EvalEpisode], None] = lambda episode: None,
-    done: Sequence[EvalEpisode] = (),
+    log: EpisodeStore | None = None,
 ) -> EvalResult:
     """Runs every (task id, initial state id) of `jobs` once for each seed and returns the outcomes.
 
@@ -234,12 +233,11 @@ def evaluate(
         seed: seed, or several, of the noise and of the environments.
         record: which episodes of the first seed to record, as (task id, initial state id).
         video_dir: folder of their videos; None records none.
-        on_episode: called as each episode ends.
-        done: episodes that are known already. They keep the places in the batch that they had when they were run, so
-            that the others get the places, and the actions, that they would get in one go.
+        log: given each episode as it ends. Those that it holds already are not run again, but keep the places in the
+            batch that they had: so the others get the places, and the actions, that they would get in one go.
 
     Raises:
-        ValueError: there are no jobs, autoreset is not disabled, or `done` has an episode that is not asked for.
+        ValueError: there are no jobs, autoreset is not disabled, or `log` holds an episode that is not asked for.
     """
     if not jobs:
         raise ValueError("jobs is empty: ask for at least one task and one initial state")
@@ -250,9 +248,10 @@ def evaluate(
         )
     seeds = (seed,) if isinstance(seed, int) else tuple(seed)
     keys = [(s, *job) for s in seeds for job in jobs]
-    known = {episode.key: episode for episode in done}
+    episodes = [] if log is None else list(log.episodes)
+    known = {episode.key: episode for episode in episodes}
     if foreign := sorted(set(known) - set(keys)):
-        raise ValueError(f"done has (seed, task, initial state) {foreign[:3]}, which are not among the jobs")
+        raise ValueError(f"log holds (seed, task, initial state) {foreign[:3]}, which are not among the jobs")
     start = time.perf_counter()
     timing = dict.fromkeys(("predict_s", "step_s", "reset_s"), 0.0)
     num_envs = envs.num_envs
@@ -260,7 +259,6 @@ def evaluate(
     chunk_length = shape[0] if len(shape) == 2 else 1
     queue = iter(keys)
     slots = [_Slot() for _ in range(num_envs)]
-    episodes: list[EvalEpisode] = list(done)
     descriptions: dict[int, str] = {}
     obs: dict[str, Any] = {}
 
@@ -302,7 +300,8 @@ def evaluate(
         if slot.frames is not None and video_dir is not None:
             write_video(video_path(video_dir, episode), slot.frames, fps=CONTROL_FREQUENCY_HZ / chunk_length)
         episodes.append(episode)
-        on_episode(episode)
+        if log is not None:
+            log.append(episode)
 
     free = list(range(num_envs))
     while True:
@@ -449,6 +448,31 @@ def make_protocol(
     )  # fmt: skip
 
 
+class ShownEpisodeLog(EpisodeLog):
+    """A log that tells each episode on the terminal, with the rate so far and the time left of `total` episodes."""
+
+    def __init__(self, folder: Path, protocol: dict[str, Any], *, resume: bool, total: int) -> None:
+        super().__init__(folder, protocol, resume=resume)
+        self.console = Console()
+        self._total = total
+        self._num_known = len(self.episodes)
+        self._start = time.perf_counter()
+        if self._num_known:
+            self.console.print(f"going on after {self._num_known} of {total} episodes")
+
+    def append(self, episode: EvalEpisode) -> None:
+        """Writes and tells a finished episode."""
+        super().append(episode)
+        count, elapsed = len(self.episodes), time.perf_counter() - self._start
+        left_s = elapsed / (count - self._num_known) * (self._total - count)
+        self.console.print(
+            f"{count}/{self._total}  seed {episode.seed} task {episode.task_id} state {episode.init_state_id}: "
+            f"{'success' if episode.success else 'failure'} after {episode.length} steps   "
+            f"success so far {np.mean([e.success for e in self.episodes]):.1%}   left {left_s:.0f} s",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
 def main(args: Args) -> EvalResult:
     """Evaluates, prints the tables, writes result.json and videos."""
     set_seed(args.seeds[0])  # a preset's random weights
@@ -458,40 +482,26 @@ def main(args: Args) -> EvalResult:
     )  # fmt: skip
     agent = agent.to(args.device).eval()
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task)
-    total = len(jobs) * len(args.seeds)
-    console, video_dir = Console(), args.output_dir / "videos"
+    total, video_dir = len(jobs) * len(args.seeds), args.output_dir / "videos"
     with closing(make_envs(args, min(args.num_envs, total), agent.policy.num_action_chunks, agent.image_size)) as envs:
         protocol = make_protocol(args, agent, envs, jobs)
-        log = EpisodeLog(args.output_dir, protocol, resume=args.resume)
-        known, start = len(log.episodes), time.perf_counter()
-        if known:
-            console.print(f"going on after {known} of {total} episodes")
-
-        def report(episode: EvalEpisode) -> None:
-            log.append(episode)
-            count = len(log.episodes)
-            left_s = (time.perf_counter() - start) / (count - known) * (total - count)
-            console.print(
-                f"{count}/{total}  seed {episode.seed} task {episode.task_id} state {episode.init_state_id}: "
-                f"{'success' if episode.success else 'failure'} after {episode.length} steps   "
-                f"success so far {np.mean([e.success for e in log.episodes]):.1%}   left {left_s:.0f} s",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
-
+        log = ShownEpisodeLog(args.output_dir, protocol, resume=args.resume, total=total)
         result = evaluate(
             agent, envs, jobs, seed=args.seeds, record=lambda _, state: state < args.videos_per_task,
-            video_dir=video_dir, on_episode=report, done=list(log.episodes),
+            video_dir=video_dir, log=log,
         )  # fmt: skip
     texts = {task: get_task(args.suite, task).language for task in protocol["task_ids"]}
     result = replace(result, protocol=result.protocol | protocol, task_descriptions=texts)
     result.save(args.output_dir / "result.json")
     if result.videos:
-        tile_videos(video_dir / "all_tasks.mp4", [path for path in result.videos if "_state_0_" in path.name])
+        tile_videos(
+            args.output_dir / "videos" / "all_tasks.mp4", [path for path in result.videos if "_state_0_" in path.name]
+        )
     report_path = write_report(args.output_dir)
     result.print_table()
     phases = "  ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in result.timing.items())
     for name, shown in (("time", phases), ("result", args.output_dir / "result.json"), ("report", report_path)):
-        console.print(f"{name:7} {shown}", highlight=False, soft_wrap=True)
+        log.console.print(f"{name:7} {shown}", highlight=False, soft_wrap=True)
     return result
 
 

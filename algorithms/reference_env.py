@@ -228,9 +228,12 @@ class _Worker:
         ours, theirs = socket.socketpair()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         path = os.pathsep.join(filter(None, (str(_REPOSITORY), os.environ.get("PYTHONPATH", ""))))
+        environment = {**os.environ, "MUJOCO_GL": gl or "disabled", "PYTHONPATH": path}
+        if gl is not None:
+            environment["PYOPENGL_PLATFORM"] = gl  # this process may have chosen another one for itself
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from algorithms.reference_env import work; work({theirs.fileno()})"],
-            env={**os.environ, "MUJOCO_GL": gl or "disabled", "PYTHONPATH": path},
+            env=environment,
             pass_fds=[theirs.fileno()], stdout=self._log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         theirs.close()

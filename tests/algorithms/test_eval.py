@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +107,26 @@ def test_a_free_environment_gets_the_next_episode_at_once():
     assert envs.resets == by_time
 
 
+@dataclass
+class MemoryLog:
+    episodes: list[EvalEpisode] = field(default_factory=list)
+
+    def append(self, episode: EvalEpisode) -> None:
+        self.episodes.append(episode)
+
+
 def test_an_interrupted_evaluation_goes_on_as_if_it_had_not_been():
     """The agent's actions depend on its rows' places, as floating-point sums do: all must keep theirs."""
-    ended: list[EvalEpisode] = []
-    whole = run(agent=NoisyAgent(unclean=0.2), seed=(0, 1), on_episode=ended.append)
-    assert {e.key for e in whole.episodes} == {e.key for e in ended}
+    log = MemoryLog()
+    whole = run(agent=NoisyAgent(unclean=0.2), seed=(0, 1), log=log)
+    assert sorted(log.episodes, key=lambda e: e.key) == whole.episodes
     moved = run(num_envs=3, agent=NoisyAgent(unclean=0.2), seed=(0, 1))
     assert moved.episodes != whole.episodes
-    for count in range(len(ended) + 1):
-        news: list[EvalEpisode] = []
-        agent = NoisyAgent(unclean=0.2)
-        again = run(agent=agent, seed=(0, 1), done=ended[:count], on_episode=news.append)
+    for count in range(len(log.episodes) + 1):
+        agent, rest = NoisyAgent(unclean=0.2), MemoryLog(log.episodes[:count])
+        again = run(agent=agent, seed=(0, 1), log=rest)
         assert again.episodes == whole.episodes, count
-        assert sorted(news, key=lambda e: e.key) == sorted(ended[count:], key=lambda e: e.key)
+        assert sorted(rest.episodes, key=lambda e: e.key) == whole.episodes
     assert not agent.batches  # nothing was left to do
 
 
@@ -130,12 +137,12 @@ def test_an_exception_ends_the_evaluation_and_is_no_failed_episode():
                 raise PhysicsError("diverged")
             return super().step(actions)
 
-    ended: list[EvalEpisode] = []
+    log = MemoryLog()
     with pytest.raises(PhysicsError, match="diverged"):
-        evaluate(NoisyAgent(), Diverges(4), JOBS, seed=0, on_episode=ended.append)
+        evaluate(NoisyAgent(), Diverges(4), JOBS, seed=0, log=log)
     whole = run(num_envs=4)
-    assert 0 < len(ended) < len(JOBS)
-    assert all(e in whole.episodes for e in ended)
+    assert 0 < len(log.episodes) < len(JOBS)
+    assert all(e in whole.episodes for e in log.episodes)
 
 
 def test_bad_calls_are_refused():
@@ -144,8 +151,8 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match=r"autoreset_mode=AutoresetMode\.SAME_STEP would restart episodes"):
         evaluate(NoisyAgent(), LineVectorEnv(2), JOBS, seed=0)
     stranger = EvalEpisode(seed=7, task_id=0, init_state_id=0, success=True, length=2)
-    with pytest.raises(ValueError, match=r"done has .* \[\(7, 0, 0\)\], which are not among the jobs"):
-        run(done=[stranger])
+    with pytest.raises(ValueError, match=r"log holds .* \[\(7, 0, 0\)\], which are not among the jobs"):
+        run(log=MemoryLog([stranger]))
 
 
 def test_videos_of_the_first_seed(tmp_path: Path):
