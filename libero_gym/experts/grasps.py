@@ -42,6 +42,7 @@ _YAW_STEP_DEG = 3
 INTRUSION_COST, _DROP_COST = 0.5, 15.0
 _HAND_MARGIN = 0.012
 _NUM_ALTERNATIVES = 4
+_MAX_LEVER = 0.08
 _SIDE_SHIFTS, _PITCHES = (0.0, 0.015, -0.015, 0.03, -0.03), (0.0, 0.3, -0.3)
 _FLAT_LENGTH, _FLATNESS, _SPARE = 0.010, 0.0015, 0.006
 
@@ -126,6 +127,9 @@ def choose_grasp(
     """
     cloud = shapes.cloud(body_id)
     candidates = _candidates_across(cloud) or _candidates_rim(cloud)
+    weight = shapes.data.subtree_com[body_id, :2]
+    if min((_lever(grasp, weight) for _, grasp in candidates), default=np.inf) > _MAX_LEVER:
+        candidates = _candidates_handle(cloud, weight) or candidates
     if not candidates:
         name = shapes.model.body(body_id).name
         raise ValueError(f"body {name!r} has no part narrower than {MAX_WIDTH} m and no rim to grasp")
@@ -171,6 +175,11 @@ def hand_room(obstacles: FloatArray, position: FloatArray, rotation: FloatArray)
     return float(np.max(-local[is_under, 2], initial=-np.inf)) - PALM_HEIGHT + _HAND_MARGIN
 
 
+def _lever(grasp: Grasp, weight: FloatArray) -> float:
+    """Return the horizontal distance between a grasp and the centre of mass [2]."""
+    return float(np.linalg.norm(grasp.position[:2] - weight))
+
+
 def _differ(grasp: Grasp, other: Grasp) -> bool:
     """Return whether two grasps differ by more than 15 mm or 15 degrees."""
     cosine = (float(np.sum(grasp.rotation * other.rotation)) - 1.0) / 2.0
@@ -208,6 +217,34 @@ def _candidates_across(cloud: FloatArray) -> list[tuple[float, Grasp]]:
                 position=np.array([*spot, height]), rotation=gripper_rotation(float(yaw), pitch=pitch), kind="across"
             )
             candidates.append((cost + 10.0 * abs(shift) + abs(pitch) + 30.0 * abs(sideways), grasp))
+    return candidates
+
+
+def _candidates_handle(cloud: FloatArray, weight: FloatArray) -> list[tuple[float, Grasp]]:
+    """Grasps across a part that sticks out to one side, such as a pan's handle; near the centre of mass is best."""
+    offset = cloud[:, :2] - weight
+    end = offset[np.argmax(np.linalg.norm(offset, axis=1))]
+    length = float(np.linalg.norm(end))
+    along, aside = offset @ (end / length), offset @ (np.array([-end[1], end[0]]) / length)
+    candidates: list[tuple[float, Grasp]] = []
+    for distance in np.arange(length - 0.01, 0.03, -0.01):
+        part = np.abs(along - distance) < FINGER_HALF_WIDTH + _CLEARANCE
+        if not part.any():
+            continue
+        if float(np.ptp(aside[part])) > MAX_WIDTH:
+            break
+        middle = (aside[part].max() + aside[part].min()) / 2
+        spot = weight + distance * end / length + middle * np.array([-end[1], end[0]]) / length
+        height = max(float(cloud[part, 2].max()) - _RIM_DEPTH, float(cloud[:, 2].min()) + TIP_DEPTH + 0.004)
+        # Of the two equivalent turns of the wrist, the one nearer to none.
+        yaw = (float(np.arctan2(end[1], end[0])) + np.pi / 2) % np.pi - np.pi / 2
+        candidates += [
+            (
+                10.0 * distance + abs(pitch),
+                Grasp(position=np.array([*spot, height]), rotation=gripper_rotation(yaw, pitch=pitch), kind="across"),
+            )
+            for pitch in _PITCHES
+        ]
     return candidates
 
 
