@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -237,7 +238,8 @@ def evaluate(
             batch that they had: so the others get the places, and the actions, that they would get in one go.
 
     Raises:
-        ValueError: there are no jobs, autoreset is not disabled, or `log` holds an episode that is not asked for.
+        ValueError: there are no jobs or one is asked for twice, autoreset is not disabled, or `log` holds an episode
+            that is not asked for.
     """
     if not jobs:
         raise ValueError("jobs is empty: ask for at least one task and one initial state")
@@ -248,6 +250,8 @@ def evaluate(
         )
     seeds = (seed,) if isinstance(seed, int) else tuple(seed)
     keys = [(s, *job) for s in seeds for job in jobs]
+    if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+        raise ValueError(f"(seed, task, initial state) {repeated[:3]} are asked for twice, but an episode counts once")
     episodes = [] if log is None else list(log.episodes)
     known = {episode.key: episode for episode in episodes}
     if foreign := sorted(set(known) - set(keys)):

@@ -12,12 +12,14 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from algorithms import eval_gr00t
+from algorithms.collect_demos import Attempt, record
 from algorithms.episode_log import EpisodeLog, EvalEpisode
 from algorithms.eval_gr00t import Args, EvalResult, episode_generator, evaluate, evaluate_into, evaluation_jobs
 from algorithms.reference_env import ReferenceVectorEnv
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.agent import NANO_METADATA
 from gr00t_agent.data_config import read_metadata
+from libero_gym.experts import ExpertConfig
 from libero_gym.simulation import PhysicsError
 from libero_gym.suites import get_task, horizon
 from tests.algorithms.line_env import LineVectorEnv
@@ -150,6 +152,8 @@ def test_bad_calls_are_refused():
         run(jobs=[])
     with pytest.raises(ValueError, match=r"autoreset_mode=AutoresetMode\.SAME_STEP would restart episodes"):
         evaluate(NoisyAgent(), LineVectorEnv(2), JOBS, seed=0)
+    with pytest.raises(ValueError, match=r"\[\(4, 0, 1\)\] are asked for twice"):
+        run(jobs=[(0, 1), (0, 1), (0, 2)], seed=4)
     stranger = EvalEpisode(seed=7, task_id=0, init_state_id=0, success=True, length=2)
     with pytest.raises(ValueError, match=r"log holds .* \[\(7, 0, 0\)\], which are not among the jobs"):
         run(log=MemoryLog([stranger]))
@@ -160,6 +164,31 @@ def test_videos_of_the_first_seed(tmp_path: Path):
     outcome = {e.init_state_id: "success" if e.success else "failure" for e in result.episodes if e.seed == 1}
     expected = [tmp_path / f"task_0_state_{state}_{outcome[state]}.mp4" for state in (2, 5)]
     assert result.videos == expected == sorted(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_solving_a_task_of_libero_counts(tmp_path: Path):
+    """An expert's recorded actions, played back through the whole path, solve the task where the expert did."""
+    attempt = Attempt(
+        suite="libero_goal", task_id=6, attempt_id=0, init_state_id=2, seed=0, object_shift=0.0, horizon=120
+    )
+    actions = record(attempt, ExpertConfig(speed=1.25)).actions  # ends with success
+    chunks = torch.from_numpy(np.concatenate([actions, np.zeros((-len(actions) % 5, 7), np.float32)])).split(5)
+
+    class Player:
+        count = 0
+
+        def predict(self, obs: dict[str, Any], generator: Any) -> torch.Tensor:
+            self.count += 1
+            return torch.stack([chunks[self.count - 1], torch.zeros(5, 7)])
+
+    args = Args(checkpoint="", suite="libero_goal", renderer="warp", horizon=len(actions) + 10)
+    envs = eval_gr00t.make_envs(args, 2, 5, 32)
+    result = evaluate(Player(), envs, [(6, 2)], seed=0, video_dir=tmp_path)
+    envs.close()
+    (solved,) = result.episodes
+    assert (solved.success, solved.length, result.success_rate) == (True, len(actions), 1.0)
+    assert [path.name for path in result.videos] == ["task_6_state_2_success.mp4"]
 
 
 def episode(success: bool, task_id: int = 0, state: int = 0, seed: int = 0) -> EvalEpisode:
