@@ -114,7 +114,8 @@ def jitter(values: Tensor, draws: Tensor, augmentation: Augmentation) -> Tensor:
 
 def hue_rotation(angle: Tensor) -> Tensor:
     """Returns matrices [B, 3, 3] that turn RGB colours by `angle` [B] rad in the YIQ plane, brightness unchanged."""
-    to_yiq = torch.tensor(YIQ, device=angle.device)
+    to_yiq = torch.tensor(YIQ)
+    to_rgb = torch.linalg.inv(to_yiq).to(angle.device)  # inverted on the CPU: a GPU's solver would wait for the host
     cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
     turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=-1).unflatten(-1, (3, 3))
-    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    return to_rgb @ turn @ to_yiq.to(angle.device)
