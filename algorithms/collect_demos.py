@@ -36,6 +36,7 @@ from rich.table import Table
 
 from algorithms.run_folder import json_ready, write_json
 from gr00t_agent.lerobot_writer import EPISODE_FILE, Episode, Recording, assemble_dataset, stage_episode
+from libero_gym.bddl import read_problem
 from libero_gym.env import DEFAULT_CAMERAS
 from libero_gym.experts import ExpertConfig, make_expert
 from libero_gym.rendering import Renderer, make_renderer
@@ -71,7 +72,7 @@ class Args:
     init_state_ids: tuple[int, ...] | None = None
     """Stored initial states that attempts take in turn; all if not given."""
     object_shift: float = 0.0
-    """Metres by which each object may be moved along x and y from its stored place (0.02 varies the scene)."""
+    """Metres by which objects may be moved along x and y from their stored places (0.02 varies the scene)."""
     horizon: int | None = None
     """Environment steps before an attempt counts as failed; the suite's own if not given."""
     expert: ExpertConfig = field(default_factory=ExpertConfig)
@@ -173,13 +174,32 @@ def start_episode(sim: Simulation, task: TaskSpec, attempt: Attempt) -> None:
         sim.reset(task, attempt.init_state_id, random_state)
         return
     sim.reset(task, attempt.init_state_id, random_state, num_settling_steps=0)
-    rng = np.random.default_rng((attempt.seed, 1))
-    for joint in np.flatnonzero(sim.model.jnt_type == mujoco.mjtJoint.mjJNT_FREE):
-        address = sim.model.jnt_qposadr[joint]
-        sim.data.qpos[address : address + 2] += rng.uniform(-attempt.object_shift, attempt.object_shift, 2)
+    for name, shift in object_shifts(sim.scene, task, attempt).items():
+        address = sim.scene.objects[name].joint_qpos_adr[0]
+        sim.data.qpos[address : address + 2] += shift
     mujoco.mj_forward(sim.model, sim.data)
     for _ in range(NUM_SETTLING_STEPS):
         sim.step(SETTLING_ACTION)
+
+
+def object_shifts(scene: Scene, task: TaskSpec, attempt: Attempt) -> dict[str, NDArray[np.float64]]:
+    """Returns by how much each movable object is moved along x and y, float64 [2] in metres.
+
+    What stands on another movable object moves with it, and what is inside a fixture stays where it is.
+    """
+    rng = np.random.default_rng((attempt.seed, 1))
+    movable = [name for name, thing in scene.objects.items() if not thing.is_fixture]
+    shifts = {name: rng.uniform(-attempt.object_shift, attempt.object_shift, 2) for name in movable}
+    for relation, *names in read_problem(task.bddl_file).init:
+        if len(names) != 2 or names[0] not in shifts:
+            continue
+        site = scene.sites.get(names[1])
+        carrier = names[1] if site is None else site.parent
+        if carrier in shifts:
+            shifts[names[0]] = shifts[carrier]
+        elif relation == "in":
+            shifts[names[0]] = np.zeros(2)
+    return shifts
 
 
 @functools.lru_cache(maxsize=64)

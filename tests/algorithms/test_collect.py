@@ -181,3 +181,19 @@ def test_a_dataset_is_shown(faked, tmp_path):
     assert sorted(p.name for p in (tmp_path / "shown").glob("*.mp4")) == ["episode_000000.mp4", "episode_000003.mp4"]
     with pytest.raises(ValueError, match="moments=0"):
         show_dataset.main(show_dataset.Args(**(options | {"moments": 0})))
+
+
+def test_what_stands_on_an_object_is_moved_with_it():
+    scene = load_scene(get_task("libero_spatial", 5))  # the bowl on the ramekin, another on the cookies
+    args = Args(output=Path("unused"), object_shift=0.02)
+    shifts = collect_demos.object_shifts(
+        scene, get_task("libero_spatial", 5), make_attempt(args, get_task("libero_spatial", 5), 0)
+    )
+    np.testing.assert_array_equal(shifts["akita_black_bowl_1"], shifts["glazed_rim_porcelain_ramekin_1"])
+    np.testing.assert_array_equal(shifts["akita_black_bowl_2"], shifts["cookies_1"])
+    assert np.abs(shifts["plate_1"] - shifts["cookies_1"]).min() > 0
+    assert max(np.abs(shift).max() for shift in shifts.values()) <= 0.02
+    drawer = get_task("libero_spatial", 4)
+    np.testing.assert_array_equal(
+        collect_demos.object_shifts(scene, drawer, make_attempt(args, drawer, 0))["akita_black_bowl_1"], 0
+    )
