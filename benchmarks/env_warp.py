@@ -1,0 +1,176 @@
+"""Throughput of the GPU physics, and whether it agrees with the CPU's on what succeeds.
+
+    python -m benchmarks.env_warp --suite libero_spatial --output benchmarks/results/env_warp_h100.json
+    python -m benchmarks.env_warp --num-worlds 2048 --num-chunks 3 --num-episodes 10     # within 90 s on an H100
+
+Throughput: `LiberoVectorEnv(physics="warp")` under random actions, chunks of five, automatic resets; without images,
+and with both views at the end of each chunk, left on the GPU. An environment step is 25 substeps of 2 ms. Agreement:
+the actions of scripted experts, recorded on the CPU's physics, are replayed open-loop on the GPU's, which may take up
+to five steps longer. The first run compiles kernels, which takes minutes; later ones find them in the cache.
+
+Needs neither LIBERO nor robosuite where `LIBERO_GYM_SCENES` names a scene archive. Prints tables, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from benchmarks.hardware import describe_run
+from libero_gym.experts import ExpertEpisode, run_expert
+from libero_gym.scenes import load_scene
+from libero_gym.simulation import Simulation
+from libero_gym.suites import TaskSpec, list_tasks
+from libero_gym.warp_physics import WarpOptions, WarpWorlds, WorldStart
+from libero_gym.warp_vector import LiberoWarpEnv
+
+CHUNK = 5
+EXTRA_STEPS = 5
+TARGET_WORLDS, TARGET = 2048, 8000
+NO_IMAGES, WITH_IMAGES = "env_steps_per_s", "env_steps_per_s_with_images"
+
+
+def measure_rate(args: argparse.Namespace, num_worlds: int, *, has_images: bool) -> dict[str, float]:
+    """Return env-steps/s under random actions, seconds to open and to run the first chunk, and GPU memory in GiB."""
+    start = time.perf_counter()
+    env = LiberoWarpEnv(
+        args.suite,
+        num_worlds,
+        num_action_chunks=CHUNK,
+        observe_images=has_images,
+        images_as_torch=has_images,
+        image_size=args.image_size,
+        warp_options=WarpOptions(solver_iterations=args.solver_iterations),
+    )
+    device = env.worlds.device
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    shape = (num_worlds, CHUNK, 7)
+    env.step(rng.uniform(-1, 1, shape).astype(np.float32))
+    wp.synchronize_device(device)
+    opening = time.perf_counter() - start
+    start, steps = time.perf_counter(), 0
+    for _ in range(args.num_chunks):
+        *_, infos = env.step(rng.uniform(-1, 1, shape).astype(np.float32))
+        steps += int(infos["num_steps"].sum())
+    wp.synchronize_device(device)
+    rate = steps / (time.perf_counter() - start)
+    memory = wp.get_mempool_used_mem_high(device) / 2**30 if device != "cpu" else 0.0
+    env.close()
+    del env
+    gc.collect()
+    return {"env_steps_per_s": rate, "open_s": opening, "gpu_memory_gib": memory}
+
+
+def record_episodes(tasks: Sequence[TaskSpec], num_episodes: int, num_threads: int) -> list[ExpertEpisode]:
+    """Run experts on the CPU's physics: tasks in turn, stored states 0, 1, 2 and so on."""
+    choices = [(tasks[i % len(tasks)], i // len(tasks)) for i in range(num_episodes)]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(lambda choice: run_expert(Simulation(load_scene(choice[0])), *choice), choices))
+
+
+def replay(episodes: Sequence[ExpertEpisode], options: WarpOptions) -> list[bool]:
+    """Return whether each episode's actions reach the goal on the GPU's physics, from the same state."""
+    count = len(episodes)
+    tasks = sorted({episode.task for episode in episodes}, key=lambda task: task.task_id)
+    worlds = WarpWorlds(load_scene(tasks[0]), tasks, count, options=options)
+    starts = [WorldStart(task=e.task, init_state_id=e.init_state_id, placement_seed=e.seed) for e in episodes]
+    worlds.reset(np.arange(count), starts, init_states="settled")
+    lengths = np.array([episode.length for episode in episodes])
+    steps_left = lengths + EXTRA_STEPS
+    is_active, has_succeeded = np.ones(count, np.bool_), np.zeros(count, np.bool_)
+    for step in range(int(steps_left.max())):
+        actions = np.zeros((count, 1, 7), np.float32)
+        for row, episode in enumerate(episodes):
+            if step < episode.length:
+                actions[row, 0] = episode.actions[step]
+            else:  # stays where it is, and holds what it holds
+                actions[row, 0, 6] = episode.actions[-1, 6]
+        is_active &= ~has_succeeded & (step < steps_left)
+        if not is_active.any():
+            break
+        has_succeeded |= worlds.step(actions, is_active, steps_left)[1][:, 0]
+    return has_succeeded.tolist()
+
+
+def main() -> dict[str, Any]:
+    """Measure, print, return the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="libero_spatial", help="a suite of one scene: libero_spatial, libero_goal")
+    parser.add_argument("--num-worlds", type=int, nargs="*", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--num-chunks", type=int, default=6, help="chunks of five steps that are timed")
+    parser.add_argument("--image-size", type=int, default=256, help="pixels")
+    parser.add_argument("--num-episodes", type=int, default=50, help="replayed expert episodes; 0 for none")
+    parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)), help="to record them")
+    parser.add_argument("--solver-iterations", type=int, default=WarpOptions().solver_iterations)
+    parser.add_argument("--output", type=Path, help="file for the JSON line")
+    args = parser.parse_args()
+
+    results: dict[str, Any] = {"rates": [], "agreement": None}
+    print(f"{'worlds':>7}{'env-steps/s':>13}{'with images':>13}{'open s':>9}{'GPU GiB':>9}", flush=True)
+    for num_worlds in args.num_worlds:
+        plain = measure_rate(args, num_worlds, has_images=False)
+        drawn = measure_rate(args, num_worlds, has_images=True)
+        results["rates"].append(
+            {
+                "num_worlds": num_worlds,
+                NO_IMAGES: round(plain["env_steps_per_s"], 1),
+                WITH_IMAGES: round(drawn["env_steps_per_s"], 1),
+                "open_s": round(plain["open_s"], 1),
+                "open_with_images_s": round(drawn["open_s"], 1),
+                "gpu_memory_gib": round(drawn["gpu_memory_gib"], 2),
+            }
+        )
+        print(
+            f"{num_worlds:>7}{plain['env_steps_per_s']:>13.0f}{drawn['env_steps_per_s']:>13.0f}"
+            f"{plain['open_s']:>9.1f}{drawn['gpu_memory_gib']:>9.2f}",
+            flush=True,
+        )
+    if args.num_episodes:
+        episodes = record_episodes(list_tasks(args.suite), args.num_episodes, args.num_threads)
+        on_warp = replay(episodes, WarpOptions(solver_iterations=args.solver_iterations))
+        agrees = [episode.success == success for episode, success in zip(episodes, on_warp, strict=True)]
+        results["agreement"] = {
+            "num_episodes": len(episodes),
+            "num_cpu_successes": sum(episode.success for episode in episodes),
+            "num_warp_successes": sum(on_warp),
+            "share": round(float(np.mean(agrees)), 4),
+            "differing": [
+                {"task_id": episode.task.task_id, "init_state_id": episode.init_state_id}
+                for episode, is_same in zip(episodes, agrees, strict=True)
+                if not is_same
+            ],
+        }
+        counts = results["agreement"]
+        print(
+            f"replayed expert episodes: {counts['num_episodes']}, CPU successes: {counts['num_cpu_successes']}, "
+            f"GPU successes: {counts['num_warp_successes']}, same outcome: {counts['share']:.1%}"
+        )
+
+    at_target = [row[WITH_IMAGES] for row in results["rates"] if row["num_worlds"] == TARGET_WORLDS]
+    value = at_target[0] if at_target else None
+    holds = None if value is None else value >= TARGET
+    targets = {f"env_steps_per_s_{TARGET_WORLDS}_with_images": {"value": value, "target": TARGET, "holds": holds}}
+    settings = {key: getattr(args, key) for key in ("suite", "num_chunks", "image_size", "solver_iterations")}
+    settings |= {"action_chunk": CHUNK, "num_cameras": 2}
+    document = {"benchmark": "env_warp", **describe_run(), "settings": settings, "results": results, "targets": targets}
+    line = json.dumps(document)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return document
+
+
+if __name__ == "__main__":
+    main()
