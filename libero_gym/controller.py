@@ -92,7 +92,7 @@ def read_kinematics(model: mujoco.MjModel, data: mujoco.MjData, robot: Robot) ->
         ee_ori_vel=np.dot(jac_ori, data.qvel),
         jac_pos=np.asfortranarray(jac_pos[:, robot.arm_dof_adr]),
         jac_ori=np.asfortranarray(jac_ori[:, robot.arm_dof_adr]),
-        mass_matrix=np.asfortranarray(data.M[inertia_addresses(model, robot)]),
+        mass_matrix=np.asfortranarray(sparse_inertia(model, data)[inertia_addresses(model, robot)]),
         joint_pos=data.qpos[robot.arm_qpos_adr],
         joint_vel=data.qvel[robot.arm_dof_adr],
     )
@@ -263,8 +263,17 @@ def step_numpy(
             observation.read_sensors(data, robot)
 
 
+def sparse_inertia(model: mujoco.MjModel, data: mujoco.MjData) -> FloatArray:
+    """Return the live array of the joint-space inertia; before MuJoCo 3.3.6 it is kept in another order."""
+    return data.M if hasattr(model, "M_rowadr") else data.qM
+
+
 def inertia_addresses(model: mujoco.MjModel, robot: Robot) -> IntArray:
-    """Return where `data.M` holds the arm's inertia, int64 [7, 7]: the block of a sparse lower triangle, mirrored."""
+    """Return where `sparse_inertia` holds the arm's, int64 [7, 7]: the block of a sparse lower triangle, mirrored."""
+    if not hasattr(model, "M_rowadr"):
+        # Each joint's row starts at the diagonal and goes up the tree; the arm is one chain.
+        joint = np.arange(7)
+        return model.dof_Madr[robot.arm_dof_adr][np.maximum.outer(joint, joint)] + abs(np.subtract.outer(joint, joint))
     addresses = np.empty((7, 7), dtype=np.int64)
     for i, row in enumerate(robot.arm_dof_adr):
         start = int(model.M_rowadr[row])

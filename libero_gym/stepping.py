@@ -32,7 +32,14 @@ from numba.core import cgutils, config, types
 from numba.extending import get_cython_function_address, intrinsic
 
 from libero_gym.cache import cache_dir
-from libero_gym.controller import NULLSPACE_STIFFNESS, SUBSTEPS, ArmKinematics, ControllerState, inertia_addresses
+from libero_gym.controller import (
+    NULLSPACE_STIFFNESS,
+    SUBSTEPS,
+    ArmKinematics,
+    ControllerState,
+    inertia_addresses,
+    sparse_inertia,
+)
 from libero_gym.scenes import Robot
 
 _OBSERVED_SUBSTEP = SUBSTEPS - 2
@@ -520,7 +527,8 @@ class NativeStepper:
             (_INTEGERS.ctypes.data, _CHARACTERS.ctypes.data, _SCALARS.ctypes.data),
             is_exact,
         )
-        live = (data.qpos, data.qvel, data.ctrl, data.qfrc_bias, data.M, data.site_xpos, data.site_xmat, data.xquat)
+        inertia = sparse_inertia(model, data)
+        live = (data.qpos, data.qvel, data.ctrl, data.qfrc_bias, inertia, data.site_xpos, data.site_xmat, data.xquat)
         robot_ids = (
             robot.arm_qpos_adr,
             robot.arm_dof_adr,

@@ -385,6 +385,7 @@ def test_stepping_before_reset_is_refused():
 
 
 def test_images_as_torch_equal_the_arrays():
+    pytest.importorskip("torch", reason="torch is no part of this environment")
     arrays = make(2, observe_images=True, image_size=16, renderer="warp", horizon=1)
     tensors = make(2, observe_images=True, image_size=16, images_as_torch=True, horizon=1)
     for env in (arrays, tensors):
