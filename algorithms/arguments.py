@@ -1,14 +1,118 @@
-"""What the trainers' command lines share: presets, and sizes that must divide exactly."""
+"""What the trainers' command lines share: how a run is kept, its environments and its agent; presets; exact sizes."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import tyro
 
 ArgsT = TypeVar("ArgsT")
+
+
+@dataclass(kw_only=True)
+class RunArgs:
+    """Arguments of a reinforcement-learning run that are not the algorithm's."""
+
+    # --- run ---
+    preset: str | None = None
+    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
+    run_name: str = "{suite}_{seed}"
+    """Name of the run's folder; may hold fields of these arguments in braces."""
+    output_dir: Path = Path("runs")
+    """Where run folders are made."""
+    resume: Path | None = None
+    """Run folder (or its newest checkpoint) to go on with, or `auto`: the newest run of this name that has a
+    checkpoint, else a new one. Give the same arguments as before."""
+    seed: int = 1
+    """Seed of the environments, the agent's initial weights and every random draw."""
+    num_iterations: int = 400
+    """Rollout-and-update rounds; schedules run over them."""
+    save_interval: int = 50
+    """Iterations between checkpoints; the last iteration is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints that are kept besides for their success rate (evaluated ones, if eval_interval is not 0)."""
+    eval_interval: int = 0
+    """Iterations between evaluations; 0 evaluates only after the last."""
+    eval_episodes_per_task: int = 50
+    """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
+    log_with: tuple[str, ...] = ("tensorboard",)
+    """Accelerate trackers that receive the metrics."""
+    feature_storage: Literal["device", "host", "mixed", "none"] = "mixed"
+    """Where encoded observations wait for the update. `device`, `host`: up to feature_memory_gb there, the rest is
+    encoded anew in every epoch. `mixed`: up to feature_memory_gb on the device, the rest in host memory. `none`: all
+    encoded anew."""
+    feature_memory_gb: float = 16.0
+    """Memory of a process for encoded observations, 10^9 bytes."""
+
+    # --- environment ---
+    suite: str = "libero_spatial"
+    """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
+    task_ids: tuple[int, ...] | None = None
+    """Tasks to train on; all of the suite if not given."""
+    num_envs: int = 64
+    """Parallel environments over all processes."""
+    num_action_chunks: int = 5
+    """Environment steps that one decision executes (C)."""
+    horizon: int | None = None
+    """Environment steps before truncation; the suite's own if not given."""
+    renderer: Literal["egl", "osmesa", "warp"] | None = None
+    """Renderer; if not given, the best that the machine has."""
+    pipeline_stage_num: int = 1
+    """Stages that a process's environments are split into; one simulates while another is decided."""
+    env_timeout_s: float = 600.0
+    """Stop the run if a decision's environment steps take longer."""
+
+    # --- agent ---
+    model: str = "nano"
+    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a checkpoint."""
+    noise_method: Literal["flow_sde", "flow_cps", "reinflow", "reinflow_joint"] = "flow_sde"
+    """How the denoising chain is made stochastic for exploration."""
+    noise_level: float = 0.5
+    """Strength of the exploration noise (flow_sde and flow_cps)."""
+    final_noise: float = 1.0
+    """Part of the exploration noise that is left at the end of training; it falls linearly from 1."""
+    denoising_steps: int = 4
+    """Denoising steps from noise to action."""
+    logprob_level: Literal["chunk", "action", "token"] = "chunk"
+    """What has one ratio to clip: the whole chunk (log-probabilities summed over C steps and their dimensions), each
+    of its actions (summed over dimensions), or each dimension of each action."""
+    train_backbone: bool = False
+    """Train the vision tower and the language model too; otherwise their features are computed once a decision."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of matrix products; the checkpoint's own if not given. Trained weights and log-probabilities are float32."""
+
+    def progress(self, iteration: int) -> float:
+        """Returns the part of training that is done before `iteration` (from 1), in [0, 1)."""
+        return (iteration - 1) / self.num_iterations
+
+    def saves(self, iteration: int) -> bool:
+        """Returns whether a checkpoint is saved after `iteration`."""
+        return iteration == self.num_iterations or iteration % self.save_interval == 0
+
+    def evaluates(self, iteration: int) -> bool:
+        """Returns whether the policy is evaluated after `iteration`."""
+        due = iteration == self.num_iterations or bool(self.eval_interval and iteration % self.eval_interval == 0)
+        return due and self.eval_episodes_per_task > 0
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """Returns what the best checkpoints are chosen by."""
+        return metrics.get("eval/success_once" if self.eval_interval else "env/success_once")
+
+    def noise_options(self, iteration: int) -> dict[str, float]:
+        """Returns what to pass to the agent besides observation and action; nothing unless noise is annealed.
+
+        Raises:
+            ValueError: `final_noise` is not in (0, 1].
+        """
+        if not 0 < self.final_noise <= 1:
+            raise ValueError(f"final_noise={self.final_noise} is not in (0, 1]; without noise there is no ratio")
+        return {} if self.final_noise == 1 else {"noise_anneal": 1 - (1 - self.final_noise) * self.progress(iteration)}
 
 
 def parse_args(args_class: type[ArgsT], presets: Mapping[str, ArgsT], description: str | None) -> ArgsT:

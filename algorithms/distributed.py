@@ -54,6 +54,17 @@ def prepare(accelerator: Accelerator, agent: nn.Module, optimizer: torch.optim.O
     return model, prepared
 
 
+def without_gradients(accelerator: Accelerator) -> Callable[..., Any]:
+    """Returns a function that calls another one with what follows, without gradients, in training's precision."""
+
+    @torch.no_grad()
+    def call(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        with accelerator.autocast():
+            return function(*inputs, **options)
+
+    return call
+
+
 def over_processes(accelerator: Accelerator, value: Tensor, how: Literal["sum", "mean", "max"]) -> Tensor:
     """Returns `value` combined element by element over all processes; the same on each."""
     if how == "max":
@@ -68,6 +79,12 @@ def mean_and_variance(accelerator: Accelerator, values: Tensor) -> tuple[Tensor,
     total = over_processes(accelerator, torch.stack([values.sum(), count]), "sum")
     mean = total[0] / total[1]
     return mean, over_processes(accelerator, (values - mean).square().sum(), "sum") / total[1]
+
+
+def explained_variance(accelerator: Accelerator, values: Tensor, returns: Tensor) -> float:
+    """Returns 1 - Var[returns - values] / Var[returns] over all processes; NaN or -inf where returns do not vary."""
+    residual, total = (mean_and_variance(accelerator, x)[1] for x in (returns - values, returns))
+    return (1 - residual / total).item()
 
 
 def clip_grad_norm(accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -103,16 +120,16 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Mapping[str, Te
     return cast(Mapping[str, Tensor], accelerator.get_state_dict(model)) if accelerator.is_fsdp2 else None
 
 
-def for_all(accelerator: Accelerator, work: Callable[[Path], float], folder: Path) -> float:
-    """Returns `work(folder)`, done by the main process while the others wait.
+def for_all(accelerator: Accelerator, work: Callable[..., float], folder: Path, *inputs: Any) -> float:
+    """Returns `work(folder, *inputs)`, done by the main process while the others wait.
 
     Sharded weights need every process: then all do the same, the others with a folder that is thrown away.
     """
     if accelerator.is_main_process:
-        result = [work(folder)]
+        result = [work(folder, *inputs)]
     elif accelerator.is_fsdp2:
         with tempfile.TemporaryDirectory() as scratch:
-            result = [work(Path(scratch))]
+            result = [work(Path(scratch), *inputs)]
     else:
         result = [0.0]
     return broadcast_object_list(result)[0]

@@ -6,103 +6,76 @@ return, every decision of it has the advantage (Shao et al. 2024, arXiv:2402.033
     A_i = (R_i - mean(R_1..R_G)) / (std(R_1..R_G) + 1e-6)        (population std)
 
 and the loss is PPO's clipped surrogate on decisions (one decision is one action chunk, its log-probability that of
-the one noised denoising step; see `gr00t_agent.sampler`). A group whose success rate lies outside
-[min_group_success, max_group_success] says little or nothing: it is dropped before any forward pass, and more groups
-are played until `num_groups` informative ones are there or `max_rollouts` are spent (dynamic sampling, Yu et al. 2025,
-arXiv:2503.14476).
+the one noised denoising step; see `gr00t_agent.sampler`), minus an entropy bonus and plus a divergence from the policy
+that training started from, both on request; the divergence by GRPO's estimator r' - 1 - log r' with r' = start policy
+/ policy. A group whose success rate lies outside [min_group_success, max_group_success] says little or nothing: it is
+dropped before any update, and more groups are played until `num_groups` informative ones are there or `max_rollouts`
+are spent (dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
 
 Launch:
-    accelerate launch algorithms/grpo_gr00t.py --suite libero_spatial --model <checkpoint>
+    accelerate launch algorithms/grpo_gr00t.py --preset libero_spatial_nano
+    accelerate launch --num_processes 4 algorithms/grpo_gr00t.py --suite libero_goal --model <checkpoint> --resume auto
 All sizes are global: they are divided over the processes, and a size that does not divide is an error. A group lives
-on one process. Processes may keep different numbers of decisions: each epoch has the same number of minibatches
-everywhere, and a minibatch's loss is the mean over its decisions of all processes.
+on one process. Processes may keep different numbers of decisions: each epoch has the same minibatches everywhere, and
+a minibatch's loss is the mean over its decisions of all processes. Every draw is keyed by seed, iteration, rollout and
+environment, so that the result does not depend on the number of processes or stages, and a resumed run is the same
+run. Sharded weights (FSDP) are refused: episodes end at different times on different processes.
 
 Metrics: those of `ppo_gr00t.py` that need no critic, and `rollout/groups_kept` (fraction of the groups played),
-`rollout/num_rollouts`, `rollout/group_success_std`.
+`rollout/num_rollouts`, `rollout/group_success_std`. An iteration without an informative group updates nothing and logs
+no `actor/*` means.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algorithms.arguments import parse_args, share_of_process
+from algorithms import presets
+from algorithms.arguments import RunArgs, parse_args, share_of_process
 from algorithms.batch import concatenate, index
+from algorithms.checkpoints import Checkpoints, StopSignal, open_run
+from algorithms.distributed import (
+    clip_grad_norm,
+    for_all,
+    make_accelerator,
+    mean_and_variance,
+    over_processes,
+    prepare,
+    without_gradients,
+)  # fmt: skip
 from algorithms.episodes import Episode, episode_metrics
 from algorithms.eval_gr00t import evaluate_into, evaluation_jobs
+from algorithms.feature_store import FeatureStore
+from algorithms.overlap import EnvStages
 from algorithms.progress import TrainingProgress
-from algorithms.run_folder import RunFolder
+from algorithms.randomness import EPISODES, GROUPS, MINIBATCHES, NOISE, deal, generators_of, seed_of
+from algorithms.reference_policy import frozen_copy
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
 
 @dataclass(kw_only=True)
-class Args:
-    """Command-line arguments; each one's help follows it."""
+class Args(RunArgs):
+    """Command-line arguments besides those of every run; each one's help follows it."""
 
-    # --- run ---
-    preset: str | None = None
-    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
     run_name: str = "grpo_{suite}_{seed}"
     """Name of the run's folder; may hold fields of these arguments in braces."""
-    output_dir: Path = Path("runs")
-    """Where run folders are made."""
-    seed: int = 1
-    """Seed of the environments, the agent's initial weights and every random draw."""
-    num_iterations: int = 400
-    """Rollout-and-update rounds."""
-    save_interval: int = 50
-    """Iterations between checkpoints; the last iteration is always saved."""
-    eval_interval: int = 0
-    """Iterations between evaluations; 0 evaluates only after the last."""
-    eval_episodes_per_task: int = 50
-    """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
-    log_with: tuple[str, ...] = ("tensorboard",)
-    """Accelerate trackers that receive the metrics."""
 
-    # --- environment ---
-    suite: str = "libero_spatial"
-    """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
-    task_ids: tuple[int, ...] | None = None
-    """Tasks to train on; all of the suite if not given."""
-    num_envs: int = 64
-    """Parallel environments over all processes; one rollout plays one episode in each."""
-    num_action_chunks: int = 5
-    """Environment steps that one decision executes (C)."""
-    horizon: int | None = None
-    """Environment steps before truncation; the suite's own if not given."""
-    renderer: Literal["egl", "osmesa", "warp"] | None = None
-    """Renderer; if not given, the best that the machine has."""
-
-    # --- agent ---
-    model: str = "nano"
-    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a checkpoint."""
-    noise_method: Literal["flow_sde", "flow_cps", "reinflow", "reinflow_joint"] = "flow_sde"
-    """How the denoising chain is made stochastic for exploration."""
-    noise_level: float = 0.5
-    """Strength of the exploration noise (flow_sde and flow_cps)."""
-    denoising_steps: int = 4
-    """Denoising steps from noise to action."""
-    logprob_level: Literal["chunk", "action"] = "chunk"
-    """Clip the ratio of a whole chunk, or of each of its actions."""
-    train_backbone: bool = False
-    """Train the vision tower and the language model too; otherwise their features are computed once a decision."""
-
-    # --- optimisation ---
+    # --- rollout: one episode in every environment ---
     group_size: int = 8
     """Episodes per group (G)."""
     num_groups: int = 64
@@ -113,8 +86,12 @@ class Args:
     """Groups with a lower success rate are dropped."""
     max_group_success: float = 0.9
     """Groups with a higher success rate are dropped."""
+
+    # --- optimisation ---
     learning_rate: float = 5e-6
     """AdamW's step size."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the step size, or let it fall to 0 over training."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     update_epochs: int = 2
@@ -122,7 +99,13 @@ class Args:
     num_minibatches: int = 8
     """Optimiser steps per epoch."""
     micro_batch_size: int = 1024
-    """Decisions per forward pass and process at most; larger minibatches accumulate gradients."""
+    """Decisions per forward pass over all processes at most; larger minibatches accumulate gradients."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped."""
+
+    # --- loss ---
+    loss_weighting: Literal["decision", "trajectory"] = "decision"
+    """All decisions weigh the same, or all episodes do, as in RLinf."""
     clip_coef: float = 0.2
     """Lower clip of the ratio: 1 - clip_coef."""
     clip_coef_high: float = 0.28
@@ -130,20 +113,17 @@ class Args:
     dual_clip: float | None = None
     """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form)."""
-    max_grad_norm: float = 1.0
-    """Norm to which gradients are clipped."""
+    """Weight of the entropy bonus (closed form, nats per decision)."""
+    kl_coef: float = 0.0
+    """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
     """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities disagree."""
 
 
-PRESETS: dict[str, Args] = {
-    "demo": Args(
-        run_name="demo_grpo", num_iterations=3, num_envs=4, group_size=2, num_groups=2, max_rollouts=1, horizon=60,
-        num_minibatches=2, eval_episodes_per_task=1, learning_rate=3e-5,
-    ),
-}  # fmt: skip
-METRICS = ("actor/loss", "actor/entropy", "actor/approx_kl", "actor/pg_clipfrac", "actor/grad_norm")
+PRESETS = {name: Args(**settings) for name, settings in presets.GRPO.items()}
+METRICS = (
+    "actor/loss", "actor/entropy", "actor/reference_kl", "actor/approx_kl", "actor/pg_clipfrac", "actor/grad_norm",
+)  # fmt: skip
 
 
 def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
@@ -161,7 +141,7 @@ def make_agent(args: Args) -> Gr00tAgent:
     return Gr00tAgent.load(
         args.model, num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
         noise_method=args.noise_method, noise_level=args.noise_level, logprob_level=args.logprob_level,
-        train_backbone=args.train_backbone,
+        train_backbone=args.train_backbone, compute_dtype=args.compute_dtype,
     )  # fmt: skip
 
 
@@ -186,7 +166,7 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Returns the clipped surrogate loss of each element and a bool mask, True where the clip was active.
 
-    `logratio` is [B] for chunk-level log-probabilities or [B, C] for action-level ones; advantages are [B].
+    `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens; advantages are [B].
     """
     advantages = advantages.reshape(-1, *[1] * (logratio.ndim - 1))
     ratio = logratio.exp()
@@ -198,46 +178,68 @@ def policy_loss(
     return loss, clipped > unclipped
 
 
-def sample_groups(generator: np.random.Generator, jobs: list[tuple[int, int]], num_groups: int) -> NDArray[np.intp]:
-    """Returns (task id, initial state id) [num_groups, 2] of groups, drawn without replacement while jobs last."""
+def divergence(logratio: Tensor) -> Tensor:
+    """Returns r - 1 - log r of each element, an estimate of KL(p || q) if r = q / p at draws from p."""
+    return logratio.exp() - 1 - logratio
+
+
+def per_decision(reduce: Callable[..., Tensor], *elements: Tensor) -> list[Tensor]:
+    """Returns each of `elements` [B, ...] reduced to one number per decision [B]."""
+    return [reduce(x.float().reshape(len(x), -1), dim=1) for x in elements]
+
+
+def sample_groups(
+    key: tuple[int, ...], jobs: Sequence[tuple[int, int]], num_groups: int, group_size: int
+) -> NDArray[np.int64]:
+    """Returns task id, initial state id and seed [num_groups * group_size, 3] of episodes, those of a group adjacent.
+
+    Groups' (task, state) are drawn from `jobs`, without replacement while they last. A group has one seed: fixtures
+    stand alike, and only the policy's noise differs.
+    """
+    rng = np.random.default_rng(key)
     rounds = math.ceil(num_groups / len(jobs))
-    order = np.concatenate([generator.permutation(len(jobs)) for _ in range(rounds)])[:num_groups]
-    return np.asarray(jobs, dtype=np.intp)[order]
+    order = np.concatenate([rng.permutation(len(jobs)) for _ in range(rounds)])[:num_groups]
+    seeds = [seed_of(*key, EPISODES, group) for group in range(num_groups)]
+    groups = np.array([(*jobs[job], seed) for job, seed in zip(order, seeds, strict=True)], dtype=np.int64)
+    return np.repeat(groups, group_size, axis=0)
 
 
-@torch.no_grad()
-def play(agent: Any, envs: gym.vector.VectorEnv, groups: NDArray[np.intp], args: Args, seed: int) -> dict[str, Any]:
-    """Plays one episode in every environment, groups side by side.
+def play(
+    decide: Callable[..., dict[str, Any]], stages: EnvStages, starts: NDArray[np.int64]
+) -> tuple[dict[str, Any], NDArray[np.bool_], NDArray[np.int64]]:
+    """Plays one episode in every environment, one stage simulating while another is decided.
+
+    Args:
+        decide: from observations of some environments and their rows [M] among this process's to `env_action` [M, C, a]
+            and whatever else is kept of the decisions.
+        stages: the environments.
+        starts: [N, 3] task id, initial state id and seed of each.
 
     Returns:
-        obs, action, logprob: of the decisions of all episodes, joined; `episode` [B] the environment of each.
-        success [N] bool, length [N], env_s (seconds in the environments), decisions.
+        What was kept of all decisions, joined, with `episode`, the row of each one's environment; success [N]; length
+        [N] in environment steps.
     """
-    task_ids, state_ids = np.repeat(groups, args.group_size, axis=0).T
-    # A group's environments get one seed: fixtures stand alike, and only the policy's noise differs.
-    seeds = [int(s) for s in np.repeat(np.random.SeedSequence(seed).generate_state(len(groups)), args.group_size)]
-    mask = np.ones(envs.num_envs, dtype=bool)
-    obs, _ = envs.reset(seed=seeds, options={"reset_mask": mask, "task_id": task_ids, "init_state_id": state_ids})
-    live = np.arange(envs.num_envs)
-    chunk_shape = (envs.action_space.shape or ())[1:]
-    success, length = np.zeros(envs.num_envs, dtype=bool), np.zeros(envs.num_envs, dtype=np.int64)
-    stored: list[tuple[Any, Any, Tensor, NDArray[np.intp]]] = []
-    env_s = 0.0
-    while len(live):
-        encoded = agent.encode(index(obs, live))
-        action, logprob, _, _ = agent.get_action_and_value(encoded)
-        stored.append((encoded, action, logprob, live))
-        env_action = np.zeros((envs.num_envs, *chunk_shape), dtype=np.float32)
-        env_action[live] = action.env_action.cpu().numpy().reshape(len(live), *chunk_shape)
-        start = time.perf_counter()
-        obs, _, terminated, truncated, infos = envs.step(env_action)
-        env_s += time.perf_counter() - start
-        success[live] |= infos["success"][live]
-        length[live] = infos["episode_length"][live]
-        live = live[~(terminated | truncated)[live]]
-    names = ("obs", "action", "logprob", "episode")
-    joined = {name: concatenate(list(items)) for name, items in zip(names, zip(*stored, strict=True), strict=True)}
-    return joined | dict(success=success, length=length, env_s=env_s, task_ids=task_ids, state_ids=state_ids)
+    for stage in stages:
+        tasks, states, seeds = starts[stage.rows].T
+        mask = np.ones(len(seeds), dtype=bool)
+        stage.reset(seeds.tolist(), {"reset_mask": mask, "task_id": tasks, "init_state_id": states})
+    live = [np.arange(len(stage.env_ids)) for stage in stages]
+    success, length = np.zeros(len(starts), dtype=bool), np.zeros(len(starts), dtype=np.int64)
+    decisions: list[dict[str, Any]] = []
+    while any(len(rows) for rows in live):
+        for i, stage in enumerate(stages):
+            if stage.waits:  # what the last decision led to
+                step, rows = stage.receive(), live[i]
+                success[stage.offset + rows] |= step.infos["success"][rows]
+                length[stage.offset + rows] = step.infos["episode_length"][rows]
+                live[i] = rows[~(step.terminated | step.truncated)[rows]]
+            if len(live[i]):
+                chosen = decide(index(stage.obs, live[i]), stage.offset + live[i])
+                env_action = np.zeros((len(stage.env_ids), *chosen["env_action"].shape[1:]), dtype=np.float32)
+                env_action[live[i]] = chosen.pop("env_action")
+                stage.send(env_action.reshape(stage.envs.action_space.shape or ()))
+                decisions.append(chosen | dict(episode=stage.offset + live[i]))
+    return concatenate(decisions), success, length
 
 
 def main(
@@ -247,143 +249,194 @@ def main(
 
     `make_agent` and `make_envs` are the two places to plug in something else, on the terms of `ppo_gr00t.main`.
     """
-    accelerator = Accelerator(log_with=list(args.log_with) or None, project_dir=str(args.output_dir))
-    device, num_processes = accelerator.device, accelerator.num_processes
-    num_envs, num_groups = (share_of_process(args, name, num_processes) for name in ("num_envs", "num_groups"))
+    accelerator = make_accelerator(args.log_with, args.output_dir)
+    device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    num_envs, micro_size = (share_of_process(args, n, num_processes) for n in ("num_envs", "micro_batch_size"))
     if args.group_size < 2 or num_envs % args.group_size:
         raise ValueError(
             f"group_size={args.group_size} must be at least 2 and divide the {num_envs} environments of a process "
             f"(num_envs={args.num_envs} over {num_processes} process(es))"
         )
-    run = RunFolder.create(args, accelerator)
+    if accelerator.is_fsdp2:
+        raise ValueError("FSDP cannot be used: episodes end at different times on different processes; use DDP")
+    env_ids = rank * num_envs + np.arange(num_envs)
+    run, checkpoint = open_run(args, accelerator)
     set_seed(args.seed)
     agent = make_agent(args).to(device).eval()
-    envs = make_envs(args, num_envs, agent.image_size)
-    set_seed(args.seed, device_specific=True)
-    generator = np.random.default_rng((args.seed, accelerator.process_index))
     groups = agent.param_groups(args.learning_rate, 0.0)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(agent, optimizer)
+    for parameter in (p for group in groups if group.get("name") == "value" for p in group["params"]):
+        parameter.requires_grad_(False)  # no critic
+    groups = [group for group in groups if group.get("name") != "value"]
+    reference = frozen_copy(agent, share_frozen=True) if args.kl_coef else None
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
+    model, optimizer = prepare(accelerator, agent, optimizer)
+    set_seed(args.seed, device_specific=True)
+    frozen = without_gradients(accelerator)
+    store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
     num_updates, show = args.update_epochs * args.num_minibatches, accelerator.is_main_process
-    progress = TrainingProgress(args.num_iterations, args.max_rollouts, num_updates, enabled=show)
     jobs = evaluation_jobs(args.suite, args.task_ids, 50)
     metrics: dict[str, float] = {}
-    global_step = 0
-    with progress:
-        for iteration in range(1, args.num_iterations + 1):
+
+    def make_stage(num_envs: int) -> gym.vector.VectorEnv:
+        return make_envs(args, num_envs, agent.image_size)
+
+    def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
+        return stop.watched(make_stage(num_envs))
+
+    def decide(
+        generators: Sequence[torch.Generator], iteration: int, obs: dict[str, Any], rows: NDArray[np.intp]
+    ) -> dict[str, Any]:
+        stop.check()
+        encoded = frozen(agent.encode, obs)
+        own, noise = [generators[row] for row in rows], args.noise_options(iteration)
+        action, logprob, *_ = frozen(agent, encoded, generator=own, **noise)
+        env_action = action.env_action.cpu().numpy()
+        run.check_actions(env_action, iteration, logprob=logprob)
+        return dict(row=store.put(obs, encoded), action=action, logprob=logprob, env_action=env_action)
+
+    with (
+        StopSignal(accelerator) as stop,
+        EnvStages(make_stage, env_ids, num_stages=args.pipeline_stage_num, timeout_s=args.env_timeout_s) as stages,
+        Checkpoints(run, accelerator, model, optimizer, stages, args, episodes_go_on=False) as checkpoints,
+        TrainingProgress(args.num_iterations, args.max_rollouts, num_updates, enabled=show) as progress,
+    ):
+        done, global_step = checkpoints.start(checkpoint)
+        progress.skip(done)
+        for iteration in range(done + 1, args.num_iterations + 1):
             # --- rollouts until there are enough informative groups ---
-            rollout_start = time.perf_counter()
-            env_s, env_steps, num_kept, num_rollouts = 0.0, 0, 0, 0
-            episodes: list[Episode] = []
-            kept: list[dict[str, Any]] = []
-            group_stds: list[Tensor] = []
-            while num_rollouts < args.max_rollouts:
-                chosen = sample_groups(generator, jobs, num_envs // args.group_size)
-                with accelerator.autocast():
-                    played = play(agent, envs, chosen, args, seed=int(generator.integers(2**31)))
+            rollout_start, busy_s, wait_s = time.perf_counter(), stages.busy_s, stages.wait_s
+            noise, env_steps, num_kept, num_rollouts = args.noise_options(iteration), 0, 0, 0
+            episodes, kept, group_stds = list[Episode](), list[dict[str, Any]](), list[Tensor]()
+            spare: dict[str, Any] = {}
+            store.clear()
+            while num_rollouts < args.max_rollouts and num_kept < args.num_groups:
+                key = (args.seed, GROUPS, iteration, num_rollouts)
+                starts = sample_groups(key, jobs, args.num_envs // args.group_size, args.group_size)[env_ids]
+                generators = generators_of((args.seed, NOISE, iteration, num_rollouts), env_ids)
+                played, success, length = play(partial(decide, generators, iteration), stages, starts)
                 num_rollouts += 1
-                env_s += played["env_s"]
-                env_steps += int(played["length"].sum())
+                env_steps += int(length.sum())
                 episodes += [
                     Episode(task_id=int(t), init_state_id=int(i), success=bool(s), length=int(n))
-                    for t, i, s, n in zip(
-                        played["task_ids"], played["state_ids"], played["success"], played["length"], strict=True
-                    )
+                    for (t, i, _), s, n in zip(starts, success, length, strict=True)
                 ]
-                success = torch.from_numpy(played["success"])
-                group_stds.append(success.float().unflatten(0, (-1, args.group_size)).std(1, correction=0).mean())
+                returns = torch.from_numpy(success).float()
+                group_stds.append(returns.unflatten(0, (-1, args.group_size)).std(1, correction=0))
                 informative = informative_groups(
-                    success, args.group_size, args.min_group_success, args.max_group_success
+                    returns, args.group_size, args.min_group_success, args.max_group_success
                 )
-                num_kept += int(informative.sum())
-                keep_episode = informative.repeat_interleave(args.group_size).numpy()
-                rows = np.flatnonzero(keep_episode[played["episode"]])
-                if len(rows):
-                    advantages = group_advantages(success.float(), args.group_size)[played["episode"][rows]]
-                    batch = {name: index(played[name], rows) for name in ("obs", "action", "logprob")}
-                    kept.append(batch | dict(advantage=advantages.to(device)))
+                num_kept += int(over_processes(accelerator, informative.sum().to(device), "sum"))
+                is_kept = informative.repeat_interleave(args.group_size).numpy()[played["episode"]]
+                # One decision serves where a process has none in a minibatch.
+                spare = spare or index(played, np.zeros(1, dtype=np.intp))
+                store.free(np.setdiff1d(played["row"][~is_kept], spare["row"]))
+                decisions = np.bincount(played["episode"])
+                played |= dict(
+                    advantage=group_advantages(returns, args.group_size)[played["episode"]].to(device),
+                    weight=torch.from_numpy(1 / decisions[played["episode"]]).float().to(device),
+                )
+                kept.append(index(played, np.flatnonzero(is_kept)))
                 progress.decision([e.success for e in episodes], env_steps / (time.perf_counter() - rollout_start))
-                enough = torch.tensor(num_kept >= num_groups, device=device)
-                if accelerator.reduce(enough.int(), "sum") == num_processes:
-                    break
-            global_step += int(accelerator.reduce(torch.tensor(env_steps, device=device), "sum"))
-            fewest = int(
-                accelerator.gather(torch.tensor([sum(len(b["advantage"]) for b in kept)], device=device)).min()
+            global_step += (
+                env_steps := int(over_processes(accelerator, torch.tensor(env_steps, device=device), "sum"))
             )
+            # The spare decision is the last row and weighs nothing.
+            spare |= dict(advantage=torch.zeros(1, device=device), weight=torch.zeros(1, device=device))
+            batch = concatenate([*kept, spare])
+            num_rows = len(batch["row"]) - 1
+            num_decisions = over_processes(accelerator, torch.tensor(float(num_rows), device=device), "sum")
+            if args.loss_weighting == "decision":
+                batch["weight"][:-1] = 1.0
+            batch["weight"] *= num_decisions / over_processes(accelerator, batch["weight"].sum(), "sum").clamp(min=1e-9)
+            if reference is not None:
+                micro_batches = np.array_split(np.arange(num_rows + 1), num_rows // micro_size + 1)
+                rows = (index(batch, part) for part in micro_batches)
+                scores = [frozen(reference, store.get(b["row"]), b["action"], **noise)[1] for b in rows]
+                batch["reference"] = torch.cat(scores)
 
             # --- update ---
-            update_start = time.perf_counter()
-            history: list[Tensor] = []
-            ratio_deviation = 0.0
-            if fewest >= args.num_minibatches:
-                batch = {name: concatenate([b[name] for b in kept]) for name in kept[0]}
-                for _ in range(args.update_epochs):
-                    order = generator.permutation(len(batch["advantage"]))
-                    for minibatch in np.array_split(order, args.num_minibatches):
-                        count = accelerator.reduce(torch.tensor(float(len(minibatch)), device=device), "sum")
-                        stats = torch.zeros(4, device=device)
-                        for start in range(0, len(minibatch), args.micro_batch_size):
-                            inds = minibatch[start : start + args.micro_batch_size]
-                            is_last = start + args.micro_batch_size >= len(minibatch)
-                            adv = index(batch["advantage"], inds)
-                            with nullcontext() if is_last else accelerator.no_sync(model):
-                                with accelerator.autocast():
-                                    row = index(batch["obs"], inds), index(batch["action"], inds)
-                                    _, logprob, entropy, _ = model(*row)
-                                logratio = logprob - index(batch["logprob"], inds)
-                                pg, clipped = policy_loss(
-                                    logratio, adv, args.clip_coef, args.clip_coef_high, args.dual_clip
-                                )
-                                loss = pg.mean() - args.ent_coef * entropy.mean()
-                                # DDP averages over processes; times their number, the mean is over all decisions.
-                                share = len(inds) / count
-                                accelerator.backward(loss * share * num_processes)
-                            ratio = logratio.detach().exp()
-                            terms = (pg, entropy, (ratio - 1) - logratio, clipped.float())
-                            stats += share * torch.stack([term.detach().mean() for term in terms])
-                            if not history:
-                                ratio_deviation = max(ratio_deviation, (ratio - 1).abs().max().item())
-                        if not ratio_deviation <= args.max_ratio_deviation:
-                            raise RuntimeError(
-                                f"first minibatch's ratio is off 1 by {ratio_deviation:.3g} (max "
-                                f"{args.max_ratio_deviation}): log-probabilities at rollout and at update differ; "
-                                "check dropout, dtype and noise settings"
-                            )
-                        grad_norm = accelerator.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                        run.check_finite(grad_norm, iteration, logratio=logratio, advantages=adv)
-                        optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
-                        history.append(torch.cat([accelerator.reduce(stats, "sum"), grad_norm[None]]))
-                        progress.update()
+            checkpoints.begin_update()
+            update_start, history, ratio_deviation = time.perf_counter(), list[Tensor](), 0.0
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * (1 - args.progress(iteration) if args.lr_schedule == "linear" else 1)
+            strata = env_ids[batch["episode"][:-1]]
+            keys = [(args.seed, MINIBATCHES, iteration, epoch) for epoch in range(args.update_epochs)]
+            for minibatch in (part for key in keys for part in deal(strata, args.num_minibatches, key)):
+                count = over_processes(accelerator, torch.tensor(float(len(minibatch)), device=device), "sum")
+                if not count:
+                    continue
+                minibatch = minibatch if len(minibatch) else np.array([num_rows])
+                stats, b = torch.zeros(len(METRICS) - 1, device=device), dict[str, Any]()
+                parts = np.array_split(minibatch, math.ceil(len(minibatch) / micro_size))
+                for micro, part in enumerate(parts):
+                    b = index(batch, part)
+                    with nullcontext() if micro == len(parts) - 1 else accelerator.no_sync(model):
+                        with accelerator.autocast():
+                            _, logprob, entropy, _ = model(store.get(b["row"]), b["action"], **noise)
+                        logratio = logprob - b["logprob"]
+                        clips = args.clip_coef, args.clip_coef_high, args.dual_clip
+                        pg, pg_clipped = per_decision(torch.mean, *policy_loss(logratio, b["advantage"], *clips))
+                        entropy, kl = per_decision(torch.sum, entropy, divergence(logratio))
+                        start_kl = torch.zeros_like(kl)
+                        if reference is not None:
+                            (start_kl,) = per_decision(torch.sum, divergence(b["reference"] - logprob))
+                        total = pg - args.ent_coef * entropy + args.kl_coef * start_kl
+                        loss = (b["weight"] * total).sum() / count
+                        # DDP averages over processes, but the mean is over all decisions.
+                        accelerator.backward(loss * num_processes)
+                    b |= dict(loss=loss, logratio=logratio)
+                    is_counted = (torch.from_numpy(part) < num_rows).float().to(device)
+                    terms = (pg, entropy, start_kl, kl, pg_clipped)
+                    stats += torch.stack([(is_counted * term.detach()).sum() / count for term in terms])
+                    if not history:
+                        ratio_deviation = max(ratio_deviation, (logratio.detach().exp() - 1).abs().max().item())
+                deviation = over_processes(accelerator, torch.tensor(ratio_deviation, device=device), "max").item()
+                ratio_deviation = max(ratio_deviation, deviation)
+                if not ratio_deviation <= args.max_ratio_deviation:
+                    raise RuntimeError(
+                        f"first minibatch's ratio is off 1 by {ratio_deviation:.3g} (max {args.max_ratio_deviation}): "
+                        "log-probabilities at rollout and at update differ; check dropout, dtype and noise settings"
+                    )
+                grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                run.check_finite(grad_norm, iteration, **{k: v for k, v in b.items() if isinstance(v, Tensor)})
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                history.append(torch.cat([over_processes(accelerator, stats, "sum"), grad_norm[None]]))
+                progress.update()
 
-            # --- log, save, evaluate ---
-            total_s = time.perf_counter() - rollout_start
-            means = torch.stack(history).mean(0).tolist() if history else [math.nan] * len(METRICS)
-            metrics = dict(zip(METRICS, means, strict=True)) | {
-                "actor/ratio_first_minibatch_max_dev": ratio_deviation,
-                "actor/lr": optimizer.param_groups[0]["lr"],
-                "rollout/groups_kept": num_kept / (num_rollouts * (num_envs // args.group_size)),
-                "rollout/num_rollouts": float(num_rollouts),
-                "rollout/group_success_std": torch.stack(group_stds).mean().item(),
-                "time/env_s": env_s, "time/policy_s": update_start - rollout_start - env_s,
+            # --- log, evaluate, save ---
+            total_s, waited_s = time.perf_counter() - rollout_start, stages.wait_s - wait_s
+            means = torch.stack(history).mean(0).tolist() if history else []
+            success_std = mean_and_variance(accelerator, torch.cat(group_stds).to(device))[0].item()
+            advantage = over_processes(accelerator, batch["advantage"].sum(), "sum") / num_decisions.clamp(min=1)
+            of_episodes = episode_metrics(episodes, accelerator)
+            metrics = dict(zip(METRICS, means, strict=False)) | {
+                "actor/ratio_first_minibatch_max_dev": ratio_deviation, "actor/num_updates": float(len(history)),
+                "actor/lr": optimizer.param_groups[0]["lr"], "actor/noise_anneal": noise.get("noise_anneal", 1.0),
+                "rollout/groups_kept": num_kept / (num_rollouts * (args.num_envs // args.group_size)),
+                "rollout/num_rollouts": float(num_rollouts), "rollout/group_success_std": success_std,
+                "rollout/returns_mean": of_episodes["env/success_once"], "rollout/advantages_mean": advantage.item(),
+                "time/env_s": stages.busy_s - busy_s, "time/env_wait_s": waited_s,
+                "time/policy_s": update_start - rollout_start - waited_s,
                 "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
-                "charts/SPS": env_steps * num_processes / total_s,
-            } | episode_metrics(episodes, accelerator)  # fmt: skip
-            last = iteration == args.num_iterations
-            if last or iteration % args.save_interval == 0:
-                run.save_agent(agent, f"iteration_{iteration}")
-            if args.eval_episodes_per_task and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
-                progress.print("evaluating")
-                metrics["eval/success_once"] = evaluate_into(
-                    run.path, iteration, agent, lambda n: make_envs(args, n, agent.image_size), args
-                )
-            run.log(metrics, global_step, iteration)
+                "charts/SPS": env_steps / total_s,
+            } | of_episodes  # fmt: skip
+            checkpoints.take(iteration, global_step)
+            try:
+                if args.evaluates(iteration):
+                    progress.print("evaluating")
+                    work = partial(frozen, evaluate_into)
+                    inputs = run.path, iteration, agent, make_eval_envs, args
+                    metrics["eval/success_once"] = for_all(accelerator, work, *inputs)
+            finally:
+                run.log(metrics, global_step, iteration)
+            if args.saves(iteration):
+                checkpoints.save(args.score(metrics))
             progress.end_iteration(
                 f"success {metrics['env/success_once']:.1%}  groups kept {metrics['rollout/groups_kept']:.0%}  "
-                f"loss {metrics['actor/loss']:.4f}  kl {metrics['actor/approx_kl']:.2g}  "
+                f"loss {metrics.get('actor/loss', math.nan):.4f}  kl {metrics.get('actor/approx_kl', math.nan):.2g}  "
                 f"{metrics['charts/SPS']:.0f} env-steps/s"
             )
-    envs.close()
     run.finish()
     if accelerator.is_main_process:
         print(run.summary(f"iteration_{args.num_iterations}", args.suite))

@@ -7,23 +7,29 @@ is the Gaussian of that step; see `gr00t_agent.sampler`). On decisions this is P
 
     delta_k = R_k + gamma * V(s_{k+1}) * (1 - terminated_k) - V(s_k)
     A_k     = delta_k + gamma * lambda * (1 - episode_end_k) * A_{k+1}
-    L       = -E[min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)] + vf_coef * L_V - ent_coef * H
+    L       = -E[min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)] + vf_coef * L_V - ent_coef * H + kl_coef * KL
 
-with L_V the larger of the Huber losses of the value and the clipped value, and dual clipping for A < 0 on request
-(Ye et al. 2020, arXiv:1912.09729). A truncated episode bootstraps from the value of its own last observation, a
-terminated one from zero, and no advantage crosses an episode's end.
+with L_V the larger of the Huber losses of the value and the clipped value, dual clipping for A < 0 on request (Ye et
+al. 2020, arXiv:1912.09729), H the entropy of the noised step in closed form, and KL that from the policy training
+started from, by the estimator r' - 1 - log r' with r' = start policy / policy on the rollout's actions (Schulman's
+"k3", as in GRPO). A truncated episode bootstraps from the value of its own last observation, a terminated one from
+zero, and no advantage crosses an episode's end. E is the mean over decisions, or over trajectories, of all processes.
 
 Launch:
-    accelerate launch algorithms/ppo_gr00t.py --suite libero_spatial --model nano
-    accelerate launch --num_processes 4 algorithms/ppo_gr00t.py --num-envs 256 --minibatch-size 1024
-All sizes are global: they are divided over the processes, and a size that does not divide is an error.
+    accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_nano
+    accelerate launch --num_processes 4 --mixed_precision bf16 algorithms/ppo_gr00t.py --preset libero_spatial_rlinf
+    accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_nano --resume auto
+All sizes are global: they are divided over the processes, and a size that does not divide is an error. Every draw is
+keyed by seed, iteration, decision and environment, and every minibatch takes equally many decisions from each group
+of environments: the result does not depend on the number of processes or stages, and a resumed run is the same run.
 
 What differs from RLinf's recipe for the same model: one denoising step is noised per sample instead of per batch;
-log-probabilities are fp32; truncation bootstraps; minibatches are reshuffled every epoch; a non-finite gradient
-stops the run.
+log-probabilities are fp32; truncation bootstraps; an episode that ends makes room for the next; minibatches are
+reshuffled every epoch; a number that is not finite stops the run.
 
 Metrics: `actor/*` and `rollout/*` are means over an iteration's minibatches or decisions, `env/*` over the episodes
-that ended in the iteration (`env/success_once`: success at any step of the episode), `time/*_s` seconds per phase,
+that ended in the iteration (`env/success_once`: success at any step of the episode). `time/env_s` is spent stepping,
+`time/env_wait_s` is the part of it that decisions did not overlap, `time/policy_s` the rest of the rollout, and
 `charts/SPS` environment steps per second of the whole loop.
 """
 
@@ -34,110 +40,91 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
-from algorithms.arguments import exact_quotient, parse_args, share_of_process
+from algorithms import presets
+from algorithms.arguments import RunArgs, exact_quotient, parse_args, share_of_process
 from algorithms.batch import concatenate, index
+from algorithms.checkpoints import Checkpoints, StopSignal, open_run
+from algorithms.distributed import (
+    clip_grad_norm,
+    explained_variance,
+    for_all,
+    make_accelerator,
+    mean_and_variance,
+    over_processes,
+    prepare,
+    without_gradients,
+)
 from algorithms.episodes import Episode, episode_metrics, finished_episodes
 from algorithms.eval_gr00t import evaluate_into
+from algorithms.feature_store import FeatureStore
+from algorithms.overlap import EnvStages
 from algorithms.progress import TrainingProgress
-from algorithms.run_folder import RunFolder
+from algorithms.randomness import MINIBATCHES, NOISE, deal, generators_of
+from algorithms.reference_policy import frozen_copy
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
 
 @dataclass(kw_only=True)
-class Args:
-    """Command-line arguments; each one's help follows it."""
+class Args(RunArgs):
+    """Command-line arguments besides those of every run; each one's help follows it."""
 
-    # --- run ---
-    preset: str | None = None
-    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
     run_name: str = "ppo_{suite}_{seed}"
     """Name of the run's folder; may hold fields of these arguments in braces."""
-    output_dir: Path = Path("runs")
-    """Where run folders are made."""
-    seed: int = 1
-    """Seed of the environments, the agent's initial weights and every random draw."""
-    num_iterations: int = 400
-    """Rollout-and-update rounds."""
-    save_interval: int = 50
-    """Iterations between checkpoints; the last iteration is always saved."""
-    eval_interval: int = 0
-    """Iterations between evaluations; 0 evaluates only after the last."""
-    eval_episodes_per_task: int = 50
-    """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
-    log_with: tuple[str, ...] = ("tensorboard",)
-    """Accelerate trackers that receive the metrics."""
 
-    # --- environment ---
-    suite: str = "libero_spatial"
-    """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
-    task_ids: tuple[int, ...] | None = None
-    """Tasks to train on; all of the suite if not given."""
-    num_envs: int = 64
-    """Parallel environments over all processes."""
+    # --- rollout ---
     num_steps: int = 48
     """Decisions per environment and iteration; 48 chunks of 5 steps are one LIBERO-Spatial horizon."""
-    num_action_chunks: int = 5
-    """Environment steps that one decision executes (C)."""
-    horizon: int | None = None
-    """Environment steps before truncation; the suite's own if not given."""
     reward: Literal["sparse", "relative"] = "sparse"
     """Sparse: 1 at success. Relative: the change of success from the step before."""
     reward_scale: float = 1.0
     """Factor on rewards before advantages are computed."""
-    renderer: Literal["egl", "osmesa", "warp"] | None = None
-    """Renderer; if not given, the best that the machine has."""
-
-    # --- agent ---
-    model: str = "nano"
-    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a checkpoint."""
-    noise_method: Literal["flow_sde", "flow_cps", "reinflow", "reinflow_joint"] = "flow_sde"
-    """How the denoising chain is made stochastic for exploration."""
-    noise_level: float = 0.5
-    """Strength of the exploration noise (flow_sde and flow_cps)."""
-    denoising_steps: int = 4
-    """Denoising steps from noise to action."""
-    logprob_level: Literal["chunk", "action"] = "chunk"
-    """Clip the ratio of a whole chunk, or of each of its actions."""
-    train_backbone: bool = False
-    """Train the vision tower and the language model too; otherwise their features are computed once a decision."""
-    critic_detach: bool = True
-    """Keep the value loss's gradient out of the policy's trunk."""
+    gamma: float = 0.99
+    """Discount per decision."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    norm_adv: bool = True
+    """Normalise advantages over the iteration's decisions of all processes."""
 
     # --- optimisation ---
     learning_rate: float = 5e-6
     """AdamW's step size for the policy."""
     value_learning_rate: float = 1e-4
     """AdamW's step size for the value head."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the step sizes, or let them fall to 0 over training."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
-    gamma: float = 0.99
-    """Discount per decision."""
-    gae_lambda: float = 0.95
-    """Lambda of generalised advantage estimation."""
+    critic_warmup_iterations: int = 0
+    """First iterations, in which only the value head is trained."""
+    critic_detach: bool = True
+    """Keep the value loss's gradient out of the policy's trunk."""
     update_epochs: int = 4
     """Passes over each iteration's decisions."""
     minibatch_size: int = 1024
     """Decisions per optimiser step over all processes."""
     micro_batch_size: int = 1024
     """Decisions per forward pass over all processes; smaller ones accumulate gradients."""
-    norm_adv: bool = True
-    """Normalise advantages over the iteration's decisions of all processes."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped."""
+
+    # --- loss ---
+    loss_weighting: Literal["decision", "trajectory"] = "decision"
+    """All decisions weigh the same, or all trajectories (episodes, cut where the rollout is) do, as in RLinf."""
     clip_coef: float = 0.2
     """Lower clip of the ratio: 1 - clip_coef."""
-    clip_coef_high: float | None = None
-    """Upper clip of the ratio: 1 + clip_coef_high; clip_coef if not given."""
+    clip_coef_high: float = 0.2
+    """Upper clip of the ratio: 1 + clip_coef_high."""
     dual_clip: float | None = None
     """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
     value_clip: float = 0.2
@@ -147,18 +134,13 @@ class Args:
     vf_coef: float = 1.0
     """Weight of the value loss."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form)."""
+    """Weight of the entropy bonus (closed form, nats per decision)."""
+    kl_coef: float = 0.0
+    """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     target_kl: float | None = None
-    """End an iteration's update when the approximate KL exceeds this."""
-    max_grad_norm: float = 1.0
-    """Norm to which gradients are clipped."""
+    """End an iteration's update when the approximate KL from its rollout's policy exceeds this."""
     max_ratio_deviation: float = 0.05
     """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities disagree."""
-
-    @property
-    def clip_high(self) -> float:
-        """Upper clip of the ratio."""
-        return self.clip_coef if self.clip_coef_high is None else self.clip_coef_high
 
     @property
     def num_decisions(self) -> int:
@@ -176,15 +158,10 @@ class Args:
         return exact_quotient(self, "minibatch_size", "micro_batch_size")
 
 
-PRESETS: dict[str, Args] = {
-    "demo": Args(
-        run_name="demo", num_iterations=3, num_envs=4, num_steps=24, horizon=120, minibatch_size=32,
-        micro_batch_size=32, update_epochs=2, eval_episodes_per_task=1, learning_rate=3e-5,
-    ),
-}  # fmt: skip
+PRESETS = {name: Args(**settings) for name, settings in presets.PPO.items()}
 METRICS = (
-    "actor/loss", "actor/value_loss", "actor/entropy", "actor/approx_kl", "actor/pg_clipfrac",
-    "actor/value_clip_ratio", "actor/grad_norm", "rollout/returns_mean", "rollout/advantages_mean",
+    "actor/loss", "actor/value_loss", "actor/entropy", "actor/reference_kl", "actor/approx_kl", "actor/pg_clipfrac",
+    "actor/value_clip_ratio", "actor/grad_norm",
 )  # fmt: skip
 
 
@@ -205,7 +182,7 @@ def make_agent(args: Args) -> Gr00tAgent:
     return Gr00tAgent.load(
         args.model, num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
         noise_method=args.noise_method, noise_level=args.noise_level, logprob_level=args.logprob_level,
-        critic_detach=args.critic_detach, train_backbone=args.train_backbone,
+        critic_detach=args.critic_detach, train_backbone=args.train_backbone, compute_dtype=args.compute_dtype,
     )  # fmt: skip
 
 
@@ -233,12 +210,19 @@ def compute_gae(
     return advantages, advantages + values
 
 
+def trajectory_weights(ended: Tensor) -> Tensor:
+    """Returns for each decision [K, N] one over the decisions of its trajectory, which ends where `ended` is True."""
+    number = ended.long().cumsum(0) - ended.long()
+    lengths = torch.zeros(ended.shape, device=ended.device).scatter_add_(0, number, torch.ones_like(number).float())
+    return 1 / lengths.gather(0, number)
+
+
 def policy_loss(
     logratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
     """Returns the clipped surrogate loss of each element and a bool mask, True where the clip was active.
 
-    `logratio` is [B] for chunk-level log-probabilities or [B, C] for action-level ones; advantages are [B].
+    `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens; advantages are [B].
     """
     advantages = advantages.reshape(-1, *[1] * (logratio.ndim - 1))
     ratio = logratio.exp()
@@ -257,12 +241,18 @@ def value_loss(
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain = nn.functional.huber_loss(values, returns, reduction="none", delta=huber_delta)
     clipped = nn.functional.huber_loss(clipped_values, returns, reduction="none", delta=huber_delta)
-    return torch.maximum(plain, clipped), clipped > plain
+    # Within the clip both are the same but for rounding.
+    return torch.maximum(plain, clipped), (clipped > plain) & ((values - old_values).abs() > value_clip)
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Returns 1 - Var[returns - values] / Var[returns]; NaN or -inf where the returns do not vary."""
-    return (1 - (returns - values).var() / returns.var()).item()
+def divergence(logratio: Tensor) -> Tensor:
+    """Returns r - 1 - log r of each element, an estimate of KL(p || q) if r = q / p at draws from p."""
+    return logratio.exp() - 1 - logratio
+
+
+def per_decision(reduce: Callable[..., Tensor], *elements: Tensor) -> list[Tensor]:
+    """Returns each of `elements` [B, ...] reduced to one number per decision [B]."""
+    return [reduce(x.float().reshape(len(x), -1), dim=1) for x in elements]
 
 
 def main(
@@ -271,145 +261,185 @@ def main(
     """Trains, evaluates, and returns the last iteration's metrics.
 
     `make_agent` and `make_envs` are the two places to plug in something else. An agent is a module with
-    `forward(obs, action=None)` and `get_action_and_value` alike `-> action, logprob, entropy, value`, `get_value`,
-    `predict`, `param_groups`, `image_size`, `save_pretrained`, and `encode`, which turns an observation into what is
-    stored of it (a frozen backbone's features). Its action is a NamedTuple of tensors that has an `env_action`.
+    `forward(obs, action=None, *, generator=None)` -> action, logprob, entropy, value, where `generator` is one
+    generator per row, `get_value`, `predict`, `param_groups` (the value head's named "value"), `image_size`,
+    `save_pretrained`, and `encode`, which turns an observation into what is stored of it (a frozen backbone's
+    features). Its action is a NamedTuple of tensors that has an `env_action`.
     """
-    accelerator = Accelerator(log_with=list(args.log_with) or None, project_dir=str(args.output_dir))
-    device, num_processes = accelerator.device, accelerator.num_processes
-    num_envs, micro_batch_size = (share_of_process(args, n, num_processes) for n in ("num_envs", "micro_batch_size"))
-    num_micro_batches = args.num_micro_batches
-    run = RunFolder.create(args, accelerator)
+    accelerator = make_accelerator(args.log_with, args.output_dir)
+    device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    num_envs, _ = (share_of_process(args, name, num_processes) for name in ("num_envs", "micro_batch_size"))
+    num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
+    env_ids = rank * num_envs + np.arange(num_envs)
+    # Each of these groups of environments gives every minibatch equally many decisions.
+    strata = np.tile(env_ids // (args.num_envs // math.gcd(args.num_envs, args.minibatch_size)), args.num_steps)
+    run, checkpoint = open_run(args, accelerator)
     set_seed(args.seed)
     agent = make_agent(args).to(device).eval()
-    envs = make_envs(args, num_envs, agent.image_size)
-    set_seed(args.seed, device_specific=True)
-    generator = np.random.default_rng((args.seed, accelerator.process_index))
+    reference = frozen_copy(agent, share_frozen=not accelerator.is_fsdp2) if args.kl_coef else None
     groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(agent, optimizer)
-    num_updates, show = args.update_epochs * args.num_minibatches, accelerator.is_main_process
-    progress = TrainingProgress(args.num_iterations, args.num_steps, num_updates, enabled=show)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
+    model, optimizer = prepare(accelerator, agent, optimizer)
+    policy = [p for group in optimizer.param_groups if group.get("name") != "value" for p in group["params"]]
+    set_seed(args.seed, device_specific=True)
+    frozen = without_gradients(accelerator)
+    store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
+    num_updates, show = args.update_epochs * num_minibatches, accelerator.is_main_process
+    metrics: dict[str, float] = {}
+
+    def make_stage(num_envs: int) -> gym.vector.VectorEnv:
+        return make_envs(args, num_envs, agent.image_size)
 
     def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
-        return make_envs(args, num_envs, agent.image_size, AutoresetMode.DISABLED)
+        return stop.watched(make_envs(args, num_envs, agent.image_size, AutoresetMode.DISABLED))
 
-    obs, _ = envs.reset(seed=args.seed + 1_000_003 * accelerator.process_index)
-    with accelerator.autocast():
-        next_obs = agent.encode(obs)
-    metrics: dict[str, float] = {}
-    global_step = 0
-    with progress:
-        for iteration in range(1, args.num_iterations + 1):
-            # --- rollout: K decisions in N environments ---
-            rollout_start = time.perf_counter()
-            env_s, env_steps = 0.0, 0
-            episodes: list[Episode] = []
-            storage: dict[str, list[Any]] = {}
-            for _ in range(args.num_steps):
-                with torch.no_grad(), accelerator.autocast():
-                    action, logprob, _, value = agent.get_action_and_value(next_obs)
-                env_action = action.env_action.cpu().numpy()
-                env_start = time.perf_counter()
-                obs, reward, terminated, truncated, infos = envs.step(env_action)
-                env_s += time.perf_counter() - env_start
-                env_steps += int(infos["num_steps"].sum())
-                final_value = torch.zeros_like(value)
-                if truncated.any():
-                    rows = np.flatnonzero(truncated)
-                    with torch.no_grad(), accelerator.autocast():
-                        final_value[rows] = agent.get_value(index(infos["final_obs"], rows))
-                step = dict(obs=next_obs, action=action, logprob=logprob, value=value, final_value=final_value)
-                for name, array in (("reward", reward), ("terminated", terminated), ("truncated", truncated)):
-                    step[name] = torch.as_tensor(array, device=device)
-                for name, item in step.items():
-                    storage.setdefault(name, []).append(item)
-                with accelerator.autocast():
-                    next_obs = agent.encode(obs)
-                episodes += finished_episodes(infos, terminated | truncated)
+    with (
+        StopSignal(accelerator) as stop,
+        EnvStages(make_stage, env_ids, num_stages=args.pipeline_stage_num, timeout_s=args.env_timeout_s) as stages,
+        Checkpoints(run, accelerator, model, optimizer, stages, args, episodes_go_on=True) as checkpoints,
+        TrainingProgress(args.num_iterations, args.num_steps, num_updates, enabled=show) as progress,
+    ):
+        done, global_step = checkpoints.start(checkpoint)
+        progress.skip(done)
+        encoded = [frozen(agent.encode, stage.obs) for stage in stages]
+        for iteration in range(done + 1, args.num_iterations + 1):
+            # --- rollout: K decisions in N environments, one stage simulating while another is decided ---
+            rollout_start, busy_s, wait_s = time.perf_counter(), stages.busy_s, stages.wait_s
+            noise, env_steps, episodes = args.noise_options(iteration), 0, list[Episode]()
+            decisions, outcomes, final = list[dict[str, Any]](), list[dict[str, Any]](), list[tuple[Any, Any]]()
+            store.clear()
+            for k in range(args.num_steps + 1):
+                for i, stage in enumerate(stages):
+                    if k > 0:  # what decision k - 1 led to
+                        step = stage.receive()
+                        ended, cut = step.terminated | step.truncated, step.truncated & ~step.terminated
+                        if cut.any():
+                            rows = np.flatnonzero(cut)
+                            place = num_envs * (k - 1) + stage.offset + rows
+                            final.append((place, index(step.infos["final_obs"], rows)))
+                        outcomes.append(dict(reward=step.reward, terminated=step.terminated, ended=ended))
+                        episodes += finished_episodes(step.infos, ended)
+                        env_steps += int(step.infos["num_steps"].sum())
+                        encoded[i] = frozen(agent.encode, step.obs)
+                    if k < args.num_steps:
+                        stop.check()
+                        generators = generators_of((args.seed, NOISE, iteration, k), stage.env_ids)
+                        action, logprob, _, value = frozen(agent, encoded[i], generator=generators, **noise)
+                        env_action = action.env_action.cpu().numpy()
+                        run.check_actions(env_action, iteration, logprob=logprob, value=value)
+                        stage.send(env_action)
+                        row = store.put(stage.obs, encoded[i])
+                        decisions.append(dict(row=row, action=action, logprob=logprob, value=value))
                 progress.decision([e.success for e in episodes], env_steps / (time.perf_counter() - rollout_start))
-            global_step += env_steps * num_processes
 
             # --- advantages ---
-            with torch.no_grad(), accelerator.autocast():
-                last_value = agent.get_value(next_obs)
-            values = torch.stack(storage["value"])  # [K, N]
-            rewards = torch.stack(storage["reward"]).float() * args.reward_scale
-            terminated, truncated = torch.stack(storage["terminated"]), torch.stack(storage["truncated"])
-            next_values = torch.cat([values[1:], last_value[None]])
-            next_values = torch.where(truncated, torch.stack(storage["final_value"]), next_values)
-            advantages, returns = compute_gae(
-                rewards, values, next_values, terminated, terminated | truncated, args.gamma, args.gae_lambda
+            batch, outcome = concatenate(decisions), concatenate(outcomes)  # [K * N], decision by decision
+            rewards, terminated, ended = (
+                torch.from_numpy(outcome[name]).to(device).view(-1, num_envs)
+                for name in ("reward", "terminated", "ended")
             )
-            b_obs, b_actions, b_logprobs = (concatenate(storage[name]) for name in ("obs", "action", "logprob"))
-            b_values, b_returns, b_advantages = values.flatten(), returns.flatten(), advantages.flatten()
+            values = batch["value"].view(-1, num_envs)
+            last_value = torch.cat([frozen(agent.get_value, features) for features in encoded])
+            next_values = torch.cat([values[1:], last_value[None]])
+            num_final = int(over_processes(accelerator, torch.tensor(len(final), device=device), "max"))
+            nothing = (np.zeros(0, dtype=np.intp), encoded[0])  # every process makes as many calls
+            for place, obs in final + [nothing] * (num_final - len(final)):
+                next_values.view(-1)[torch.from_numpy(place).to(device)] = frozen(agent.get_value, obs)[: len(place)]
+            advantages, returns = compute_gae(
+                rewards.float() * args.reward_scale, values, next_values, terminated, ended, args.gamma, args.gae_lambda
+            )
+            mean, variance = mean_and_variance(accelerator, advantages)
+            rollout_means = {"rollout/advantages_mean": mean.item()}
+            rollout_means["rollout/returns_mean"] = mean_and_variance(accelerator, returns)[0].item()
             if args.norm_adv:
-                moments = torch.stack([b_advantages.mean(), b_advantages.square().mean()])
-                mean, square = accelerator.reduce(moments, "mean")
-                b_advantages = (b_advantages - mean) / ((square - mean**2).clamp(min=0).sqrt() + 1e-5)
+                advantages = ((advantages - mean) / (variance.sqrt() + 1e-5)).float()
+            weights = trajectory_weights(ended) if args.loss_weighting == "trajectory" else torch.ones_like(returns)
+            weights = (weights / mean_and_variance(accelerator, weights)[0]).float()
+            batch |= dict(advantage=advantages.flatten(), ret=returns.flatten(), weight=weights.flatten())
+            if reference is not None:
+                micro_batches = np.split(np.arange(len(strata)), num_minibatches * num_micro_batches)
+                rows = (index(batch, part) for part in micro_batches)
+                scores = [frozen(reference, store.get(b["row"]), b["action"], **noise)[1] for b in rows]
+                batch["reference"] = torch.cat(scores)
 
             # --- update ---
-            update_start = time.perf_counter()
-            orders = [generator.permutation(len(b_values)) for _ in range(args.update_epochs)]
-            minibatches = np.concatenate(orders).reshape(-1, num_micro_batches, micro_batch_size)
-            history: list[Tensor] = []
-            ratio_deviation = 0.0
-            for minibatch in minibatches:
+            checkpoints.begin_update()
+            update_start, history, ratio_deviation = time.perf_counter(), list[Tensor](), 0.0
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - args.progress(iteration) if args.lr_schedule == "linear" else 1)
+            keys = [(args.seed, MINIBATCHES, iteration, epoch) for epoch in range(args.update_epochs)]
+            for minibatch in (part for key in keys for part in deal(strata, num_minibatches, key)):
                 stats: list[Tensor] = []
-                for micro, inds in enumerate(minibatch):
-                    adv, ret, old_value = (index(x, inds) for x in (b_advantages, b_returns, b_values))
+                b: dict[str, Any] = {}
+                for micro, part in enumerate(np.split(minibatch, num_micro_batches)):
+                    b = index(batch, part)
                     with nullcontext() if micro == num_micro_batches - 1 else accelerator.no_sync(model):
                         with accelerator.autocast():
-                            _, logprob, entropy, value = model(index(b_obs, inds), index(b_actions, inds))
-                        logratio = logprob - index(b_logprobs, inds)
-                        pg, pg_clipped = policy_loss(logratio, adv, args.clip_coef, args.clip_high, args.dual_clip)
-                        vf, vf_clipped = value_loss(value, old_value, ret, args.value_clip, args.huber_delta)
-                        loss = pg.mean() + args.vf_coef * vf.mean() - args.ent_coef * entropy.mean()
+                            _, logprob, entropy, value = model(store.get(b["row"]), b["action"], **noise)
+                        logratio = logprob - b["logprob"]
+                        clips = args.clip_coef, args.clip_coef_high, args.dual_clip
+                        pg, pg_clipped = per_decision(torch.mean, *policy_loss(logratio, b["advantage"], *clips))
+                        vf, vf_clipped = value_loss(value, b["value"], b["ret"], args.value_clip, args.huber_delta)
+                        entropy, kl = per_decision(torch.sum, entropy, divergence(logratio))
+                        start_kl = (
+                            divergence(b["reference"] - logprob) if reference is not None else torch.zeros_like(kl)
+                        )
+                        total = pg + args.vf_coef * vf - args.ent_coef * entropy + args.kl_coef * start_kl
+                        loss = (b["weight"] * total).mean()
                         accelerator.backward(loss / num_micro_batches)
-                    ratio = logratio.detach().exp()
-                    terms = (pg, vf, entropy, (ratio - 1) - logratio, pg_clipped.float(), vf_clipped.float())
+                    b |= dict(loss=loss, logratio=logratio, new_value=value)
+                    terms = (pg, vf, entropy, start_kl, kl, pg_clipped, vf_clipped.float())
                     stats.append(torch.stack([term.detach().mean() for term in terms]))
                     if not history:
-                        ratio_deviation = max(ratio_deviation, accelerator.gather((ratio - 1).abs().max()).max().item())
+                        deviation = over_processes(accelerator, (logratio.detach().exp() - 1).abs().max(), "max")
+                        ratio_deviation = max(ratio_deviation, deviation.item())
                 if not ratio_deviation <= args.max_ratio_deviation:
                     raise RuntimeError(
                         f"first minibatch's ratio is off 1 by {ratio_deviation:.3g} (max {args.max_ratio_deviation}): "
                         "log-probabilities at rollout and at update differ; check dropout, dtype and noise settings"
                     )
-                grad_norm = accelerator.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                run.check_finite(grad_norm, iteration, logratio=logratio, advantages=adv, returns=ret, values=value)
+                for parameter in policy if iteration <= args.critic_warmup_iterations else ():
+                    parameter.grad = None
+                grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                run.check_finite(grad_norm, iteration, **{k: v for k, v in b.items() if isinstance(v, Tensor)})
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                history.append(accelerator.reduce(torch.cat([torch.stack(stats).mean(0), grad_norm[None]]), "mean"))
+                means = torch.cat([torch.stack(stats).mean(0), grad_norm[None]])
+                history.append(over_processes(accelerator, means, "mean"))
                 progress.update()
                 if args.target_kl is not None and history[-1][METRICS.index("actor/approx_kl")] > args.target_kl:
                     break
 
-            # --- log, save, evaluate ---
-            total_s = time.perf_counter() - rollout_start
-            rollout_means = accelerator.reduce(torch.stack([returns.mean(), advantages.mean()]), "mean").tolist()
-            means = [*torch.stack(history).mean(0).tolist(), *rollout_means]
-            metrics = dict(zip(METRICS, means, strict=True)) | {
-                "actor/ratio_first_minibatch_max_dev": ratio_deviation,
-                "actor/explained_variance": explained_variance(b_values, b_returns),
-                "actor/lr": optimizer.param_groups[0]["lr"],
-                "time/env_s": env_s, "time/policy_s": update_start - rollout_start - env_s,
+            # --- log, evaluate, save ---
+            total_s, waited_s = time.perf_counter() - rollout_start, stages.wait_s - wait_s
+            env_steps = int(over_processes(accelerator, torch.tensor(env_steps, device=device), "sum"))
+            global_step += env_steps
+            metrics = dict(zip(METRICS, torch.stack(history).mean(0).tolist(), strict=True)) | rollout_means | {
+                "actor/ratio_first_minibatch_max_dev": ratio_deviation, "actor/num_updates": float(len(history)),
+                "actor/explained_variance": explained_variance(accelerator, values, returns),
+                "actor/lr": optimizer.param_groups[0]["lr"], "actor/noise_anneal": noise.get("noise_anneal", 1.0),
+                "time/env_s": stages.busy_s - busy_s, "time/env_wait_s": waited_s,
+                "time/policy_s": update_start - rollout_start - waited_s,
                 "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
-                "charts/SPS": env_steps * num_processes / total_s,
+                "charts/SPS": env_steps / total_s,
             } | episode_metrics(episodes, accelerator)  # fmt: skip
-            last = iteration == args.num_iterations
-            if last or iteration % args.save_interval == 0:
-                run.save_agent(agent, f"iteration_{iteration}")
-            if args.eval_episodes_per_task and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
-                progress.print("evaluating")
-                metrics["eval/success_once"] = evaluate_into(run.path, iteration, agent, make_eval_envs, args)
-            run.log(metrics, global_step, iteration)
+            checkpoints.take(iteration, global_step)
+            try:
+                if args.evaluates(iteration):
+                    progress.print("evaluating")
+                    work = partial(frozen, evaluate_into)
+                    inputs = run.path, iteration, agent, make_eval_envs, args
+                    metrics["eval/success_once"] = for_all(accelerator, work, *inputs)
+            finally:
+                run.log(metrics, global_step, iteration)
+            if args.saves(iteration):
+                checkpoints.save(args.score(metrics))
             progress.end_iteration(
                 f"success {metrics.get('env/success_once', math.nan):.1%}  loss {metrics['actor/loss']:.4f}  "
                 f"value loss {metrics['actor/value_loss']:.4f}  kl {metrics['actor/approx_kl']:.2g}  "
                 f"{metrics['charts/SPS']:.0f} env-steps/s"
             )
-    envs.close()
     run.finish()
     if accelerator.is_main_process:
         print(run.summary(f"iteration_{args.num_iterations}", args.suite))

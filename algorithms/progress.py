@@ -52,6 +52,11 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
+    def skip(self, iterations: int) -> None:
+        """Counts iterations that were done before the program was started."""
+        self._iteration = iterations
+        self._bar.update(self._task, completed=iterations * self._units)
+
     def decision(self, successes: Sequence[bool], sps: float) -> None:
         """Counts one decision of every environment.
 

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+# What a draw is for: the second part of a key, after the run's seed.
+EPISODES, NOISE, MINIBATCHES, GROUPS = range(4)
+
 
 def seed_of(*key: int) -> int:
     """Returns a seed in 0 .. 2^63 - 1 that is decided by all of `key`, non-negative integers."""

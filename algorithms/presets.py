@@ -1,0 +1,91 @@
+"""Settings of whole runs: RLinf's published ones for the same models and suites, and ours for one GPU.
+
+What a preset does not name is a trainer's default. RLinf's are those of its repository (0.3-0.4): PPO for GR00T-N1.5
+(`examples/embodiment/config/libero_*_ppo_gr00t.yaml`), where 64 environments play 8 horizons an iteration, 512
+episodes; and GRPO for pi0 (`libero_*_grpo_openpi.yaml`), applied here to GR00T-N1.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# What the nano presets start from: a preset's name, or the folder or hub id of a checkpoint.
+NANO_MODEL = "nano"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Suite:
+    """A suite in RLinf's recipes.
+
+    Attributes:
+        name: the suite.
+        start: the few-shot fine-tuned checkpoint that reinforcement learning starts from.
+        chunk: environment steps per decision.
+        decisions: decisions of a horizon.
+        epochs: passes over an iteration's decisions (PPO).
+        rate, value_rate: step sizes of policy and value head (PPO).
+        iterations: to the published score (PPO).
+    """
+
+    name: str
+    start: str
+    chunk: int
+    decisions: int
+    epochs: int
+    rate: float
+    value_rate: float
+    iterations: int
+
+
+_SUITES = (
+    _Suite(
+        name="libero_spatial", start="RLinf/RLinf-Gr00t-SFT-Spatial", chunk=5, decisions=48, epochs=4, rate=5e-6,
+        value_rate=1e-4, iterations=400,
+    ),
+    _Suite(
+        name="libero_object", start="RLinf/RLinf-Gr00t-SFT-Object", chunk=5, decisions=48, epochs=1, rate=2e-5,
+        value_rate=2e-5, iterations=400,
+    ),
+    _Suite(
+        name="libero_goal", start="RLinf/RLinf-Gr00t-SFT-Goal", chunk=5, decisions=64, epochs=1, rate=2e-5,
+        value_rate=2e-5, iterations=500,
+    ),
+    _Suite(
+        name="libero_10", start="RLinf/RLinf-Gr00t-SFT-10", chunk=10, decisions=48, epochs=1, rate=2e-5,
+        value_rate=2e-5, iterations=300,
+    ),
+)  # fmt: skip
+
+PPO: dict[str, dict[str, Any]] = {
+    "demo": dict(
+        run_name="demo", num_iterations=3, num_envs=4, num_steps=24, horizon=120, minibatch_size=32,
+        micro_batch_size=32, update_epochs=2, eval_episodes_per_task=1, learning_rate=3e-5,
+    ),
+}  # fmt: skip
+GRPO: dict[str, dict[str, Any]] = {
+    "demo": dict(
+        run_name="demo_grpo", num_iterations=3, num_envs=4, group_size=2, num_groups=2, max_rollouts=1, horizon=60,
+        num_minibatches=2, eval_episodes_per_task=1, learning_rate=3e-5,
+    ),
+}  # fmt: skip
+for _suite in _SUITES:
+    _common: dict[str, Any] = dict(
+        suite=_suite.name, num_action_chunks=_suite.chunk, save_interval=25, eval_interval=50
+    )
+    _rlinf = _common | dict(model=_suite.start, compute_dtype="bfloat16", loss_weighting="trajectory", dual_clip=3.0)
+    _nano = _common | dict(model=NANO_MODEL, learning_rate=3e-5, num_iterations=300, update_epochs=2, dual_clip=3.0)
+    PPO[f"{_suite.name}_rlinf"] = _rlinf | dict(
+        num_steps=8 * _suite.decisions, update_epochs=_suite.epochs, learning_rate=_suite.rate,
+        value_learning_rate=_suite.value_rate, num_iterations=_suite.iterations, reward="relative",
+        minibatch_size=1024, micro_batch_size=128,
+    )  # fmt: skip
+    PPO[f"{_suite.name}_nano"] = _nano | dict(
+        num_steps=_suite.decisions, value_learning_rate=3e-4, critic_warmup_iterations=5, target_kl=0.1,
+        reward="relative", minibatch_size=512, micro_batch_size=512,
+    )  # fmt: skip
+    GRPO[f"{_suite.name}_rlinf"] = _rlinf | dict(
+        learning_rate=5e-6, update_epochs=2, group_size=8, num_groups=64, max_rollouts=8, clip_coef_high=0.2,
+        num_minibatches=12, micro_batch_size=128,
+    )  # fmt: skip
+    GRPO[f"{_suite.name}_nano"] = _nano | dict(group_size=8, num_groups=16, max_rollouts=8, num_minibatches=8)

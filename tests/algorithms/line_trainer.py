@@ -1,0 +1,100 @@
+"""The trainers on the line environment, in this process (`train`) or as a program of its own (`command`).
+
+python -m tests.algorithms.line_trainer ppo '{"num_iterations": 3, "output_dir": "runs"}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium.vector import AutoresetMode
+
+from algorithms import grpo_gr00t, ppo_gr00t
+from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
+from gr00t_agent.agent import NANO_METADATA
+from tests.algorithms.line_env import LineVectorEnv
+from tests.algorithms.mlp_agent import MLPAgent
+from tests.algorithms.tiny_agent import tiny_agent
+
+TRAINERS = {"ppo": ppo_gr00t, "grpo": grpo_gr00t}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "ppo": dict(
+        num_iterations=2, num_envs=8, num_steps=16, num_action_chunks=2, minibatch_size=32, micro_batch_size=32,
+        update_epochs=4, learning_rate=3e-3, value_learning_rate=3e-3, eval_episodes_per_task=0, log_with=(),
+    ),
+    "grpo": dict(
+        num_iterations=2, num_envs=16, group_size=8, num_groups=4, max_rollouts=4, num_action_chunks=2,
+        num_minibatches=4, update_epochs=4, learning_rate=3e-3, eval_episodes_per_task=0, log_with=(),
+    ),
+}  # fmt: skip
+AUTORESET = {"ppo": AutoresetMode.SAME_STEP, "grpo": AutoresetMode.DISABLED}
+
+
+class SlowLineEnv(LineVectorEnv):
+    """Takes its time, so that a test can stop the program in the middle of a rollout."""
+
+    def step(self, actions: Any) -> Any:
+        time.sleep(0.02)
+        return super().step(actions)
+
+
+def make_args(algorithm: str, folder: Path, **changes: Any) -> Any:
+    return TRAINERS[algorithm].Args(**(DEFAULTS[algorithm] | dict(output_dir=Path(folder)) | changes))
+
+
+def make_mlp_agent(args: Any) -> MLPAgent:
+    return MLPAgent(("state.x",), 1, args.num_action_chunks)
+
+
+def make_tiny_agent(args: Any) -> Gr00tAgent:
+    """A GR00T of 300,000 parameters with a frozen backbone."""
+    metadata = read_metadata(NANO_METADATA, LiberoFrankaDataConfig().embodiment_tag)
+    names = ("num_action_chunks", "noise_method", "noise_level", "denoising_steps", "logprob_level")
+    agent = tiny_agent(metadata, **{name: getattr(args, name) for name in names})
+    agent.set_trainable(tune_visual=args.train_backbone, tune_llm=args.train_backbone)
+    return agent
+
+
+def train(
+    algorithm: str, folder: Path, *, make_agent: Any = make_mlp_agent, env: Any = LineVectorEnv, **changes: Any
+) -> dict[str, float]:
+    def make_envs(args: Any, num_envs: int, image_size: int, autoreset: Any = AUTORESET[algorithm]) -> Any:
+        return env(num_envs, args.num_action_chunks, autoreset=autoreset, image_size=image_size)
+
+    return TRAINERS[algorithm].main(make_args(algorithm, folder, **changes), make_agent, make_envs)
+
+
+def without_time(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith(("time/", "charts/"))}
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [without_time(json.loads(line)) for line in lines]
+
+
+def command(algorithm: str, **changes: Any) -> list[str]:
+    """What runs `train` in a process of its own."""
+    return ["-m", "tests.algorithms.line_trainer", algorithm, json.dumps(changes)]
+
+
+def main() -> None:
+    algorithm, text = sys.argv[1:]
+    changes = json.loads(text)
+    torch.set_num_threads(1)
+    agents = {"mlp": make_mlp_agent, "tiny": make_tiny_agent}
+    envs = {"fast": LineVectorEnv, "slow": SlowLineEnv}
+    folder = Path(changes.pop("output_dir"))
+    if changes.get("resume") not in (None, "auto"):
+        changes["resume"] = Path(changes["resume"])
+    make_agent, env = agents[changes.pop("agent", "mlp")], envs[changes.pop("env", "fast")]
+    train(algorithm, folder, make_agent=make_agent, env=env, **changes)
+
+
+if __name__ == "__main__":
+    main()
