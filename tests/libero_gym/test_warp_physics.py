@@ -281,10 +281,12 @@ def test_bad_arguments_of_worlds(spatial):
         WarpWorlds(spatial.scene, tasks, 2, device="cuda:7")
     with pytest.raises(ValueError, match="solver_iterations=0 must be at least 1"):
         WarpOptions(solver_iterations=0)
-    with pytest.raises(ValueError, match="are not among those of these worlds"):
+    with pytest.raises(ValueError, match=r"\['libero_goal/0'\] are not among those of these worlds"):
         spatial.reset(np.array([0]), [start("libero_goal", 0, 0)], init_states="settled")
     fresh = WarpWorlds(spatial.scene, tasks, 2, device="cpu")
     fresh.reset(np.array([1]), [start("libero_spatial", 0, 0)], init_states="settled")
+    ran, _ = fresh.step(np.zeros((2, 1, 7)), np.array([False, True]), MANY)
+    assert ran[:, 0].tolist() == [False, True]
     with pytest.raises(ValueError, match=r"worlds \[0\] were never reset"):
         fresh.step(np.zeros((2, 1, 7)), ALL, MANY)
 
