@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.env_warp import replay
 from benchmarks.parity import _perturb
+from libero_gym import warp_physics, warp_rendering
 from libero_gym.controller import ControllerState, axis_angle_from_quat, control_substep, creation_kinematics
 from libero_gym.experts import run_expert
 from libero_gym.scenes import load_scene
@@ -16,7 +17,7 @@ from libero_gym.simulation import PhysicsError, Simulation, load_task_data
 from libero_gym.suites import get_task, list_tasks
 from libero_gym.vector import LiberoVectorEnv
 from libero_gym.warp_physics import WarpOptions, WarpWorlds, WorldStart, axis_angles
-from libero_gym.warp_rendering import WarpRenderer
+from libero_gym.warp_rendering import WarpRenderer, list_devices
 from libero_gym.warp_vector import LiberoWarpEnv
 
 # MuJoCo Warp's kernels compile once, for a minute; after that none of these takes ten seconds.
@@ -24,6 +25,12 @@ pytestmark = pytest.mark.slow
 
 ALL = np.ones(2, np.bool_)
 MANY = np.full(2, 1000)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    for module in (warp_physics, warp_rendering):
+        monkeypatch.setattr(module, "default_device", lambda: "cpu")
 
 
 def start(suite, task_id, init_state_id, placement_seed=0):
@@ -248,6 +255,26 @@ def test_images_equal_those_of_the_simulation(goal):
     renderer.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not any(name.startswith("cuda") for name in list_devices()), reason="needs a CUDA device")
+def test_gpu_agrees_with_the_cpu():
+    """Physics before contact, and images of poses that never left the GPU."""
+    starts = [start("libero_spatial", 4, 20), start("libero_spatial", 5, 3)]
+    results = []
+    for device in ("cpu", "cuda:0"):
+        worlds = WarpWorlds(load_scene(starts[0].task), list_tasks("libero_spatial"), 2, device=device)
+        worlds.reset(np.arange(2), starts, init_states="settled")
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            worlds.step(rng.uniform(-1, 1, (2, 1, 7)), ALL, MANY)
+        renderer = WarpRenderer(("agentview", "robot0_eye_in_hand"), 64, device=device)
+        images = renderer.render_poses_torch(worlds.poses(np.arange(2)))
+        assert images.device.type == device.partition(":")[0]
+        results.append((worlds.states(), images.cpu().numpy().astype(np.int32)))
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-4)
+    assert np.mean(np.abs(results[0][1] - results[1][1]) > 2) < 1e-2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -304,7 +331,9 @@ def no_motion(*lead):
 def force_success(env, env_id):
     """Turns the goal of environment `env_id` into one that holds: its knob is past the threshold."""
     (knob,) = env.worlds.scene.objects["flat_stove_1"].joint_qpos_adr
-    env.worlds._live.qpos.numpy()[env_id, knob] = 1.0
+    state = env.worlds.get_state(env_id)
+    state["qpos"][knob] = 1.0
+    env.worlds.set_state(env_id, state)
 
 
 STOVE = 7  # "turn on the stove"
