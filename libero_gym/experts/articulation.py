@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.experts.grasps import TIP_DEPTH, choose_grasp, gripper_rotation
+from libero_gym.experts.grasps import TIP_DEPTH, about_vertical, choose_grasp, gripper_rotation
 from libero_gym.experts.skills import CLOSED, OPEN, Command, Skill, World, grip, reach, release, retreat, travel
 from libero_gym.scenes import SceneObject
 
@@ -103,7 +103,7 @@ def turn(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -
         if is_done():
             return True
         angle = float(world.data.qpos[joint.qpos_adr]) - start + sign * _TURN_LEAD
-        turned = _about_z(angle)
+        turned = about_vertical(angle)
         position = anchor + turned @ (grasp.position - anchor)
         world.posture = turned @ grasp.rotation
         yield Command(position=position, rotation=world.posture, gripper=CLOSED)
@@ -239,11 +239,6 @@ def _back_off(world: World, outward: FloatArray) -> Skill:
     yield from reach(world, lambda: (away, rotation), gripper=OPEN, tolerance=0.03, timeout=25)
     up = away + np.array([0.0, 0.0, 0.06])
     return (yield from reach(world, lambda: (up, gripper_rotation(0.0)), gripper=OPEN, tolerance=0.06, timeout=25))
-
-
-def _about_z(angle: float) -> FloatArray:
-    cosine, sine = np.cos(angle), np.sin(angle)
-    return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
 
 def _unit(vector: FloatArray) -> FloatArray:

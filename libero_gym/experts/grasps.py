@@ -78,6 +78,12 @@ def gripper_rotation(yaw: float, *, roll: float = 0.0, pitch: float = 0.0) -> Fl
     return down @ about_y @ about_x
 
 
+def about_vertical(angle: float) -> FloatArray:
+    """Return the rotation [3, 3] by `angle` rad about the vertical."""
+    sine, cosine = np.sin(angle), np.cos(angle)
+    return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
+
+
 def lean_outwards(rotation: FloatArray, offset: FloatArray) -> FloatArray:
     """Return `rotation` with the fingers turned away from the robot where it has to stretch.
 

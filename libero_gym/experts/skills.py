@@ -20,6 +20,7 @@ from libero_gym.experts.grasps import (
     PALM_HEIGHT,
     TIP_DEPTH,
     Grasp,
+    about_vertical,
     choose_grasp,
     gripper_rotation,
     lean_outwards,
@@ -38,6 +39,7 @@ _LIFT = 0.06
 _MAX_FREE_STEPS = 6
 _STALL_STEPS, _STALL_DISTANCE, _NEAR = 10, 0.002, 0.02
 _OVERHANG_MARGIN = 0.02
+_PRECISE = 0.01
 _FREE, _WIDE_OPEN, _EVASION = 0.02, 0.08, 0.015
 
 
@@ -170,7 +172,7 @@ def reach(
         rotation = world.leaning((position, world.posture))
         distance = float(np.linalg.norm(position - world.eef_pos))
         misalignment = float(np.arccos(np.clip((np.trace(rotation @ world.eef_rotation.T) - 1) / 2, -1, 1)))
-        if distance < tolerance and misalignment < max(0.08, 6.0 * tolerance):
+        if distance < tolerance and misalignment < (max(0.08, 6.0 * tolerance) if tolerance > 0.005 else 0.04):
             return True
         is_stalled = len(trail) == _STALL_STEPS and float(np.linalg.norm(trail[0] - world.eef_pos)) < _STALL_DISTANCE
         if is_stalled and misalignment < 0.3:
@@ -195,7 +197,7 @@ def travel(
         target: pose, asked anew each step.
         gripper: command of the fingers.
         thing: an object that does not count as an obstacle; if it is held, its extent counts as the gripper's.
-        tolerance: metres.
+        tolerance: metres; below 1 cm it also holds above the pose, before the gripper comes down.
     """
     start, rotation = world.eef_pos, target()[1]
     below, around = TIP_DEPTH, _FINGER_REACH
@@ -228,12 +230,12 @@ def travel(
             position, rotation = target()
             return np.array([*position[:2], safe]), rotation
 
-        yield from reach(world, over, gripper=gripper, tolerance=0.035)
+        yield from reach(world, over, gripper=gripper, tolerance=0.035 if tolerance >= _PRECISE else tolerance)
     elif world.via_noise > 0 and np.linalg.norm(goal - start) > 0.1:
         via = (start + goal) / 2 + world.random.normal(0.0, world.via_noise, 3)
         via[2] = max(via[2], safe)
         yield from reach(world, lambda: (via, rotation), gripper=gripper, tolerance=0.05)
-    return (yield from reach(world, target, gripper=gripper, tolerance=tolerance))
+    return (yield from reach(world, target, gripper=gripper, tolerance=max(tolerance, 0.02)))
 
 
 def grip(world: World) -> Skill:
@@ -308,7 +310,13 @@ def _funnel(world: World, position: FloatArray, rotation: FloatArray) -> Pose:
 
 
 def place(
-    world: World, thing: SceneObject, spot: Callable[[], FloatArray], *, settled: Callable[[], bool], drop: float = 0.0
+    world: World,
+    thing: SceneObject,
+    spot: Callable[[], FloatArray],
+    *,
+    settled: Callable[[], bool],
+    turn_by: float = 0.0,
+    tolerance: float = 0.02,
 ) -> Skill:
     """Carry the held object to a spot, lower it, let go and back off; False if it slipped on the way.
 
@@ -317,9 +325,10 @@ def place(
         thing: the held object.
         spot: where the object's bottom shall be, float64 [3]; its root body is aligned with the spot's x and y.
         settled: tells when the object stands there; lowering ends then.
-        drop: metres above the spot at which the object is let go.
+        turn_by: rad by which the object is turned about the vertical on the way.
+        tolerance: metres beside the spot, when it starts to be lowered.
     """
-    rotation = world.posture
+    rotation = about_vertical(turn_by) @ world.posture
     bottom = float((world.position(thing) - world.base(thing))[2])
 
     def at(height: float) -> Pose:
@@ -327,11 +336,11 @@ def place(
         return world.eef_pos + goal - world.position(thing), rotation
 
     has_slipped = _slip_detector(world, thing)
-    for command in travel(world, lambda: at(0.05 + drop), gripper=CLOSED, thing=thing, tolerance=0.02):
+    for command in travel(world, lambda: at(0.05), gripper=CLOSED, thing=thing, tolerance=tolerance):
         yield command
         if has_slipped():
             return False
-    lowering = reach(world, lambda: at(drop - 0.012), gripper=CLOSED, tolerance=0.004, speed=0.6, timeout=40)
+    lowering = reach(world, lambda: at(-0.012), gripper=CLOSED, tolerance=0.004, speed=0.6, timeout=40)
     for command in lowering:
         yield command
         if settled() or has_slipped():
