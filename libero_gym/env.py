@@ -93,7 +93,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     ## Description
     The tasks of LIBERO (Liu et al., 2023) and LIBERO-PRO, simulated with MuJoCo at 500 Hz and controlled at 20 Hz.
     Dynamics, initial states, observations and success are those of LIBERO's own environment, to the last bit on one
-    build of BLAS.
+    build of BLAS and MuJoCo from 3.3.6 on.
 
     ## Action space
     `Box(-1, 1, (7,), float32)`; values outside are clipped.

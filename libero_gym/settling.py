@@ -85,7 +85,7 @@ def has_settled_states(suite: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def load_settled_states(task: TaskSpec) -> SettledStates:
-    """Return the recorded states of `task`.
+    """Return the recorded states of `task`, found by its content: a task may have another id than it had then.
 
     Raises:
         FileNotFoundError: none are recorded for its suite.
@@ -95,15 +95,18 @@ def load_settled_states(task: TaskSpec) -> SettledStates:
     if not path.is_file():
         raise FileNotFoundError(f"no settled states are recorded for {task.suite}; use init_states='original'")
     with np.load(path, allow_pickle=False) as archive:
-        if str(archive[f"{task.task_id}_source"]) != _source_digest(task):
+        sources = {str(archive[name]): name for name in archive.files if name.endswith("_source")}
+        digest = _source_digest(task)
+        if digest not in sources:
             raise ValueError(
                 f"the settled states of {task.suite} task {task.task_id} come from other initial states than those in "
                 f"{task.init_states_file}; use init_states='original'"
             )
+        recorded_id = sources[digest].removesuffix("_source")
         return SettledStates(
-            physics=archive[f"{task.task_id}_physics"],
-            fixture_poses=archive[f"{task.task_id}_fixture_poses"],
-            controller=archive[f"{task.task_id}_controller"],
+            physics=archive[f"{recorded_id}_physics"],
+            fixture_poses=archive[f"{recorded_id}_fixture_poses"],
+            controller=archive[f"{recorded_id}_controller"],
         )
 
 
@@ -121,13 +124,13 @@ def record_suite(suite: str, folder: Path) -> Path:
     another (`OVERLAPPING`), and the first seed with the least slide is taken.
 
     Raises:
-        RuntimeError: the installed MuJoCo is not 3.3.
+        RuntimeError: the installed MuJoCo is not 3.3.7.
     """
     from libero_gym.scenes import load_scenes
     from libero_gym.simulation import Simulation
 
-    if not mujoco.__version__.startswith("3.3."):
-        raise RuntimeError(f"mujoco {mujoco.__version__} settles some states wrongly; record with 3.3.x")
+    if mujoco.__version__ != "3.3.7":
+        raise RuntimeError(f"mujoco {mujoco.__version__} settles some states in other places; record with 3.3.7")
     arrays: dict[str, Any] = {}
     tasks = list_tasks(suite)
     for task, scene in zip(tasks, load_scenes(tasks), strict=True):
