@@ -147,6 +147,19 @@ def test_resets_and_steps_do_not_make_memory_grow():
     env.close()
 
 
+def test_a_further_environment_takes_little_memory():
+    first = LiberoVectorEnv("libero_spatial", 1, observe_images=False)
+    first.reset(seed=0)
+    first.step(np.zeros((1, 7), np.float32))
+    before = resident_mb()
+    env = LiberoVectorEnv("libero_spatial", 64, observe_images=False)
+    env.reset(seed=0)
+    for _ in range(3):
+        env.step(env.action_space.sample())
+    assert (resident_mb() - before) / 64 < 20  # it is 4 to 6
+    env.close()
+
+
 def test_environments_that_change_scenes_keep_at_most_one_spare_simulation_each():
     env = LiberoVectorEnv("libero_object", 3, observe_images=False)
     for task_id in (*range(10), 9, 8):
