@@ -107,7 +107,7 @@ class FeatureStore:
                 "none, and memory at least 0"
             )
         self._encode, self._device, self._placement = encode, device, placement
-        self._budget = int(memory_gb * 1e9)
+        self._budget = round(memory_gb * 1e9)
         self._tiers: list[_Tier] = []
         self._likeness: dict[str, Tensor] = {}
         self._observations: dict[int, tuple[dict[str, Any], int]] = {}

@@ -71,7 +71,11 @@ class EnvStage:
         # A daemon, so that a step that never ends cannot keep the program from ending.
         self._thread = threading.Thread(target=self._work, name=f"envs-{offset}", daemon=True)
         self._thread.start()
-        self.envs: gym.vector.VectorEnv = self._call(lambda: make_envs(len(env_ids)))
+        try:
+            self.envs: gym.vector.VectorEnv = self._call(lambda: make_envs(len(env_ids)))
+        except BaseException:
+            self._tasks.put(None)
+            raise
 
     @property
     def rows(self) -> slice:
@@ -143,7 +147,9 @@ class EnvStage:
 
     def close(self) -> None:
         """Closes the environments and ends the thread, unless a step never ended; a second call does nothing."""
-        if self._thread.is_alive() and not self._is_stuck:
+        if self._is_stuck:
+            self._tasks.put(None)
+        elif self._thread.is_alive():
             if self.waits:
                 self._results.get()
             self._call(self.envs.close)

@@ -1,0 +1,70 @@
+"""Two processes give what one gives at the same global sizes, and only the main one writes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS: dict[str, Any] = dict(
+    num_iterations=2, learning_rate=1e-3, loss_weighting="trajectory", kl_coef=0.1, ent_coef=0.001, update_epochs=1
+)
+SIZES: dict[str, dict[str, Any]] = {
+    "ppo": dict(num_steps=8, minibatch_size=32, micro_batch_size=16, value_learning_rate=1e-3, pipeline_stage_num=2),
+    "grpo": dict(max_rollouts=2, micro_batch_size=16),
+}
+
+
+def run_two(algorithm: str, **changes: Any) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *command(algorithm, **changes)], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(process.communicate()[0]) from None
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("algorithm", "agent"), [("ppo", "tiny"), ("grpo", "tiny")])
+def test_two_processes_equal_one(tmp_path: Path, algorithm: str, agent: str):
+    options = OPTIONS | SIZES[algorithm]
+    train(algorithm, tmp_path / "one", make_agent=make_tiny_agent, **options)
+    output = run_two(algorithm, agent=agent, output_dir=str(tmp_path / "two"), **options)
+    assert output.count("iteration 2/2") == output.count("checkpoint   ") == 1
+    name = f"{algorithm}_libero_spatial_1"
+    runs = [tmp_path / number / name for number in ("one", "two")]
+    lines = [logged(run) for run in runs]
+    assert len(lines[0]) == len(lines[1]) == 2
+    for single, double in zip(*lines, strict=True):
+        assert double == pytest.approx(single, rel=1e-5, abs=1e-5)
+    weights = [load_file(run / "checkpoints" / "iteration_2" / "model.safetensors") for run in runs]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=1e-5)
+    assert [path.name for path in (tmp_path / "two").iterdir()] == [name]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_in_one(tmp_path: Path):
+    options = OPTIONS | SIZES["ppo"]
+    run_two("ppo", output_dir=str(tmp_path / "parts"), **options)
+    train("ppo", tmp_path / "parts", resume="auto", **(options | dict(num_iterations=4)))
+    train("ppo", tmp_path / "whole", **(options | dict(num_iterations=4)))
+    parts, whole = (logged(tmp_path / folder / "ppo_libero_spatial_1") for folder in ("parts", "whole"))
+    assert len(parts) == len(whole) == 4
+    for a, b in zip(parts, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
