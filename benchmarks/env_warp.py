@@ -6,7 +6,8 @@
 Throughput: `LiberoVectorEnv(physics="warp")` under random actions, chunks of five, automatic resets; without images,
 and with both views at the end of each chunk, left on the GPU. An environment step is 25 substeps of 2 ms. Agreement:
 the actions of scripted experts, recorded on the CPU's physics, are replayed open-loop on the GPU's, which may take up
-to five steps longer. The first run compiles kernels, which takes minutes; later ones find them in the cache.
+to five steps longer; and, to tell what chaos alone does to pushes and slides, on the CPU's from a start whose joints
+are a millionth of a radian off. The first run compiles kernels, which takes minutes; later ones find them in the cache.
 
 Needs neither LIBERO nor robosuite where `LIBERO_GYM_SCENES` names a scene archive. Prints tables, then one JSON line.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import warp as wp
 
 from benchmarks.hardware import describe_run
@@ -36,6 +38,7 @@ from libero_gym.warp_vector import LiberoWarpEnv
 
 CHUNK = 5
 EXTRA_STEPS = 5
+PERTURBATION = 1e-6
 TARGET_WORLDS, TARGET = 2048, 8000
 NO_IMAGES, WITH_IMAGES = "env_steps_per_s", "env_steps_per_s_with_images"
 
@@ -79,6 +82,22 @@ def record_episodes(tasks: Sequence[TaskSpec], num_episodes: int, num_threads: i
         return list(pool.map(lambda choice: run_expert(Simulation(load_scene(choice[0])), *choice), choices))
 
 
+def extend_actions(episode: ExpertEpisode) -> npt.NDArray[np.float32]:
+    """Return the actions of an episode and a few more that stand still and hold what is held."""
+    still = np.zeros((EXTRA_STEPS, 7), np.float32)
+    still[:, 6] = episode.actions[-1, 6]
+    return np.concatenate([episode.actions, still])
+
+
+def replay_on_cpu(episode: ExpertEpisode) -> bool:
+    """Return whether an episode's actions reach the goal on the CPU's physics from a start that is hardly another."""
+    sim = Simulation(load_scene(episode.task))
+    sim.reset(episode.task, episode.init_state_id, np.random.RandomState(episode.seed))
+    noise = np.random.default_rng(episode.init_state_id).normal(0.0, PERTURBATION, 7)
+    sim.data.qpos[sim.scene.robot.arm_qpos_adr] += noise
+    return any(sim.step(action) for action in extend_actions(episode))
+
+
 def replay(episodes: Sequence[ExpertEpisode], options: WarpOptions) -> list[bool]:
     """Return whether each episode's actions reach the goal on the GPU's physics, from the same state."""
     count = len(episodes)
@@ -86,20 +105,15 @@ def replay(episodes: Sequence[ExpertEpisode], options: WarpOptions) -> list[bool
     worlds = WarpWorlds(load_scene(tasks[0]), tasks, count, options=options)
     starts = [WorldStart(task=e.task, init_state_id=e.init_state_id, placement_seed=e.seed) for e in episodes]
     worlds.reset(np.arange(count), starts, init_states="settled")
-    lengths = np.array([episode.length for episode in episodes])
-    steps_left = lengths + EXTRA_STEPS
+    actions = [extend_actions(episode) for episode in episodes]
+    steps_left = np.array([len(sequence) for sequence in actions])
     is_active, has_succeeded = np.ones(count, np.bool_), np.zeros(count, np.bool_)
     for step in range(int(steps_left.max())):
-        actions = np.zeros((count, 1, 7), np.float32)
-        for row, episode in enumerate(episodes):
-            if step < episode.length:
-                actions[row, 0] = episode.actions[step]
-            else:  # stays where it is, and holds what it holds
-                actions[row, 0, 6] = episode.actions[-1, 6]
         is_active &= ~has_succeeded & (step < steps_left)
         if not is_active.any():
             break
-        has_succeeded |= worlds.step(actions, is_active, steps_left)[1][:, 0]
+        now = np.stack([sequence[min(step, len(sequence) - 1)] for sequence in actions])
+        has_succeeded |= worlds.step(now[:, None], is_active, steps_left)[1][:, 0]
     return has_succeeded.tolist()
 
 
@@ -138,12 +152,15 @@ def main() -> dict[str, Any]:
         )
     if args.num_episodes:
         episodes = record_episodes(list_tasks(args.suite), args.num_episodes, args.num_threads)
+        with ThreadPoolExecutor(args.num_threads) as pool:
+            num_perturbed = sum(pool.map(replay_on_cpu, episodes))
         on_warp = replay(episodes, WarpOptions(solver_iterations=args.solver_iterations))
         agrees = [episode.success == success for episode, success in zip(episodes, on_warp, strict=True)]
         results["agreement"] = {
             "num_episodes": len(episodes),
             "num_cpu_successes": sum(episode.success for episode in episodes),
             "num_warp_successes": sum(on_warp),
+            "num_perturbed_cpu_successes": num_perturbed,
             "share": round(float(np.mean(agrees)), 4),
             "differing": [
                 {"task_id": episode.task.task_id, "init_state_id": episode.init_state_id}
@@ -153,8 +170,9 @@ def main() -> dict[str, Any]:
         }
         counts = results["agreement"]
         print(
-            f"replayed expert episodes: {counts['num_episodes']}, CPU successes: {counts['num_cpu_successes']}, "
-            f"GPU successes: {counts['num_warp_successes']}, same outcome: {counts['share']:.1%}"
+            f"expert episodes: {counts['num_episodes']}; successes on the CPU {counts['num_cpu_successes']}, "
+            f"there from {PERTURBATION} rad off {num_perturbed}, on the GPU {counts['num_warp_successes']}; "
+            f"same outcome: {counts['share']:.1%}"
         )
 
     at_target = [row[WITH_IMAGES] for row in results["rates"] if row["num_worlds"] == TARGET_WORLDS]

@@ -4,9 +4,8 @@ A second backend for training with thousands of worlds. It runs LIBERO's tasks w
 goals, but it is not LIBERO to the last bit, as `libero_gym.simulation` is. What differs:
 
 - All numbers are float32. The arm agrees with the CPU's to 1e-6 rad after one environment step and to 1e-4 rad after
-  thirty, until it touches something; contact then makes any rounding visible. Of 80 expert episodes of libero_spatial
-  and libero_goal whose actions were replayed open-loop, 78 ended in success as on the CPU, all but four of them within
-  two steps of it (`benchmarks/env_warp.py`).
+  thirty, until it touches something; contact then makes any rounding visible. `benchmarks/env_warp.py` measures what
+  that means for success.
 - Contacts of boxes come from the same algorithm as MuJoCo's (they are nearly all of LIBERO's contacts); those of
   meshes and cylinders from MuJoCo Warp's own. Which of two barely touching shapes are in contact can differ.
 - The solver is LIBERO's (Newton, elliptic cones, impratio 20, Euler with implicit damping); it stops at a tolerance of
