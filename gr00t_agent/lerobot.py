@@ -47,6 +47,10 @@ MODALITY_FILE = Path("meta") / "modality.json"
 DEFAULT_COLUMNS = {"state": "observation.state", "action": "action"}
 QUANTILES = {"q01": 0.01, "q99": 0.99}
 MAX_OPEN_FILES = 16
+# How a file starts that was checked out without its content.
+LFS_POINTER = b"version https://git-lfs"
+# By how much a gripper's action may leave [0, 1].
+GRIPPER_TOLERANCE = 1e-3
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -113,15 +117,22 @@ def read_info(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder is no LeRobot dataset.
-        ValueError: another version of the layout, or no episodes.
+        KeyError: what every dataset states is missing.
+        ValueError: another version of the layout, no episodes, or no JSON.
     """
     path = folder / INFO_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {INFO_FILE}; give the top folder of a LeRobot dataset")
-    info: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    try:
+        info: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from error
     version = str(info.get("codebase_version"))
     if version not in ("v2.0", "v2.1", "v3.0"):
         raise ValueError(f"{path}: codebase_version={version!r} is not supported (valid: v2.0, v2.1, v3.0)")
+    absent = [key for key in ("fps", "features", "data_path") if key not in info]
+    if absent:
+        raise KeyError(f"{path} has no {', '.join(absent)} (present: {', '.join(info)})")
     if not info.get("total_episodes"):
         raise ValueError(f"{folder} is empty: its info.json counts no episodes")
     return info
@@ -132,6 +143,7 @@ def read_episodes(folder: Path, info: Mapping[str, Any]) -> list[EpisodeEntry]:
 
     Raises:
         FileNotFoundError: a file of `meta/` is missing.
+        ValueError: a file of `meta/` is damaged.
     """
     cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
     is_v3 = str(info["codebase_version"]).startswith("v3")
@@ -169,10 +181,11 @@ def read_tasks(folder: Path, info: Mapping[str, Any]) -> dict[int, str]:
 
     Raises:
         FileNotFoundError: the file of tasks is missing.
+        ValueError: the file of tasks is damaged.
     """
     if not str(info["codebase_version"]).startswith("v3"):
         return {int(row["task_index"]): str(row["task"]) for row in _json_lines(folder / "meta" / "tasks.jsonl")}
-    table = pq.read_table(_existing(folder / "meta" / "tasks.parquet"))
+    table = _read_table(folder / "meta" / "tasks.parquet")
     (text,) = [name for name in table.column_names if name != "task_index"]
     return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
 
@@ -186,12 +199,32 @@ def _rows_v3(folder: Path) -> Iterator[dict[str, Any]]:
     if not files:
         raise FileNotFoundError(f"{folder}/meta/episodes holds no parquet file; the dataset is incomplete")
     for file in files:
-        columns = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
-        yield from pq.read_table(file, columns=columns).to_pylist()
+        table = _read_table(file)
+        yield from table.select([name for name in table.column_names if not name.startswith("stats/")]).to_pylist()
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _existing(path).read_text("utf-8").splitlines() if line.strip()]
+    try:
+        return [json.loads(line) for line in _existing(path).read_text("utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+
+def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    _existing(path)
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    """Return what to raise for a file that cannot be decoded."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return ValueError(f"{path} is a Git LFS pointer instead of the file; run `git lfs pull` in the dataset")
+    reason = str(error).partition("\n")[0]
+    return ValueError(f"{path} is damaged ({reason}); download or write it again")
 
 
 def _existing(path: Path) -> Path:
@@ -235,7 +268,7 @@ class VideoFile:
         try:
             self._container = av.open(str(path))
         except av.error.FFmpegError as error:
-            raise ValueError(f"{path} is no readable video: {error}") from error
+            raise _damaged(path, error) from error
         if not self._container.streams.video:
             raise ValueError(f"{path} holds no video stream")
         self._stream = self._container.streams.video[0]
@@ -276,7 +309,7 @@ class VideoFile:
                 found[number] = cast(Frames, frame.to_ndarray(format="rgb24"))
         except av.error.FFmpegError as error:
             self._decoder = None
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+            raise _damaged(self.path, error) from error
         return [found[number] for number in numbers]
 
     def _number(self, frame: av.VideoFrame) -> int:
@@ -316,7 +349,8 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
     Raises:
         FileNotFoundError: no dataset, no `modality.json`, or a file is missing.
         KeyError: a key of the data config is not in `modality.json`, or a column is not in the dataset.
-        ValueError: no episodes, cameras of several sizes, or columns, lengths or slices that contradict each other.
+        ValueError: no episodes, cameras of several sizes, damaged files, a gripper of another convention than the
+            data config's, or columns, lengths or slices that contradict each other.
     """
 
     def __init__(
@@ -360,7 +394,10 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
                 f"{path} does not exist; it says where {', '.join(self.data_config.state_keys[:2])} ... are. For "
                 "LIBERO data use libero_gym/data/modality.json (modality_file=..., or copy it into meta/)"
             )
-        modality = read_modality(path)
+        try:
+            modality = read_modality(path)
+        except ValueError as error:
+            raise _damaged(path, error) from error
         config = self.data_config
         wanted = [*config.video_keys, *config.state_keys, *config.action_keys, config.language_key]
         absent = [key for key in wanted if key not in modality]
@@ -448,6 +485,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
                 raise ValueError(
                     f"{key} of {self.folder} is not finite in frame {np.argwhere(~np.isfinite(values))[0, 0]}"
                 )
+        self._check_gripper({key: joined[name][:, where] for key, (name, where) in action.items()})
         values = joined[language][:, 0]
         if values.dtype.kind in "iu":
             unknown = set(np.unique(values).tolist()) - tasks.keys()
@@ -464,13 +502,23 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         self.episode_of_frame = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # [F]
         self._row = np.concatenate(rows)  # [F], in the frame's parquet file
 
+    def _check_gripper(self, actions: Mapping[str, NDArray[Any]]) -> None:
+        """Check that the gripper is 1 open, 0 close: a policy learns any other convention without complaint."""
+        key = self.data_config.gripper_key
+        if key is None:
+            return
+        low, high = float(actions[key].min()), float(actions[key].max())
+        if low < -GRIPPER_TOLERANCE or high > 1 + GRIPPER_TOLERANCE:
+            raise ValueError(
+                f"{key} of {self.folder} is in [{low:.3g}, {high:.3g}]; it must be 1 open, 0 close. Convert the column "
+                "(LIBERO's own -1 open, +1 close: (1 - x) / 2), or give a DataConfig with gripper_key=None, whose "
+                "actions go to the environment as they are"
+            )
+
     @staticmethod
     def _read_file(file: Path, columns: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[int, NDArray[np.int64]]]:
         """Return columns [rows, width], and each episode's rows in the order of its frames."""
-        try:
-            table = pq.read_table(_existing(file), columns=[*columns, "episode_index", "frame_index"])
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+        table = _read_table(file, [*columns, "episode_index", "frame_index"])
         arrays = {name: _matrix(table[name]) for name in columns}
         episode, frame = (table[name].to_numpy() for name in ("episode_index", "frame_index"))
         rows = {int(i): np.flatnonzero(episode == i) for i in np.unique(episode)}

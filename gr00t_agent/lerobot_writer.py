@@ -473,8 +473,6 @@ def _feature_stats(arrays: Mapping[str, NDArray[Any]], histograms: Mapping[str, 
     for name, array in arrays.items():
         exact = array.astype(np.float64)
         values = {kind: getattr(exact, kind)(axis=0).tolist() for kind in ("min", "max", "mean", "std")}
-        if array.dtype.kind in "iu":
-            values |= {kind: getattr(array, kind)(axis=0).tolist() for kind in ("min", "max")}
         quantiles = np.quantile(exact, list(QUANTILES.values()), axis=0)
         values |= {kind: row.tolist() for kind, row in zip(QUANTILES, quantiles, strict=True)}
         stats[name] = {**values, "count": [len(array)]}

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,32 @@ def test_bad_arguments_and_numbers_stop_the_run(demonstrations, tmp_path):
     with pytest.raises(FloatingPointError, match="gradient norm is nan in iteration 1"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations), make_broken)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_checkpoint_of_other_data_is_refused(demonstrations, tmp_path):
+    metadata = LeRobotDataset(demonstrations).metadata()
+    agent = tiny_agent(metadata)
+    agent.save_pretrained(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "experiment_cfg" / "metadata.json"
+    stored = json.loads(path.read_text())
+
+    def train(change: Callable[[dict[str, Any]], object]) -> None:
+        content = json.loads(json.dumps(stored))
+        change(content["libero_franka"])
+        path.write_text(json.dumps(content))
+        args = sft_args(
+            tmp_path, demonstrations, model=str(tmp_path / "checkpoint"), statistics="checkpoint", num_steps=1,
+            run_name=f"run_{len(list(tmp_path.iterdir()))}",
+        )  # fmt: skip
+        sft_gr00t.main(args)
+
+    train(lambda content: None)
+    with pytest.raises(ValueError, match=r"state.gripper has 1 elements in the policy's statistics, 2 in"):
+        train(lambda content: [values.pop() for values in content["statistics"]["state"]["gripper"].values()])
+    with pytest.raises(KeyError, match=r"has no statistics for 'action.gripper' \(present: action.x, "):
+        train(lambda content: content["statistics"]["action"].pop("gripper"))
+    with pytest.raises(ValueError, match=r"video.image is \(64, 48\) pixels in the policy's metadata, \(32, 32\) in"):
+        train(lambda content: content["modalities"]["video"]["image"].update(resolution=[48, 64]))
 
 
 def test_a_state_of_another_network_is_refused(tmp_path):

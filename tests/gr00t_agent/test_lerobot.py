@@ -1,5 +1,6 @@
-"""Reading and writing LeRobot datasets: round trips, chunks at episode ends, the frame cache, statistics, bad input."""
+"""LeRobot datasets: round trips, files of lerobot, chunks at episode ends, the frame cache, statistics, bad input."""
 
+import io
 import json
 import os
 import pickle
@@ -8,18 +9,23 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from gr00t_agent import Gr00tAgent, lerobot, read_metadata, write_metadata
+from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, lerobot, read_metadata, write_metadata
 from gr00t_agent.lerobot import LeRobotDataset, check_metadata, first_of_each_task
 from gr00t_agent.lerobot_writer import Recording, assemble_dataset, stage_episode, staged_episodes
 from tests.gr00t_agent.lerobot_data import CAMERAS, LENGTHS, edit_json, make_episode, modality, write_dataset
 
 LAYOUTS = [(version, storage) for version in ("v2.1", "v3.0") for storage in ("video", "image")]
 TASK_KEY = "annotation.human.action.task_description"
+# Four episodes of two tasks that lerobot recorded, 0.3.3 as v2.1 and 0.6.1 as v3.0, with its own AV1 encoder.
+RECORDED = Path(__file__).parents[1] / "data" / "lerobot"
+RECORDED_LENGTHS = (13, 20, 7, 30)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +80,49 @@ def test_both_versions_hold_the_same_video_pixels(datasets):
         LeRobotDataset(datasets[0][version, "video"]).images(np.arange(sum(LENGTHS))) for version in ("v2.1", "v3.0")
     ]
     assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_what_lerobot_wrote_is_read(version, tmp_path):
+    (tmp_path / "modality.json").write_text(json.dumps(modality()))
+    config = LiberoFrankaDataConfig(gripper_key=None)  # its gripper is any number
+    dataset = LeRobotDataset(RECORDED / version, data_config=config, modality_file=tmp_path / "modality.json")
+    assert tuple(entry.length for entry in dataset.episodes) == RECORDED_LENGTHS
+    obs, actions, step_mask = dataset.batch(np.arange(70))
+    with np.load(RECORDED / "numbers.npz") as truth:
+        np.testing.assert_array_equal(np.concatenate([obs[key] for key in config.state_keys], 1), truth["state"])
+        np.testing.assert_array_equal(actions[:, 0], truth["action"])
+    np.testing.assert_array_equal(actions[12], np.tile(actions[12, :1], (16, 1)))
+    assert step_mask[12].sum() == 1
+    tasks = ("open the drawer", "close the drawer")
+    assert obs[TASK_KEY] == [tasks[i % 2] for i, length in enumerate(RECORDED_LENGTHS) for _ in range(length)]
+    y, x = np.mgrid[:64, :64]
+    written = np.array([
+        np.stack([2 * x + 3 * k, 2 * y + 3 * k, np.full_like(x, 40 * i + 2 * k)], -1).clip(0, 255)
+        for i, length in enumerate(RECORDED_LENGTHS) for k in range(length)
+    ])  # fmt: skip
+    for key, images in (("video.image", written), ("video.wrist_image", written[:, :, ::-1])):
+        errors = [np.abs(obs[key].numpy() - np.roll(images, shift, axis=0)).mean((1, 2, 3)) for shift in (-1, 0, 1)]
+        assert errors[1].max() < 3
+        # Its videos have a key frame every two frames; those between hardly differ from them.
+        key_frames = np.concatenate([np.arange(length) % 2 == 0 for length in RECORDED_LENGTHS])
+        assert (np.argmin(errors, axis=0)[key_frames] == 1).all()
+
+
+def test_tables_have_the_columns_and_types_of_lerobots(datasets):
+    for version, files in (
+        ("v2.1", ["data/chunk-000/episode_000000.parquet"]),
+        ("v3.0", [f"{name}/chunk-000/file-000.parquet" for name in ("data", "meta/episodes")] + ["meta/tasks.parquet"]),
+    ):
+        for file in files:
+            ours, theirs = (
+                pq.read_schema(folder / file) for folder in (datasets[0][version, "video"], RECORDED / version)
+            )
+            own_info = {"seed"} & set(ours.names)
+            assert set(ours.names) - own_info == set(theirs.names), file
+            assert {name: ours.field(name).type for name in theirs.names} == dict(
+                zip(theirs.names, theirs.types, strict=True)
+            ), file
 
 
 @pytest.mark.parametrize(("version", "storage"), LAYOUTS)
@@ -279,6 +328,60 @@ def test_empty_dataset(copy):
         LeRobotDataset(folder)
 
 
+def test_no_episodes_are_listed(copy):
+    folder = copy()
+    (folder / "meta" / "episodes.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is empty: its meta/ lists no episodes"):
+        LeRobotDataset(folder)
+    (folder / "meta" / "episodes.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"episodes.jsonl does not exist; the dataset is incomplete"):
+        LeRobotDataset(folder)
+
+
+def test_no_episodes_are_listed_in_v3(copy):
+    folder = copy("v3.0")
+    shutil.rmtree(folder / "meta" / "episodes")
+    with pytest.raises(FileNotFoundError, match=r"meta/episodes holds no parquet file; the dataset is incomplete"):
+        LeRobotDataset(folder)
+
+
+def test_info_without_what_every_dataset_states(copy):
+    folder = copy()
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    del info["fps"], info["features"]
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    with pytest.raises(KeyError, match=r"info.json has no fps, features \(present: codebase_version, "):
+        LeRobotDataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("version", "file"),
+    [
+        ("v2.1", "meta/info.json"),
+        ("v2.1", "meta/modality.json"),
+        ("v2.1", "meta/episodes.jsonl"),
+        ("v2.1", "meta/tasks.jsonl"),
+        ("v2.1", "data/chunk-000/episode_000001.parquet"),
+        ("v3.0", "meta/tasks.parquet"),
+        ("v3.0", "meta/episodes/chunk-000/file-000.parquet"),
+        ("v3.0", f"videos/{CAMERAS[0]}/chunk-000/file-000.mp4"),
+    ],
+)
+def test_damaged_files_are_named(copy, version, file):
+    path = copy(version) / file
+
+    def use() -> None:
+        LeRobotDataset(path.parents[len(Path(file).parts) - 1]).images(np.array([0]))
+
+    use()
+    path.write_bytes(path.read_bytes()[20:-20])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged \(.*; download or write it again"):
+        use()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ValueError, match=rf"{path.name} is a Git LFS pointer instead of the file; run `git lfs pull`"):
+        use()
+
+
 def test_unknown_version(copy):
     folder = copy()
     edit_json(folder / "meta" / "info.json", codebase_version="v1.6")
@@ -317,6 +420,81 @@ def test_slices_beyond_the_column(copy):
         LeRobotDataset(folder)
 
 
+def edit_column(file: Path, name: str, change) -> None:
+    """Writes a parquet file anew with `change` applied to the list of one column's values."""
+    table = pq.read_table(file)
+    values = table[name].to_pylist()
+    change(values)
+    index = table.column_names.index(name)
+    field = table.schema.field(index)
+    pq.write_table(table.set_column(index, field, pa.array(values, field.type)), file)
+
+
+def test_a_camera_that_holds_no_images(copy):
+    folder = copy()
+    content = modality()
+    content["video"]["image"]["original_key"] = "observation.state"
+    edit_json(folder / "meta" / "modality.json", **content)
+    with pytest.raises(ValueError, match=r"video.image is column 'observation.state', which holds no images"):
+        LeRobotDataset(folder)
+
+
+def test_a_gripper_of_another_convention(copy):
+    folder = copy()
+    # LIBERO's own: -1 open, +1 close.
+    for file in (folder / "data").rglob("*.parquet"):
+        edit_column(file, "action", lambda rows: [row.__setitem__(6, 1 - 2 * row[6]) for row in rows])
+    with pytest.raises(ValueError, match=r"action.gripper of .* is in \[-1, 1\]; it must be 1 open, 0 close"):
+        LeRobotDataset(folder)
+    dataset = LeRobotDataset(folder, data_config=LiberoFrankaDataConfig(gripper_key=None))
+    assert dataset.metadata().part("action.gripper")["min"] == [-1.0]
+
+
+def test_tasks_and_numbers_that_are_not_there(copy):
+    folder = copy()
+    file = sorted((folder / "data").rglob("*.parquet"))[1]
+    edit_column(file, "task_index", lambda rows: rows.__setitem__(0, 7))
+    with pytest.raises(ValueError, match=r"column 'task_index' names tasks \[7\], which meta/ does not list"):
+        LeRobotDataset(folder)
+    edit_column(file, "observation.state", lambda rows: rows[2].__setitem__(1, float("nan")))
+    with pytest.raises(ValueError, match=r"state.y of .* is not finite in frame 22"):
+        LeRobotDataset(folder)
+    table = pq.read_table(file)
+    pq.write_table(table.drop_columns(["action"]), file)
+    with pytest.raises(ValueError, match=r"episode_000001.parquet is damaged \(No match for .*action"):
+        LeRobotDataset(folder)
+
+
+def test_columns_may_have_other_names(datasets, copy, tmp_path):
+    folder = copy(storage="image")
+    names = dict(
+        zip((*CAMERAS, "observation.state", "action"), ("image", "wrist_image", "state", "actions"), strict=True)
+    )
+    for file in (folder / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.rename_columns([names.get(name, name) for name in table.column_names]), file)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    features = {names.get(name, name): feature for name, feature in info["features"].items()}
+    edit_json(folder / "meta" / "info.json", codebase_version="v2.0", fps=10, features=features)
+    (folder / "meta" / "episodes_stats.jsonl").unlink()
+    with pytest.raises(KeyError, match=r"video.image is column 'observation.images.image', which .* does not have"):
+        LeRobotDataset(folder)
+    content = modality()
+    for modality_name, column in (("state", "state"), ("action", "actions")):
+        for entry in content[modality_name].values():
+            entry["original_key"] = column
+    for name, entry in content["video"].items():
+        entry["original_key"] = name
+    (tmp_path / "openpi.json").write_text(json.dumps(content))
+    dataset = LeRobotDataset(folder, modality_file=tmp_path / "openpi.json")
+    reference = LeRobotDataset(datasets[0]["v2.1", "image"])
+    frames = np.array([59, 3, 20])
+    assert torch.equal(dataset.images(frames), reference.images(frames))
+    np.testing.assert_array_equal(dataset.action, reference.action)
+    np.testing.assert_array_equal(dataset.state["state.gripper"], reference.state["state.gripper"])
+    assert dataset.metadata().modalities["video"]["image"]["fps"] == 10
+
+
 def test_mixed_resolutions(copy):
     folder = copy()
     info = json.loads((folder / "meta" / "info.json").read_text())
@@ -341,7 +519,7 @@ def test_corrupt_short_and_absent_videos(copy):
     videos[2].unlink()
     for frames, message in (
         (np.arange(20), r"episode_000000.mp4 is damaged"),
-        (np.array([20]), r"episode_000001.mp4 is no readable video"),
+        (np.array([20]), r"episode_000001.mp4 is damaged"),
     ):
         with pytest.raises(ValueError, match=message):
             dataset.images(frames)
@@ -366,19 +544,27 @@ def test_damaged_tables(copy):
         LeRobotDataset(folder)
 
 
-def test_corrupt_png(copy):
+def test_corrupt_and_misshapen_pngs(copy):
     folder = copy(storage="image")
     file = sorted((folder / "data").rglob("*.parquet"))[0]
-    table = pq.read_table(file)
-    index = table.column_names.index(CAMERAS[0])
-    cells = table[CAMERAS[0]].to_pylist()
-    cells[3]["bytes"] = b"\x89PNG" + cells[3]["bytes"][40:]
-    field = table.schema.field(index)
-    pq.write_table(table.set_column(index, field, [cells]), file)
+    small = io.BytesIO()
+    Image.new("RGB", (24, 32)).save(small, format="PNG")
+
+    def damage(cells: list[dict]) -> None:
+        cells[3]["bytes"] = b"\x89PNG" + cells[3]["bytes"][40:]
+        cells[5]["bytes"] = small.getvalue()
+
+    edit_column(file, CAMERAS[0], damage)
     dataset = LeRobotDataset(folder)
     dataset.images(np.array([2]))
     with pytest.raises(ValueError, match=r"image 3 of 'observation.images.image' cannot be decoded"):
         dataset.images(np.array([3]))
+    with pytest.raises(
+        ValueError, match=r"observation.images.image of .* mixes resolutions: \[\(32, 24, 3\), \(32, 32, 3\)"
+    ):
+        dataset.images(np.array([4, 5]))
+    with pytest.raises(ValueError, match=r"has frames of \(32, 24, 3\), its info.json says \[32, 32, 3\]"):
+        dataset.images(np.array([5]))
 
 
 def test_statistics_of_other_widths_or_resolutions(datasets):
