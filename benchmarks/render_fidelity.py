@@ -28,7 +28,8 @@ from libero_gym.suites import get_task
 from libero_gym.warp_rendering import WarpRenderer
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
-TASKS = (("libero_spatial", 0), ("libero_object", 0), ("libero_goal", 0), ("libero_10", 2), ("libero_90", 20))
+TASKS = (("libero_spatial", 0), ("libero_object", 0), ("libero_goal", 0), ("libero_10", 2), ("libero_90", 74))
+# Of the scene that fares worst.
 TARGETS_DB = {"agentview_without_mirror": 29.0, "robot0_eye_in_hand": 30.0}
 
 Images = npt.NDArray[np.uint8]
@@ -143,7 +144,15 @@ def main() -> None:
     settings = {"gl": args.gl, "image_size": args.image_size, "num_moments": args.num_moments}
     settings["warp_device"] = renderers["warp"].device
     document = {"benchmark": "render_fidelity", **describe_run(), "settings": settings}
-    line = json.dumps({**document, "results": results, "targets": TARGETS_DB})
+    values = {
+        "agentview_without_mirror": min(r["psnr_without_mirror_db"] for r in results if r["camera"] == CAMERAS[0]),
+        "robot0_eye_in_hand": min(r["psnr_db"] for r in results if r["camera"] == CAMERAS[1]),
+    }
+    targets = {
+        name: {"value": value, "target": TARGETS_DB[name], "holds": value >= TARGETS_DB[name]}
+        for name, value in values.items()
+    }
+    line = json.dumps({**document, "results": results, "targets": targets})
     if args.output is not None:
         args.output.write_text(line + "\n", encoding="utf-8")
     print(line)
