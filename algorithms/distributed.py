@@ -2,7 +2,8 @@
 
 Accelerate runs the trainers on one process, under DistributedDataParallel, or sharded by FSDP2 (`fsdp_version: 2` in
 an `accelerate config`); everything here is the same call in all three. Under FSDP2 every forward pass is a collective
-operation: all processes must make the same number of them.
+operation: all processes must make the same number of them. The agent is sharded as one unit (`fsdp_auto_wrap_policy:
+NO_WRAP`), because its action head uses parts of its blocks outside their forward passes.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from gymnasium.vector import AutoresetMode
 
 from algorithms import grpo_gr00t, ppo_gr00t
@@ -78,6 +80,14 @@ def logged(run: Path) -> list[dict[str, float]]:
     return [without_time(json.loads(line)) for line in lines]
 
 
+def shard(accelerator: Accelerator) -> Accelerator:
+    """FSDP2 on CPUs, which PyTorch can do and Accelerate does not offer."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=False)
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
 def command(algorithm: str, **changes: Any) -> list[str]:
     """What runs `train` in a process of its own."""
     return ["-m", "tests.algorithms.line_trainer", algorithm, json.dumps(changes)]
@@ -87,6 +97,9 @@ def main() -> None:
     algorithm, text = sys.argv[1:]
     changes = json.loads(text)
     torch.set_num_threads(1)
+    if changes.pop("sharded", False):
+        make_accelerator = TRAINERS[algorithm].make_accelerator
+        TRAINERS[algorithm].make_accelerator = lambda *inputs: shard(make_accelerator(*inputs))
     agents = {"mlp": make_mlp_agent, "tiny": make_tiny_agent}
     envs = {"fast": LineVectorEnv, "slow": SlowLineEnv}
     folder = Path(changes.pop("output_dir"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,25 @@ def test_two_processes_equal_one(tmp_path: Path, algorithm: str, agent: str):
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=1e-5)
     assert [path.name for path in (tmp_path / "two").iterdir()] == [name]
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_save_and_resume_as_whole_ones(tmp_path: Path):
+    """FSDP2 with Gloo: every process holds half of each weight, gradient and optimiser moment."""
+    options = OPTIONS | SIZES["ppo"] | dict(num_iterations=1, num_steps=4, minibatch_size=16, micro_batch_size=8)
+    sharded = dict(agent="tiny", output_dir=str(tmp_path / "sharded"), sharded=True)
+    assert run_two("ppo", **options, **sharded).count("checkpoint   ") == 1
+    options |= dict(num_iterations=2)
+    run_two("ppo", **options, **sharded, resume="auto")
+    train("ppo", tmp_path / "whole", make_agent=make_tiny_agent, **options)
+    runs = [tmp_path / name / "ppo_libero_spatial_1" for name in ("sharded", "whole")]
+    lines = [logged(run) for run in runs]
+    assert len(lines[0]) == len(lines[1]) == 2
+    for double, single in zip(*lines, strict=True):
+        assert double == pytest.approx(single, rel=1e-4, abs=1e-4)
+    agents = [Gr00tAgent.from_pretrained(run / "checkpoints" / "iteration_2") for run in runs]
+    for name, value in agents[0].state_dict().items():
+        torch.testing.assert_close(value, agents[1].state_dict()[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
