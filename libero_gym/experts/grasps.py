@@ -8,6 +8,7 @@ the world's y axis. All lengths are in metres, angles in rad.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,7 +118,7 @@ def choose_grasp(
     *,
     ignored_body_ids: tuple[int, ...] = (),
     attempt: int = 0,
-    carry: FloatArray | None = None,
+    carries: Sequence[FloatArray] = (),
 ) -> Grasp:
     """Return the best grasp of the object as it stands.
 
@@ -126,7 +127,7 @@ def choose_grasp(
         body_id: root body of the object.
         ignored_body_ids: bodies that are in nobody's way, such as the robot's.
         attempt: 0 for the best candidate; n for the n-th best that differs, after failures.
-        carry: float64 [3], by how much the object will be moved; grasps that let the hand get there cost less.
+        carries: by how much the object may be moved, each [3]; grasps that let the hand get there cost less.
 
     Raises:
         ValueError: the object is neither narrow enough nor has it a rim.
@@ -141,13 +142,12 @@ def choose_grasp(
         raise ValueError(f"body {name!r} has no part narrower than {MAX_WIDTH} m and no rim to grasp")
     middle, ignored = cloud[:, :2].mean(axis=0), (body_id, *ignored_body_ids)
     obstacles = shapes.obstacles(ignored, middle, 0.25)
-    around_goal = None if carry is None else shapes.obstacles(ignored, middle + carry[:2], 0.25) - carry
+    around = shapes.obstacles(ignored, middle + carries[0][:2], 0.25) if carries else np.zeros((0, 3))
 
     def total(cost: float, grasp: Grasp) -> float:
-        drop = 0.0 if around_goal is None else hand_room(around_goal, grasp.position, grasp.rotation)
-        return (
-            cost + INTRUSION_COST * intrusion(obstacles, grasp.position, grasp.rotation) + _DROP_COST * max(0.0, drop)
-        )
+        drop = min((hand_room(around - carry, grasp.position, grasp.rotation) for carry in carries), default=0.0)
+        hits = intrusion(obstacles, grasp.position, grasp.rotation)
+        return cost + INTRUSION_COST * hits + _DROP_COST * max(0.0, drop)
 
     rank = attempt % _NUM_ALTERNATIVES
     scored: list[tuple[float, int]] = []

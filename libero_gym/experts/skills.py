@@ -7,7 +7,7 @@ A skill is a generator of `Command`s, one an environment step; it reads the worl
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import mujoco
@@ -269,20 +269,20 @@ def release(world: World, thing: SceneObject | None = None) -> Skill:
     return True
 
 
-def pick(world: World, thing: SceneObject, *, attempt: int = 0, goal: Callable[[], FloatArray] | None = None) -> Skill:
+def pick(world: World, thing: SceneObject, *, attempt: int = 0, goals: Sequence[FloatArray] = ()) -> Skill:
     """Grasp an object from above and lift it a little; True if it is held afterwards.
 
     Args:
         world: state.
         thing: the object.
         attempt: how many attempts failed before.
-        goal: where the object's bottom shall be at last, [3]; it is grasped so that the hand fits there.
+        goals: where the object's base may be put at last, each [3]; it is grasped so that the hand fits at one of them.
     """
     for _ in range(3):
         before = _orientation(world, thing)
-        carry = None if goal is None else goal() - world.base(thing)
+        carries = [goal - world.base(thing) for goal in goals]
         grasp = choose_grasp(
-            world.shapes, thing.body_id, ignored_body_ids=(world.robot_body_id,), attempt=attempt, carry=carry
+            world.shapes, thing.body_id, ignored_body_ids=(world.robot_body_id,), attempt=attempt, carries=carries
         )
         pose = _attached(world, thing, grasp)
 
@@ -316,7 +316,7 @@ def place(
     *,
     settled: Callable[[], bool],
     turn_by: float = 0.0,
-    tolerance: float = 0.02,
+    is_tight: bool = False,
 ) -> Skill:
     """Carry the held object to a spot, lower it, let go and back off; False if it slipped on the way.
 
@@ -326,7 +326,7 @@ def place(
         spot: where the object's bottom shall be, float64 [3]; its root body is aligned with the spot's x and y.
         settled: tells when the object stands there; lowering ends then.
         turn_by: rad by which the object is turned about the vertical on the way.
-        tolerance: metres beside the spot, when it starts to be lowered.
+        is_tight: whether walls are so near that the object has to be right above the spot before it is lowered.
     """
     rotation = about_vertical(turn_by) @ world.posture
     bottom = float((world.position(thing) - world.base(thing))[2])
@@ -336,7 +336,7 @@ def place(
         return world.eef_pos + goal - world.position(thing), rotation
 
     has_slipped = _slip_detector(world, thing)
-    for command in travel(world, lambda: at(0.05), gripper=CLOSED, thing=thing, tolerance=tolerance):
+    for command in travel(world, lambda: at(0.05), gripper=CLOSED, thing=thing, tolerance=0.005 if is_tight else 0.02):
         yield command
         if has_slipped():
             return False

@@ -8,19 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_part, turn
-from libero_gym.experts.grasps import MAX_WIDTH, about_vertical, hand_room
+from libero_gym.experts.containers import fitting_turn, floor, free_spot, spots_between_walls
+from libero_gym.experts.grasps import MAX_WIDTH
 from libero_gym.experts.insertion import blocking_door, find_opening, insert
 from libero_gym.experts.skills import Command, Skill, World, pick, place, rest, retreat
 from libero_gym.predicates import Goal, in_contact
-from libero_gym.scenes import SceneObject, SceneSite
+from libero_gym.scenes import SceneObject
 
 FloatArray = npt.NDArray[np.float64]
 Atom = tuple[str, ...]
 
 _HAND_ROOM = 0.03
-_WALL_MARGIN, _WALL_SEARCH = 0.006, 0.02
-_AMPLE_ROOM, _TIGHT_ROOM = 0.035, 0.030
-_ROOM_VALUE = 50.0
 
 
 def solve(world: World, goal: tuple[Atom, ...]) -> Iterator[Command]:
@@ -88,24 +86,25 @@ def _put(world: World, atom: Atom, attempt: int, test: Goal, slot: float) -> Ite
         )
         return
     site = world.scene.sites.get(atom[2])
-    opening = find_opening(world, site) if atom[0] == "in" and site is not None else None
-    if opening is not None and site is not None:
-        while (hinge := blocking_door(world, site, opening)) is not None:
-            sign = 1.0 if world.scene.objects[site.parent or ""].joint_tests["open"].above else -1.0
-            yield from push_part(world, hinge, sign, lambda: blocking_door(world, site, opening) is None)
+    container = site if atom[0] == "in" else None
+    opening = None if container is None else find_opening(world, container)
+    if container is not None and opening is not None:
+        while (hinge := blocking_door(world, container, opening)) is not None:
+            sign = 1.0 if world.scene.objects[container.parent or ""].joint_tests["open"].above else -1.0
+            yield from push_part(world, hinge, sign, lambda: blocking_door(world, container, opening) is None)
         yield from insert(world, thing, opening)
         yield from retreat(world)
         return
     spot, settled = _destination(world, thing, atom[2], test, slot)
-    if not (yield from pick(world, thing, attempt=attempt, goal=spot)):
+    goals = [spot()] if container is None else spots_between_walls(world, thing, container)
+    if not (yield from pick(world, thing, attempt=attempt, goals=goals)):
         yield from retreat(world)
         return
-    turn_by, tolerance = 0.0, 0.02
-    if atom[0] == "in" and site is not None:
-        turn_by, room = _fitting_turn(world, thing, site)
-        spot = _free_spot(world, thing, site, turn_by)
-        tolerance = tolerance if room > _TIGHT_ROOM else 0.005
-    if not (yield from place(world, thing, spot, settled=settled, turn_by=turn_by, tolerance=tolerance)):
+    turn_by, is_tight = 0.0, False
+    if container is not None:
+        turn_by, is_tight = fitting_turn(world, thing, container)
+        spot = free_spot(world, thing, container, turn_by)
+    if not (yield from place(world, thing, spot, settled=settled, turn_by=turn_by, is_tight=is_tight)):
         yield from retreat(world)
 
 
@@ -188,7 +187,7 @@ def _destination(
         # Side by side along x: the fingers open along y.
         shift = np.array([1.5 * slot * float(site.size[0]), 0.0, 0.0])
         return lambda: _on(world, world.data.site_xpos[site.site_id] + shift, parent), lambda: test(world.data)
-    return lambda: _floor(world, site), lambda: test(world.data)
+    return lambda: floor(world, site), lambda: test(world.data)
 
 
 def _on(world: World, position: FloatArray, base: SceneObject | None) -> FloatArray:
@@ -198,75 +197,3 @@ def _on(world: World, position: FloatArray, base: SceneObject | None) -> FloatAr
     cloud = world.shapes.cloud(base.body_id)
     near = cloud[np.linalg.norm(cloud[:, :2] - position[:2], axis=1) < 0.02]
     return np.array([*position[:2], float(near[:, 2].max())])
-
-
-def _floor(world: World, site: SceneSite) -> FloatArray:
-    """Return the middle of the floor of a container."""
-    centre = world.data.site_xpos[site.site_id]
-    half_height = float(np.abs(world.data.site_xmat[site.site_id].reshape(3, 3) @ site.size)[2])
-    return centre - np.array([0.0, 0.0, half_height])
-
-
-def _cavity(world: World, site: SceneSite) -> list[tuple[FloatArray, float, float]]:
-    """Return for both horizontal axes of a container: axis [3], and where its walls are, from the region's centre."""
-    centre, pose = world.data.site_xpos[site.site_id], world.data.site_xmat[site.site_id].reshape(3, 3)
-    height = float(np.abs(pose @ site.size)[2])
-    parent = world.scene.objects[site.parent or ""]
-    offset = world.shapes.cloud(parent.body_id) - centre
-    offset = offset[np.abs(offset[:, 2]) < 0.7 * height]
-    sides = [(axis, float(half)) for axis, half in zip(pose.T, site.size, strict=True) if abs(axis[2]) < 0.5]
-    walls: list[tuple[FloatArray, float, float]] = []
-    for (axis, half), (other, other_half) in (sides, sides[::-1]):
-        along = (offset @ axis)[np.abs(offset @ other) < 0.5 * other_half]
-        along = along[np.abs(along) < half + _WALL_SEARCH]
-        low = float(along[along < 0.0].max(initial=-half - _WALL_SEARCH))
-        walls.append((axis, low, float(along[along > 0.0].min(initial=half + _WALL_SEARCH))))
-    return walls
-
-
-def _extent(world: World, thing: SceneObject, axis: FloatArray, angle: float) -> tuple[float, float]:
-    """Return how far the object, turned by `angle` rad about the vertical, extends from its root body along an axis."""
-    along = (world.shapes.cloud(thing.body_id) - world.position(thing)) @ about_vertical(angle).T @ axis
-    return float(along.min()), float(along.max())
-
-
-def _fitting_turn(world: World, thing: SceneObject, site: SceneSite) -> tuple[float, float]:
-    """Return the turn about the vertical, in rad, with which an object fits into a container, and the room it leaves.
-
-    The room is that between the walls and the object, in metres; negative if it does not fit.
-    """
-    cavity = _cavity(world, site)
-
-    def room(angle: float) -> float:
-        extents = [_extent(world, thing, axis, angle) for axis, _, _ in cavity]
-        return min(high - low - (last - first) for (_, low, high), (first, last) in zip(cavity, extents, strict=True))
-
-    turns = [float(angle) for angle in np.deg2rad(np.arange(-90.0, 91.0, 2.5))]
-    best = min(turns, key=lambda angle: abs(angle) - _ROOM_VALUE * min(_AMPLE_ROOM, room(angle)))
-    return best, room(best)
-
-
-def _free_spot(world: World, thing: SceneObject, site: SceneSite, angle: float) -> Callable[[], FloatArray]:
-    """Return where to let go of the held object: between the walls, above the floor, as low as the hand gets.
-
-    Args:
-        world: state.
-        thing: the object.
-        site: the container's region.
-        angle: rad by which the object will be turned until then.
-    """
-    # The root body goes to the middle, unless the object were then in a wall.
-    shift = np.zeros(3)
-    for axis, low, high in _cavity(world, site):
-        behind, ahead = _extent(world, thing, axis, angle)
-        first, last = low + _WALL_MARGIN - behind, high - _WALL_MARGIN - ahead
-        shift += (float(np.clip(0.0, first, last)) if first < last else (first + last) / 2) * axis
-
-    def spot() -> FloatArray:
-        goal = _floor(world, site) + shift
-        carry = goal - world.base(thing)
-        obstacles = world.shapes.obstacles((world.robot_body_id, thing.body_id), (world.eef_pos + carry)[:2], 0.15)
-        rise = hand_room(obstacles - carry, world.eef_pos, world.leaning((world.eef_pos + carry, world.posture)))
-        return goal + np.array([0.0, 0.0, max(0.0, rise)])
-
-    return spot
