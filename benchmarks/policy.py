@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.hardware import describe_run
+from benchmarks.targets import judge
 from gr00t_agent import FlowAction, Gr00tAgent, PolicyConfig, preset_policy
 from gr00t_agent.config import ModelConfig, PresetName
 from gr00t_agent.sampler import Prediction
@@ -34,12 +35,9 @@ from gr00t_agent.transforms import IMAGE_CONTEXT, load_tokenizer
 
 # RLinf's padding_value for LIBERO.
 REFERENCE_PROMPT_LENGTH = 570
-TARGETS = {
-    "decision_speedup_over_reference": 2.0,
-    "decision_share_of_matrix_rate": 0.65,
-    "preprocess_ms": 5.0,
-    "update_peak_memory_gb": 80.0,
-}
+# For the released size on one H100.
+AT_LEAST = {"decision_speedup_over_reference": 2.0, "decision_share_of_matrix_rate": 0.65}
+AT_MOST = {"preprocess_ms": 5.0, "update_peak_memory_gb": 80.0}
 INSTRUCTIONS = (
     "open the middle drawer of the cabinet",
     "pick up the black bowl on the stove and place it on the plate",
@@ -245,7 +243,7 @@ def main() -> dict[str, Any]:
         "setting": {"preset": preset, "device": args.device, "batch_size": batch_size,
                     "compile_mode": args.compile_mode, "num_threads": torch.get_num_threads()},
         "results": {name: round(value, 4) for name, value in results.items()},
-        "targets": TARGETS if on_gpu else {},
+        "targets": judge(results, at_least=AT_LEAST, at_most=AT_MOST) if on_gpu else {},
     }  # fmt: skip
     for name, value in results.items():
         print(f"{name:40s} {value:12.3f}")

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.hardware import describe_run
+from benchmarks.targets import judge
 from libero_gym.rendering import GlRenderer
 from libero_gym.scenes import load_scene
 from libero_gym.simulation import Simulation
@@ -148,11 +149,7 @@ def main() -> None:
         "agentview_without_mirror": min(r["psnr_without_mirror_db"] for r in results if r["camera"] == CAMERAS[0]),
         "robot0_eye_in_hand": min(r["psnr_db"] for r in results if r["camera"] == CAMERAS[1]),
     }
-    targets = {
-        name: {"value": value, "target": TARGETS_DB[name], "holds": value >= TARGETS_DB[name]}
-        for name, value in values.items()
-    }
-    line = json.dumps({**document, "results": results, "targets": targets})
+    line = json.dumps({**document, "results": results, "targets": judge(values, at_least=TARGETS_DB)})
     if args.output is not None:
         args.output.write_text(line + "\n", encoding="utf-8")
     print(line)
