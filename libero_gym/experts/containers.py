@@ -17,7 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 _WALL_MARGIN, _WALL_SEARCH = 0.006, 0.02
 _AMPLE_ROOM, _TIGHT_ROOM = 0.035, 0.030
 _ROOM_VALUE = 50.0
-_SHIFTS = (0.0, 0.01, -0.01, 0.02, -0.02)
+_SHIFTS = (0.0, 0.02, -0.02)
 _SHIFT_COST = 0.2
 
 
@@ -74,7 +74,7 @@ def free_spot(world: World, thing: SceneObject, site: SceneSite, angle: float) -
     def rise(goal: FloatArray, turned: FloatArray) -> float:
         carry = goal - world.base(thing)
         obstacles = world.shapes.obstacles((world.robot_body_id, thing.body_id), (world.eef_pos + carry)[:2], 0.15)
-        return max(0.0, hand_room(obstacles - carry, world.eef_pos, turned))
+        return max(0.0, hand_room(obstacles, world.eef_pos, turned, [carry]))
 
     goals = spots_between_walls(world, thing, site, angle)
     turned = about_vertical(angle) @ world.posture

@@ -143,9 +143,12 @@ def choose_grasp(
     middle, ignored = cloud[:, :2].mean(axis=0), (body_id, *ignored_body_ids)
     obstacles = shapes.obstacles(ignored, middle, 0.25)
     around = shapes.obstacles(ignored, middle + carries[0][:2], 0.25) if carries else np.zeros((0, 3))
+    # The hand is always higher than the gripper's site.
+    lowest = min(float(grasp.position[2]) for _, grasp in candidates)
+    around = around[around[:, 2] > lowest + min((float(carry[2]) for carry in carries), default=0.0)]
 
     def total(cost: float, grasp: Grasp) -> float:
-        drop = min((hand_room(around - carry, grasp.position, grasp.rotation) for carry in carries), default=0.0)
+        drop = hand_room(around, grasp.position, grasp.rotation, carries) if carries else 0.0
         hits = intrusion(obstacles, grasp.position, grasp.rotation)
         return cost + INTRUSION_COST * hits + _DROP_COST * max(0.0, drop)
 
@@ -166,19 +169,26 @@ def choose_grasp(
     return chosen[-1]
 
 
-def hand_room(obstacles: FloatArray, position: FloatArray, rotation: FloatArray) -> float:
-    """Return by how much the hand at a pose has to rise, in metres, to be above all that is below or inside it.
+def hand_room(
+    obstacles: FloatArray, position: FloatArray, rotation: FloatArray, carries: Sequence[FloatArray]
+) -> float:
+    """Return by how much the hand has to rise, in metres, to be above all that is below or inside it.
 
     Args:
         obstacles: float64 [n, 3].
         position: float64 [3], of the gripper's site.
         rotation: float64 [3, 3], world from gripper, pointing more or less down.
+        carries: displacements of the gripper, each [3]; the one that needs least counts.
     """
     local = (obstacles - position) @ rotation
-    is_under = (np.abs(local[:, 0]) < HAND_HALF_LENGTH + _CLEARANCE) & (
-        np.abs(local[:, 1]) < HAND_HALF_WIDTH + _CLEARANCE
-    )
-    return float(np.max(-local[is_under, 2], initial=-np.inf)) - PALM_HEIGHT + _HAND_MARGIN
+    rises: list[float] = []
+    for x, y, z in np.array(carries) @ rotation:
+        beside = local[local[:, 2] < z - PALM_HEIGHT + _HAND_MARGIN]
+        is_under = (np.abs(beside[:, 0] - x) < HAND_HALF_LENGTH + _CLEARANCE) & (
+            np.abs(beside[:, 1] - y) < HAND_HALF_WIDTH + _CLEARANCE
+        )
+        rises.append(float(np.max(z - beside[is_under, 2], initial=PALM_HEIGHT - _HAND_MARGIN)))
+    return min(rises) - PALM_HEIGHT + _HAND_MARGIN
 
 
 def _lever(grasp: Grasp, weight: FloatArray) -> float:
