@@ -234,11 +234,9 @@ def _free_path(world: World, thing: SceneObject, goal: FloatArray) -> list[Float
 
 
 def _back_off(world: World, outward: FloatArray) -> Skill:
-    """Leave a handle horizontally, then turn the gripper down."""
+    """Leave a handle horizontally."""
     away, rotation = world.eef_pos + _STANDOFF * outward, world.posture
-    yield from reach(world, lambda: (away, rotation), gripper=OPEN, tolerance=0.03, timeout=25)
-    up = away + np.array([0.0, 0.0, 0.06])
-    return (yield from reach(world, lambda: (up, gripper_rotation(0.0)), gripper=OPEN, tolerance=0.06, timeout=25))
+    return (yield from reach(world, lambda: (away, rotation), gripper=OPEN, tolerance=0.03, timeout=25))
 
 
 def _unit(vector: FloatArray) -> FloatArray:

@@ -40,6 +40,7 @@ _MAX_FREE_STEPS = 6
 _STALL_STEPS, _STALL_DISTANCE, _NEAR = 10, 0.002, 0.02
 _OVERHANG_MARGIN = 0.02
 _PRECISE = 0.01
+_PARTLY = 1.0
 _FREE, _WIDE_OPEN, _EVASION = 0.02, 0.08, 0.015
 
 
@@ -159,20 +160,31 @@ def reach(
     *,
     gripper: float,
     tolerance: float = 0.006,
+    turn_tolerance: float | None = None,
     speed: float = 1.0,
     timeout: int = 80,
 ) -> Skill:
     """Move straight to the pose `target()`, asked anew each step; True once within tolerance.
 
     Also ends when something holds the gripper back: True if it is near the target.
+
+    Args:
+        world: state.
+        target: pose, asked anew each step.
+        gripper: command of the fingers.
+        tolerance: metres.
+        turn_tolerance: rad; None for 6 per metre of `tolerance`, at least 0.08.
+        speed: fraction of the expert's cruising speed.
+        timeout: steps.
     """
+    turn_tolerance = max(0.08, 6.0 * tolerance) if turn_tolerance is None else turn_tolerance
     trail: deque[FloatArray] = deque(maxlen=_STALL_STEPS)
     for _ in range(timeout):
         position, world.posture = target()
         rotation = world.leaning((position, world.posture))
         distance = float(np.linalg.norm(position - world.eef_pos))
         misalignment = float(np.arccos(np.clip((np.trace(rotation @ world.eef_rotation.T) - 1) / 2, -1, 1)))
-        if distance < tolerance and misalignment < (max(0.08, 6.0 * tolerance) if tolerance > 0.005 else 0.04):
+        if distance < tolerance and misalignment < turn_tolerance:
             return True
         is_stalled = len(trail) == _STALL_STEPS and float(np.linalg.norm(trail[0] - world.eef_pos)) < _STALL_DISTANCE
         if is_stalled and misalignment < 0.3:
@@ -223,14 +235,17 @@ def travel(
     )
     if start[2] < safe - 0.01:
         above = np.array([*(start[:2] + 0.02 * _direction(goal[:2] - start[:2])), safe])
-        yield from reach(world, lambda: (above, rotation), gripper=gripper, tolerance=0.03)
+        yield from reach(world, lambda: (above, rotation), gripper=gripper, tolerance=0.03, turn_tolerance=_PARTLY)
     if safe > goal[2] + 0.01:
 
         def over() -> Pose:
             position, rotation = target()
             return np.array([*position[:2], safe]), rotation
 
-        yield from reach(world, over, gripper=gripper, tolerance=0.035 if tolerance >= _PRECISE else tolerance)
+        if tolerance >= _PRECISE:
+            yield from reach(world, over, gripper=gripper, tolerance=0.035)
+        else:
+            yield from reach(world, over, gripper=gripper, tolerance=tolerance, turn_tolerance=0.04)
     elif world.via_noise > 0 and np.linalg.norm(goal - start) > 0.1:
         via = (start + goal) / 2 + world.random.normal(0.0, world.via_noise, 3)
         via[2] = max(via[2], safe)
