@@ -13,7 +13,7 @@ from libero_gym.bddl import read_problem
 from libero_gym.experts.skills import Command, World
 from libero_gym.experts.solver import order, solve
 from libero_gym.scenes import load_scene
-from libero_gym.simulation import ACTION_DIM, Simulation
+from libero_gym.simulation import ACTION_DIM, InitStates, Simulation
 from libero_gym.suites import TaskSpec, horizon
 
 FloatArray = npt.NDArray[np.float64]
@@ -150,7 +150,7 @@ class ExpertEpisode:
     Attributes:
         task: the task.
         init_state_id: stored initial state.
-        seed: decides the fixtures' poses (as LIBERO's seed does) and the expert's variety.
+        seed: decides the expert's variety and, with original initial states, the fixtures' poses as LIBERO's does.
         actions: float32 [length, 7], those after the settling steps.
         success: whether the goal held at the end.
         length: number of actions.
@@ -172,6 +172,7 @@ def run_expert(
     seed: int = 0,
     config: ExpertConfig | None = None,
     max_steps: int | None = None,
+    init_states: InitStates | None = None,
 ) -> ExpertEpisode:
     """Run one episode from a stored initial state, until success or `max_steps`.
 
@@ -179,13 +180,14 @@ def run_expert(
         sim: a simulation of the task's scene to be used; None for a new one.
         task: the task.
         init_state_id: stored initial state.
-        seed: decides the fixtures' poses and the expert's variety.
+        seed: decides the expert's variety, and the fixtures' poses where initial states are original.
         config: how the expert moves.
         max_steps: None for the suite's horizon.
+        init_states: "settled", "original" or None for the suite's default, see `Simulation.reset`.
     """
     sim = Simulation(load_scene(task)) if sim is None else sim
     limit = horizon(task.suite) if max_steps is None else max_steps
-    sim.reset(task, init_state_id, np.random.RandomState(seed))
+    sim.reset(task, init_state_id, np.random.RandomState(seed), init_states=init_states)
     expert = make_expert(task, config)
     expert.reset(sim, np.random.default_rng([seed, task.task_id, init_state_id]))
     actions: list[npt.NDArray[np.float32]] = []

@@ -5,8 +5,20 @@ import pytest
 
 from benchmarks.parity import reference_env
 from libero_gym.experts import HUMAN_LIKE, ExpertConfig, make_expert, run_expert
+from libero_gym.experts.containers import fitting_turn, spots_between_walls
 from libero_gym.experts.geometry import Shapes
-from libero_gym.experts.grasps import MAX_WIDTH, choose_grasp, gripper_rotation, lean_outwards
+from libero_gym.experts.grasps import (
+    HAND_HALF_WIDTH,
+    MAX_WIDTH,
+    PALM_HEIGHT,
+    about_vertical,
+    choose_grasp,
+    gripper_rotation,
+    hand_room,
+    lean_outwards,
+)
+from libero_gym.experts.insertion import find_opening, tilted
+from libero_gym.experts.skills import World
 from libero_gym.experts.solver import order
 from libero_gym.scenes import load_scene
 from libero_gym.simulation import SETTLING_ACTION, Simulation
@@ -21,6 +33,13 @@ def goal_simulation() -> Simulation:
     return simulation
 
 
+def make_world(suite: str, task_id: int) -> World:
+    task = get_task(suite, task_id)
+    simulation = Simulation(load_scene(task))
+    simulation.reset(task, 0, np.random.RandomState(0))
+    return World(simulation, np.random.default_rng(0), 0.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "task_id", "init_state_id"),
@@ -29,9 +48,14 @@ def goal_simulation() -> Simulation:
         ("libero_spatial", 4, 20),  # out of a drawer
         ("libero_spatial", 9, 3),  # from the top of a cabinet
         ("libero_object", 6, 11),  # a flat box into a basket
+        ("libero_object", 7, 49),  # a carton that hangs from a finger's edge until that moves away
         ("libero_goal", 0, 5),  # a drawer
         ("libero_goal", 2, 5),  # a bottle
         ("libero_goal", 7, 5),  # a knob
+        ("libero_goal", 3, 0),  # a bowl out of the way of a drawer, then into it
+        ("libero_10", 3, 2),  # into a drawer below the handles of others, which is shut then
+        ("libero_10", 5, 16),  # a book between the walls of a caddy
+        ("libero_10", 9, 18),  # a mug by its handle into a microwave, whose door is opened wider, then shut
     ],
 )
 def test_reaches_goal_within_the_horizon(suite: str, task_id: int, init_state_id: int):
@@ -48,10 +72,12 @@ def test_reaches_goal_within_the_horizon(suite: str, task_id: int, init_state_id
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("suite", "task_id", "init_state_id"), [("libero_object", 0, 2), ("libero_goal", 7, 1)])
+@pytest.mark.parametrize(
+    ("suite", "task_id", "init_state_id"), [("libero_object", 0, 2), ("libero_goal", 7, 1), ("libero_10", 5, 4)]
+)
 def test_recorded_actions_succeed_in_libero(suite: str, task_id: int, init_state_id: int):
     task, seed = get_task(suite, task_id), 3
-    episode = run_expert(None, task, init_state_id, seed=seed)
+    episode = run_expert(None, task, init_state_id, seed=seed, init_states="original")
     assert episode.success
     with reference_env(task) as env:
         np.random.seed(seed)  # noqa: NPY002 - LIBERO draws from the global stream
@@ -133,6 +159,75 @@ def test_bowls_are_held_at_the_rim_and_narrow_things_across(goal_simulation: Sim
     # Always on the left: demonstrations of one task look alike.
     assert rim.position[1] > goal_simulation.data.xpos[bowl, 1] + 0.03
     assert np.linalg.norm(body.position[:2] - goal_simulation.data.xpos[bottle, :2]) < 0.01
+
+
+def test_pans_are_held_at_the_handle_near_their_weight():
+    world = make_world("libero_10", 2)
+    pan = world.scene.objects["chefmate_8_frypan_1"].body_id
+    weight, cloud = world.data.subtree_com[pan, :2], world.shapes.cloud(pan)
+    grasp = choose_grasp(world.shapes, pan)
+    away = grasp.position[:2] - weight
+    handle = cloud[np.argmax(np.linalg.norm(cloud[:, :2] - weight, axis=1)), :2] - weight
+    assert away @ handle > 0.95 * np.linalg.norm(away) * np.linalg.norm(handle)
+    assert np.linalg.norm(away) < 0.6 * np.linalg.norm(handle)
+    # The fingers close across the handle.
+    assert abs(grasp.rotation[:2, 0] @ handle) < 0.1 * np.linalg.norm(handle)
+
+
+def test_hand_rises_above_what_is_inside_it():
+    position, down, stay = np.array([0.4, 0.1, 1.0]), gripper_rotation(0.0), np.zeros(3)
+    beside, inside = np.array([[0.4 + HAND_HALF_WIDTH + 0.01, 0.1, 1.2]]), np.array([[0.4, 0.1, 1.2]])
+    assert hand_room(beside, position, down, [stay]) <= 0.0
+    rise = hand_room(inside, position, down, [stay])
+    assert rise == pytest.approx(0.2 - PALM_HEIGHT, abs=0.02)
+    assert hand_room(inside, position, down, [np.array([0.0, 0.0, rise])]) == pytest.approx(0.0, abs=1e-9)
+    # The displacement that needs least counts.
+    assert hand_room(inside, position, down, [stay, np.array([0.1, 0.0, 0.0])]) <= 0.0
+
+
+def test_objects_are_grasped_for_where_they_go(goal_simulation: Simulation):
+    """Right beside a cabinet, the hand must not be over it."""
+    shapes, scene = Shapes(goal_simulation.model, goal_simulation.data), goal_simulation.scene
+    bowl, cabinet = scene.objects["akita_black_bowl_1"].body_id, scene.objects["wooden_cabinet_1"].body_id
+    cloud, wall = shapes.cloud(bowl), shapes.cloud(cabinet)
+    # To the right (-y) of the cabinet, 1 cm from it: the left rim, which costs least, is next to it.
+    carry = np.array([np.median(wall[:, 0]) - np.median(cloud[:, 0]), wall[:, 1].min() - cloud[:, 1].max() - 0.01, 0.0])
+    free, near = choose_grasp(shapes, bowl), choose_grasp(shapes, bowl, carries=[carry])
+    assert hand_room(wall, free.position, free.rotation, [carry]) > 0.1
+    assert hand_room(wall, near.position, near.rotation, [carry]) <= 0.0
+
+
+def test_compartments_with_a_roof_are_entered_from_the_front():
+    world = make_world("libero_10", 9)
+    opening = find_opening(world, world.scene.sites["microwave_1_heating_region"])
+    assert opening is not None
+    np.testing.assert_allclose(opening.inward, [0.0, 1.0, 0.0], atol=1e-6)
+    cavity = world.data.site_xpos[world.scene.sites["microwave_1_heating_region"].site_id]
+    assert opening.front < opening.reach[0] < opening.reach[1] == pytest.approx(cavity[1])
+    assert cavity[2] - 0.1 < opening.floor < cavity[2] - 0.05
+    fingers = tilted(opening.inward, 0.9)[:, 2]
+    np.testing.assert_allclose(fingers, [0.0, np.sin(0.9), -np.cos(0.9)], atol=1e-6)
+    for suite, task_id, region in (
+        ("libero_object", 0, "basket_1_contain_region"),
+        ("libero_goal", 0, "wooden_cabinet_1_top_region"),
+    ):
+        other = make_world(suite, task_id)
+        assert find_opening(other, other.scene.sites[region]) is None
+
+
+def test_books_are_turned_to_fit_between_walls():
+    world = make_world("libero_10", 5)
+    book, site = world.scene.objects["black_book_1"], world.scene.sites["desk_caddy_1_front_contain_region"]
+    turn, is_tight = fitting_turn(world, book, site)
+    assert is_tight
+    width = 2 * np.abs(world.data.site_xmat[site.site_id].reshape(3, 3) @ site.size)[:2]
+    turned = (world.shapes.cloud(book.body_id) - world.position(book)) @ about_vertical(turn).T
+    assert np.all(np.ptp(turned[:, :2], axis=0) < width)
+    assert np.any(np.ptp(world.shapes.cloud(book.body_id)[:, :2], axis=0) > width)
+    # It also fits at each of the spots, walls included.
+    for spot in spots_between_walls(world, book, site, turn):
+        extent = turned[:, :2] + spot[:2] - world.data.site_xpos[site.site_id, :2]
+        assert np.all(np.abs(extent) < width / 2 + 0.01)
 
 
 def test_clouds_follow_the_geometry(goal_simulation: Simulation):
