@@ -388,7 +388,7 @@ def test_overfits_two_samples():
     draws = (torch.randn(2, 16, 8, generator=generator), torch.tensor([0.2, 0.7]))
     optimizer = torch.optim.AdamW(agent.parameters(), lr=3e-4)
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         optimizer.zero_grad()
         loss = agent.sft_loss(obs, actions, draws=draws)
         loss.backward()
