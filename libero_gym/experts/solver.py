@@ -47,12 +47,24 @@ def _slot(atoms: list[Atom], atom: Atom) -> float:
 
 
 def order(goal: tuple[Atom, ...]) -> list[Atom]:
-    """Return the atoms in the order in which to achieve them: closing a drawer comes after filling it."""
+    """Return the atoms in the order in which to achieve them.
+
+    Drawers are shut after they are filled, and what carries something is put in its place first.
+
+    Raises:
+        ValueError: an atom's predicate has no skill.
+    """
     rank = {"open": 0, "turnon": 1, "turnoff": 1, "on": 2, "in": 2, "close": 3}
     unknown = [atom for atom in goal if atom[0] not in rank]
     if unknown:
         raise ValueError(f"goal atom {unknown[0]} has no skill (valid predicates: {sorted(rank)})")
-    return sorted(goal, key=lambda atom: rank[atom[0]])
+    support = {atom[1]: atom[2] for atom in goal if rank[atom[0]] == 2}
+
+    def height(name: str) -> int:
+        """Return on how many things that are moved themselves an object stands in the end."""
+        return 1 + height(support[name]) if name in support else 0
+
+    return sorted(goal, key=lambda atom: (rank[atom[0]], height(atom[1])))
 
 
 def achieve(world: World, atom: Atom, attempt: int, test: Goal, slot: float = 0.0) -> Iterator[Command]:

@@ -126,9 +126,11 @@ def test_config_names_the_valid_range(values: dict[str, float]):
         ExpertConfig(**values)
 
 
-def test_goal_is_ordered_so_that_drawers_are_filled_before_they_are_closed():
+def test_goal_is_ordered_so_that_drawers_are_filled_before_they_are_closed_and_stacks_grow_upwards():
     goal = (("close", "cabinet"), ("in", "bowl", "cabinet"), ("open", "cabinet"))
     assert [atom[0] for atom in order(goal)] == ["open", "in", "close"]
+    stack = (("on", "top", "middle"), ("in", "bottom", "tray"), ("on", "middle", "bottom"))
+    assert [atom[1] for atom in order(stack)] == ["bottom", "middle", "top"]
     with pytest.raises(ValueError, match="has no skill"):
         order((("up", "bowl"),))
 
