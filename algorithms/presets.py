@@ -66,8 +66,8 @@ PPO: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 GRPO: dict[str, dict[str, Any]] = {
     "demo": dict(
-        run_name="demo_grpo", model=SPATIAL_START, num_iterations=3, num_envs=4, group_size=2, num_groups=2, max_rollouts=1,
-        num_minibatches=2, eval_episodes_per_task=1, learning_rate=1e-5,
+        run_name="demo_grpo", model=SPATIAL_START, num_iterations=3, num_envs=4, group_size=2, num_groups=2,
+        max_rollouts=1, num_minibatches=2, eval_episodes_per_task=1, learning_rate=1e-5,
     ),
 }  # fmt: skip
 for _suite in _SUITES:

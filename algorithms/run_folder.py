@@ -9,6 +9,7 @@
         evaluations/       one JSON per evaluation
         videos/            mp4
         faults/            what a fault is reproduced from
+        report.html        all of it on one page, written at the end
 
 Only the main process writes; every process may call every function.
 """
@@ -33,6 +34,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
+
+from algorithms.report import REPORT_NAME, write_report
 
 PACKAGES = (
     "libero-gr00t", "torch", "transformers", "diffusers", "accelerate", "gymnasium", "mujoco", "mujoco-warp",
@@ -223,6 +226,7 @@ class RunFolder:
                 f"checkpoint   {weights}",
                 f"videos       {self.path / 'videos'}",
                 f"metrics      {self.path / 'metrics.jsonl'}",
+                f"report       {self.path / REPORT_NAME}",
                 "",
                 "next:",
                 f"  tensorboard --logdir {self.path.parent}",
@@ -232,7 +236,9 @@ class RunFolder:
         )
 
     def finish(self) -> None:
-        """Closes the trackers and the process group."""
+        """Writes the report and closes the trackers and the process group."""
+        if self._accelerator.is_main_process:
+            write_report(self.path)
         if torch.distributed.is_initialized():
             _process_groups.append(torch.distributed.group.WORLD)
         self._accelerator.end_training()
