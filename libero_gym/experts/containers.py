@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.experts.grasps import about_vertical, hand_room
-from libero_gym.experts.skills import World
+from libero_gym.experts.grasps import about_vertical, gripper_rotation, hand_room
+from libero_gym.experts.skills import CLOSED, OPEN, Pose, Skill, World, reach, release, rise_until_free, travel
 from libero_gym.scenes import SceneObject, SceneSite
 
 FloatArray = npt.NDArray[np.float64]
@@ -19,6 +19,7 @@ _AMPLE_ROOM, _TIGHT_ROOM = 0.035, 0.030
 _ROOM_VALUE = 50.0
 _SHIFTS = (0.0, 0.02, -0.02)
 _SHIFT_COST = 0.2
+_TIP = 1.2
 
 
 def floor(world: World, site: SceneSite) -> FloatArray:
@@ -87,6 +88,36 @@ def free_spot(world: World, thing: SceneObject, site: SceneSite, angle: float) -
         return goal + np.array([0.0, 0.0, rise(goal, posture)])
 
     return spot
+
+
+def is_too_tall(world: World, thing: SceneObject, site: SceneSite) -> bool:
+    """Return whether the object's root body would be above the region if it stood on the container's floor."""
+    height = float((world.position(thing) - world.base(thing))[2])
+    bottom, centre = floor(world, site), world.data.site_xpos[site.site_id]
+    return float(bottom[2]) + height > 2 * float(centre[2]) - float(bottom[2])
+
+
+def lay(world: World, thing: SceneObject, site: SceneSite) -> Skill:
+    """Carry the held object to a container, tip it over, lower it and let go; False if it slipped on the way."""
+    posture = world.posture
+    # Away from the robot, so that the hand is on this side.
+    pitch = _TIP if posture[0, 1] > 0 else -_TIP
+    rotation = posture @ gripper_rotation(0.0).T @ gripper_rotation(0.0, pitch=pitch)
+    turned = (world.shapes.cloud(thing.body_id) - world.position(thing)) @ world.eef_rotation @ rotation.T
+    root = rotation @ world.eef_rotation.T @ (world.position(thing) - world.eef_pos)
+    goal = floor(world, site) - np.array([0.0, 0.0, float(turned[:, 2].min())])
+    rise = rise_until_free(world, thing, (goal - root, rotation))
+
+    def at(height: float) -> Pose:
+        return world.eef_pos + floor(world, site) + np.array([0.0, 0.0, height + rise]) - world.base(thing), rotation
+
+    yield from travel(world, lambda: at(0.04), gripper=CLOSED, thing=thing)
+    yield from reach(world, lambda: at(0.0), gripper=CLOSED, tolerance=0.006, speed=0.6, timeout=30)
+    if not world.is_held(thing):
+        return False
+    yield from release(world, thing)
+    away = world.eef_pos - 0.08 * rotation[:, 2]
+    return (yield from reach(world, lambda: (away, rotation), gripper=OPEN, tolerance=0.02, timeout=25))
 
 
 def _cavity(world: World, site: SceneSite) -> list[tuple[FloatArray, float, float]]:

@@ -20,7 +20,19 @@ from libero_gym.experts.grasps import (
     gripper_rotation,
     intrusion,
 )
-from libero_gym.experts.skills import CLOSED, OPEN, Pose, Skill, World, grip, reach, release, travel
+from libero_gym.experts.skills import (
+    CLOSED,
+    OPEN,
+    Pose,
+    Skill,
+    World,
+    grip,
+    pick,
+    reach,
+    release,
+    rise_until_free,
+    travel,
+)
 from libero_gym.scenes import SceneObject, SceneSite
 
 FloatArray = npt.NDArray[np.float64]
@@ -34,6 +46,9 @@ _STANDOFF = 0.05
 _DOOR_MARGIN, _DOOR_NEAR = 0.01, 0.08
 _LIFT = 0.05
 _HALF_FINGER = 0.006
+_TIP = 1.3
+_UP = np.array([0.0, 0.0, 1.0])
+_TAPER = 0.005
 _PITCHES = (0.9, 1.1, 0.6, 0.3, 0.0)
 _OFFSETS = np.arange(0.008, 0.16, 0.008)
 
@@ -112,44 +127,59 @@ def blocking_door(world: World, site: SceneSite, opening: Opening) -> Joint | No
     return None
 
 
-def insert(world: World, thing: SceneObject, opening: Opening) -> Skill:
-    """Grasp an object at its rear end, slide it into the compartment and let go; False if that did not work."""
+def insert(world: World, thing: SceneObject, opening: Opening, *, attempt: int = 0) -> Skill:
+    """Grasp an object, slide it into the compartment and let go; False if that did not work.
+
+    It is held at its rear end or, if that is too wide, from above, and tipped over on the way: bottom first.
+    """
     grasp = _rear_grasp(world, thing, opening)
     if grasp is None:
+        rotation = tipped(opening.inward)
+        is_held = yield from pick(world, thing, attempt=attempt)
+    else:
+        rotation = grasp.rotation
+        is_held = yield from _pick_at(world, thing, grasp)
+    if not is_held:
         return False
+    inward, across = opening.inward, opening.across
+    turned = (world.shapes.cloud(thing.body_id) - world.position(thing)) @ world.eef_rotation @ rotation.T
+    root = rotation @ world.eef_rotation.T @ (world.position(thing) - world.eef_pos)
+    first, middle = opening.reach
+    depth = float(
+        np.clip(_free_depth(opening, rotation, float(root @ inward)), first + _MARGIN, max(middle, first + _MARGIN))
+    )
+    inside = depth * inward + opening.middle * across + (opening.floor - float(turned[:, 2].min())) * _UP
+    rise = 0.0 if grasp is not None else rise_until_free(world, thing, (inside - root, rotation))
+
+    def at(along: float, height: float) -> Pose:
+        """Return the gripper's pose that puts the object's root body there."""
+        base = world.base(thing)
+        shift = (along - base @ inward) * inward + (opening.middle - base @ across) * across
+        return world.eef_pos + shift + np.array([0.0, 0.0, opening.floor + height + rise - base[2]]), rotation
+
+    outside = opening.front - float((turned @ inward).max()) - 0.02
+    yield from travel(world, lambda: at(outside, _SILL), gripper=CLOSED, thing=thing, tolerance=0.015)
+    yield from reach(world, lambda: at(depth, _SILL), gripper=CLOSED, tolerance=0.008, speed=0.7, timeout=60)
+    yield from reach(world, lambda: at(depth, -0.003), gripper=CLOSED, tolerance=0.006, speed=0.5, timeout=12)
+    yield from release(world)
+    away = world.eef_pos - 0.08 * rotation[:, 2]
+    yield from reach(world, lambda: (away, rotation), gripper=OPEN, tolerance=0.02, timeout=25)
+    return True
+
+
+def _pick_at(world: World, thing: SceneObject, grasp: Grasp) -> Skill:
+    """Take hold of the object along the fingers' direction and lift it a little; True if it is held afterwards."""
     offset = grasp.position - world.position(thing)
-    approach = grasp.rotation[:, 2].copy()
 
     def pose(gap: float) -> Pose:
-        return world.position(thing) + offset - gap * approach, grasp.rotation
+        return world.position(thing) + offset - gap * grasp.rotation[:, 2], grasp.rotation
 
     yield from travel(world, lambda: pose(_STANDOFF), gripper=OPEN, thing=thing)
     yield from reach(world, lambda: pose(0.0), gripper=OPEN, tolerance=0.006, speed=0.8, timeout=40)
     yield from grip(world)
     lifted = world.eef_pos + np.array([0.0, 0.0, _LIFT])
     yield from reach(world, lambda: (lifted, grasp.rotation), gripper=CLOSED, tolerance=0.03, timeout=25)
-    if not world.is_held(thing):
-        return False
-    inward, across = opening.inward, opening.across
-    ahead = float((world.shapes.cloud(thing.body_id) @ inward).max() - world.position(thing) @ inward)
-    first, middle = opening.reach
-    free = _free_depth(opening, grasp.rotation, float((world.position(thing) - world.eef_pos) @ inward))
-    depth = float(np.clip(free, first + _MARGIN, max(middle, first + _MARGIN)))
-
-    def at(along: float, height: float) -> Pose:
-        """Return the gripper's pose that puts the object's root body there."""
-        base = world.base(thing)
-        shift = (along - base @ inward) * inward + (opening.middle - base @ across) * across
-        return world.eef_pos + shift + np.array([0.0, 0.0, opening.floor + height - base[2]]), grasp.rotation
-
-    outside = opening.front - ahead - 0.02
-    yield from travel(world, lambda: at(outside, _SILL), gripper=CLOSED, thing=thing, tolerance=0.015)
-    yield from reach(world, lambda: at(depth, _SILL), gripper=CLOSED, tolerance=0.008, speed=0.7, timeout=60)
-    yield from reach(world, lambda: at(depth, -0.003), gripper=CLOSED, tolerance=0.006, speed=0.5, timeout=12)
-    yield from release(world)
-    away = world.eef_pos - 0.08 * approach
-    yield from reach(world, lambda: (away, grasp.rotation), gripper=OPEN, tolerance=0.02, timeout=25)
-    return True
+    return world.is_held(thing)
 
 
 def _rear_grasp(world: World, thing: SceneObject, opening: Opening) -> Grasp | None:
@@ -159,12 +189,14 @@ def _rear_grasp(world: World, thing: SceneObject, opening: Opening) -> Grasp | N
     along, aside = cloud @ opening.inward, cloud @ opening.across
     wanted = opening.front + float(root @ opening.inward - along.min()) + 0.01
     best: tuple[float, Grasp | None] = (np.inf, None)
-    for back in _OFFSETS:
-        part = np.abs(along - along.min() - back) < _HALF_FINGER
-        if not part.any():
-            continue
-        if float(np.ptp(aside[part])) > MAX_WIDTH:
+    slices = [np.abs(along - along.min() - back) < _HALF_FINGER for back in _OFFSETS]
+    widths = [float(np.ptp(aside[part])) if part.any() else np.inf for part in slices]
+    for back, part, width, next_width in zip(_OFFSETS, slices, widths, widths[1:], strict=False):
+        if width > MAX_WIDTH:
             break
+        # The pads do not hold a corner.
+        if abs(next_width - width) > _TAPER:
+            continue
         centre = (aside[part].max() + aside[part].min()) / 2
         top = float(cloud[part, 2].max())
         position = (along.min() + back) * opening.inward + centre * opening.across
@@ -207,6 +239,14 @@ def tilted(inward: FloatArray, pitch: float) -> FloatArray:
     if -np.pi / 4 < yaw <= 3 * np.pi / 4:
         return gripper_rotation(yaw, pitch=pitch)
     return gripper_rotation(yaw + (np.pi if yaw < 0 else -np.pi), pitch=-pitch)
+
+
+def tipped(inward: FloatArray) -> FloatArray:
+    """Return world from gripper, [3, 3]: fingers one above the other, pointing towards `inward` and a little down."""
+    yaw = float(np.arctan2(-inward[0], inward[1]))
+    if abs(yaw) <= np.pi / 2:
+        return gripper_rotation(yaw, roll=_TIP)
+    return gripper_rotation(yaw + (np.pi if yaw < 0 else -np.pi), roll=-_TIP)
 
 
 def _turned(direction: FloatArray) -> FloatArray:

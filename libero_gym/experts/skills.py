@@ -23,6 +23,7 @@ from libero_gym.experts.grasps import (
     about_vertical,
     choose_grasp,
     gripper_rotation,
+    intrusion,
     lean_outwards,
 )
 from libero_gym.scenes import Scene, SceneObject
@@ -41,6 +42,7 @@ _STALL_STEPS, _STALL_DISTANCE, _NEAR = 10, 0.002, 0.02
 _OVERHANG_MARGIN = 0.02
 _PRECISE = 0.01
 _PARTLY = 1.0
+_MAX_RISE = 0.1
 _FREE, _WIDE_OPEN, _EVASION = 0.02, 0.08, 0.015
 
 
@@ -392,6 +394,15 @@ def rest(world: World, num_steps: int) -> Iterator[Command]:
     rotation = world.leaning((position, world.posture))
     for _ in range(num_steps):
         yield Command(position=position, rotation=rotation, gripper=OPEN)
+
+
+def rise_until_free(world: World, thing: SceneObject, pose: Pose) -> float:
+    """Return by how much the hand at a pose, holding the object, has to rise in metres so that it touches nothing."""
+    position, rotation = pose
+    obstacles = world.shapes.obstacles((world.robot_body_id, thing.body_id), position[:2], 0.3)
+    heights = np.arange(0.0, _MAX_RISE, 0.01)
+    hits = [intrusion(obstacles, position + np.array([0.0, 0.0, height]), rotation) for height in heights]
+    return float(heights[int(np.argmin(hits))])
 
 
 def _attached(world: World, thing: SceneObject, grasp: Grasp) -> Callable[[], Pose]:

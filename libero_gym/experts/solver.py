@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_part, turn
-from libero_gym.experts.containers import fitting_turn, floor, free_spot, spots_between_walls
+from libero_gym.experts.containers import fitting_turn, floor, free_spot, is_too_tall, lay, spots_between_walls
 from libero_gym.experts.grasps import MAX_WIDTH
 from libero_gym.experts.insertion import blocking_door, find_opening, insert
 from libero_gym.experts.skills import Command, Skill, World, pick, place, rest, retreat
@@ -104,13 +104,16 @@ def _put(world: World, atom: Atom, attempt: int, test: Goal, slot: float) -> Ite
         while (hinge := blocking_door(world, container, opening)) is not None:
             sign = 1.0 if world.scene.objects[container.parent or ""].joint_tests["open"].above else -1.0
             yield from push_part(world, hinge, sign, lambda: blocking_door(world, container, opening) is None)
-        yield from insert(world, thing, opening)
+        yield from insert(world, thing, opening, attempt=attempt)
         yield from retreat(world)
         return
     spot, settled = _destination(world, thing, atom[2], test, slot)
     goals = [spot()] if container is None else spots_between_walls(world, thing, container)
     if not (yield from pick(world, thing, attempt=attempt, goals=goals)):
         yield from retreat(world)
+        return
+    if container is not None and is_too_tall(world, thing, container):
+        yield from lay(world, thing, container)
         return
     turn_by, is_tight = 0.0, False
     if container is not None:
