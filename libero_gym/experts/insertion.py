@@ -63,6 +63,7 @@ class Opening:
         front: coordinate along `inward` of the foremost surface.
         middle: coordinate along `across` of the middle between the walls.
         floor: height of the floor.
+        ceiling: height of the roof.
         reach: coordinates along `inward` between which an object's root body is inside: the first, and the middle.
     """
 
@@ -71,6 +72,7 @@ class Opening:
     front: float
     middle: float
     floor: float
+    ceiling: float
     reach: tuple[float, float]
 
 
@@ -111,6 +113,7 @@ def find_opening(world: World, site: SceneSite) -> Opening | None:
         front=start + float(depth[near & (depth > -half_depth - 0.05)].min()),
         middle=float(centre @ across) + middle,
         floor=float(floor),
+        ceiling=float(cloud[is_roof, 2].min()),
         reach=(start - half_depth, start),
     )
 
@@ -130,9 +133,12 @@ def blocking_door(world: World, site: SceneSite, opening: Opening) -> Joint | No
 def insert(world: World, thing: SceneObject, opening: Opening, *, attempt: int = 0) -> Skill:
     """Grasp an object, slide it into the compartment and let go; False if that did not work.
 
-    It is held at its rear end or, if that is too wide, from above, and tipped over on the way: bottom first.
+    It is held at its rear end or, if it is too wide there or too tall for the compartment, from above, and tipped over
+    on the way: bottom first.
     """
-    grasp = _rear_grasp(world, thing, opening)
+    height = float(np.ptp(world.shapes.cloud(thing.body_id)[:, 2]))
+    fits = height + 2 * _SILL < opening.ceiling - opening.floor
+    grasp = _rear_grasp(world, thing, opening) if fits else None
     if grasp is None:
         rotation = tipped(opening.inward)
         is_held = yield from pick(world, thing, attempt=attempt)
