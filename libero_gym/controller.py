@@ -187,8 +187,11 @@ def _inverse(matrix: FloatArray) -> FloatArray:
 
 
 def _pseudo_inverse(matrix: FloatArray) -> FloatArray:
-    """Invert through singular values, scaling the right singular vectors first, as Numba does."""
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    """Invert through singular values, scaling the right singular vectors first, as Numba does.
+
+    `numpy.linalg.svd` rounds differently from NumPy 2.5 on.
+    """
+    u, s, vt, _ = lapack.dgesdd(matrix, full_matrices=0)
     inverse = np.where(s > 1e-15 * s[0], 1.0 / s, 0.0)
     return np.asfortranarray(np.dot(vt.T * inverse, u.T))
 
