@@ -429,7 +429,9 @@ class Gr00tAgent(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write(folder)
         self.preprocessor.tokenizer.save(folder / EAGLE_FOLDER)
-        write_metadata(folder / METADATA_PATH, self.preprocessor.metadata)
+        # Under the tag that loading looks for; statistics of a dataset come with the tag of its own data config.
+        tag = self.preprocessor.data_config.embodiment_tag
+        write_metadata(folder / METADATA_PATH, replace(self.preprocessor.metadata, embodiment_tag=tag))
         write_weights(self, folder, state_dict=state_dict)
         saved = {
             "policy": asdict(self.policy),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gr00t_agent import Gr00tAgent, PolicyConfig
+from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, PolicyConfig, read_metadata
 from gr00t_agent.checkpoint import EMBEDDINGS, OUTPUT_LAYER, read_weights, released_name, write_weights
+from gr00t_agent.data_config import METADATA_PATH
 from tests.gr00t_agent.conftest import make_observation
 
 SOME_TENSOR = "action_head.vlln.weight"
@@ -71,6 +72,15 @@ def test_settings_survive_saving(tmp_path):
     assert torch.equal(first[0].chain, second[0].chain)
     assert torch.equal(first[1], second[1])
     torch.testing.assert_close(first[3], second[3], rtol=0, atol=1e-6)  # other weights' alignment, other rounding
+
+
+def test_statistics_of_another_tag_are_saved_under_the_policys(tiny_checkpoint, tmp_path):
+    metadata = read_metadata(tiny_checkpoint / METADATA_PATH, "libero_franka")
+    config = LiberoFrankaDataConfig(embodiment_tag="new_embodiment")
+    Gr00tAgent.from_pretrained(tiny_checkpoint, data_config=config, metadata=metadata).save_pretrained(tmp_path)
+    loaded = Gr00tAgent.from_pretrained(tmp_path)
+    assert loaded.preprocessor.metadata.embodiment_tag == "new_embodiment"
+    assert loaded.preprocessor.metadata.statistics == metadata.statistics
 
 
 def test_shards(tiny_agent, tiny_checkpoint, copied):
