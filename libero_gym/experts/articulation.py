@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.experts.grasps import TIP_DEPTH, about_vertical, choose_grasp, gripper_rotation
+from libero_gym.experts.grasps import PALM_HEIGHT, TIP_DEPTH, about_vertical, choose_grasp, gripper_rotation
 from libero_gym.experts.skills import CLOSED, OPEN, Command, Skill, World, grip, reach, release, retreat, travel
 from libero_gym.scenes import SceneObject
 
@@ -19,6 +19,8 @@ FloatArray = npt.NDArray[np.float64]
 _STANDOFF = 0.07
 _BAR_THICKNESS = 0.018
 _LEAD = 0.05
+_PULL, _ARM_RADIUS, _ARM_LENGTH = 0.16, 0.08, 0.35
+_TILTS = (0.0, 0.25, 0.5)
 _TURN_LEAD = 0.45
 _PUSH_RADIUS = 0.03
 _PRESS = 0.012
@@ -62,10 +64,6 @@ def pull_open(world: World, joint: Joint, sign: float, is_done: Callable[[], boo
         is_done: tells when it is open enough.
     """
     outward = sign * world.data.xaxis[joint.joint_id]
-    # Pointing into the cabinet, fingers above and below the bar.
-    into = -outward
-    down = np.array([0.0, 0.0, -1.0])
-    rotation = np.stack([down, np.cross(into, down), into], axis=1)
 
     def handle() -> FloatArray:
         cloud = world.shapes.cloud(joint.body_id)
@@ -73,6 +71,7 @@ def pull_open(world: World, joint: Joint, sign: float, is_done: Callable[[], boo
         bar = cloud[along > along.max() - _BAR_THICKNESS]
         return (bar.max(axis=0) + bar.min(axis=0)) / 2
 
+    rotation = _handle_rotation(world, handle(), outward)
     yield from travel(world, lambda: (handle() + _STANDOFF * outward, rotation), gripper=OPEN)
     if not (
         yield from reach(world, lambda: (handle(), rotation), gripper=OPEN, tolerance=0.008, speed=0.6, timeout=50)
@@ -88,6 +87,31 @@ def pull_open(world: World, joint: Joint, sign: float, is_done: Callable[[], boo
     yield from release(world)
     yield from _back_off(world, outward)
     return is_done()
+
+
+def _handle_rotation(world: World, handle: FloatArray, outward: FloatArray) -> FloatArray:
+    """Return world from gripper, [3, 3], that points at a drawer's handle, fingers above and below it.
+
+    The hand points downwards as far as the arm behind it has to be above something when the drawer is open.
+    """
+    down, across = np.array([0.0, 0.0, -1.0]), np.array([-outward[1], outward[0], 0.0])
+    pulled = handle + _PULL * outward
+    obstacles = world.shapes.obstacles((world.robot_body_id,), pulled[:2], 0.4)
+
+    def rotation(tilt: float) -> FloatArray:
+        into = np.sin(tilt) * down - np.cos(tilt) * outward
+        # Of the two equivalent turns of the wrist, the one nearer to that at reset.
+        return max(
+            (np.stack([np.cross(side, into), side, into], axis=1) for side in (across, -across)),
+            key=lambda candidate: float(np.sum(candidate * gripper_rotation(0.0))),
+        )
+
+    def hits(tilt: float) -> int:
+        local = (obstacles - pulled) @ rotation(tilt)
+        is_near = np.linalg.norm(local[:, :2], axis=1) < _ARM_RADIUS
+        return int(np.count_nonzero(is_near & (local[:, 2] > -_ARM_LENGTH) & (local[:, 2] < -PALM_HEIGHT)))
+
+    return rotation(min(_TILTS, key=lambda tilt: tilt + 0.1 * hits(tilt)))
 
 
 def turn(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -> Skill:

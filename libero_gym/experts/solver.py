@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_part, turn
-from libero_gym.experts.containers import fitting_turn, floor, free_spot, is_too_tall, lay, spots_between_walls
+from libero_gym.experts.containers import fitting_turn, free_spot, is_too_tall, lay, spots_between_walls
 from libero_gym.experts.grasps import MAX_WIDTH
 from libero_gym.experts.insertion import blocking_door, find_opening, insert
 from libero_gym.experts.skills import Command, Skill, World, pick, place, rest, retreat
 from libero_gym.predicates import Goal, in_contact
-from libero_gym.scenes import SceneObject
+from libero_gym.scenes import SceneObject, SceneSite
 
 FloatArray = npt.NDArray[np.float64]
 Atom = tuple[str, ...]
@@ -49,22 +50,28 @@ def _slot(atoms: list[Atom], atom: Atom) -> float:
 def order(goal: tuple[Atom, ...]) -> list[Atom]:
     """Return the atoms in the order in which to achieve them.
 
-    Drawers are shut after they are filled, and what carries something is put in its place first.
+    What shall be filled is opened for that, and shut afterwards; what is only to be shut is shut at once, before it is
+    in the way. What carries something is put in its place first.
 
     Raises:
         ValueError: an atom's predicate has no skill.
     """
-    rank = {"open": 0, "turnon": 1, "turnoff": 1, "on": 2, "in": 2, "close": 3}
-    unknown = [atom for atom in goal if atom[0] not in rank]
+    ranks = {"open": 1.0, "turnon": 2.0, "turnoff": 2.0, "on": 3.0, "in": 3.0, "close": 0.0}
+    unknown = [atom for atom in goal if atom[0] not in ranks]
     if unknown:
-        raise ValueError(f"goal atom {unknown[0]} has no skill (valid predicates: {sorted(rank)})")
-    support = {atom[1]: atom[2] for atom in goal if rank[atom[0]] == 2}
+        raise ValueError(f"goal atom {unknown[0]} has no skill (valid predicates: {sorted(ranks)})")
+    support = {atom[1]: atom[2] for atom in goal if len(atom) == 3}
+    filled = [atom[2] for atom in goal if atom[0] == "in"]
+
+    def rank(atom: Atom) -> float:
+        is_filled = atom[0] in {"open", "close"} and any(region.startswith(atom[1]) for region in filled)
+        return 4.0 if is_filled else ranks[atom[0]]
 
     def height(name: str) -> int:
         """Return on how many things that are moved themselves an object stands in the end."""
         return 1 + height(support[name]) if name in support else 0
 
-    return sorted(goal, key=lambda atom: (rank[atom[0]], height(atom[1])))
+    return sorted(goal, key=lambda atom: (rank(atom), height(atom[1])))
 
 
 def achieve(world: World, atom: Atom, attempt: int, test: Goal, slot: float = 0.0) -> Iterator[Command]:
@@ -86,62 +93,61 @@ def achieve(world: World, atom: Atom, attempt: int, test: Goal, slot: float = 0.
 
 
 def _put(world: World, atom: Atom, attempt: int, test: Goal, slot: float) -> Iterator[Command]:
-    thing = world.scene.objects[atom[1]]
-    door = _door(world, atom)
-    if door is not None:
-        yield from _clear_the_way(world, thing, door)
-    if door is not None and not (yield from _articulate(world, door, None)):
-        return
-    if _is_pushed(world, thing, atom[2]):
-        yield from push(
-            world, thing, world.data.site_xpos[world.scene.sites[atom[2]].site_id], lambda: test(world.data)
-        )
-        return
-    site = world.scene.sites.get(atom[2])
-    container = site if atom[0] == "in" else None
-    opening = None if container is None else find_opening(world, container)
-    if container is not None and opening is not None:
-        while (hinge := blocking_door(world, container, opening)) is not None:
-            sign = 1.0 if world.scene.objects[container.parent or ""].joint_tests["open"].above else -1.0
-            yield from push_part(world, hinge, sign, lambda: blocking_door(world, container, opening) is None)
+    thing, site = world.scene.objects[atom[1]], world.scene.sites.get(atom[2])
+    if atom[0] == "in" and site is not None:
+        yield from _put_in(world, thing, site, attempt, test)
+    elif site is not None and _is_pushed(world, thing, site):
+        yield from push(world, thing, world.data.site_xpos[site.site_id], lambda: test(world.data))
+    else:
+        spot, settled = _surface(world, thing, atom[2], test, slot)
+        is_held = yield from pick(world, thing, attempt=attempt, goals=[spot()])
+        if not is_held or not (yield from place(world, thing, spot, settled=settled)):
+            yield from retreat(world)
+
+
+def _put_in(world: World, thing: SceneObject, site: SceneSite, attempt: int, test: Goal) -> Skill:
+    """Open the container as far as needed, then put the object into it, from above or from the front."""
+    if _is_shut(world, site) or attempt > 0:
+        yield from _clear_the_way(world, thing, site)
+    if _is_shut(world, site) and not (yield from _articulate(world, ("open", site.name), None)):
+        return False
+    opening = find_opening(world, site)
+    if opening is not None:
+        while (hinge := blocking_door(world, site, opening)) is not None:
+            sign = 1.0 if world.scene.objects[site.parent or ""].joint_tests["open"].above else -1.0
+            yield from push_part(world, hinge, sign, lambda: blocking_door(world, site, opening) is None)
         yield from insert(world, thing, opening, attempt=attempt)
-        yield from retreat(world)
-        return
-    spot, settled = _destination(world, thing, atom[2], test, slot)
-    goals = [spot()] if container is None else spots_between_walls(world, thing, container)
-    if not (yield from pick(world, thing, attempt=attempt, goals=goals)):
-        yield from retreat(world)
-        return
-    if container is not None and is_too_tall(world, thing, container):
-        yield from lay(world, thing, container)
-        return
-    turn_by, is_tight = 0.0, False
-    if container is not None:
-        turn_by, is_tight = fitting_turn(world, thing, container)
-        spot = free_spot(world, thing, container, turn_by)
+        return (yield from retreat(world))
+    if not (yield from pick(world, thing, attempt=attempt, goals=spots_between_walls(world, thing, site))):
+        return (yield from retreat(world))
+    if is_too_tall(world, thing, site):
+        return (yield from lay(world, thing, site))
+    turn_by, is_tight = fitting_turn(world, thing, site)
+    spot = free_spot(world, thing, site, turn_by)
+    settled = functools.partial(test, world.data)
     if not (yield from place(world, thing, spot, settled=settled, turn_by=turn_by, is_tight=is_tight)):
         yield from retreat(world)
+    return True
 
 
-def _door(world: World, atom: Atom) -> Atom | None:
-    """Return the atom that the container be open, if it has a drawer or door that is less than half open."""
-    site = world.scene.sites.get(atom[2])
-    if atom[0] != "in" or site is None or not site.joint_qpos_adr:
-        return None
-    door = ("open", atom[2])
+def _is_shut(world: World, site: SceneSite) -> bool:
+    """Return whether the container has a drawer or door that is less than half open."""
+    if not site.joint_qpos_adr:
+        return False
     threshold = world.scene.objects[site.parent or ""].joint_tests["open"].value
-    position = float(world.data.qpos[site.joint_qpos_adr[0]])
-    return None if position / threshold > 0.5 else door
+    return float(world.data.qpos[site.joint_qpos_adr[0]]) / threshold <= 0.5
 
 
-def _clear_the_way(world: World, thing: SceneObject, door: Atom) -> Skill:
-    """Push the object aside if the drawer, once open, would hang over it or be in the hand's way."""
-    site = world.scene.sites[door[1]]
+def _clear_the_way(world: World, thing: SceneObject, site: SceneSite) -> Skill:
+    """Push the object aside if the container's drawer, once open, hangs over it or is in the hand's way."""
+    if not site.joint_qpos_adr:
+        return True
     joint = find_joint(world, site.joint_qpos_adr[0])
     if not is_slide(world, joint):
         return True
     threshold = world.scene.objects[site.parent or ""].joint_tests["open"].value
-    path = (threshold - float(world.data.qpos[joint.qpos_adr])) * world.data.xaxis[joint.joint_id]
+    rest = threshold - float(world.data.qpos[joint.qpos_adr])
+    path = rest * world.data.xaxis[joint.joint_id] if rest * threshold > 0 else np.zeros(3)
     shift = world.shapes.way_out(thing.body_id, world.shapes.cloud(joint.body_id) + path, _HAND_ROOM)
     if not shift.any():
         return True
@@ -154,11 +160,10 @@ def _behind(position: FloatArray, goal: FloatArray, direction: FloatArray) -> bo
     return float((goal - position) @ direction) < 0.005 * float(np.linalg.norm(direction))
 
 
-def _is_pushed(world: World, thing: SceneObject, name: str) -> bool:
+def _is_pushed(world: World, thing: SceneObject, site: SceneSite) -> bool:
     """Return whether the object is pushed: flat and too wide for the gripper, and its goal is on the table."""
-    site = world.scene.sites.get(name)
     extent = np.ptp(world.shapes.cloud(thing.body_id), axis=0)
-    return site is not None and site.parent is None and extent[2] < 0.03 and float(extent[:2].min()) > MAX_WIDTH
+    return site.parent is None and extent[2] < 0.03 and float(extent[:2].min()) > MAX_WIDTH
 
 
 def _articulate(world: World, atom: Atom, test: Goal | None) -> Skill:
@@ -185,10 +190,10 @@ def _articulate(world: World, atom: Atom, test: Goal | None) -> Skill:
     raise ValueError(f"goal atom {atom} has no skill for a joint of this kind")
 
 
-def _destination(
+def _surface(
     world: World, thing: SceneObject, name: str, test: Goal, slot: float
 ) -> tuple[Callable[[], FloatArray], Callable[[], bool]]:
-    """Return where to put the object and how to tell that it is there."""
+    """Return where to put the object on another or on a region, and how to tell that it is there."""
     scene = world.scene
     if name in scene.objects:
         base = scene.objects[name]
@@ -198,11 +203,9 @@ def _destination(
         )
     site = scene.sites[name]
     parent = None if site.parent is None else scene.objects[site.parent]
-    if test.atoms[0][0] == "on":
-        # Side by side along x: the fingers open along y.
-        shift = np.array([1.5 * slot * float(site.size[0]), 0.0, 0.0])
-        return lambda: _on(world, world.data.site_xpos[site.site_id] + shift, parent), lambda: test(world.data)
-    return lambda: floor(world, site), lambda: test(world.data)
+    # Side by side along x: the fingers open along y.
+    shift = np.array([1.5 * slot * float(site.size[0]), 0.0, 0.0])
+    return lambda: _on(world, world.data.site_xpos[site.site_id] + shift, parent), lambda: test(world.data)
 
 
 def _on(world: World, position: FloatArray, base: SceneObject | None) -> FloatArray:
