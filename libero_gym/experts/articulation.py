@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.experts.grasps import PALM_HEIGHT, TIP_DEPTH, about_vertical, choose_grasp, gripper_rotation
+from libero_gym.experts.grasps import PALM_HEIGHT, TIP_DEPTH, about_vertical, choose_grasp, gripper_rotation, tilted
 from libero_gym.experts.skills import CLOSED, OPEN, Command, Skill, World, grip, reach, release, retreat, travel
 from libero_gym.scenes import SceneObject
 
@@ -31,6 +31,7 @@ _CORNER = 0.02
 _LOST = 0.06
 _SLANT = 0.6
 _TIP_OVERLAP = 0.022
+_DOOR_PITCH, _AJAR = 0.9, 0.7
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +88,50 @@ def pull_open(world: World, joint: Joint, sign: float, is_done: Callable[[], boo
     yield from release(world)
     yield from _back_off(world, outward)
     return is_done()
+
+
+def swing_open(world: World, joint: Joint, sign: float, is_done: Callable[[], bool]) -> Skill:
+    """Pull a door ajar by its upright handle, then push it open from inside; True if it got far enough.
+
+    Args:
+        world: state.
+        joint: a hinge with a vertical axis.
+        sign: direction of the joint's position in which the door opens.
+        is_done: tells when it is open enough.
+    """
+    axis, anchor = sign * world.data.xaxis[joint.joint_id], world.data.xanchor[joint.joint_id].copy()
+
+    def opening(spot: FloatArray) -> FloatArray:
+        return _unit(np.cross(axis, spot - anchor))
+
+    def handle() -> FloatArray:
+        cloud = world.shapes.cloud(joint.body_id)
+        offset = cloud - cloud.mean(axis=0)
+        # A door is wider than it is thick.
+        width = np.array([*np.linalg.eigh(offset[:, :2].T @ offset[:, :2])[1][:, -1], 0.0])
+        outside = np.cross(width, [0.0, 0.0, 1.0])
+        along = cloud @ (outside if outside @ opening(cloud.mean(axis=0)) > 0 else -outside)
+        bar = cloud[along > along.max() - _BAR_THICKNESS]
+        return (bar.max(axis=0) + bar.min(axis=0)) / 2
+
+    def ajar() -> float:
+        return sign * (float(world.data.qpos[joint.qpos_adr]) - start)
+
+    start = float(world.data.qpos[joint.qpos_adr])
+    rotation = tilted(-opening(handle()), _DOOR_PITCH)
+    yield from travel(world, lambda: (handle() - _STANDOFF * rotation[:, 2], rotation), gripper=OPEN)
+    yield from reach(world, lambda: (handle(), rotation), gripper=OPEN, tolerance=0.008, speed=0.6, timeout=50)
+    yield from grip(world)
+    for _ in range(70):
+        if is_done() or ajar() > _AJAR or float(np.linalg.norm(handle() - world.eef_pos)) > 0.05:
+            break
+        yield Command(position=handle() + _LEAD * opening(handle()), rotation=rotation, gripper=CLOSED, speed=0.8)
+    yield from release(world)
+    away = world.eef_pos - _STANDOFF * rotation[:, 2]
+    yield from reach(world, lambda: (away, rotation), gripper=OPEN, tolerance=0.03, timeout=25)
+    if ajar() < _AJAR / 2 or is_done():
+        return is_done()
+    return (yield from push_part(world, joint, sign, is_done))
 
 
 def _handle_rotation(world: World, handle: FloatArray, outward: FloatArray) -> FloatArray:

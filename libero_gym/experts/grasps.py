@@ -79,6 +79,15 @@ def gripper_rotation(yaw: float, *, roll: float = 0.0, pitch: float = 0.0) -> Fl
     return down @ about_y @ about_x
 
 
+def tilted(inward: FloatArray, pitch: float) -> FloatArray:
+    """Return world from gripper, [3, 3]: fingers side by side, pointing down and `pitch` rad towards `inward`."""
+    yaw = float(np.arctan2(inward[1], inward[0]))
+    # Of the two equivalent turns of the wrist, the one nearer to the middle of its range.
+    if -np.pi / 4 < yaw <= 3 * np.pi / 4:
+        return gripper_rotation(yaw, pitch=pitch)
+    return gripper_rotation(yaw + (np.pi if yaw < 0 else -np.pi), pitch=-pitch)
+
+
 def about_vertical(angle: float) -> FloatArray:
     """Return the rotation [3, 3] by `angle` rad about the vertical."""
     sine, cosine = np.sin(angle), np.cos(angle)

@@ -19,6 +19,7 @@ from libero_gym.experts.grasps import (
     Grasp,
     gripper_rotation,
     intrusion,
+    tilted,
 )
 from libero_gym.experts.skills import (
     CLOSED,
@@ -236,15 +237,6 @@ def _free_depth(opening: Opening, rotation: FloatArray, root_ahead: float) -> fl
     )
     hand = float((corners @ rotation.T @ opening.inward).max())
     return opening.front - _FRONT_MARGIN - hand + root_ahead
-
-
-def tilted(inward: FloatArray, pitch: float) -> FloatArray:
-    """Return world from gripper, [3, 3]: fingers side by side, pointing down and `pitch` rad towards `inward`."""
-    yaw = float(np.arctan2(inward[1], inward[0]))
-    # Of the two equivalent turns of the wrist, the one nearer to the middle of its range.
-    if -np.pi / 4 < yaw <= 3 * np.pi / 4:
-        return gripper_rotation(yaw, pitch=pitch)
-    return gripper_rotation(yaw + (np.pi if yaw < 0 else -np.pi), pitch=-pitch)
 
 
 def tipped(inward: FloatArray) -> FloatArray:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_part, turn
+from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_part, swing_open, turn
 from libero_gym.experts.containers import fitting_turn, free_spot, is_too_tall, lay, spots_between_walls
 from libero_gym.experts.grasps import MAX_WIDTH
 from libero_gym.experts.insertion import blocking_door, find_opening, insert
@@ -86,10 +86,8 @@ def achieve(world: World, atom: Atom, attempt: int, test: Goal, slot: float = 0.
     """
     if atom[0] in {"on", "in"}:
         yield from _put(world, atom, attempt, test, slot)
-    elif atom[0] in {"open", "turnon", "turnoff", "close"}:
-        yield from _articulate(world, atom, test)
     else:
-        raise ValueError(f"goal atom {atom} has no skill yet")
+        yield from _articulate(world, atom, test)
 
 
 def _put(world: World, atom: Atom, attempt: int, test: Goal, slot: float) -> Iterator[Command]:
@@ -181,13 +179,12 @@ def _articulate(world: World, atom: Atom, test: Goal | None) -> Skill:
             return test(world.data)
         return threshold(float(world.data.qpos[joint.qpos_adr]) - 0.07 * threshold.value)
 
-    if atom[0] == "open" and is_slide(world, joint):
-        return (yield from pull_open(world, joint, sign, is_done))
+    if atom[0] == "open":
+        open_it = pull_open if is_slide(world, joint) else swing_open
+        return (yield from open_it(world, joint, sign, is_done))
     if atom[0] in {"turnon", "turnoff"}:
         return (yield from turn(world, joint, sign, is_done))
-    if atom[0] == "close":
-        return (yield from push_part(world, joint, sign, is_done))
-    raise ValueError(f"goal atom {atom} has no skill for a joint of this kind")
+    return (yield from push_part(world, joint, sign, is_done))
 
 
 def _surface(
