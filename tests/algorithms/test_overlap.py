@@ -14,7 +14,7 @@ from algorithms.overlap import EnvStages
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged, make_mlp_agent, train, without_time
 
-STEP_S = 0.02
+STEP_S = 0.05
 
 
 class Sleeps(LineVectorEnv):
@@ -54,8 +54,9 @@ def test_one_stage_simulates_while_another_is_decided(tmp_path: Path, algorithm:
     options = dict(env=Sleeps, make_agent=slow_agent, num_iterations=1, update_epochs=1)
     plain = train(algorithm, tmp_path, **options)
     overlapped = train(algorithm, tmp_path, pipeline_stage_num=2, **options)
-    assert plain["time/env_wait_s"] == pytest.approx(plain["time/env_s"], rel=0.2)
-    assert overlapped["time/env_wait_s"] < 0.5 * overlapped["time/env_s"]
+    # On a busy machine waiting threads are woken late, so only what load cannot turn round is compared.
+    assert plain["time/env_wait_s"] > 0.95 * plain["time/env_s"]
+    assert overlapped["time/env_wait_s"] < 0.7 * overlapped["time/env_s"]
 
 
 def test_numbers_of_stages_that_do_not_divide_are_refused(tmp_path: Path):
