@@ -248,9 +248,9 @@ def push(world: World, thing: SceneObject, goal: FloatArray, is_done: Callable[[
     On the shallow slope of a plate's rim the fingers would slide up, so they press down while they push. From outside,
     whatever stands behind the plate would be in the hand's way.
     """
-    rotation = gripper_rotation(0.0)
-    is_flat = float(np.ptp(world.shapes.cloud(thing.body_id)[:, 2])) < _FLAT
-    radius = _PUSH_RADIUS if is_flat else 0.0
+    extent = np.ptp(world.shapes.cloud(thing.body_id), axis=0)
+    is_flat = float(extent[2]) < _FLAT
+    radius = min(_PUSH_RADIUS, 0.3 * float(extent[:2].min())) if is_flat else 0.0
     press = -_PRESS if is_flat else _FLOOR_CLEARANCE
     goals = _free_path(world, thing, goal[:2])
 
@@ -261,8 +261,9 @@ def push(world: World, thing: SceneObject, goal: FloatArray, is_done: Callable[[
         near = cloud[np.linalg.norm(cloud[:, :2] - spot, axis=1) < 0.012]
         return np.array([*spot, float(near[:, 2].max()) + TIP_DEPTH + height])
 
-    yield from travel(world, lambda: (inside(0.05), rotation), gripper=CLOSED)
     low = max(0.0, press)
+    rotation = gripper_rotation(0.0)
+    yield from travel(world, lambda: (inside(0.05), rotation), gripper=CLOSED)
     yield from reach(world, lambda: (inside(low), rotation), gripper=CLOSED, tolerance=0.01, speed=0.7, timeout=30)
     for _ in range(110):
         rest = goals[0] - world.position(thing)[:2]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from libero_gym.experts.articulation import find_joint, is_slide, pull_open, push, push_part, swing_open, turn
 from libero_gym.experts.containers import fitting_turn, free_spot, is_too_tall, lay, spots_between_walls
-from libero_gym.experts.grasps import MAX_WIDTH
+from libero_gym.experts.grasps import HAND_HALF_LENGTH, MAX_WIDTH
 from libero_gym.experts.insertion import blocking_door, find_opening, insert
 from libero_gym.experts.skills import Command, Skill, World, pick, place, rest, retreat
 from libero_gym.predicates import Goal, in_contact
@@ -106,7 +106,7 @@ def _put(world: World, atom: Atom, attempt: int, test: Goal, slot: float) -> Ite
 def _put_in(world: World, thing: SceneObject, site: SceneSite, attempt: int, test: Goal) -> Skill:
     """Open the container as far as needed, then put the object into it, from above or from the front."""
     if _is_shut(world, site) or attempt > 0:
-        yield from _clear_the_way(world, thing, site)
+        yield from _clear_the_way(world, thing, site, _HAND_ROOM if attempt == 0 else HAND_HALF_LENGTH)
     if _is_shut(world, site) and not (yield from _articulate(world, ("open", site.name), None)):
         return False
     opening = find_opening(world, site)
@@ -136,8 +136,8 @@ def _is_shut(world: World, site: SceneSite) -> bool:
     return float(world.data.qpos[site.joint_qpos_adr[0]]) / threshold <= 0.5
 
 
-def _clear_the_way(world: World, thing: SceneObject, site: SceneSite) -> Skill:
-    """Push the object aside if the container's drawer, once open, hangs over it or is in the hand's way."""
+def _clear_the_way(world: World, thing: SceneObject, site: SceneSite, margin: float) -> Skill:
+    """Push the object aside if the container's drawer, once open, is within `margin` metres of being above it."""
     if not site.joint_qpos_adr:
         return True
     joint = find_joint(world, site.joint_qpos_adr[0])
@@ -146,7 +146,7 @@ def _clear_the_way(world: World, thing: SceneObject, site: SceneSite) -> Skill:
     threshold = world.scene.objects[site.parent or ""].joint_tests["open"].value
     rest = threshold - float(world.data.qpos[joint.qpos_adr])
     path = rest * world.data.xaxis[joint.joint_id] if rest * threshold > 0 else np.zeros(3)
-    shift = world.shapes.way_out(thing.body_id, world.shapes.cloud(joint.body_id) + path, _HAND_ROOM)
+    shift = world.shapes.way_out(thing.body_id, world.shapes.cloud(joint.body_id) + path, margin)
     if not shift.any():
         return True
     goal = world.position(thing)[:2] + shift
