@@ -14,6 +14,7 @@ from libero_gym.scenes import SceneObject, SceneSite
 
 FloatArray = npt.NDArray[np.float64]
 
+# Metres and rad, chosen by trial over the stored initial states.
 _WALL_MARGIN, _WALL_SEARCH = 0.006, 0.02
 _AMPLE_ROOM, _TIGHT_ROOM = 0.035, 0.030
 _ROOM_VALUE = 50.0

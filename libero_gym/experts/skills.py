@@ -33,6 +33,7 @@ FloatArray = npt.NDArray[np.float64]
 
 OPEN, CLOSED = -1.0, 1.0
 
+# Metres and rad, chosen by trial over the stored initial states.
 _HOVER = 0.06
 _MARGIN = 0.02
 _FINGER_REACH = 0.065

@@ -19,6 +19,7 @@ from libero_gym.scenes import SceneObject, SceneSite
 FloatArray = npt.NDArray[np.float64]
 Atom = tuple[str, ...]
 
+# Metres and rad, chosen by trial over the stored initial states.
 _HAND_ROOM = 0.03
 
 
