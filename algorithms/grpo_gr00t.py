@@ -44,26 +44,18 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algorithms import presets
+from algorithms import distributed, presets
 from algorithms.arguments import RunArgs, parse_args, share_of_process
 from algorithms.batch import concatenate, index
 from algorithms.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.distributed import (
-    clip_grad_norm,
-    for_all,
-    make_accelerator,
-    mean_and_variance,
-    over_processes,
-    prepare,
-    without_gradients,
-)  # fmt: skip
+from algorithms.distributed import mean_and_variance, over_processes
 from algorithms.episodes import Episode, episode_metrics
 from algorithms.eval_gr00t import evaluate_into, evaluation_jobs
 from algorithms.feature_store import FeatureStore
+from algorithms.frozen import frozen_copy, reference_log_probs, store_frozen_as
 from algorithms.overlap import EnvStages
 from algorithms.progress import TrainingProgress
 from algorithms.randomness import EPISODES, GROUPS, MINIBATCHES, NOISE, deal, generators_of, seed_of
-from algorithms.reference_policy import frozen_copy
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
@@ -138,11 +130,12 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
 
 def make_agent(args: Args) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU."""
-    return Gr00tAgent.load(
+    agent = Gr00tAgent.load(
         args.model, num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
         noise_method=args.noise_method, noise_level=args.noise_level, logprob_level=args.logprob_level,
         train_backbone=args.train_backbone, compute_dtype=args.compute_dtype,
     )  # fmt: skip
+    return store_frozen_as(agent, agent.policy.torch_dtype)
 
 
 def group_advantages(returns: Tensor, group_size: int) -> Tensor:
@@ -249,7 +242,7 @@ def main(
 
     `make_agent` and `make_envs` are the two places to plug in something else, on the terms of `ppo_gr00t.main`.
     """
-    accelerator = make_accelerator(args.log_with, args.output_dir)
+    accelerator = distributed.make_accelerator(args.log_with, args.output_dir)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     num_envs, micro_size = (share_of_process(args, n, num_processes) for n in ("num_envs", "micro_batch_size"))
     if args.group_size < 2 or num_envs % args.group_size:
@@ -269,9 +262,9 @@ def main(
     groups = [group for group in groups if group.get("name") != "value"]
     reference = frozen_copy(agent, share_frozen=True) if args.kl_coef else None
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
-    model, optimizer = prepare(accelerator, agent, optimizer)
+    model, optimizer = distributed.prepare(accelerator, agent, optimizer)
     set_seed(args.seed, device_specific=True)
-    frozen = without_gradients(accelerator)
+    frozen = distributed.without_gradients(accelerator)
     store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
     num_updates, show = args.update_epochs * args.num_minibatches, accelerator.is_main_process
     jobs = evaluation_jobs(args.suite, args.task_ids, 50)
@@ -349,10 +342,8 @@ def main(
                 batch["weight"][:-1] = 1.0
             batch["weight"] *= num_decisions / over_processes(accelerator, batch["weight"].sum(), "sum").clamp(min=1e-9)
             if reference is not None:
-                micro_batches = np.array_split(np.arange(num_rows + 1), num_rows // micro_size + 1)
-                rows = (index(batch, part) for part in micro_batches)
-                scores = [frozen(reference, store.get(b["row"]), b["action"], **noise)[1] for b in rows]
-                batch["reference"] = torch.cat(scores)
+                num_passes = num_rows // micro_size + 1
+                batch["reference"] = reference_log_probs(frozen, reference, store, batch, num_passes, **noise)
 
             # --- update ---
             checkpoints.begin_update()
@@ -377,9 +368,8 @@ def main(
                         clips = args.clip_coef, args.clip_coef_high, args.dual_clip
                         pg, pg_clipped = per_decision(torch.mean, *policy_loss(logratio, b["advantage"], *clips))
                         entropy, kl = per_decision(torch.sum, entropy, divergence(logratio))
-                        start_kl = torch.zeros_like(kl)
-                        if reference is not None:
-                            (start_kl,) = per_decision(torch.sum, divergence(b["reference"] - logprob))
+                        from_start = divergence(b["reference"] - logprob) if reference is not None else 0 * logprob
+                        (start_kl,) = per_decision(torch.sum, from_start)
                         total = pg - args.ent_coef * entropy + args.kl_coef * start_kl
                         loss = (b["weight"] * total).sum() / count
                         # DDP averages over processes, but the mean is over all decisions.
@@ -392,12 +382,8 @@ def main(
                         ratio_deviation = max(ratio_deviation, (logratio.detach().exp() - 1).abs().max().item())
                 deviation = over_processes(accelerator, torch.tensor(ratio_deviation, device=device), "max").item()
                 ratio_deviation = max(ratio_deviation, deviation)
-                if not ratio_deviation <= args.max_ratio_deviation:
-                    raise RuntimeError(
-                        f"first minibatch's ratio is off 1 by {ratio_deviation:.3g} (max {args.max_ratio_deviation}): "
-                        "log-probabilities at rollout and at update differ; check dropout, dtype and noise settings"
-                    )
-                grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                run.check_ratio(ratio_deviation, args.max_ratio_deviation)
+                grad_norm = distributed.clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                 run.check_finite(grad_norm, iteration, **{k: v for k, v in b.items() if isinstance(v, Tensor)})
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -427,7 +413,7 @@ def main(
                     progress.print("evaluating")
                     work = partial(frozen, evaluate_into)
                     inputs = run.path, iteration, agent, make_eval_envs, args
-                    metrics["eval/success_once"] = for_all(accelerator, work, *inputs)
+                    metrics["eval/success_once"] = distributed.for_all(accelerator, work, *inputs)
             finally:
                 run.log(metrics, global_step, iteration)
             if args.saves(iteration):

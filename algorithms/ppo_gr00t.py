@@ -11,9 +11,10 @@ is the Gaussian of that step; see `gr00t_agent.sampler`). On decisions this is P
 
 with L_V the larger of the Huber losses of the value and the clipped value, dual clipping for A < 0 on request (Ye et
 al. 2020, arXiv:1912.09729), H the entropy of the noised step in closed form, and KL that from the policy training
-started from, by the estimator r' - 1 - log r' with r' = start policy / policy on the rollout's actions (Schulman's
-"k3", as in GRPO). A truncated episode bootstraps from the value of its own last observation, a terminated one from
-zero, and no advantage crosses an episode's end. E is the mean over decisions, or over trajectories, of all processes.
+started from, by the estimator r' - 1 - log r' with r' = start policy / policy on the rollout's actions ("k3", as in
+GRPO). A truncated episode bootstraps from the value of its own last observation (or counts as a failure, see
+`truncation`), a terminated one from zero, and no advantage crosses an episode's end. E is the mean over decisions, or
+over trajectories, of all processes.
 
 Launch:
     accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_nano
@@ -24,8 +25,8 @@ keyed by seed, iteration, decision and environment, and every minibatch takes eq
 of environments: the result does not depend on the number of processes or stages, and a resumed run is the same run.
 
 What differs from RLinf's recipe for the same model: one denoising step is noised per sample instead of per batch;
-log-probabilities are fp32; truncation bootstraps; an episode that ends makes room for the next; minibatches are
-reshuffled every epoch; a number that is not finite stops the run.
+log-probabilities are fp32; an episode that ends makes room for the next; minibatches are reshuffled every epoch; a
+number that is not finite stops the run.
 
 Metrics: `actor/*` and `rollout/*` are means over an iteration's minibatches or decisions, `env/*` over the episodes
 that ended in the iteration (`env/success_once`: success at any step of the episode). `time/env_s` is spent stepping,
@@ -50,27 +51,19 @@ from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
-from algorithms import presets
+from algorithms import distributed, presets
 from algorithms.arguments import RunArgs, exact_quotient, parse_args, share_of_process
 from algorithms.batch import concatenate, index
 from algorithms.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.distributed import (
-    clip_grad_norm,
-    explained_variance,
-    for_all,
-    make_accelerator,
-    mean_and_variance,
-    over_processes,
-    prepare,
-    without_gradients,
-)
+from algorithms.distributed import mean_and_variance, over_processes
 from algorithms.episodes import Episode, episode_metrics, finished_episodes
 from algorithms.eval_gr00t import evaluate_into
 from algorithms.feature_store import FeatureStore
+from algorithms.frozen import frozen_copy, reference_log_probs, store_frozen_as
 from algorithms.overlap import EnvStages
 from algorithms.progress import TrainingProgress
 from algorithms.randomness import MINIBATCHES, NOISE, deal, generators_of
-from algorithms.reference_policy import frozen_copy
+from algorithms.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
@@ -81,6 +74,8 @@ class Args(RunArgs):
 
     run_name: str = "ppo_{suite}_{seed}"
     """Name of the run's folder; may hold fields of these arguments in braces."""
+    video_interval: int = 0
+    """Iterations between films of what four environments do in a rollout; 0 films none."""
 
     # --- rollout ---
     num_steps: int = 48
@@ -93,6 +88,11 @@ class Args(RunArgs):
     """Discount per decision."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
+    truncation: Literal["bootstrap", "failure"] = "bootstrap"
+    """An episode cut at the horizon has the value of its last observation left, or 0: being late is a failure."""
+    value_bounds: tuple[float, float] | None = None
+    """Range of possible returns (0 and reward_scale where success ends an episode). Advantages see values clipped to
+    it, so that an overestimate cannot feed itself."""
     norm_adv: bool = True
     """Normalise advantages over the iteration's decisions of all processes."""
 
@@ -179,11 +179,12 @@ def make_envs(
 
 def make_agent(args: Args) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU."""
-    return Gr00tAgent.load(
+    agent = Gr00tAgent.load(
         args.model, num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
         noise_method=args.noise_method, noise_level=args.noise_level, logprob_level=args.logprob_level,
         critic_detach=args.critic_detach, train_backbone=args.train_backbone, compute_dtype=args.compute_dtype,
     )  # fmt: skip
+    return store_frozen_as(agent, agent.policy.torch_dtype)
 
 
 def compute_gae(
@@ -266,7 +267,7 @@ def main(
     `save_pretrained`, and `encode`, which turns an observation into what is stored of it (a frozen backbone's
     features). Its action is a NamedTuple of tensors that has an `env_action`.
     """
-    accelerator = make_accelerator(args.log_with, args.output_dir)
+    accelerator = distributed.make_accelerator(args.log_with, args.output_dir)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     num_envs, _ = (share_of_process(args, name, num_processes) for name in ("num_envs", "micro_batch_size"))
     num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
@@ -280,11 +281,13 @@ def main(
     groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
     rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
-    model, optimizer = prepare(accelerator, agent, optimizer)
+    model, optimizer = distributed.prepare(accelerator, agent, optimizer)
     policy = [p for group in optimizer.param_groups if group.get("name") != "value" for p in group["params"]]
     set_seed(args.seed, device_specific=True)
-    frozen = without_gradients(accelerator)
+    frozen = distributed.without_gradients(accelerator)
     store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
+    fps, film = CONTROL_FREQUENCY_HZ / args.num_action_chunks, args.video_interval if accelerator.is_main_process else 0
+    recorder = RolloutRecorder(run.path / "videos", num_envs=4, interval=film, fps=fps)
     num_updates, show = args.update_epochs * num_minibatches, accelerator.is_main_process
     metrics: dict[str, float] = {}
 
@@ -313,15 +316,18 @@ def main(
                 for i, stage in enumerate(stages):
                     if k > 0:  # what decision k - 1 led to
                         step = stage.receive()
-                        ended, cut = step.terminated | step.truncated, step.truncated & ~step.terminated
-                        if cut.any():
-                            rows = np.flatnonzero(cut)
+                        ended = step.terminated | step.truncated
+                        rows = np.flatnonzero(step.truncated & ~step.terminated)
+                        if args.truncation == "bootstrap" and len(rows):
                             place = num_envs * (k - 1) + stage.offset + rows
                             final.append((place, index(step.infos["final_obs"], rows)))
-                        outcomes.append(dict(reward=step.reward, terminated=step.terminated, ended=ended))
+                        worthless = ended if args.truncation == "failure" else step.terminated
+                        outcomes.append(dict(reward=step.reward, terminated=worthless, ended=ended))
                         episodes += finished_episodes(step.infos, ended)
                         env_steps += int(step.infos["num_steps"].sum())
                         encoded[i] = frozen(agent.encode, step.obs)
+                        if i == 0:
+                            recorder.add(iteration, step.obs, step.infos, ended)
                     if k < args.num_steps:
                         stop.check()
                         generators = generators_of((args.seed, NOISE, iteration, k), stage.env_ids)
@@ -332,36 +338,33 @@ def main(
                         row = store.put(stage.obs, encoded[i])
                         decisions.append(dict(row=row, action=action, logprob=logprob, value=value))
                 progress.decision([e.success for e in episodes], env_steps / (time.perf_counter() - rollout_start))
+            recorder.write(iteration)
 
             # --- advantages ---
             batch, outcome = concatenate(decisions), concatenate(outcomes)  # [K * N], decision by decision
-            rewards, terminated, ended = (
-                torch.from_numpy(outcome[name]).to(device).view(-1, num_envs)
-                for name in ("reward", "terminated", "ended")
-            )
-            values = batch["value"].view(-1, num_envs)
+            grid = {name: torch.from_numpy(x).to(device).view(-1, num_envs) for name, x in outcome.items()}
+            values, rewards = batch["value"].view(-1, num_envs), grid["reward"].float() * args.reward_scale
             last_value = torch.cat([frozen(agent.get_value, features) for features in encoded])
             next_values = torch.cat([values[1:], last_value[None]])
             num_final = int(over_processes(accelerator, torch.tensor(len(final), device=device), "max"))
             nothing = (np.zeros(0, dtype=np.intp), encoded[0])  # every process makes as many calls
             for place, obs in final + [nothing] * (num_final - len(final)):
                 next_values.view(-1)[torch.from_numpy(place).to(device)] = frozen(agent.get_value, obs)[: len(place)]
-            advantages, returns = compute_gae(
-                rewards.float() * args.reward_scale, values, next_values, terminated, ended, args.gamma, args.gae_lambda
-            )
+            if args.value_bounds is not None:
+                values, next_values = values.clamp(*args.value_bounds), next_values.clamp(*args.value_bounds)
+            ends = grid["terminated"], grid["ended"]
+            advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
             mean, variance = mean_and_variance(accelerator, advantages)
             rollout_means = {"rollout/advantages_mean": mean.item()}
             rollout_means["rollout/returns_mean"] = mean_and_variance(accelerator, returns)[0].item()
             if args.norm_adv:
                 advantages = ((advantages - mean) / (variance.sqrt() + 1e-5)).float()
-            weights = trajectory_weights(ended) if args.loss_weighting == "trajectory" else torch.ones_like(returns)
+            weights = trajectory_weights(ends[1]) if args.loss_weighting == "trajectory" else torch.ones_like(returns)
             weights = (weights / mean_and_variance(accelerator, weights)[0]).float()
             batch |= dict(advantage=advantages.flatten(), ret=returns.flatten(), weight=weights.flatten())
             if reference is not None:
-                micro_batches = np.split(np.arange(len(strata)), num_minibatches * num_micro_batches)
-                rows = (index(batch, part) for part in micro_batches)
-                scores = [frozen(reference, store.get(b["row"]), b["action"], **noise)[1] for b in rows]
-                batch["reference"] = torch.cat(scores)
+                num_passes = num_minibatches * num_micro_batches
+                batch["reference"] = reference_log_probs(frozen, reference, store, batch, num_passes, **noise)
 
             # --- update ---
             checkpoints.begin_update()
@@ -382,9 +385,8 @@ def main(
                         pg, pg_clipped = per_decision(torch.mean, *policy_loss(logratio, b["advantage"], *clips))
                         vf, vf_clipped = value_loss(value, b["value"], b["ret"], args.value_clip, args.huber_delta)
                         entropy, kl = per_decision(torch.sum, entropy, divergence(logratio))
-                        start_kl = (
-                            divergence(b["reference"] - logprob) if reference is not None else torch.zeros_like(kl)
-                        )
+                        from_start = divergence(b["reference"] - logprob) if reference is not None else 0 * logprob
+                        (start_kl,) = per_decision(torch.sum, from_start)
                         total = pg + args.vf_coef * vf - args.ent_coef * entropy + args.kl_coef * start_kl
                         loss = (b["weight"] * total).mean()
                         accelerator.backward(loss / num_micro_batches)
@@ -394,14 +396,10 @@ def main(
                     if not history:
                         deviation = over_processes(accelerator, (logratio.detach().exp() - 1).abs().max(), "max")
                         ratio_deviation = max(ratio_deviation, deviation.item())
-                if not ratio_deviation <= args.max_ratio_deviation:
-                    raise RuntimeError(
-                        f"first minibatch's ratio is off 1 by {ratio_deviation:.3g} (max {args.max_ratio_deviation}): "
-                        "log-probabilities at rollout and at update differ; check dropout, dtype and noise settings"
-                    )
+                run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                 for parameter in policy if iteration <= args.critic_warmup_iterations else ():
                     parameter.grad = None
-                grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                grad_norm = distributed.clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                 run.check_finite(grad_norm, iteration, **{k: v for k, v in b.items() if isinstance(v, Tensor)})
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -417,7 +415,7 @@ def main(
             global_step += env_steps
             metrics = dict(zip(METRICS, torch.stack(history).mean(0).tolist(), strict=True)) | rollout_means | {
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation, "actor/num_updates": float(len(history)),
-                "actor/explained_variance": explained_variance(accelerator, values, returns),
+                "actor/explained_variance": distributed.explained_variance(accelerator, values, returns),
                 "actor/lr": optimizer.param_groups[0]["lr"], "actor/noise_anneal": noise.get("noise_anneal", 1.0),
                 "time/env_s": stages.busy_s - busy_s, "time/env_wait_s": waited_s,
                 "time/policy_s": update_start - rollout_start - waited_s,
@@ -430,7 +428,7 @@ def main(
                     progress.print("evaluating")
                     work = partial(frozen, evaluate_into)
                     inputs = run.path, iteration, agent, make_eval_envs, args
-                    metrics["eval/success_once"] = for_all(accelerator, work, *inputs)
+                    metrics["eval/success_once"] = distributed.for_all(accelerator, work, *inputs)
             finally:
                 run.log(metrics, global_step, iteration)
             if args.saves(iteration):

@@ -206,6 +206,14 @@ class RunFolder:
                 "last checkpoint."
             )
 
+    def check_ratio(self, deviation: float, largest: float) -> None:
+        """Raises RuntimeError if the first minibatch's ratios are off 1 by more than `largest`, or not a number."""
+        if not deviation <= largest:
+            raise RuntimeError(
+                f"first minibatch's ratio is off 1 by {deviation:.3g} (max_ratio_deviation={largest}): "
+                "log-probabilities at rollout and at update differ; check dropout, dtype and noise settings"
+            )
+
     def check_actions(self, actions: NDArray[np.float32], iteration: int, **decision: Tensor) -> None:
         """Raises FloatingPointError, and dumps `decision`, if an action [B, C, a] is not finite."""
         is_bad = ~np.isfinite(actions).reshape(len(actions), -1).all(axis=1)

@@ -10,6 +10,7 @@ import torch
 
 from algorithms import presets
 from algorithms.ppo_gr00t import PRESETS
+from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged, make_mlp_agent, make_tiny_agent, train, without_time
 from tests.algorithms.mlp_agent import MLPAgent
 
@@ -151,6 +152,37 @@ def test_target_kl_ends_the_update_early(tmp_path: Path):
     stopped = train("ppo", tmp_path, num_iterations=1, learning_rate=0.05, target_kl=1e-4)
     assert stopped["actor/num_updates"] < free["actor/num_updates"] == 16
     assert stopped["actor/approx_kl"] < free["actor/approx_kl"]
+
+
+def test_late_episodes_are_failures_on_request_and_lookahead_is_bounded(tmp_path: Path):
+    """A value network that says 5 everywhere: what advantages look ahead to is that, or 1, or nothing."""
+
+    class Five(MLPAgent):
+        def forward(self, *inputs: Any, **options: Any) -> Any:
+            *rest, value = super().forward(*inputs, **options)
+            return *rest, 0 * value + 5
+
+        def get_value(self, obs: Any) -> torch.Tensor:
+            return 0 * super().get_value(obs) + 5
+
+    class Hopeless(LineVectorEnv):
+        def step(self, actions: np.ndarray) -> Any:
+            return super().step(0 * actions)
+
+    options = dict(make_agent=lambda args: Five(("state.x",), 1, 2), env=Hopeless, num_iterations=1, num_steps=6)
+    options |= dict(gamma=0.5, gae_lambda=1.0, minibatch_size=16, micro_batch_size=16)
+    # Episodes of 12 steps are 6 decisions: the last one is cut. Returns are gamma^n times the value at the end.
+    discounts = np.mean([0.5**n for n in range(1, 7)])
+    for changes, value in (({}, 5), ({"value_bounds": (0.0, 1.0)}, 1), ({"truncation": "failure"}, 0)):
+        metrics = train("ppo", tmp_path, **options, **changes)
+        assert metrics["env/success_once"] == 0
+        assert metrics["rollout/returns_mean"] == pytest.approx(value * discounts, abs=1e-5)
+
+
+def test_rollouts_are_filmed_at_intervals(tmp_path: Path):
+    train("ppo", tmp_path, num_iterations=3, num_steps=4, update_epochs=1, video_interval=2)
+    videos = tmp_path / "ppo_libero_spatial_1" / "videos"
+    assert sorted(path.name for path in videos.iterdir()) == ["rollout_1.mp4", "rollout_3.mp4"]
 
 
 def test_presets_have_the_published_settings_and_sizes_that_divide():
