@@ -48,6 +48,9 @@ def make_accelerator(log_with: Iterable[str], output_dir: Path) -> Accelerator:
 
 def prepare(accelerator: Accelerator, agent: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
     """Returns the model to call for gradients and the optimiser; `agent` itself stays the one to call without."""
+    if accelerator.is_fsdp2:
+        # Every process has built the whole agent, and loading it from one does not work for a module with buffers.
+        cast(Any, accelerator.state).fsdp_plugin.cpu_ram_efficient_loading = False
     model, prepared = accelerator.prepare(agent, optimizer)
     for name in _AGENT_METHODS:
         if accelerator.is_fsdp2 and hasattr(model, name):

@@ -418,10 +418,12 @@ def main(
                 run.log(metrics, global_step, iteration)
             if args.saves(iteration):
                 checkpoints.save(args.score(metrics))
+            updated = (
+                f"loss {metrics['actor/loss']:.4f}  kl {metrics['actor/approx_kl']:.2g}" if history else "no update"
+            )
             progress.end_iteration(
                 f"success {metrics['env/success_once']:.1%}  groups kept {metrics['rollout/groups_kept']:.0%}  "
-                f"loss {metrics.get('actor/loss', math.nan):.4f}  kl {metrics.get('actor/approx_kl', math.nan):.2g}  "
-                f"{metrics['charts/SPS']:.0f} env-steps/s"
+                f"{updated}  {metrics['charts/SPS']:.0f} env-steps/s"
             )
     run.finish()
     if accelerator.is_main_process:

@@ -147,11 +147,15 @@ class EnvStage:
 
     def close(self) -> None:
         """Closes the environments and ends the thread, unless a step never ended; a second call does nothing."""
+        if self.waits:
+            self.waits = False
+            try:
+                self._results.get(timeout=self._timeout_s)
+            except queue.Empty:
+                self._is_stuck = True
         if self._is_stuck:
-            self._tasks.put(None)
+            self._tasks.put(None)  # for when the step ends after all
         elif self._thread.is_alive():
-            if self.waits:
-                self._results.get()
             self._call(self.envs.close)
             self._tasks.put(None)
             self._thread.join()

@@ -433,8 +433,9 @@ def main(
                 run.log(metrics, global_step, iteration)
             if args.saves(iteration):
                 checkpoints.save(args.score(metrics))
+            success = f"{metrics['env/success_once']:.1%}" if "env/success_once" in metrics else "- (no episode ended)"
             progress.end_iteration(
-                f"success {metrics.get('env/success_once', math.nan):.1%}  loss {metrics['actor/loss']:.4f}  "
+                f"success {success}  loss {metrics['actor/loss']:.4f}  "
                 f"value loss {metrics['actor/value_loss']:.4f}  kl {metrics['actor/approx_kl']:.2g}  "
                 f"{metrics['charts/SPS']:.0f} env-steps/s"
             )

@@ -16,7 +16,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from gymnasium.vector import AutoresetMode
 
-from algorithms import grpo_gr00t, ppo_gr00t
+from algorithms import distributed, grpo_gr00t, ppo_gr00t
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
 from gr00t_agent.agent import NANO_METADATA
 from tests.algorithms.line_env import LineVectorEnv
@@ -82,7 +82,7 @@ def logged(run: Path) -> list[dict[str, float]]:
 
 def shard(accelerator: Accelerator) -> Accelerator:
     """FSDP2 on CPUs, which PyTorch can do and Accelerate does not offer."""
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=False)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=True)
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     return accelerator
@@ -98,8 +98,8 @@ def main() -> None:
     changes = json.loads(text)
     torch.set_num_threads(1)
     if changes.pop("sharded", False):
-        make_accelerator = TRAINERS[algorithm].make_accelerator
-        TRAINERS[algorithm].make_accelerator = lambda *inputs: shard(make_accelerator(*inputs))
+        make_accelerator = distributed.make_accelerator
+        distributed.make_accelerator = lambda *inputs: shard(make_accelerator(*inputs))
     agents = {"mlp": make_mlp_agent, "tiny": make_tiny_agent}
     envs = {"fast": LineVectorEnv, "slow": SlowLineEnv}
     folder = Path(changes.pop("output_dir"))

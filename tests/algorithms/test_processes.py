@@ -25,8 +25,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def run_two(algorithm: str, **changes: Any) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], {}, algorithm, **changes)
+
+
+def run(launcher: list[str], variables: dict[str, str], algorithm: str, **changes: Any) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= variables
     process = subprocess.Popen(
         [sys.executable, *launcher, *command(algorithm, **changes)], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -88,3 +92,15 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path: Path):
     assert len(parts) == len(whole) == 4
     for a, b in zip(parts, whole, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_bfloat16_keeps_first_ratios_at_one_and_weights_in_float32(tmp_path: Path, algorithm: str):
+    options = dict(agent="tiny", output_dir=str(tmp_path), num_iterations=1, update_epochs=1)
+    run([], {"ACCELERATE_MIXED_PRECISION": "bf16"}, algorithm, **options)
+    (folder,) = tmp_path.iterdir()
+    (line,) = logged(folder)
+    assert line["actor/ratio_first_minibatch_max_dev"] < 1e-3
+    assert line["actor/loss"] != 0
+    weights = load_file(folder / "checkpoints" / "iteration_1" / "model.safetensors")
+    assert {value.dtype for name, value in weights.items() if name.startswith("action_head")} == {torch.float32}

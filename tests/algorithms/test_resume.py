@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from algorithms import checkpoints
+from algorithms import checkpoints, ppo_gr00t
 from algorithms.checkpoints import checkpoints_in, generator_states, restore_generators
 from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_env import LineVectorEnv
@@ -61,6 +62,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, algorithm: st
     assert logged(parts) == logged(whole)
     weights = [load_file(run / "checkpoints" / "iteration_4" / "model.safetensors") for run in (whole, parts)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_libero_episodes_go_on_where_they_were(tmp_path: Path):
+    """Two environments in the middle of an episode, their physics, their images and the policy's features."""
+    args = ppo_gr00t.Args(
+        model="nano", num_envs=2, num_steps=3, num_iterations=2, horizon=40, minibatch_size=6, micro_batch_size=6,
+        update_epochs=1, eval_episodes_per_task=0, save_interval=1, log_with=(), output_dir=tmp_path / "whole",
+    )  # fmt: skip
+    ppo_gr00t.main(args)
+    ppo_gr00t.main(replace(args, output_dir=tmp_path / "parts", num_iterations=1))
+    ppo_gr00t.main(replace(args, output_dir=tmp_path / "parts", resume=Path("auto")))
+    assert logged(run_folder(tmp_path / "parts")) == logged(run_folder(tmp_path / "whole"))
 
 
 def test_whoever_uses_global_random_numbers_is_resumed_too(tmp_path: Path):

@@ -1,0 +1,152 @@
+"""How fast PPO trains end to end, and where the time goes: a table, then one JSON line.
+
+    python -m benchmarks.train                        # the nano policy on LIBERO-Spatial
+    python -m benchmarks.train --num-envs 64 --num-steps 48 --image-size 256
+
+The same training three times, with `algorithms/ppo_gr00t.py`:
+    * plain: the order of work of a straightforward trainer: images at every environment step, one environment step a
+      call, observations stored and the backbone run again in every minibatch, deciding and simulating in turn;
+    * cached: images once a decision, a chunk of steps in one native call, backbone features computed once;
+    * overlapped: the same, with two stages of environments, one simulating while the other is decided.
+Episodes, actions and losses are the same in all three, which is checked. The first iteration opens scenes and compiles
+kernels and is not counted. Ratios are of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from algorithms import ppo_gr00t
+from algorithms.ppo_gr00t import Args, make_agent
+from benchmarks.hardware import describe_run
+from libero_gym.adapters import ModalityVectorObservation
+from libero_gym.vector import LiberoVectorEnv
+
+PHASES = ("env_s", "env_wait_s", "policy_s", "update_s", "total_s")
+TARGETS = {"speedup_over_plain": 2.0}
+
+
+class ImagesEveryStep(gym.vector.VectorWrapper):
+    """A `LiberoVectorEnv` of single steps as one of chunks: every step is a call that draws every camera."""
+
+    def __init__(self, args: Args, num_envs: int, image_size: int) -> None:
+        self._base = LiberoVectorEnv(
+            args.suite, num_envs, task_ids=args.task_ids, image_size=image_size, horizon=args.horizon,
+            reward=args.reward, renderer=args.renderer, autoreset_mode=AutoresetMode.DISABLED,
+        )  # fmt: skip
+        super().__init__(self._base)
+        shape = (num_envs, args.num_action_chunks, 7)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, shape, np.float32)
+
+    def observe(self) -> dict[str, Any]:
+        """Observes without stepping."""
+        return self._base.observe()
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Runs a chunk step by step, then starts the next episode where one has ended."""
+        reward, num_steps = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
+        terminated, truncated = np.zeros((2, self.num_envs), dtype=bool)
+        obs: dict[str, Any] = {}
+        infos: dict[str, Any] = {}
+        for action in np.moveaxis(actions, 1, 0):
+            obs, r, te, tr, infos = self._base.step(action)
+            reward, num_steps = reward + r, num_steps + infos["num_steps"]
+            terminated, truncated = terminated | te, truncated | tr
+        ended = terminated | truncated
+        final: dict[str, Any] = {}
+        if ended.any():
+            final = {"final_obs": obs, "final_info": infos}
+            obs, infos = self._base.reset(options={"reset_mask": ended})
+        return obs, reward, terminated, truncated, infos | {"num_steps": num_steps} | final
+
+
+def make_plain_envs(
+    args: Args, num_envs: int, image_size: int, autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP
+) -> gym.vector.VectorEnv:
+    """Returns environments that draw images at every step."""
+    return ModalityVectorObservation(ImagesEveryStep(args, num_envs, image_size))
+
+
+def measure(args: Args, make_envs: Any) -> list[dict[str, float]]:
+    """Trains and returns the metrics of all iterations but the first."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        ppo_gr00t.main(replace(args, output_dir=Path(folder), run_name="run"), make_agent, make_envs)
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines][1:]
+
+
+def main() -> dict[str, Any]:
+    """Measures, prints, returns the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nano", help="a preset's name or a checkpoint")
+    parser.add_argument("--suite", default="libero_spatial")
+    parser.add_argument("--num-envs", type=int, default=4)
+    parser.add_argument("--num-steps", type=int, default=8)
+    parser.add_argument("--num-iterations", type=int, default=3, help="counted ones; one more comes first")
+    parser.add_argument("--update-epochs", type=int, default=2)
+    parser.add_argument("--renderer", choices=("egl", "osmesa", "warp"))
+    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--output", type=Path, help="also write the JSON line there")
+    options = parser.parse_args()
+    size = options.num_envs * options.num_steps // 2
+    args = Args(
+        model=options.model, suite=options.suite, num_envs=options.num_envs, num_steps=options.num_steps,
+        num_iterations=options.num_iterations + 1, update_epochs=options.update_epochs, minibatch_size=size,
+        micro_batch_size=min(size, 64), renderer=options.renderer, compute_dtype=options.compute_dtype,
+        eval_episodes_per_task=0, log_with=(), save_interval=10**6,
+    )  # fmt: skip
+    variants = {
+        "plain": (replace(args, feature_storage="none"), make_plain_envs),
+        "cached": (args, ppo_gr00t.make_envs),
+        "overlapped": (replace(args, pipeline_stage_num=2), ppo_gr00t.make_envs),
+    }
+    results: list[dict[str, Any]] = []
+    losses: list[list[float]] = []
+    for name, (changed, make_envs) in variants.items():
+        lines = measure(changed, make_envs)
+        losses.append([line["actor/loss"] for line in lines])
+        row: dict[str, Any] = {phase: float(np.mean([line[f"time/{phase}"] for line in lines])) for phase in PHASES}
+        row["largest_loss_difference"] = float(np.abs(np.array(losses[-1]) - losses[0]).max())
+        steps = sum(line["charts/SPS"] * line["time/total_s"] for line in lines)
+        results.append({"order": name, "env_steps_per_s": steps / sum(line["time/total_s"] for line in lines)} | row)
+    print(
+        f"{'order of work':<14}{'env-steps/s':>12}{'times plain':>12}{'iteration s':>12}{'env s':>8}{'wait s':>8}",
+        end="",
+    )
+    print(f"{'policy s':>10}{'update s':>10}")
+    for row in results:
+        row["speedup"] = row["env_steps_per_s"] / results[0]["env_steps_per_s"]
+        print(
+            f"{row['order']:<14}{row['env_steps_per_s']:>12.1f}{row['speedup']:>12.2f}{row['total_s']:>12.2f}", end=""
+        )
+        print(f"{row['env_s']:>8.2f}{row['env_wait_s']:>8.2f}{row['policy_s']:>10.2f}{row['update_s']:>10.2f}")
+    print("losses differ from plain by at most", *(f"{row['largest_loss_difference']:.2g}" for row in results[1:]))
+    settings = {
+        k: getattr(options, k) for k in ("model", "suite", "num_envs", "num_steps", "update_epochs", "renderer")
+    }
+    settings |= dict(
+        num_iterations=options.num_iterations, num_action_chunks=args.num_action_chunks,
+        num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    document = {"benchmark": "train", **describe_run(), "settings": settings, "results": results, "targets": TARGETS}
+    line = json.dumps(document)
+    if options.output is not None:
+        options.output.write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return cast("dict[str, Any]", document)
+
+
+if __name__ == "__main__":
+    main()

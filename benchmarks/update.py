@@ -1,0 +1,148 @@
+"""How fast PPO's update is with cached backbone features and without: a table, then one JSON line.
+
+    python -m benchmarks.update                          # released size on a GPU, nano on a CPU
+    python -m benchmarks.update --preset nano --num-rows 64
+
+An update goes once over a rollout's decisions in minibatches: fetch the observations from the feature store, score the
+stored chains, PPO's loss, backward, clip, AdamW. What differs is where the store keeps the frozen backbone's features:
+    * none: nowhere; every minibatch runs the backbone (the order of work of a trainer that stores observations);
+    * device, host: all in the device's memory, or all in (pinned) host memory;
+    * mixed: half on the device, half in host memory.
+Step sizes are 0, so that all see the same weights: their losses must agree, which is checked. Weights are random; the
+time does not depend on them. Ratios are of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from algorithms.batch import concatenate, index
+from algorithms.feature_store import FeatureStore, Placement
+from algorithms.frozen import store_frozen_as
+from algorithms.ppo_gr00t import policy_loss, value_loss
+from benchmarks.hardware import describe_run
+from benchmarks.policy import make_agent, make_observation, seconds
+from gr00t_agent import Gr00tAgent, preset_policy
+from gr00t_agent.config import PresetName
+
+PLACEMENTS: tuple[Placement, ...] = ("none", "device", "host", "mixed")
+TARGETS = {"cached_speedup_h100_gr00t_n1d5": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Stored decisions: rows of the store, and actions, log-probabilities, values and advantages of each."""
+
+    store: FeatureStore
+    batch: dict[str, Any]
+
+
+def collect(
+    agent: Gr00tAgent, placement: Placement, memory_gb: float, num_rows: int, num_envs: int
+) -> tuple[Rollout, float]:
+    """Returns a rollout of random observations, and the bytes that one decision takes in the store."""
+    encode = torch.no_grad()(agent.encode)
+    store = FeatureStore(encode, agent.device, placement, memory_gb)
+    generator = torch.Generator().manual_seed(0)
+    decisions: list[dict[str, Any]] = []
+    row_bytes = 0.0
+    for _ in range(num_rows // num_envs):
+        obs = make_observation(num_envs, agent.image_size)
+        encoded = encode(obs)
+        row_bytes = sum(value[0].nbytes for value in encoded.values())
+        with torch.no_grad():
+            action, logprob, _, value = agent(encoded, generator=[generator] * num_envs)
+        decisions.append(dict(row=store.put(obs, encoded), action=action, logprob=logprob, value=value))
+    batch = concatenate(decisions)
+    batch["advantage"] = torch.randn(num_rows, generator=generator).to(agent.device)
+    return Rollout(store=store, batch=batch), row_bytes
+
+
+def make_update(agent: Gr00tAgent, rollout: Rollout, minibatch_size: int) -> tuple[Callable[[], None], list[float]]:
+    """Returns a function that makes an update, and the list to which it adds the loss of each minibatch."""
+    groups = agent.param_groups(0.0, 0.0)
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups)
+    rows = np.random.default_rng(0).permutation(len(rollout.batch["row"]))
+    losses: list[float] = []
+
+    def update() -> None:
+        for part in cast("list[NDArray[np.intp]]", np.split(rows, len(rows) // minibatch_size)):
+            b = index(rollout.batch, part)
+            _, logprob, _, value = agent(rollout.store.get(b["row"]), b["action"])
+            pg, _ = policy_loss(logprob - b["logprob"], b["advantage"], 0.2, 0.2, None)
+            vf, _ = value_loss(value, b["value"], b["value"] + b["advantage"], 0.2, 10.0)
+            loss = pg.mean() + vf.mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+
+    return update, losses
+
+
+def main() -> dict[str, Any]:
+    """Measures, prints, returns the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", choices=["nano", "gr00t_n1d5"], help="default: by device")
+    parser.add_argument("--num-rows", type=int, help="decisions of the rollout (default: 1024 on a GPU, else 128)")
+    parser.add_argument("--num-envs", type=int, help="environments (default: 64 on a GPU, else 8)")
+    parser.add_argument("--minibatch-size", type=int, help="default: 64 on a GPU, else 32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="also write the JSON line there")
+    args = parser.parse_args()
+    device, on_gpu = torch.device(args.device), args.device.startswith("cuda")
+    preset: PresetName = args.preset or ("gr00t_n1d5" if on_gpu else "nano")
+    num_rows, num_envs = args.num_rows or (1024 if on_gpu else 128), args.num_envs or (64 if on_gpu else 8)
+    minibatch_size = args.minibatch_size or (64 if on_gpu else 32)
+    policy = replace(preset_policy(preset), embodiment_id=0, compute_dtype="bfloat16" if on_gpu else "float32")
+    agent = store_frozen_as(make_agent(preset, policy, device, torch.float32), policy.torch_dtype)
+    results: list[dict[str, Any]] = []
+    losses_of: dict[str, list[float]] = {}
+    row_bytes = 0.0
+    for placement in PLACEMENTS:
+        # Half of the rows fit where the store is mixed.
+        memory_gb = num_rows * row_bytes / 2e9 if placement == "mixed" else 1e3
+        rollout, row_bytes = collect(agent, placement, memory_gb, num_rows, num_envs)
+        update, losses_of[placement] = make_update(agent, rollout, minibatch_size)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        update_s = seconds(update, device, args.repeats, warmup=1)
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+        results.append(dict(placement=placement, samples_per_s=num_rows / update_s, peak_memory_gb=peak_gb))
+        del rollout, update
+    difference = max(
+        abs(a - b) for losses in losses_of.values() for a, b in zip(losses, losses_of["none"], strict=True)
+    )
+    print(f"{'features kept':<16}{'samples/s':>12}{'times none':>12}{'peak GB':>10}")
+    for row in results:
+        row["speedup"] = row["samples_per_s"] / results[0]["samples_per_s"]
+        peak = "" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.1f}"
+        print(f"{row['placement']:<16}{row['samples_per_s']:>12.1f}{row['speedup']:>12.2f}{peak:>10}")
+    print(f"{row_bytes / 1e6:.2f} MB a decision; losses differ by at most {difference:.2g}")
+    settings = dict(
+        preset=preset, device=args.device, num_rows=num_rows, num_envs=num_envs, minibatch_size=minibatch_size,
+        compute_dtype=policy.compute_dtype, num_threads=torch.get_num_threads(), row_bytes=row_bytes,
+        largest_loss_difference=difference,
+    )  # fmt: skip
+    document = {"benchmark": "update", **describe_run(), "settings": settings, "results": results, "targets": TARGETS}
+    line = json.dumps(document)
+    if args.output is not None:
+        args.output.write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return document
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The trainers on CUDA devices: pinned memory, bfloat16, NCCL, and weights sharded as `accelerate launch` does it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from algorithms.feature_store import FeatureStore
+from gr00t_agent import Gr00tAgent
+from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train, without_time
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL: dict[str, dict[str, Any]] = {
+    "ppo": dict(num_iterations=2, num_steps=4, minibatch_size=16, micro_batch_size=8, update_epochs=2, kl_coef=0.1),
+    "grpo": dict(num_iterations=2, max_rollouts=2, micro_batch_size=16, update_epochs=1),
+}
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+def launch(num_processes: int, *launcher_arguments: str, algorithm: str = "ppo", **changes: Any) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
+    launcher += ["--num_processes", str(num_processes), *launcher_arguments]
+    launcher += [] if num_processes == 1 else ["--multi_gpu"] if "--use_fsdp" not in launcher else []
+    program = [sys.executable, *launcher, *command(algorithm, **changes)]
+    result = subprocess.run(program, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "mixed"])
+def test_rows_come_back_from_pinned_memory(placement: Any):
+    def encode(obs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {"features": obs["x"].cuda().half()[:, None].expand(-1, 1000)}
+
+    store = FeatureStore(encode, torch.device("cuda"), placement, 700 * 2000 / 1e9)
+    rows = [store.put(obs, encode(obs)) for obs in ({"x": torch.arange(i, i + 300.0)} for i in range(0, 2100, 300))]
+    order = torch.randperm(2100)
+    got = store.get(torch.tensor([row for part in rows for row in part.tolist()])[order].numpy())
+    assert got["features"].is_cuda
+    assert torch.equal(got["features"][:, 7].cpu(), order.half())
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_one_gpu_gives_what_a_cpu_gives(tmp_path: Path, algorithm: str):
+    options = SMALL[algorithm]
+    on_gpu = without_time(train(algorithm, tmp_path / "gpu", make_agent=make_tiny_agent, **options))
+    launch(1, "--cpu", algorithm=algorithm, agent="tiny", output_dir=str(tmp_path / "cpu"), **options)
+    (run,) = (tmp_path / "cpu").iterdir()
+    assert on_gpu == pytest.approx({k: v for k, v in logged(run)[-1].items() if k in on_gpu}, rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("storage", ["mixed", "host", "none"])
+def test_bfloat16_keeps_the_first_ratios_at_one(tmp_path: Path, algorithm: str, storage: str):
+    options = SMALL[algorithm] | dict(agent="tiny", output_dir=str(tmp_path), feature_storage=storage)
+    launch(1, "--mixed_precision", "bf16", algorithm=algorithm, feature_memory_gb=5e-5, **options)
+    (run,) = tmp_path.iterdir()
+    deviations = [line["actor/ratio_first_minibatch_max_dev"] for line in logged(run)]
+    print(f"{algorithm} {storage}: ratios off 1 by {deviations}")
+    assert max(deviations) < 0.05
+
+
+@two_gpus
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_two_gpus_equal_one(tmp_path: Path, algorithm: str):
+    options = SMALL[algorithm] | dict(agent="tiny")
+    for count in (1, 2):
+        launch(count, algorithm=algorithm, output_dir=str(tmp_path / str(count)), **options)
+    one, two = (logged(next((tmp_path / str(count)).iterdir())) for count in (1, 2))
+    for single, double in zip(one, two, strict=True):
+        assert double == pytest.approx(single, rel=2e-3, abs=2e-3)
+
+
+@two_gpus
+def test_sharded_weights_train_save_and_resume_as_whole_ones(tmp_path: Path):
+    options = SMALL["ppo"] | dict(agent="tiny")
+    fsdp = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "NO_WRAP")
+    launch(2, *fsdp, output_dir=str(tmp_path / "sharded"), **options)
+    launch(2, *fsdp, output_dir=str(tmp_path / "sharded"), **(options | dict(num_iterations=3, resume="auto")))
+    launch(2, output_dir=str(tmp_path / "whole"), **(options | dict(num_iterations=3)))
+    runs = [next((tmp_path / name).iterdir()) for name in ("sharded", "whole")]
+    for sharded, whole in zip(*(logged(run) for run in runs), strict=True):
+        assert sharded == pytest.approx(whole, rel=2e-3, abs=2e-3)
+    agents = [Gr00tAgent.from_pretrained(run / "checkpoints" / "iteration_3") for run in runs]
+    for name, value in agents[0].state_dict().items():
+        torch.testing.assert_close(value, agents[1].state_dict()[name], atol=1e-3, rtol=1e-3)
