@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.episodes import wilson_interval
 from benchmarks.hardware import describe_run
+from benchmarks.targets import judge
 from gr00t_agent.sampler import FlowSampler, Prediction
 from libero_gym.experts import make_expert
 from libero_gym.scenes import load_scene
@@ -48,7 +49,9 @@ INIT_STATE_IDS = (0, 1, 2, 3)
 STEPS_BEFORE_SUCCESS = (3, 6, 9)
 HORIZON = 40
 ACTION_DIM = 7
-TARGETS = {"before_at_most": 0.5, "after_at_least": 0.9, "cpu_minutes_at_most": 10}
+# Of the seed that fares worst, for each algorithm.
+AT_LEAST = {"after": 0.9}
+AT_MOST = {"before": 0.5, "cpu_minutes": 10.0}
 
 PPO_ARGS = ppo_gr00t.Args(
     suite=SUITE, task_ids=(TASK_ID,), num_envs=16, num_steps=16, horizon=HORIZON, num_iterations=30, update_epochs=4,
@@ -226,6 +229,21 @@ def success_of(lines: Sequence[Mapping[str, float]]) -> tuple[int, int]:
     return round(sum(line["env/success_once"] * line["env/num_episodes"] for line in lines)), round(episodes)
 
 
+def worst_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns each algorithm's targets with what its worst seed reached."""
+    targets: dict[str, Any] = {}
+    for algorithm in dict.fromkeys(row["algorithm"] for row in results):
+        rows = [row for row in results if row["algorithm"] == algorithm]
+        values = {
+            "after": min(row["after"][0] / row["after"][1] for row in rows),
+            "before": max(row["before"][0] / row["before"][1] for row in rows),
+            "cpu_minutes": max(row["cpu_minutes"] for row in rows),
+        }
+        judged = judge(values, at_least=AT_LEAST, at_most=AT_MOST)
+        targets |= {f"{algorithm}/{name}": target for name, target in judged.items()}
+    return targets
+
+
 def main() -> None:
     """Trains with each algorithm and seed, and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,7 +279,7 @@ def main() -> None:
         )
     settings = {"suite": SUITE, "task_id": TASK_ID, "steps_before_success": STEPS_BEFORE_SUCCESS, "horizon": HORIZON}
     document = {"benchmark": "learning", **describe_run(), "settings": settings, "results": results}
-    line = json.dumps(document | {"targets": TARGETS})
+    line = json.dumps(document | {"targets": worst_seeds(results)})
     if args.output is not None:
         args.output.write_text(line + "\n", encoding="utf-8")
     print(line)
