@@ -9,13 +9,14 @@ NO_WRAP`), because its action head uses parts of its blocks outside their forwar
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -27,12 +28,19 @@ _COLLECTIVE_TIMEOUT = timedelta(hours=12)
 _AGENT_METHODS = ("get_action_and_value", "get_value", "encode", "predict")
 
 
-def make_accelerator(log_with: Iterable[str], output_dir: Path) -> Accelerator:
+def make_accelerator(log_with: Sequence[str], output_dir: Path) -> Accelerator:
     """Returns the accelerator of this process, with its trackers logging below `output_dir`.
 
     Raises:
-        ValueError: the launch asks for FSDP1 or DeepSpeed.
+        ValueError: a tracker is not installed, or the launch asks for FSDP1, DeepSpeed, or FSDP2 in mixed precision.
     """
+    usable = [str(name.value) for name in get_available_trackers()]
+    missing = [name for name in log_with if name not in usable]
+    if missing:  # Accelerate would leave them out without a word
+        raise ValueError(
+            f"log_with={missing} cannot be used (installed here: {', '.join(usable)}); install it with pip, or check "
+            "the name"
+        )
     timeout = InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)
     accelerator = Accelerator(
         log_with=cast(Any, list(log_with) or None), project_dir=str(output_dir), kwargs_handlers=[timeout]
@@ -42,6 +50,11 @@ def make_accelerator(log_with: Iterable[str], output_dir: Path) -> Accelerator:
         raise ValueError(
             f"distributed_type={kind.value} is not supported (supported: one process, DDP, FSDP with fsdp_version: 2); "
             "change it with `accelerate config`"
+        )
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"mixed_precision={accelerator.mixed_precision} with FSDP2 rounds what the agent returns, "
+            "log-probabilities too; launch with --mixed_precision no and give --compute-dtype bfloat16"
         )
     return accelerator
 

@@ -41,7 +41,6 @@ from typing import Any, Literal, cast
 import gymnasium as gym
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
@@ -50,6 +49,7 @@ from torch import Tensor
 
 from algorithms.arguments import exact_quotient, parse_args, share_of_process
 from algorithms.augmentation import NUM_DRAWS, Augmentation, augment
+from algorithms.distributed import make_accelerator
 from algorithms.ema import WeightAverage
 from algorithms.eval_gr00t import evaluate_into
 from algorithms.lora import LoraSettings, add_lora, merged
@@ -300,7 +300,7 @@ def main(
     make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last logged metrics."""
-    accelerator = Accelerator(log_with=list(args.log_with) or None, project_dir=str(args.output_dir))
+    accelerator = make_accelerator(args.log_with, args.output_dir)
     device, num_processes, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     local_size = share_of_process(args, "batch_size", num_processes)
     micro_size = share_of_process(args, "micro_batch_size", num_processes)
