@@ -431,37 +431,64 @@ def _to_byte(value: float) -> wp.uint8:
     return wp.uint8(int(value * 255.0 + 0.5))
 
 
+@wp.func
+def _pixel_of_thread(thread: int, first_row: int, width: int) -> wp.vec2i:
+    """Row and column of a thread: the 32 threads of a GPU's warp take a tile of 4 x 8 pixels, whose rays stay close."""
+    tile = thread / 32
+    lane = thread % 32
+    num_tiles = (width + 7) / 8
+    return wp.vec2i(first_row + tile / num_tiles * 4 + lane / 8, tile % num_tiles * 8 + lane % 8)
+
+
+@wp.func
+def _sample(scene: Scene, worlds: Worlds, row: int, x: float, down: float, width: int, height: int) -> Pixel:
+    """What is seen in line `row` of all images, `down` pixels below its upper border."""
+    image = row / height
+    y = float(row % height) + down
+    return _shade(scene, worlds, image / scene.num_cameras, image % scene.num_cameras, x, y, width, height)
+
+
+@wp.func
+def _store(
+    color: wp.vec3, row: int, x: int, num_cameras: int, num_worlds: int, images: wp.array(dtype=wp.uint8, ndim=4)
+):
+    height = images.shape[1]
+    image = row / height
+    index = image % num_cameras * num_worlds + image / num_cameras
+    for channel in range(3):
+        images[index, row % height, images.shape[2] - 1 - x, channel] = wp.uint8(int(color[channel] * 255.0 + 0.5))
+
+
 @wp.kernel
 def render(
     scene: Scene,
     worlds: Worlds,
     num_worlds: int,
     first_row: int,
-    width: int,
-    height: int,
+    last_row: int,
     colors: wp.array2d(dtype=wp.vec3),
     geometry: wp.array2d(dtype=wp.vec4),
     surfaces: wp.array2d(dtype=int),
     images: wp.array(dtype=wp.uint8, ndim=4),
 ):
-    """One sample at the centre of each pixel; dim (rows, W), a row being one of N * K * H image lines."""
-    i, x = wp.tid()
-    row = first_row + i
-    y = row % height
-    image = row / height
-    camera = image % scene.num_cameras
-    world = image / scene.num_cameras
-    pixel = _shade(scene, worlds, world, camera, float(x) + 0.5, float(y) + 0.5, width, height)
+    """One sample at the centre of each pixel of some of the N * K * H image lines; dim from `num_threads`."""
+    height = images.shape[1]
+    width = images.shape[2]
+    pixel = _pixel_of_thread(wp.tid(), first_row, width)
+    row = pixel[0]
+    x = pixel[1]
+    if row >= last_row or x >= width:
+        return
+    sample = _sample(scene, worlds, row, float(x) + 0.5, 0.5, width, height)
     if colors.shape[0] > 0:
-        colors[row, x] = pixel.color
-        geometry[row, x] = wp.vec4(pixel.normal[0], pixel.normal[1], pixel.normal[2], pixel.distance)
-        surfaces[row, x] = pixel.surface
-    for channel in range(3):
-        images[camera * num_worlds + world, y, width - 1 - x, channel] = _to_byte(pixel.color[channel])
+        colors[row, x] = sample.color
+        geometry[row, x] = wp.vec4(sample.normal[0], sample.normal[1], sample.normal[2], sample.distance)
+        surfaces[row, x] = sample.surface
+    _store(sample.color, row, x, scene.num_cameras, num_worlds, images)
 
 
 @wp.func
-def _is_edge(
+def _differ(
     row: int,
     x: int,
     other_row: int,
@@ -483,42 +510,68 @@ def _is_edge(
 
 
 @wp.kernel
+def find_edges(
+    first_row: int,
+    last_row: int,
+    strip: int,
+    height: int,
+    colors: wp.array2d(dtype=wp.vec3),
+    geometry: wp.array2d(dtype=wp.vec4),
+    surfaces: wp.array2d(dtype=int),
+    num_edges: wp.array(dtype=int),
+    edges: wp.array(dtype=int),
+):
+    """Lists the pixels next to an edge, as row * W + column, from `first_row` * W on; dim from `num_threads`."""
+    width = colors.shape[1]
+    pixel = _pixel_of_thread(wp.tid(), first_row, width)
+    row = pixel[0]
+    x = pixel[1]
+    if row >= last_row or x >= width:
+        return
+    y = row % height
+    found = False
+    if x > 0 and _differ(row, x, row, x - 1, colors, geometry, surfaces):
+        found = True
+    if x < width - 1 and not found and _differ(row, x, row, x + 1, colors, geometry, surfaces):
+        found = True
+    if y > 0 and not found and _differ(row, x, row - 1, x, colors, geometry, surfaces):
+        found = True
+    if y < height - 1 and not found and _differ(row, x, row + 1, x, colors, geometry, surfaces):
+        found = True
+    if found:
+        edges[first_row * width + wp.atomic_add(num_edges, strip, 1)] = row * width + x
+
+
+@wp.kernel
 def smooth_edges(
     scene: Scene,
     worlds: Worlds,
     num_worlds: int,
     first_row: int,
-    width: int,
-    height: int,
-    colors: wp.array2d(dtype=wp.vec3),
-    geometry: wp.array2d(dtype=wp.vec4),
-    surfaces: wp.array2d(dtype=int),
+    strip: int,
+    num_edges: wp.array(dtype=int),
+    edges: wp.array(dtype=int),
     images: wp.array(dtype=wp.uint8, ndim=4),
 ):
-    """Replaces pixels next to an edge by the mean of four samples; dim as in `render`."""
-    i, x = wp.tid()
-    row = first_row + i
-    y = row % height
-    image = row / height
-    camera = image % scene.num_cameras
-    world = image / scene.num_cameras
-    found = False
-    if x > 0 and _is_edge(row, x, row, x - 1, colors, geometry, surfaces):
-        found = True
-    if x < width - 1 and not found and _is_edge(row, x, row, x + 1, colors, geometry, surfaces):
-        found = True
-    if y > 0 and not found and _is_edge(row, x, row - 1, x, colors, geometry, surfaces):
-        found = True
-    if y < height - 1 and not found and _is_edge(row, x, row + 1, x, colors, geometry, surfaces):
-        found = True
-    if not found:
+    """Replaces the listed pixels by the mean of four samples; dim at least the number of pixels listed."""
+    thread = wp.tid()
+    if thread >= num_edges[strip]:
         return
+    height = images.shape[1]
+    width = images.shape[2]
+    pixel = edges[first_row * width + thread]
+    row = pixel / width
+    x = pixel % width
     color = wp.vec3(0.0)
-    for sample in range(4):
+    for index in range(4):
         # The standard multisampling pattern: (3, 1), (7, 3), (1, 5), (5, 7) eighths of a pixel.
-        dx = float((4 * sample + 3) % 8 - 2 * (sample / 2)) / 8.0
-        dy = (2.0 * float(sample) + 1.0) / 8.0
-        pixel = _shade(scene, worlds, world, camera, float(x) + dx, float(y) + dy, width, height)
-        color += pixel.color * 0.25
-    for channel in range(3):
-        images[camera * num_worlds + world, y, width - 1 - x, channel] = _to_byte(color[channel])
+        right = float((4 * index + 3) % 8 - 2 * (index / 2)) / 8.0
+        down = (2.0 * float(index) + 1.0) / 8.0
+        sample = _sample(scene, worlds, row, float(x) + right, down, width, height)
+        color += sample.color * 0.25
+    _store(color, row, x, scene.num_cameras, num_worlds, images)
+
+
+def num_threads(num_rows: int, width: int) -> int:
+    """Threads that `render` and `find_edges` need for some image lines: whole tiles of 4 x 8 pixels."""
+    return -(-num_rows // 4) * -(-width // 8) * 32

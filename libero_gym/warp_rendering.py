@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from libero_gym.simulation import Simulation
 
 
-# Worlds drawn by one kernel launch; bounds the memory for intermediate results (8 MB a world of 256 pixels).
+# Worlds drawn by one kernel launch; bounds the memory for intermediate results (9 MB a world of 256 pixels).
 _MAX_LAUNCH_WORLDS = 256
 
 
@@ -175,6 +175,7 @@ class SceneCaster:
         self._capacity = 0
         self._worlds: Any = None
         self._buffers: tuple[Any, Any, Any] = (None, None, None)
+        self._edges: tuple[Any, Any] = (None, None)
         self._images: Any = None
 
     def render(self, body_pos: Any, body_mat: Any, lit_sites: npt.NDArray[np.int32]) -> Any:
@@ -205,9 +206,24 @@ class SceneCaster:
             inputs=[self._scene, *arrays, self._worlds],
             device=self._device,
         )
-        self._launch(ray_kernels.render, num_worlds)
+        strips = self._strips(num_worlds * self._num_cameras * self._size)
+
+        def cast(strip: int) -> None:
+            rows = strips[strip : strip + 2]
+            inputs = [self._scene, self._worlds, num_worlds, *rows, *self._buffers, self._images]
+            self._launch(ray_kernels.render, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
+
+        def smooth(strip: int) -> None:
+            rows = strips[strip : strip + 2]
+            inputs = [*rows, strip, self._size, *self._buffers, *self._edges]
+            self._launch(ray_kernels.find_edges, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
+            inputs = [self._scene, self._worlds, num_worlds, rows[0], strip, *self._edges, self._images]
+            self._launch(ray_kernels.smooth_edges, (rows[1] - rows[0]) * self._size, inputs)
+
+        self._for_each(cast, len(strips) - 1)
         if self._antialiasing:
-            self._launch(ray_kernels.smooth_edges, num_worlds)
+            self._edges[0].zero_()
+            self._for_each(smooth, len(strips) - 1)
         return self._images[: self._num_cameras * num_worlds]
 
     def _on_device(self, values: Any, dtype: Any) -> Any:
@@ -233,33 +249,27 @@ class SceneCaster:
         self._worlds.light_dir = empty((n, self._num_lights), wp.vec3)
         rows = n * cameras * size if self._antialiasing else 0
         self._buffers = (empty((rows, size), wp.vec3), empty((rows, size), wp.vec4), empty((rows, size), int))
+        self._edges = (empty((rows,), int), empty((rows * size,), int))  # at most one strip a line
         self._images = empty((cameras * n, size, size, 3), wp.uint8)
         self._capacity = n
 
-    def _launch(self, kernel: Any, num_worlds: int) -> None:
-        rows = num_worlds * self._num_cameras * self._size
-
-        def launch(first: int, last: int) -> None:
-            inputs = [
-                self._scene,
-                self._worlds,
-                num_worlds,
-                first,
-                self._size,
-                self._size,
-                *self._buffers,
-                self._images,
-            ]
-            wp.launch(kernel, dim=(last - first, self._size), inputs=inputs, device=self._device)
-
+    def _strips(self, num_rows: int) -> list[int]:
+        """Image lines at which the work is divided, first and last included."""
         if self._pool is None:
-            launch(0, rows)
-            return
+            return [0, num_rows]
         # Strips much smaller than a thread's share, because empty sky costs less than a robot.
-        strip = max(8, min(self._size // 4, rows // 8))
-        futures = [self._pool.submit(launch, first, min(first + strip, rows)) for first in range(0, rows, strip)]
-        for future in futures:
+        strip = max(8, min(self._size // 4, num_rows // 8))
+        return [*range(0, num_rows, strip), num_rows]
+
+    def _for_each(self, job: Callable[[int], None], num_strips: int) -> None:
+        if self._pool is None:
+            job(0)
+            return
+        for future in [self._pool.submit(job, strip) for strip in range(num_strips)]:
             future.result()
+
+    def _launch(self, kernel: Any, num_threads: int, inputs: list[Any]) -> None:
+        wp.launch(kernel, dim=num_threads, inputs=inputs, device=self._device)
 
 
 class WarpRenderer:
