@@ -63,6 +63,8 @@ class RunArgs:
     """Environment steps before truncation; the suite's own if not given."""
     renderer: Literal["egl", "osmesa", "warp"] | None = None
     """Renderer; if not given, the best that the machine has."""
+    stepping: Literal["exact", "fast"] = "exact"
+    """`exact` repeats LIBERO's simulation bit by bit; `fast` takes a fifth less time and rounds differently."""
     pipeline_stage_num: int = 1
     """Stages that a process's environments are split into; one simulates while another is decided."""
     env_timeout_s: float = 600.0

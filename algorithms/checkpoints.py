@@ -5,7 +5,7 @@
             weights.safetensors    trained parameters and buffers
             optimizer.safetensors  its state by parameter name
             envs.npz               state of every environment, if environments can give it
-            state.json             iteration, environment steps, score, random number generators of every process
+            state.json             iteration, environment steps, score, step sizes, random number generators
 
 A checkpoint appears under its name only when it is whole. It describes the boundary between two iterations. What
 belongs to a boundary besides weights and optimiser is taken there, in memory, at every iteration; as long as no
@@ -282,6 +282,7 @@ class Checkpoints:
                 content = dict(
                     iteration=boundary.iteration, global_step=boundary.global_step, score=score,
                     num_processes=self._accelerator.num_processes, generators=list(boundary.generators),
+                    learning_rates=[group["lr"] for group in self._optimizer.param_groups],
                 )  # fmt: skip
                 write_json(state_folder / STATE_FILE, content)
         except OSError as error:
@@ -295,6 +296,8 @@ class Checkpoints:
         content = json.loads((state_folder / STATE_FILE).read_text("utf-8"))
         self._put_weights(load_file(state_folder / "weights.safetensors"), folder)
         self._put_optimizer_state(load_file(state_folder / "optimizer.safetensors"))
+        for group, rate in zip(self._optimizer.param_groups, content["learning_rates"], strict=True):
+            group["lr"] = rate
         rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
         notes: list[str] = []
         if (state_folder / "envs.npz").is_file():

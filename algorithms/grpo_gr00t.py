@@ -123,7 +123,8 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
     envs = gym.make_vec(
         f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
         task_ids=args.task_ids, num_action_chunks=args.num_action_chunks, image_size=image_size,
-        horizon=args.horizon, renderer=args.renderer, autoreset_mode=AutoresetMode.DISABLED,
+        horizon=args.horizon, renderer=args.renderer, stepping=args.stepping,
+        autoreset_mode=AutoresetMode.DISABLED,
     )  # fmt: skip
     return ModalityVectorObservation(envs)
 

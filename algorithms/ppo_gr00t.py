@@ -101,8 +101,10 @@ class Args(RunArgs):
     """AdamW's step size for the policy."""
     value_learning_rate: float = 1e-4
     """AdamW's step size for the value head."""
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the step sizes, or let them fall to 0 over training."""
+    lr_schedule: Literal["constant", "linear", "adaptive"] = "constant"
+    """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow target_kl: 1.5 times
+    smaller after an iteration whose last minibatch is beyond it, 1.5 times larger after one below half of it, up to
+    10 times either way."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     critic_warmup_iterations: int = 0
@@ -172,7 +174,8 @@ def make_envs(
     envs = gym.make_vec(
         f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
         task_ids=args.task_ids, num_action_chunks=args.num_action_chunks, image_size=image_size,
-        horizon=args.horizon, reward=args.reward, renderer=args.renderer, autoreset_mode=autoreset_mode,
+        horizon=args.horizon, reward=args.reward, renderer=args.renderer, stepping=args.stepping,
+        autoreset_mode=autoreset_mode,
     )  # fmt: skip
     return ModalityVectorObservation(envs)
 
@@ -246,6 +249,19 @@ def value_loss(
     return torch.maximum(plain, clipped), (clipped > plain) & ((values - old_values).abs() > value_clip)
 
 
+def lr_factor(kl: float, target_kl: float | None) -> float:
+    """Returns what an adaptive step size is multiplied by after an update that ended at `kl`.
+
+    Raises:
+        ValueError: no `target_kl` is given.
+    """
+    if target_kl is None:
+        raise ValueError("lr_schedule='adaptive' needs a target_kl to follow, e.g. --target-kl 0.1")
+    if kl > target_kl:
+        return 1 / 1.5
+    return 1.5 if kl < target_kl / 2 else 1.0
+
+
 def divergence(logratio: Tensor) -> Tensor:
     """Returns r - 1 - log r of each element, an estimate of KL(p || q) if r = q / p at draws from p."""
     return logratio.exp() - 1 - logratio
@@ -280,6 +296,8 @@ def main(
     reference = frozen_copy(agent, share_frozen=not accelerator.is_fsdp2) if args.kl_coef else None
     groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
     rates = [group["lr"] for group in groups]
+    if args.lr_schedule == "adaptive":
+        lr_factor(0.0, args.target_kl)  # a missing target_kl is an error before anything is simulated
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
     model, optimizer = distributed.prepare(accelerator, agent, optimizer)
     policy = [p for group in optimizer.param_groups if group.get("name") != "value" for p in group["params"]]
@@ -370,7 +388,8 @@ def main(
             checkpoints.begin_update()
             update_start, history, ratio_deviation = time.perf_counter(), list[Tensor](), 0.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * (1 - args.progress(iteration) if args.lr_schedule == "linear" else 1)
+                if args.lr_schedule == "linear":
+                    group["lr"] = rate * (1 - args.progress(iteration))
             keys = [(args.seed, MINIBATCHES, iteration, epoch) for epoch in range(args.update_epochs)]
             for minibatch in (part for key in keys for part in deal(strata, num_minibatches, key)):
                 stats: list[Tensor] = []
@@ -422,6 +441,11 @@ def main(
                 "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
                 "charts/SPS": env_steps / total_s,
             } | episode_metrics(episodes, accelerator)  # fmt: skip
+            if args.lr_schedule == "adaptive" and iteration > args.critic_warmup_iterations:
+                factor = lr_factor(history[-1][METRICS.index("actor/approx_kl")].item(), args.target_kl)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    if group.get("name") != "value":
+                        group["lr"] = min(max(group["lr"] * factor, rate / 10), rate * 10)
             checkpoints.take(iteration, global_step)
             try:
                 if args.evaluates(iteration):
