@@ -89,6 +89,9 @@ class RunArgs:
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of matrix products; the checkpoint's own if not given. Trained weights and log-probabilities are float32."""
 
+    compile: bool = False
+    """Compile the network with torch.compile; the first iterations then take minutes longer."""
+
     def progress(self, iteration: int) -> float:
         """Returns the part of training that is done before `iteration` (from 1), in [0, 1)."""
         return (iteration - 1) / self.num_iterations

@@ -49,7 +49,7 @@ STATE_FILE = "state.json"
 FREE_ARGS = {
     "preset", "resume", "output_dir", "run_name", "num_iterations", "save_interval", "keep_last", "keep_best",
     "eval_interval", "eval_episodes_per_task", "video_interval", "log_with", "renderer", "micro_batch_size",
-    "feature_storage", "feature_memory_gb", "pipeline_stage_num", "env_timeout_s",
+    "feature_storage", "feature_memory_gb", "pipeline_stage_num", "env_timeout_s", "compile",
 }  # fmt: skip
 
 

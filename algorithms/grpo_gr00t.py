@@ -262,6 +262,8 @@ def main(
         parameter.requires_grad_(False)  # no critic
     groups = [group for group in groups if group.get("name") != "value"]
     reference = frozen_copy(agent, share_frozen=True) if args.kl_coef else None
+    if args.compile:  # the copy is not: a copied compiled network would keep the weights of this one
+        agent.compile_network()
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
     model, optimizer = distributed.prepare(accelerator, agent, optimizer)
     set_seed(args.seed, device_specific=True)

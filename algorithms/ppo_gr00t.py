@@ -281,7 +281,7 @@ def main(
     `forward(obs, action=None, *, generator=None)` -> action, logprob, entropy, value, where `generator` is one
     generator per row, `get_value`, `predict`, `param_groups` (the value head's named "value"), `image_size`,
     `save_pretrained`, and `encode`, which turns an observation into what is stored of it (a frozen backbone's
-    features). Its action is a NamedTuple of tensors that has an `env_action`.
+    features); with --compile `compile_network` too. Its action is a NamedTuple of tensors that has an `env_action`.
     """
     accelerator = distributed.make_accelerator(args.log_with, args.output_dir)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -294,6 +294,8 @@ def main(
     set_seed(args.seed)
     agent = make_agent(args).to(device).eval()
     reference = frozen_copy(agent, share_frozen=not accelerator.is_fsdp2) if args.kl_coef else None
+    if args.compile:  # the copy is not: a copied compiled network would keep the weights of this one
+        agent.compile_network()
     groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
     rates = [group["lr"] for group in groups]
     if args.lr_schedule == "adaptive":

@@ -231,6 +231,7 @@ class Gr00tAgent(nn.Module):
         self._run_backbone: Any = self.backbone.forward
         self._run_prepare: Any = self.action_head.prepare
         self._run_velocity: Any = self.action_head.velocity
+        self._uses_cuda_graphs = False
         self.set_trainable(tune_visual=False, tune_llm=False, tune_projector=True, tune_diffusion_model=True)
 
     # -- building, saving ------------------------------------------------------------------------------------------
@@ -736,12 +737,19 @@ class Gr00tAgent(nn.Module):
         Log-probabilities of rollout and update then stay equal only if both run the compiled network.
 
         Args:
-            mode: torch.compile's mode, e.g. `max-autotune-no-cudagraphs`.
+            mode: torch.compile's mode. `reduce-overhead` and `max-autotune` replay CUDA graphs: for small batches of
+                one size, which launching kernels one by one holds up.
             backend: torch.compile's backend; `inductor` needs a C++ compiler on a CPU.
         """
         self._run_backbone = torch.compile(self.backbone.forward, mode=mode, backend=backend)
         self._run_prepare = torch.compile(self.action_head.prepare, mode=mode, backend=backend)
         self._run_velocity = torch.compile(self.action_head.velocity, mode=mode, backend=backend)
+        self._uses_cuda_graphs = mode in ("reduce-overhead", "max-autotune")
+
+    def _begin_call(self) -> None:
+        """Let CUDA graphs overwrite what they returned in earlier calls."""
+        if self._uses_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -769,8 +777,10 @@ class Gr00tAgent(nn.Module):
         if self.policy.round_to_bf16:
             pixels = pixels.to(torch.bfloat16).to(pixels.dtype)
         mask = None if self.policy.padding == "masked" else encoded["valid_mask"]
+        self._begin_call()
         with self._autocast():
-            return self._run_backbone(pixels, encoded["input_ids"], mask)
+            features = self._run_backbone(pixels, encoded["input_ids"], mask)
+        return features.clone() if self._uses_cuda_graphs else features  # callers keep features over calls
 
     def _inputs(self, obs: Observation) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return backbone features, the mask of readable positions and the state, in the network's type."""
@@ -792,6 +802,7 @@ class Gr00tAgent(nn.Module):
 
     def _context(self, obs: Observation) -> HeadContext:
         features, readable, state = self._inputs(obs)
+        self._begin_call()
         with self._autocast():
             return self._run_prepare(features, readable, state, self.embodiment)
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from algorithms.feature_store import FeatureStore
+from algorithms.presets import SPATIAL_START
+from benchmarks.policy import make_observation
 from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train, without_time
 
@@ -62,6 +64,35 @@ def test_bfloat16_keeps_the_first_ratios_at_one(tmp_path: Path, algorithm: str, 
     deviations = [line["actor/ratio_first_minibatch_max_dev"] for line in logged(run)]
     print(f"{algorithm} {storage}: ratios off 1 by {deviations}")
     assert max(deviations) < 0.05
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_networks_agree_and_features_outlive_later_calls(mode: str | None):
+    agent = Gr00tAgent.load(SPATIAL_START).cuda().eval()
+    observations = [make_observation(3, agent.image_size) for _ in range(2)]
+    observations[1]["video.image"] = observations[1]["video.image"][::-1].copy()
+    noise = torch.randn(3, 16, agent.config.action_head.action_dim)
+
+    def decide() -> list[torch.Tensor]:
+        encoded = [agent.encode(obs) for obs in observations]
+        return [agent.predict_chunk(features, noise=noise) for features in [*encoded, encoded[0]]]
+
+    plain = decide()
+    agent.compile_network(mode)
+    for _ in range(3):  # the first calls of a graph are warm-up and capture
+        first, second, again = decide()
+        torch.testing.assert_close(first, plain[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(second, plain[1], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(again, first, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_compiled_network_trains(tmp_path: Path, algorithm: str):
+    options = SMALL[algorithm] | dict(agent="tiny")
+    for name, compiled in (("plain", False), ("compiled", True)):
+        launch(1, algorithm=algorithm, output_dir=str(tmp_path / name), compile=compiled, **options)
+    plain, compiled = (logged(next((tmp_path / name).iterdir()))[-1] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=0.02, abs=0.02)
 
 
 @two_gpus

@@ -154,6 +154,20 @@ def test_target_kl_ends_the_update_early(tmp_path: Path):
     assert stopped["actor/approx_kl"] < free["actor/approx_kl"]
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_the_agent_is_compiled_on_request(tmp_path: Path, algorithm: str):
+    class Compiled(MLPAgent):
+        def compile_network(self) -> None:
+            compiled.append(self)
+
+    compiled: list[MLPAgent] = []
+    make_agent = lambda args: Compiled(("state.x",), 1, 2)  # noqa: E731
+    train(algorithm, tmp_path, make_agent=make_agent, num_iterations=1)
+    assert not compiled
+    train(algorithm, tmp_path, make_agent=make_agent, num_iterations=1, compile=True, kl_coef=0.1)
+    assert len(compiled) == 1
+
+
 def test_the_adaptive_step_size_follows_target_kl(tmp_path: Path):
     options: dict[str, Any] = dict(num_iterations=4, lr_schedule="adaptive", critic_warmup_iterations=1)
     train("ppo", tmp_path / "small", learning_rate=1e-6, target_kl=0.1, **options)
