@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from algorithms.step_sizes import Schedule
+
 ArgsT = TypeVar("ArgsT")
 
 
@@ -91,6 +93,14 @@ class RunArgs:
 
     compile: bool = False
     """Compile the network with torch.compile; the first iterations then take minutes longer."""
+
+    # --- step size ---
+    lr_schedule: Schedule = "constant"
+    """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow target_kl: 1.5 times
+    smaller after an update that ended above it, 1.5 times larger after one that ended below half of it, up to 10 times
+    either way."""
+    target_kl: float | None = None
+    """End an iteration's update when a minibatch's approximate KL from the rollout's policy exceeds this."""
 
     def progress(self, iteration: int) -> float:
         """Returns the part of training that is done before `iteration` (from 1), in [0, 1)."""

@@ -56,6 +56,7 @@ from algorithms.frozen import frozen_copy, reference_log_probs, store_frozen_as
 from algorithms.overlap import EnvStages
 from algorithms.progress import TrainingProgress
 from algorithms.randomness import EPISODES, GROUPS, MINIBATCHES, NOISE, deal, generators_of, seed_of
+from algorithms.step_sizes import StepSizes
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
@@ -82,8 +83,6 @@ class Args(RunArgs):
     # --- optimisation ---
     learning_rate: float = 5e-6
     """AdamW's step size."""
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the step size, or let it fall to 0 over training."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     update_epochs: int = 2
@@ -116,6 +115,7 @@ PRESETS = {name: Args(**settings) for name, settings in presets.GRPO.items()}
 METRICS = (
     "actor/loss", "actor/entropy", "actor/reference_kl", "actor/approx_kl", "actor/pg_clipfrac", "actor/grad_norm",
 )  # fmt: skip
+APPROX_KL = METRICS.index("actor/approx_kl")
 
 
 def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
@@ -266,6 +266,7 @@ def main(
         agent.compile_network()
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
     model, optimizer = distributed.prepare(accelerator, agent, optimizer)
+    step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
     set_seed(args.seed, device_specific=True)
     frozen = distributed.without_gradients(accelerator)
     store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
@@ -351,8 +352,7 @@ def main(
             # --- update ---
             checkpoints.begin_update()
             update_start, history, ratio_deviation = time.perf_counter(), list[Tensor](), 0.0
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - args.progress(iteration) if args.lr_schedule == "linear" else 1)
+            step_sizes.begin(args.progress(iteration))
             strata = env_ids[batch["episode"][:-1]]
             keys = [(args.seed, MINIBATCHES, iteration, epoch) for epoch in range(args.update_epochs)]
             for minibatch in (part for key in keys for part in deal(strata, args.num_minibatches, key)):
@@ -392,6 +392,8 @@ def main(
                 optimizer.zero_grad(set_to_none=True)
                 history.append(torch.cat([over_processes(accelerator, stats, "sum"), grad_norm[None]]))
                 progress.update()
+                if args.target_kl is not None and step_sizes.exceeds(history[-1][APPROX_KL].item()):
+                    break
 
             # --- log, evaluate, save ---
             total_s, waited_s = time.perf_counter() - rollout_start, stages.wait_s - wait_s
@@ -410,6 +412,8 @@ def main(
                 "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
                 "charts/SPS": env_steps / total_s,
             } | of_episodes  # fmt: skip
+            if history:
+                step_sizes.follow(history[-1][APPROX_KL].item())
             checkpoints.take(iteration, global_step)
             try:
                 if args.evaluates(iteration):

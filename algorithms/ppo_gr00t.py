@@ -63,6 +63,7 @@ from algorithms.frozen import frozen_copy, reference_log_probs, store_frozen_as
 from algorithms.overlap import EnvStages
 from algorithms.progress import TrainingProgress
 from algorithms.randomness import MINIBATCHES, NOISE, deal, generators_of
+from algorithms.step_sizes import StepSizes
 from algorithms.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
@@ -101,10 +102,6 @@ class Args(RunArgs):
     """AdamW's step size for the policy."""
     value_learning_rate: float = 1e-4
     """AdamW's step size for the value head."""
-    lr_schedule: Literal["constant", "linear", "adaptive"] = "constant"
-    """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow target_kl: 1.5 times
-    smaller after an iteration whose last minibatch is beyond it, 1.5 times larger after one below half of it, up to
-    10 times either way."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     critic_warmup_iterations: int = 0
@@ -139,8 +136,6 @@ class Args(RunArgs):
     """Weight of the entropy bonus (closed form, nats per decision)."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
-    target_kl: float | None = None
-    """End an iteration's update when the approximate KL from its rollout's policy exceeds this."""
     max_ratio_deviation: float = 0.05
     """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities disagree."""
 
@@ -165,6 +160,7 @@ METRICS = (
     "actor/loss", "actor/value_loss", "actor/entropy", "actor/reference_kl", "actor/approx_kl", "actor/pg_clipfrac",
     "actor/value_clip_ratio", "actor/grad_norm",
 )  # fmt: skip
+APPROX_KL = METRICS.index("actor/approx_kl")
 
 
 def make_envs(
@@ -249,19 +245,6 @@ def value_loss(
     return torch.maximum(plain, clipped), (clipped > plain) & ((values - old_values).abs() > value_clip)
 
 
-def lr_factor(kl: float, target_kl: float | None) -> float:
-    """Returns what an adaptive step size is multiplied by after an update that ended at `kl`.
-
-    Raises:
-        ValueError: no `target_kl` is given.
-    """
-    if target_kl is None:
-        raise ValueError("lr_schedule='adaptive' needs a target_kl to follow, e.g. --target-kl 0.1")
-    if kl > target_kl:
-        return 1 / 1.5
-    return 1.5 if kl < target_kl / 2 else 1.0
-
-
 def divergence(logratio: Tensor) -> Tensor:
     """Returns r - 1 - log r of each element, an estimate of KL(p || q) if r = q / p at draws from p."""
     return logratio.exp() - 1 - logratio
@@ -297,11 +280,9 @@ def main(
     if args.compile:  # the copy is not: a copied compiled network would keep the weights of this one
         agent.compile_network()
     groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
-    rates = [group["lr"] for group in groups]
-    if args.lr_schedule == "adaptive":
-        lr_factor(0.0, args.target_kl)  # a missing target_kl is an error before anything is simulated
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
     model, optimizer = distributed.prepare(accelerator, agent, optimizer)
+    step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
     policy = [p for group in optimizer.param_groups if group.get("name") != "value" for p in group["params"]]
     set_seed(args.seed, device_specific=True)
     frozen = distributed.without_gradients(accelerator)
@@ -389,9 +370,7 @@ def main(
             # --- update ---
             checkpoints.begin_update()
             update_start, history, ratio_deviation = time.perf_counter(), list[Tensor](), 0.0
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                if args.lr_schedule == "linear":
-                    group["lr"] = rate * (1 - args.progress(iteration))
+            step_sizes.begin(args.progress(iteration))
             keys = [(args.seed, MINIBATCHES, iteration, epoch) for epoch in range(args.update_epochs)]
             for minibatch in (part for key in keys for part in deal(strata, num_minibatches, key)):
                 stats: list[Tensor] = []
@@ -427,7 +406,7 @@ def main(
                 means = torch.cat([torch.stack(stats).mean(0), grad_norm[None]])
                 history.append(over_processes(accelerator, means, "mean"))
                 progress.update()
-                if args.target_kl is not None and history[-1][METRICS.index("actor/approx_kl")] > args.target_kl:
+                if args.target_kl is not None and step_sizes.exceeds(history[-1][APPROX_KL].item()):
                     break
 
             # --- log, evaluate, save ---
@@ -443,11 +422,8 @@ def main(
                 "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
                 "charts/SPS": env_steps / total_s,
             } | episode_metrics(episodes, accelerator)  # fmt: skip
-            if args.lr_schedule == "adaptive" and iteration > args.critic_warmup_iterations:
-                factor = lr_factor(history[-1][METRICS.index("actor/approx_kl")].item(), args.target_kl)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    if group.get("name") != "value":
-                        group["lr"] = min(max(group["lr"] * factor, rate / 10), rate * 10)
+            if iteration > args.critic_warmup_iterations:
+                step_sizes.follow(history[-1][APPROX_KL].item())
             checkpoints.take(iteration, global_step)
             try:
                 if args.evaluates(iteration):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from algorithms import presets
-from algorithms.ppo_gr00t import PRESETS, lr_factor
+from algorithms.ppo_gr00t import PRESETS
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged, make_mlp_agent, make_tiny_agent, train, without_time
 from tests.algorithms.mlp_agent import MLPAgent
@@ -147,9 +147,10 @@ def test_disagreeing_log_probabilities_stop_the_run(tmp_path: Path):
         train("ppo", tmp_path, make_agent=lambda args: Dropout(("state.x",), 1, 2))
 
 
-def test_target_kl_ends_the_update_early(tmp_path: Path):
-    free = train("ppo", tmp_path, num_iterations=1, learning_rate=0.05)
-    stopped = train("ppo", tmp_path, num_iterations=1, learning_rate=0.05, target_kl=1e-4)
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_target_kl_ends_the_update_early(tmp_path: Path, algorithm: str):
+    free = train(algorithm, tmp_path, num_iterations=1, learning_rate=0.05)
+    stopped = train(algorithm, tmp_path, num_iterations=1, learning_rate=0.05, target_kl=1e-4)
     assert stopped["actor/num_updates"] < free["actor/num_updates"] == 16
     assert stopped["actor/approx_kl"] < free["actor/approx_kl"]
 
@@ -176,8 +177,7 @@ def test_the_adaptive_step_size_follows_target_kl(tmp_path: Path):
              ("small", "large")}  # fmt: skip
     assert rates["small"] == pytest.approx([1e-6, 1e-6, 1.5e-6, 2.25e-6])
     assert rates["large"] == pytest.approx([0.05, 0.05, 0.05 / 1.5, 0.05 / 2.25])
-    assert [lr_factor(kl, 0.1) for kl in (0.0, 0.049, 0.05, 0.1, 0.101)] == [1.5, 1.5, 1, 1, 1 / 1.5]
-    with pytest.raises(ValueError, match="needs a target_kl"):
+    with pytest.raises(ValueError, match="needs a positive target_kl"):
         train("ppo", tmp_path, lr_schedule="adaptive")
 
 

@@ -50,9 +50,7 @@ def wait_for(condition: Any, seconds: float = 150) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("make_agent", [None, make_tiny_agent])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, algorithm: str, make_agent: Any):
-    options: dict[str, Any] = dict(update_epochs=1)
-    if algorithm == "ppo":
-        options |= dict(lr_schedule="adaptive", target_kl=0.01)
+    options: dict[str, Any] = dict(update_epochs=1, lr_schedule="adaptive", target_kl=0.01)
     if make_agent is not None:
         options |= dict(make_agent=make_agent, kl_coef=0.1, num_envs=8)
         fewer = dict(num_steps=4, minibatch_size=16, micro_batch_size=16)

@@ -1,0 +1,50 @@
+"""Step sizes over a run: constant, falling, or such that updates end near a wanted divergence."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+Schedule = Literal["constant", "linear", "adaptive"]
+
+# An adaptive step size changes by this factor, and stays within this factor of where it started.
+CHANGE, LARGEST_CHANGE = 1.5, 10.0
+
+
+class StepSizes:
+    """The step sizes of an optimiser's parameter groups.
+
+    Args:
+        optimizer: its groups' step sizes are those to start from. A group named "value" never adapts.
+        schedule: `constant`; `linear`: all fall to 0 over training; `adaptive`: see `follow`.
+        target_kl: what `adaptive` follows.
+
+    Raises:
+        ValueError: `adaptive` has no positive `target_kl`.
+    """
+
+    def __init__(self, optimizer: Any, schedule: Schedule, target_kl: float | None) -> None:
+        if schedule == "adaptive" and (target_kl is None or target_kl <= 0):
+            raise ValueError(
+                f"lr_schedule='adaptive' needs a positive target_kl to follow, e.g. 0.1 (given: {target_kl})"
+            )
+        self._optimizer, self._schedule, self._target_kl = optimizer, schedule, target_kl
+        self._start = [group["lr"] for group in optimizer.param_groups]
+
+    def begin(self, progress: float) -> None:
+        """Sets the step sizes of an update, with the part of training that is done before it, in [0, 1)."""
+        if self._schedule == "linear":
+            for group, start in zip(self._optimizer.param_groups, self._start, strict=True):
+                group["lr"] = start * (1 - progress)
+
+    def exceeds(self, kl: float) -> bool:
+        """Returns whether an update shall end because of its divergence from the rollout's policy."""
+        return self._target_kl is not None and kl > self._target_kl
+
+    def follow(self, kl: float) -> None:
+        """Adapts to an update that ended at `kl`: smaller above the target, larger below half of it."""
+        if self._schedule != "adaptive" or self._target_kl is None:
+            return
+        change = 1 / CHANGE if kl > self._target_kl else CHANGE if kl < self._target_kl / 2 else 1.0
+        for group, start in zip(self._optimizer.param_groups, self._start, strict=True):
+            if group.get("name") != "value":
+                group["lr"] = min(max(group["lr"] * change, start / LARGEST_CHANGE), start * LARGEST_CHANGE)
