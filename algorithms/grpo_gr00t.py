@@ -122,9 +122,7 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
     """Returns `num_envs` environments with GR00T's modality keys that rest when their episode has ended."""
     envs = gym.make_vec(
         f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
-        task_ids=args.task_ids, num_action_chunks=args.num_action_chunks, image_size=image_size,
-        horizon=args.horizon, renderer=args.renderer, stepping=args.stepping,
-        autoreset_mode=AutoresetMode.DISABLED,
+        task_ids=args.task_ids, image_size=image_size, autoreset_mode=AutoresetMode.DISABLED, **args.simulation,
     )  # fmt: skip
     return ModalityVectorObservation(envs)
 

@@ -169,9 +169,8 @@ def make_envs(
     """Returns `num_envs` environments whose observations carry GR00T's modality keys."""
     envs = gym.make_vec(
         f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
-        task_ids=args.task_ids, num_action_chunks=args.num_action_chunks, image_size=image_size,
-        horizon=args.horizon, reward=args.reward, renderer=args.renderer, stepping=args.stepping,
-        autoreset_mode=autoreset_mode,
+        task_ids=args.task_ids, image_size=image_size, reward=args.reward, autoreset_mode=autoreset_mode,
+        **args.simulation,
     )  # fmt: skip
     return ModalityVectorObservation(envs)
 

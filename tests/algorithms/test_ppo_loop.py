@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms import presets
+from algorithms import grpo_gr00t, ppo_gr00t, presets
 from algorithms.ppo_gr00t import PRESETS
+from libero_gym.vector import LiberoVectorEnv
+from libero_gym.warp_vector import LiberoWarpEnv
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged, make_mlp_agent, make_tiny_agent, train, without_time
 from tests.algorithms.mlp_agent import MLPAgent
@@ -210,6 +212,16 @@ def test_rollouts_are_filmed_at_intervals(tmp_path: Path):
     train("ppo", tmp_path, num_iterations=3, num_steps=4, update_epochs=1, video_interval=2)
     videos = tmp_path / "ppo_libero_spatial_1" / "videos"
     assert sorted(path.name for path in videos.iterdir()) == ["rollout_1.mp4", "rollout_3.mp4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", [ppo_gr00t, grpo_gr00t])
+def test_environments_simulate_where_they_are_told_to(trainer: Any):
+    for options, kind in ((dict(stepping="fast"), LiberoVectorEnv), (dict(physics="warp"), LiberoWarpEnv)):
+        envs = trainer.make_envs(trainer.Args(horizon=30, num_action_chunks=3, **options), 2, 32)
+        assert type(envs.unwrapped) is kind
+        assert envs.action_space.shape == (2, 3, 7)
+        envs.close()
 
 
 def test_presets_have_the_published_settings_and_sizes_that_divide():
