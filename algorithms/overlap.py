@@ -120,12 +120,13 @@ class EnvStage:
     @property
     def can_restore(self) -> bool:
         """True if the environments' states can be taken and put back."""
-        return hasattr(self.envs, "observe") and hasattr(self.envs.unwrapped, "set_state")
+        base = self.envs.unwrapped
+        return hasattr(self.envs, "observe") and hasattr(base, "get_states") and hasattr(base, "set_state")
 
     def states(self) -> dict[int, EnvState]:
         """Returns each environment's state by its number among all."""
         base = cast(Any, self.envs.unwrapped)
-        return self._call(lambda: {int(env_id): base.get_state(i) for i, env_id in enumerate(self.env_ids)})
+        return dict(zip(self.env_ids.tolist(), self._call(base.get_states), strict=True))
 
     def restore(self, states: Mapping[int, EnvState]) -> None:
         """Puts states back and observes.

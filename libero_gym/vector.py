@@ -313,6 +313,10 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             "rng": np.array(rng),
         }
 
+    def get_states(self) -> list[dict[str, Any]]:
+        """Return `get_state` of all environments; see there."""
+        return [self.get_state(env_id) for env_id in range(self.num_envs)]
+
     def set_state(self, env_id: int, state: Mapping[str, Any]) -> None:
         """Restore in environment `env_id` what `get_state` returned, to the last bit; also from another environment.
 

@@ -320,6 +320,11 @@ class WarpWorlds:
         one = slice(world_id, world_id + 1)
         return {name: array[one].numpy()[0].copy() for name, array in self._state_arrays().items()}
 
+    def get_states(self) -> list[dict[str, npt.NDArray[Any]]]:
+        """Return `get_state` of all worlds, with one download of each array."""
+        arrays = {name: array.numpy() for name, array in self._state_arrays().items()}
+        return [{name: array[i].copy() for name, array in arrays.items()} for i in range(self.num_worlds)]
+
     def set_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore what `get_state` returned, also from another world of the same scene and tasks."""
         one = slice(world_id, world_id + 1)

@@ -154,9 +154,17 @@ class LiberoWarpEnv(LiberoVectorEnv):
         Raises:
             ValueError: `env_id` is out of range, or the environment was never reset.
         """
-        slot = self._slot(env_id)
+        self._slot(env_id)
         self._require_started()
-        return self.worlds.get_state(env_id) | {
+        return self._with_episode(env_id, self.worlds.get_state(env_id))
+
+    def get_states(self) -> list[dict[str, Any]]:
+        """Return `get_state` of all environments, many times faster than one by one; see there."""
+        self._require_started()
+        return [self._with_episode(env_id, state) for env_id, state in enumerate(self.worlds.get_states())]
+
+    def _with_episode(self, env_id: int, world_state: dict[str, Any]) -> dict[str, Any]:
+        return world_state | {
             "scene": np.array(self.worlds.scene.key),
             "suite": np.array(self._suite),
             "task_id": np.array(self._task(env_id).task_id),
@@ -165,7 +173,7 @@ class LiberoWarpEnv(LiberoVectorEnv):
             "episode_return": self._returns[env_id].copy(),
             "last_value": self._last_values[env_id].copy(),
             "is_done": self._is_done[env_id].copy(),
-            "rng": np.array(json.dumps(slot.rng.bit_generator.state)),
+            "rng": np.array(json.dumps(self._slot(env_id).rng.bit_generator.state)),
         }
 
     def set_state(self, env_id: int, state: Mapping[str, Any]) -> None:

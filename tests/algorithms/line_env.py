@@ -58,9 +58,12 @@ class LineVectorEnv(gym.vector.VectorEnv):
         self.length = np.where(mask, 0, self.length)
         self.idle = self.idle & ~mask
 
-    def get_state(self, env_id: int) -> dict[str, np.ndarray]:
-        arrays = {name: np.array(getattr(self, name)[env_id]) for name in ARRAYS}
-        return arrays | {"rng": np.array(json.dumps(self.rngs[env_id].bit_generator.state))}
+    def get_states(self) -> list[dict[str, np.ndarray]]:
+        return [
+            {name: np.array(getattr(self, name)[i]) for name in ARRAYS}
+            | {"rng": np.array(json.dumps(rng.bit_generator.state))}
+            for i, rng in enumerate(self.rngs)
+        ]
 
     def set_state(self, env_id: int, state: Mapping[str, np.ndarray]) -> None:
         for name in ARRAYS:

@@ -231,7 +231,7 @@ def test_groups_start_and_stay_in_equal_states(init_states):
     options = {"task_id": np.repeat([4, 7], 3), "init_state_id": np.repeat([8, 2], 3)}
     env.reset(seed=[11, 11, 11, 12, 12, 12], options=options)
     for step in range(3):
-        states = [env.get_state(i) for i in range(6)]
+        states = env.get_states()
         for i in range(6):
             assert_same(states[i], states[i - i % 3])
         assert (states[0]["fixture_poses"] != states[3]["fixture_poses"]).any()

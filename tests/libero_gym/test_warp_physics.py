@@ -428,6 +428,10 @@ def test_state_restores_and_branches():
         np.testing.assert_allclose(observation["states"], [states, states], atol=1e-6)
     assert infos["episode_length"].tolist() == [3, 3]
     assert env.get_state(0)["rng"] == env.get_state(1)["rng"]
+    for at_once, alone in zip(env.get_states(), (env.get_state(i) for i in range(env.num_envs)), strict=True):
+        assert at_once.keys() == alone.keys()
+        for name, value in alone.items():
+            np.testing.assert_array_equal(at_once[name], value, err_msg=name)
     env.close()
 
 
