@@ -390,7 +390,7 @@ def main(
                 optimizer.zero_grad(set_to_none=True)
                 history.append(torch.cat([over_processes(accelerator, stats, "sum"), grad_norm[None]]))
                 progress.update()
-                if args.target_kl is not None and step_sizes.exceeds(history[-1][APPROX_KL].item()):
+                if step_sizes.exceeds(history[-1][APPROX_KL]):
                     break
 
             # --- log, evaluate, save ---
@@ -411,7 +411,7 @@ def main(
                 "charts/SPS": env_steps / total_s,
             } | of_episodes  # fmt: skip
             if history:
-                step_sizes.follow(history[-1][APPROX_KL].item())
+                step_sizes.follow(history[-1][APPROX_KL])
             checkpoints.take(iteration, global_step)
             try:
                 if args.evaluates(iteration):

@@ -405,7 +405,7 @@ def main(
                 means = torch.cat([torch.stack(stats).mean(0), grad_norm[None]])
                 history.append(over_processes(accelerator, means, "mean"))
                 progress.update()
-                if args.target_kl is not None and step_sizes.exceeds(history[-1][APPROX_KL].item()):
+                if step_sizes.exceeds(history[-1][APPROX_KL]):
                     break
 
             # --- log, evaluate, save ---
@@ -422,7 +422,7 @@ def main(
                 "charts/SPS": env_steps / total_s,
             } | episode_metrics(episodes, accelerator)  # fmt: skip
             if iteration > args.critic_warmup_iterations:
-                step_sizes.follow(history[-1][APPROX_KL].item())
+                step_sizes.follow(history[-1][APPROX_KL])
             checkpoints.take(iteration, global_step)
             try:
                 if args.evaluates(iteration):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from torch import Tensor
+
 Schedule = Literal["constant", "linear", "adaptive"]
 
 # An adaptive step size changes by this factor, and stays within this factor of where it started.
@@ -36,15 +38,19 @@ class StepSizes:
             for group, start in zip(self._optimizer.param_groups, self._start, strict=True):
                 group["lr"] = start * (1 - progress)
 
-    def exceeds(self, kl: float) -> bool:
-        """Returns whether an update shall end because of its divergence from the rollout's policy."""
-        return self._target_kl is not None and kl > self._target_kl
+    def exceeds(self, kl: Tensor) -> bool:
+        """Returns whether an update shall end because of its divergence from the rollout's policy, a scalar.
 
-    def follow(self, kl: float) -> None:
-        """Adapts to an update that ended at `kl`: smaller above the target, larger below half of it."""
+        Waits for the device only if there is a target.
+        """
+        return self._target_kl is not None and kl.item() > self._target_kl
+
+    def follow(self, kl: Tensor) -> None:
+        """Adapts to an update that ended at `kl`, a scalar: smaller above the target, larger below half of it."""
         if self._schedule != "adaptive" or self._target_kl is None:
             return
-        change = 1 / CHANGE if kl > self._target_kl else CHANGE if kl < self._target_kl / 2 else 1.0
+        value = kl.item()
+        change = 1 / CHANGE if value > self._target_kl else CHANGE if value < self._target_kl / 2 else 1.0
         for group, start in zip(self._optimizer.param_groups, self._start, strict=True):
             if group.get("name") != "value":
                 group["lr"] = min(max(group["lr"] * change, start / LARGEST_CHANGE), start * LARGEST_CHANGE)

@@ -456,7 +456,7 @@ def _store(
     image = row / height
     index = image % num_cameras * num_worlds + image / num_cameras
     for channel in range(3):
-        images[index, row % height, images.shape[2] - 1 - x, channel] = wp.uint8(int(color[channel] * 255.0 + 0.5))
+        images[index, row % height, images.shape[2] - 1 - x, channel] = _to_byte(color[channel])
 
 
 @wp.kernel

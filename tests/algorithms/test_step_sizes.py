@@ -27,20 +27,20 @@ def test_linear_falls_for_all_and_constant_for_none():
 def test_adaptive_follows_the_divergence_within_bounds_and_leaves_the_critic_alone():
     sizes, groups = make("adaptive", 0.1)
     for kl, expected in ((0.05, 1.0), (0.1, 1.0), (0.049, 1.5), (0.101, 1.0), (5.0, 1 / 1.5)):
-        sizes.follow(kl)
+        sizes.follow(torch.tensor(kl, dtype=torch.float64))
         assert groups[0]["lr"] == pytest.approx(1e-3 * expected)
     for kl, expected in ((0.0, 1e-2), (1.0, 1e-4)):
         for _ in range(20):
             sizes.begin(0.5)
-            sizes.follow(kl)
+            sizes.follow(torch.tensor(kl, dtype=torch.float64))
         assert groups[0]["lr"] == pytest.approx(expected)
     assert groups[1]["lr"] == 1e-2
 
 
 def test_updates_end_beyond_the_target_only():
     sizes, _ = make("constant", 0.1)
-    assert [sizes.exceeds(kl) for kl in (0.09, 0.1, 0.11)] == [False, False, True]
-    assert not make("constant")[0].exceeds(9.0)
+    assert [sizes.exceeds(torch.tensor(kl, dtype=torch.float64)) for kl in (0.09, 0.1, 0.11)] == [False, False, True]
+    assert not make("constant")[0].exceeds(torch.tensor(9.0))
 
 
 @pytest.mark.parametrize("target_kl", [None, 0.0])
