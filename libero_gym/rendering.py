@@ -70,6 +70,11 @@ class Renderer(Protocol):
         """Kind of renderer."""
         ...
 
+    @property
+    def uses_all_cores(self) -> bool:
+        """Whether drawing occupies all cores, so that nothing else should run beside it."""
+        ...
+
     def render(self, simulations: Sequence[Simulation]) -> Images:
         """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls."""
         ...
@@ -292,6 +297,11 @@ class GlRenderer:
     def name(self) -> RendererKind:
         """Kind of renderer."""
         return self._kind
+
+    @property
+    def uses_all_cores(self) -> bool:
+        """Whether drawing occupies all cores; it takes one at most."""
+        return False
 
     def describe_device(self) -> str:
         """The OpenGL implementation's name for what draws."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -33,6 +33,8 @@ from libero_gym.scenes import Scene, load_scenes
 from libero_gym.simulation import ACTION_DIM, InitStates, Simulation, Stepping, check_init_states, load_task_data
 from libero_gym.suites import TaskSpec, get_task, list_tasks
 
+# Environments are drawn in up to this many parts, of at least that many, each while later ones are still stepped.
+_MAX_PARTS, _MIN_PART = 4, 8
 _RESET_OPTIONS = ("reset_mask", "task_id", "init_state_id")
 
 Result = TypeVar("Result")
@@ -258,31 +260,16 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         if self._autoreset is AutoresetMode.NEXT_STEP:
             to_reset = np.array([slot.is_done for slot in self._slots])
             self._start_episodes(np.flatnonzero(to_reset), None, None)
-        ended = self._each(lambda i: self._run_chunk(i, chunks[i], is_idle=bool(to_reset[i])), range(self.num_envs))
+        ended = self._step_and_draw(chunks, to_reset)
         terminations = np.array([terminated for terminated, _ in ended])
         truncations = np.array([truncated for _, truncated in ended])
         rewards = np.array([slot.chunk_rewards.sum(dtype=np.float64) for slot in self._slots])
-        stepped = np.array([slot.num_steps > 0 for slot in self._slots])
-        self._stale |= stepped
         done = terminations | truncations
-        final: dict[str, Any] = {}
+        observation, final = self._observe(), dict[str, Any]()
         if self._autoreset is AutoresetMode.SAME_STEP and done.any():
-            indices = np.flatnonzero(done)
-            final_images = self._draw(indices)
-            final_states = np.stack([self._slots[i].world.states() for i in indices])
-            final_tasks = [slot.task.language for slot in self._slots]
-            final_info = self._episode_infos()
-            self._start_episodes(indices, None, None)
-            observation = self._observe()
-            final_obs = {key: _copy(value) for key, value in observation.items()}
-            final_obs["states"][indices] = final_states
-            final_obs["task_descriptions"] = tuple(final_tasks)
-            if final_images is not None:
-                for camera, key in enumerate(OBSERVATION_KEYS):
-                    final_obs[key][indices] = final_images[:, camera]
-            final = {"final_obs": final_obs, "final_info": final_info}
+            final = {"final_obs": observation, "final_info": self._episode_infos()}
             final |= {"_final_obs": done.copy(), "_final_info": done.copy()}
-        else:
+            self._start_episodes(np.flatnonzero(done), None, None)
             observation = self._observe()
         return observation, rewards, terminations, truncations, self._infos() | final
 
@@ -368,20 +355,49 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
 
     def _each(self, function: Callable[[int], Result], indices: Sequence[int] | range) -> list[Result]:
         """Apply `function` to environments, in threads; an error names the environment."""
-
-        def run(i: int) -> Result:
-            try:
-                return function(i)
-            except Exception as error:
-                error.add_note(f"raised by environment {i} of {self.num_envs}")
-                raise
-
         if self._pool is None:
-            return [run(i) for i in indices]
-        futures = [self._pool.submit(run, i) for i in indices]
-        for future in futures:  # all have ended before the first error is raised
-            future.exception()
-        return [future.result() for future in futures]
+            return [self._named(function, i) for i in indices]
+        return _results(self._submit(self._pool, function, indices))
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, function: Callable[[int], Result], indices: Sequence[int] | range
+    ) -> list[Future[Result]]:
+        return [pool.submit(self._named, function, i) for i in indices]
+
+    def _named(self, function: Callable[[int], Result], i: int) -> Result:
+        try:
+            return function(i)
+        except Exception as error:
+            error.add_note(f"raised by environment {i} of {self.num_envs}")
+            raise
+
+    def _step_and_draw(self, chunks: npt.NDArray[np.float64], is_idle: BoolArray) -> list[tuple[bool, bool]]:
+        """Run chunks [N, C, 7] and return (terminated, truncated) of each environment.
+
+        What ended early is drawn while threads step the rest, unless drawing needs the same cores.
+        """
+
+        def run(i: int) -> tuple[bool, bool]:
+            return self._run_chunk(i, chunks[i], is_idle=bool(is_idle[i]))
+
+        everything = np.arange(self.num_envs)
+        if self._pool is None or self._renderer is None or self._renderer.uses_all_cores:
+            ended = self._each(run, range(self.num_envs))
+            self._mark_stepped(everything)
+            return ended
+        futures = self._submit(self._pool, run, range(self.num_envs))
+        try:
+            for part in np.array_split(everything, max(1, min(self.num_envs // _MIN_PART, _MAX_PARTS))):
+                if any(futures[i].exception() for i in part):
+                    break
+                self._mark_stepped(part)
+                self._refresh(part)
+        finally:
+            wait(futures)
+        return _results(futures)
+
+    def _mark_stepped(self, env_ids: IntArray) -> None:
+        self._stale[env_ids] |= [self._slots[i].num_steps > 0 for i in env_ids]
 
     def _run_chunk(self, i: int, chunk: npt.NDArray[np.float64], *, is_idle: bool) -> tuple[bool, bool]:
         """Step environment `i` until its chunk or its episode ends; return (terminated, truncated)."""
@@ -455,23 +471,26 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
 
     def _observe(self) -> dict[str, Any]:
         """Draw what has changed and return copies."""
-        worlds = self.simulations
-        indices = np.flatnonzero(self._stale)
-        for i in indices:
-            self._states[i] = worlds[i].states()
-        images = self._draw(indices)
-        if images is not None:
-            if len(indices) == self.num_envs:
-                self._images = images
-            else:
-                self._images[indices] = images
-        self._stale[:] = False
+        self._refresh(np.arange(self.num_envs))
         observation: dict[str, Any] = {}
         if self._images is not None:
             observation = {key: _copy(self._images[:, camera]) for camera, key in enumerate(OBSERVATION_KEYS)}
         observation["states"] = self._states.copy()
         observation["task_descriptions"] = tuple(slot.task.language for slot in self._slots)
         return observation
+
+    def _refresh(self, env_ids: IntArray) -> None:
+        """Draw those of the environments that have changed."""
+        indices = env_ids[self._stale[env_ids]]
+        for i in indices:
+            self._states[i] = self._slots[i].world.states()
+        images = self._draw(indices)
+        if images is not None:
+            if len(indices) == self.num_envs:
+                self._images = images
+            else:
+                self._images[indices] = images
+        self._stale[indices] = False
 
     def _draw(self, indices: IntArray) -> Any:
         """Images [num, num_cameras, H, W, 3] of some environments; None without images or environments."""
@@ -568,6 +587,12 @@ def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     if mode not in known:
         raise ValueError(f"autoreset_mode={mode!r} is unknown (valid: {sorted(known)})")
     return known[mode]
+
+
+def _results(futures: Sequence[Future[Result]]) -> list[Result]:
+    """Wait for all to end, then return their results or raise the first error."""
+    wait(futures)
+    return [future.result() for future in futures]
 
 
 def _copy(values: Any) -> Any:

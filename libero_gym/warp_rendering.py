@@ -323,6 +323,11 @@ class WarpRenderer:
         """Warp's name of the device."""
         return self._device
 
+    @property
+    def uses_all_cores(self) -> bool:
+        """Whether drawing occupies all cores."""
+        return self._device == "cpu"
+
     def render(self, simulations: Sequence[Simulation]) -> Images:
         """Draws the last observed state of each simulation; see `Renderer`.
 

@@ -8,6 +8,7 @@ from gymnasium.vector import AutoresetMode
 from libero_gym.env import LiberoEnv
 from libero_gym.simulation import PhysicsError
 from libero_gym.vector import LiberoVectorEnv
+from libero_gym.warp_rendering import WarpRenderer
 
 SUITE = "libero_spatial"
 
@@ -277,6 +278,42 @@ def test_number_of_threads_changes_nothing():
                 assert_same({"value": value}, {"value": known})
         for state, known in zip(states, expected_states, strict=True):
             assert_same(state, known)
+
+
+@pytest.mark.parametrize("autoreset_mode", ["SAME_STEP", "NEXT_STEP"])
+def test_drawing_while_others_step_changes_nothing(autoreset_mode, monkeypatch):
+    results = []
+    for overlaps in (False, True):
+        monkeypatch.setattr(WarpRenderer, "uses_all_cores", not overlaps)
+        env = make(
+            20, num_threads=2, horizon=3, num_action_chunks=2, observe_images=True, image_size=8, renderer="warp",
+            autoreset_mode=autoreset_mode,
+        )  # fmt: skip
+        drawn = []
+        draw = env._draw
+        monkeypatch.setattr(env, "_draw", lambda ids, draw=draw, drawn=drawn: (drawn.append(len(ids)), draw(ids))[1])
+        env.reset(seed=9)
+        results.append([env.step(np.moveaxis(a, 0, 1)) for a in random_actions(6, 20).reshape(3, 2, 20, 7)])
+        assert (10 in drawn) == overlaps  # in two parts
+        env.close()
+    for result, reference in zip(*results, strict=True):
+        for value, known in zip(result, reference, strict=True):
+            assert_same({"value": value}, {"value": known})
+
+
+def test_an_error_while_others_are_drawn_names_its_environment(monkeypatch):
+    monkeypatch.setattr(WarpRenderer, "uses_all_cores", False)
+    env = make(20, num_threads=2, observe_images=True, image_size=8, renderer="warp")
+    env.reset(seed=0)
+
+    def fail(action):
+        raise PhysicsError("diverged")
+
+    monkeypatch.setattr(env.simulations[15], "step", fail)
+    with pytest.raises(PhysicsError, match="diverged") as error:
+        env.step(no_motion(20))
+    assert error.value.__notes__ == ["raised by environment 15 of 20"]
+    env.close()
 
 
 def test_state_moves_between_environments_of_different_scenes():
