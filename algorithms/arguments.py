@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +109,12 @@ class RunArgs:
     @property
     def simulation(self) -> dict[str, Any]:
         """What to make environments with, besides suite, tasks and number."""
-        physics = dict(stepping=self.stepping) if self.physics == "cpu" else dict(physics=self.physics)
-        chunks = self.num_action_chunks
-        return dict(num_action_chunks=chunks, horizon=self.horizon, renderer=self.renderer, **physics)
+        options = dict(num_action_chunks=self.num_action_chunks, horizon=self.horizon, renderer=self.renderer)
+        if self.physics == "warp":
+            return options | dict(physics="warp")
+        if self.pipeline_stage_num > 1:  # decisions need a core of their own, to launch what a GPU computes
+            options |= dict(num_threads=max(1, len(os.sched_getaffinity(0)) - 1))
+        return options | dict(stepping=self.stepping)
 
     def progress(self, iteration: int) -> float:
         """Returns the part of training that is done before `iteration` (from 1), in [0, 1)."""

@@ -37,6 +37,8 @@ from libero_gym.vector import LiberoVectorEnv
 
 PHASES = ("env_s", "env_wait_s", "policy_s", "update_s", "total_s")
 TARGETS = {"best_speedup_over_plain": 2.0}
+# Of a rollout's time over the longer of simulating and deciding alone, where a GPU decides.
+OVERLAP_TARGETS = {"overlapped_over_longer_phase": 1.15}
 
 
 class ImagesEveryStep(gym.vector.VectorWrapper):
@@ -97,15 +99,17 @@ def main() -> dict[str, Any]:
     parser.add_argument("--num-steps", type=int, default=8)
     parser.add_argument("--num-iterations", type=int, default=3, help="counted ones; one more comes first")
     parser.add_argument("--update-epochs", type=int, default=2)
+    parser.add_argument("--micro-batch-size", type=int, default=64)
     parser.add_argument("--renderer", choices=("egl", "osmesa", "warp"))
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--output", type=Path, help="also write the JSON line there")
     options = parser.parse_args()
     size = options.num_envs * options.num_steps // 2
+    options.micro_batch_size = min(size, options.micro_batch_size)
     args = Args(
         model=options.model, suite=options.suite, num_envs=options.num_envs, num_steps=options.num_steps,
         num_iterations=options.num_iterations + 1, update_epochs=options.update_epochs, minibatch_size=size,
-        micro_batch_size=min(size, 64), renderer=options.renderer, compute_dtype=options.compute_dtype,
+        micro_batch_size=options.micro_batch_size, renderer=options.renderer, compute_dtype=options.compute_dtype,
         eval_episodes_per_task=0, log_with=(), save_interval=10**6,
     )  # fmt: skip
     variants = {
@@ -134,15 +138,20 @@ def main() -> dict[str, Any]:
         )
         print(f"{row['env_s']:>8.2f}{row['env_wait_s']:>8.2f}{row['policy_s']:>10.2f}{row['update_s']:>10.2f}")
     print("losses differ from plain by at most", *(f"{row['largest_loss_difference']:.2g}" for row in results[1:]))
-    settings = {
-        k: getattr(options, k) for k in ("model", "suite", "num_envs", "num_steps", "update_epochs", "renderer")
-    }
+    names = ("model", "suite", "num_envs", "num_steps", "update_epochs", "micro_batch_size", "renderer")
+    settings = {name: getattr(options, name) for name in names}
     settings |= dict(
         num_iterations=options.num_iterations, num_action_chunks=args.num_action_chunks,
         num_threads=torch.get_num_threads(),
     )  # fmt: skip
-    targets = judge({"best_speedup_over_plain": max(row["speedup"] for row in results)}, at_least=TARGETS)
-    document = {"benchmark": "train", **describe_run(), "settings": settings, "results": results, "targets": targets}
+    speedup = max(row["speedup"] for row in results)
+    _, cached, overlapped = results
+    overlap = (overlapped["total_s"] - overlapped["update_s"]) / max(cached["env_s"], cached["policy_s"])
+    print(f"overlapped rollout over the longer of its phases alone: {overlap:.2f}")
+    values = {"best_speedup_over_plain": speedup, "overlapped_over_longer_phase": overlap}
+    targets = judge(values, at_least=TARGETS, at_most=OVERLAP_TARGETS)
+    outcome = {"orders": results, **values}
+    document = {"benchmark": "train", **describe_run(), "settings": settings, "results": outcome, "targets": targets}
     line = json.dumps(document)
     if options.output is not None:
         options.output.write_text(line + "\n", encoding="utf-8")
