@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.hardware import describe_run
-from benchmarks.parity import reference_env
+from libero_gym.scene_builder import reference_env
 from libero_gym.scenes import load_scene
 from libero_gym.settling import has_settled_states
 from libero_gym.simulation import InitStates, Simulation

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.hardware import describe_run
-from benchmarks.parity import make_actions, reference_env
+from benchmarks.parity import make_actions
 from libero_gym import controller
+from libero_gym.scene_builder import reference_env
 from libero_gym.scenes import Scene, load_scene
 from libero_gym.simulation import Simulation
 from libero_gym.suites import TaskSpec, get_task, load_init_states

@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
-import io
 import json
 import time
-import warnings
-from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,7 @@ import numpy.typing as npt
 
 from benchmarks.hardware import describe_run
 from libero_gym.controller import axis_angle_from_quat
-from libero_gym.scene_builder import make_reference_env
+from libero_gym.scene_builder import reference_env
 from libero_gym.scenes import Scene, load_scenes
 from libero_gym.simulation import Simulation, Stepping, load_task_data
 from libero_gym.suites import TaskSpec, get_task, list_tasks, load_init_states
@@ -109,16 +105,6 @@ def make_actions(sequence: str, num_steps: int, seed: int) -> FloatArray:
     actions[2 * quarter : 3 * quarter, :3] = [*rng.uniform(-0.3, 0.3, 2), -0.1]
     actions[3 * quarter :, 2:6] = [1, 0, 0.2, 0.5]
     return actions
-
-
-@contextlib.contextmanager
-def reference_env(task: TaskSpec) -> Generator[Any]:
-    """Open LIBERO's own environment of `task`, its prints and its dependencies' warnings silenced."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        env = make_reference_env(task.bddl_file)
-        yield env
-        env.close()
 
 
 def compare_run(

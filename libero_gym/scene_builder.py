@@ -8,19 +8,26 @@ from the home folder, none of which may happen to the user's own process.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
 import sys
+import warnings
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mujoco
 import numpy as np
 
 from libero_gym.cache import cache_dir
+
+if TYPE_CHECKING:
+    from libero_gym.suites import TaskSpec
 
 _ASSET = re.compile(r'file="([^"]+)"')
 
@@ -130,6 +137,16 @@ def make_reference_env(bddl_file: Path) -> Any:
     return envs.env_wrapper.ControlEnv(
         bddl_file_name=str(bddl_file), has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False
     )
+
+
+@contextlib.contextmanager
+def reference_env(task: TaskSpec) -> Generator[Any]:
+    """Open LIBERO's own environment of `task`, its prints and its dependencies' warnings silenced."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        env = make_reference_env(task.bddl_file)
+        yield env
+        env.close()
 
 
 def build_scene(bddl_file: Path, folder: Path) -> None:

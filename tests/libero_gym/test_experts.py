@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from benchmarks.parity import reference_env
 from libero_gym.experts import HUMAN_LIKE, ExpertConfig, make_expert, run_expert
 from libero_gym.experts.containers import fitting_turn, spots_between_walls
 from libero_gym.experts.geometry import Shapes
@@ -20,6 +19,7 @@ from libero_gym.experts.grasps import (
 from libero_gym.experts.insertion import find_opening, tilted
 from libero_gym.experts.skills import World
 from libero_gym.experts.solver import order
+from libero_gym.scene_builder import reference_env
 from libero_gym.scenes import load_scene
 from libero_gym.simulation import SETTLING_ACTION, Simulation
 from libero_gym.suites import get_task, load_init_states

@@ -4,8 +4,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from benchmarks.parity import compare_predicates, compare_run, reference_env
+from benchmarks.parity import compare_predicates, compare_run
 from libero_gym.controller import creation_kinematics
+from libero_gym.scene_builder import reference_env
 from libero_gym.scenes import load_scene
 from libero_gym.simulation import SETTLING_ACTION, PhysicsError, Simulation
 from libero_gym.suites import get_task, load_init_states
