@@ -51,8 +51,8 @@ from gr00t_agent import Gr00tAgent
 from gr00t_agent.checkpoint import resolve_checkpoint
 from gr00t_agent.config import PresetName
 from libero_gym.adapters import ModalityVectorObservation
-from libero_gym.simulation import check_init_states
-from libero_gym.suites import get_task, horizon, list_tasks, load_init_states
+from libero_gym.simulation import InitStates, check_init_states, count_init_states
+from libero_gym.suites import get_task, horizon, list_tasks
 
 
 @dataclass(kw_only=True)
@@ -86,9 +86,10 @@ class Args:
     """Environments that the episodes stream through."""
     horizon: int | None = None
     """Environment steps before an episode counts as failed; the suite's own if not given."""
-    init_states: Literal["settled", "original"] | None = None
-    """Stored initial states as they came to rest under MuJoCo 3.3, or as LIBERO stores them, to settle under the
-    installed version; settled if not given, where the suite has them."""
+    init_states: InitStates | None = None
+    """Stored initial states as they came to rest under MuJoCo 3.3, states that are none of the stored ones (held_out,
+    libero_spatial), or the stored ones as LIBERO has them, to settle under the installed version; settled if not given,
+    where the suite has them."""
     renderer: Literal["egl", "osmesa", "warp"] | None = None
     """Renderer; if not given, the best that the machine has (egl for the reference environment)."""
     reference_env: bool = False
@@ -366,15 +367,19 @@ def video_path(folder: Path, episode: EvalEpisode) -> Path:
     return folder / f"task_{episode.task_id}_state_{episode.init_state_id}_{outcome}.mp4"
 
 
-def evaluation_jobs(suite: str, task_ids: tuple[int, ...] | None, episodes_per_task: int) -> list[tuple[int, int]]:
-    """Returns (task id, initial state id) of every episode of the protocol.
+def evaluation_jobs(
+    suite: str, task_ids: tuple[int, ...] | None, episodes_per_task: int, init_states: InitStates | None = None
+) -> list[tuple[int, int]]:
+    """Returns (task id, initial state id) of every episode of the protocol; None is the suite's default kind of states.
 
     Raises:
-        ValueError: if a task is not in the suite or has fewer stored initial states.
+        ValueError: if a task is not in the suite or has fewer initial states.
+        FileNotFoundError: if the suite has no initial states of this kind.
     """
+    kind = check_init_states(init_states, suite)
     tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)
     for task in tasks:
-        stored = len(load_init_states(task))
+        stored = count_init_states(task, kind)
         if not 1 <= episodes_per_task <= stored:
             raise ValueError(
                 f"episodes_per_task={episodes_per_task} is not possible for task {task.task_id} of {suite}, "
@@ -485,7 +490,7 @@ def main(args: Args) -> EvalResult:
         compute_dtype=args.compute_dtype,
     )  # fmt: skip
     agent = agent.to(args.device).eval()
-    jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task)
+    jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
     total, video_dir = len(jobs) * len(args.seeds), args.output_dir / "videos"
     with closing(make_envs(args, min(args.num_envs, total), agent.policy.num_action_chunks, agent.image_size)) as envs:
         protocol = make_protocol(args, agent, envs, jobs)

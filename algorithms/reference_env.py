@@ -6,8 +6,8 @@ rebuilds the scene, and every step draws both images.
 
 An episode starts by `numpy.random.seed(s); env.reset(); env.set_init_state(state)`, then
 - "original" states: LIBERO's stored state and ten steps without motion, gripper opening;
-- "settled" states: the recorded outcome of those steps (see `libero_gym.settling`) with its fixture poses and the
-  controller's memory, written into LIBERO's simulation.
+- "settled" and "held_out" states: the recorded outcome of those steps (see `libero_gym.settling`) with its fixture
+  poses and the controller's memory, written into LIBERO's simulation.
 With s drawn as `LiberoVectorEnv` draws it, both environments then go through the same states under the same actions.
 
 LIBERO appends its samplers of drawers' and knobs' positions anew at every reset and draws from all of them; here the
@@ -40,7 +40,7 @@ from libero_gym.controller import axis_angle_from_quat
 from libero_gym.env import DEFAULT_CAMERAS, OBSERVATION_KEYS, check_horizon, make_action_space, make_observation_space
 from libero_gym.scene_builder import import_libero, make_reference_env
 from libero_gym.scenes import load_scene
-from libero_gym.settling import load_settled_states
+from libero_gym.settling import RecordedKind, load_recorded_states
 from libero_gym.simulation import (
     ACTION_DIM,
     NUM_SETTLING_STEPS,
@@ -48,6 +48,7 @@ from libero_gym.simulation import (
     InitStates,
     PhysicsError,
     check_init_states,
+    count_init_states,
 )
 from libero_gym.suites import TaskSpec, get_task, load_init_states
 
@@ -72,10 +73,11 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         renderer: OpenGL platform; None takes "egl".
         observe_images: False leaves both images out and needs no OpenGL.
         horizon: steps before truncation; None takes the suite's.
-        init_states: "settled" or "original"; None as for `LiberoEnv`.
+        init_states: "settled", "held_out" or "original"; None as for `LiberoEnv`.
 
     Raises:
         ValueError: an argument is not among the allowed ones; the message lists them.
+        FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 - Gymnasium's declaration
@@ -105,8 +107,9 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape, np.float32)
         self._num_chunks = num_action_chunks
         self._suite = suite
+        self._init_states: InitStates = check_init_states(init_states, suite)
         settings = (
-            suite, check_init_states(init_states, suite), check_horizon(horizon, suite), int(image_size),
+            suite, self._init_states, check_horizon(horizon, suite), int(image_size),
             observe_images,
         )  # fmt: skip
         self._workers = [_Worker(settings, self.renderer_name) for _ in range(num_envs)]
@@ -143,7 +146,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         )
         requests: dict[int, tuple[Any, ...]] = {}
         for i in np.flatnonzero(mask).tolist():
-            num_states = len(load_init_states(get_task(self._suite, task_ids[i])))
+            num_states = count_init_states(get_task(self._suite, task_ids[i]), self._init_states)
             if not 0 <= state_ids[i] < num_states:
                 raise ValueError(
                     f"init_state_id={state_ids[i]} is not among the stored states of {self._suite} task "
@@ -308,8 +311,8 @@ class _LiberoEnvironment:
         del domain.object_property_initializers[self._num_samplers :]
         env.seed(placement_seed)
         env.reset()
-        if self._init_states == "settled":
-            observation = self._set_settled_state(task, init_state_id)
+        if self._init_states != "original":
+            observation = self._set_recorded_state(task, self._init_states, init_state_id)
         else:
             observation = env.set_init_state(load_init_states(task)[init_state_id])
             for _ in range(NUM_SETTLING_STEPS):
@@ -350,9 +353,9 @@ class _LiberoEnvironment:
         self._task = task
         self._num_samplers = len(self._env.env.object_property_initializers)
 
-    def _set_settled_state(self, task: TaskSpec, index: int) -> Any:
+    def _set_recorded_state(self, task: TaskSpec, kind: RecordedKind, index: int) -> Any:
         """Writes a recorded state into LIBERO's simulation and returns the observation."""
-        states, scene, sim = load_settled_states(task), load_scene(task), self._env.sim
+        states, scene, sim = load_recorded_states(task, kind), load_scene(task), self._env.sim
         for body_id, pose in zip(scene.fixture_body_ids, states.fixture_poses[index], strict=True):
             fixture = sim.model.body_name2id(scene.physics_model.body(int(body_id)).name)
             sim.model.body_pos[fixture] = pose[:3]

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.hardware import describe_run
 from libero_gym.scene_builder import reference_env
 from libero_gym.scenes import load_scene
-from libero_gym.settling import has_settled_states
+from libero_gym.settling import has_recorded_states
 from libero_gym.simulation import InitStates, Simulation
 from libero_gym.suites import TaskSpec, get_task, load_init_states
 from libero_gym.vector import LiberoVectorEnv
@@ -61,7 +61,7 @@ def measure_task(task: TaskSpec, *, num_resets: int) -> dict[str, float]:
             "bare": _median_ms(lambda i: reset_ours(i, "original", 0), num_resets),
             "settling": _median_ms(lambda i: reset_ours(i, "original", 10), num_resets),
         }
-    if has_settled_states(task.suite):
+    if has_recorded_states(task.suite, "settled"):
         ms["settled"] = _median_ms(lambda i: reset_ours(i, "settled", 0), num_resets)
     return ms
 

@@ -20,7 +20,7 @@ from libero_gym.simulation import (
     Simulation,
     Stepping,
     check_init_states,
-    load_task_data,
+    count_init_states,
 )
 from libero_gym.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
 
@@ -127,13 +127,13 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     that go on after success.
 
     ## Starting state
-    One of the stored initial states of the task (50 each), after the customary ten steps without motion in which
+    One of the initial states of the task (50 of each kind), after the customary ten steps without motion in which
     objects come to rest, which count for nothing. `init_states="settled"` takes them as they came to rest under
     MuJoCo 3.3, before a change of contacts that makes some of them end elsewhere (see `libero_gym.settling`), fixtures
-    included; `"original"` places fixtures at random as LIBERO does and settles under the installed version. Without
-    options the task (unless fixed by
-    `task_id`) and the state are drawn from the environment's own generator. `reset(options={"task_id": 3,
-    "init_state_id": 7})` chooses.
+    included; `"held_out"` (libero_spatial) takes states that LIBERO's reset drew and that are none of the stored ones,
+    come to rest alike; `"original"` places fixtures at random as LIBERO does and settles under the installed version.
+    Without options the task (unless fixed by `task_id`) and the state are drawn from the environment's own generator.
+    `reset(options={"task_id": 3, "init_state_id": 7})` chooses.
 
     ## Episode end
     `terminated` when the goal holds; `truncated` after `horizon` steps (default: `libero_gym.suites.HORIZONS`).
@@ -177,6 +177,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
         Raises:
             ValueError: an argument is not among the allowed ones; the message lists them.
+            FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
             ModuleNotFoundError: LIBERO is not installed.
         """
         self._tasks = [get_task(suite, task_id)] if task_id is not None else list_tasks(suite)
@@ -245,7 +246,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             raise ValueError(f"unknown reset options {sorted(options)} (valid: 'task_id', 'init_state_id')")
         simulation = self._open_simulation(task)
         if init_state_id is None:
-            init_state_id = self.np_random.integers(len(load_task_data(simulation.scene, task).init_states))
+            init_state_id = self.np_random.integers(count_init_states(task, self._init_states))
         placement_seed = int(self.np_random.integers(2**32, dtype=np.uint64))
         random_state = np.random.RandomState(placement_seed)
         simulation.reset(task, int(init_state_id), random_state, init_states=self._init_states)

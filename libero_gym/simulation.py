@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import mujoco
 import numpy as np
@@ -26,11 +26,11 @@ from libero_gym.controller import ArmKinematics, ControllerState, axis_angle_fro
 from libero_gym.placements import FixtureSampler, make_fixture_sampler
 from libero_gym.predicates import Goal
 from libero_gym.scenes import Robot, Scene, load_scene
-from libero_gym.settling import SettledStates, has_settled_states, load_settled_states
+from libero_gym.settling import RecordedStates, has_recorded_states, load_recorded_states, recorded_file
 from libero_gym.suites import TaskSpec, get_task, load_init_states
 
 Stepping = Literal["exact", "fast", "numpy"]
-InitStates = Literal["settled", "original"]
+InitStates = Literal["settled", "held_out", "original"]
 
 ACTION_DIM = 7
 NUM_SETTLING_STEPS = 10
@@ -166,7 +166,7 @@ class Simulation:
         num_settling_steps: int = NUM_SETTLING_STEPS,
         num_libero_resets: int = 1,
     ) -> None:
-        """Start an episode from a stored initial state, objects at rest.
+        """Start an episode from an initial state, objects at rest.
 
         Original states: equal to LIBERO's `numpy.random.seed(s); env.reset(); env.set_init_state(states[i])` with
         `random_state = numpy.random.RandomState(s)`, followed by `num_settling_steps` steps without motion. Where
@@ -175,36 +175,38 @@ class Simulation:
         Settled states: the outcome of that under MuJoCo 3.3.7, with the fixture poses that it had there;
         `random_state` and the arguments after `init_states` have no part in it.
 
+        Held-out states: the same of states that LIBERO's reset draws and that are none of the stored ones.
+
         Args:
             task: one of the scene's tasks.
-            init_state_id: index of the stored state.
+            init_state_id: index of the state among those of its kind.
             random_state: consumed for the fixture poses of original states.
-            init_states: "settled" or "original"; None is "settled" for the suites that the package has them for (the
-                base suites), "original" for others.
+            init_states: "settled", "held_out" or "original"; None is "settled" for the suites that the package has
+                them for (the base suites), "original" for others.
             num_settling_steps: 0 for the bare original state.
             num_libero_resets: how often the LIBERO environment to be matched has been reset, this time included: each
                 reset of it draws more numbers (see `libero_gym.placements.FixtureSampler.sample`).
 
         Raises:
             ValueError: `init_state_id` is out of range, or `init_states` is unknown.
-            FileNotFoundError: "settled" was asked of a suite for which none are recorded.
+            FileNotFoundError: "settled" or "held_out" was asked of a suite for which none are recorded.
             PhysicsError: the simulation diverged while settling.
         """
         task_data = load_task_data(self.scene, task)
-        num_states = len(task_data.init_states)
+        kind = check_init_states(init_states, task.suite)
+        num_states = count_init_states(task, kind)
         if not 0 <= init_state_id < num_states:
             raise ValueError(
                 f"init_state_id={init_state_id} is not among the stored states of {task.suite} task {task.task_id} "
                 f"(valid: 0-{num_states - 1})"
             )
-        kind = check_init_states(init_states, task.suite)
         self.task = task
         self.init_state_id = int(init_state_id)
         self._goal = task_data.goal
         mujoco.mj_resetData(self.model, self.data)
         self._controller.reset(self._creation)
-        if kind == "settled":
-            self._set_settled_state(load_settled_states(task), init_state_id)
+        if kind != "original":
+            self._set_recorded_state(load_recorded_states(task, kind), init_state_id)
         else:
             self._set_fixture_poses(
                 task_data.fixture_sampler.sample(
@@ -390,7 +392,7 @@ class Simulation:
 
         return NativeStepper(is_exact=stepping == "exact", **bound)
 
-    def _set_settled_state(self, states: SettledStates, index: int) -> None:
+    def _set_recorded_state(self, states: RecordedStates, index: int) -> None:
         self._set_fixture_poses(states.fixture_poses[index])
         self.data.qpos[:] = states.physics[index, : self.model.nq]
         self.data.qvel[:] = states.physics[index, self.model.nq :]
@@ -420,12 +422,28 @@ def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
 
     Raises:
         ValueError: unknown kind.
+        FileNotFoundError: states of this kind are not recorded for the suite.
     """
     if init_states is None:
-        return "settled" if has_settled_states(suite) else "original"
-    if init_states not in ("settled", "original"):
-        raise ValueError(f"init_states={init_states!r} is unknown (valid: 'settled', 'original')")
+        return "settled" if has_recorded_states(suite, "settled") else "original"
+    if init_states not in get_args(InitStates):
+        valid = ", ".join(repr(kind) for kind in get_args(InitStates))
+        raise ValueError(f"init_states={init_states!r} is unknown (valid: {valid})")
+    if init_states != "original":
+        recorded_file(suite, init_states)
     return init_states
+
+
+@functools.lru_cache(maxsize=512)
+def count_init_states(task: TaskSpec, init_states: InitStates) -> int:
+    """Return how many initial states of a kind `task` has.
+
+    Raises:
+        FileNotFoundError: states of this kind are not recorded for its suite.
+    """
+    if init_states == "original":
+        return len(load_init_states(task))
+    return len(load_recorded_states(task, init_states).physics)
 
 
 def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:

@@ -30,7 +30,7 @@ from libero_gym.env import (
     make_observation_space,
 )
 from libero_gym.scenes import Scene, load_scenes
-from libero_gym.simulation import ACTION_DIM, InitStates, Simulation, Stepping, check_init_states, load_task_data
+from libero_gym.simulation import ACTION_DIM, InitStates, Simulation, Stepping, check_init_states, count_init_states
 from libero_gym.suites import TaskSpec, get_task, list_tasks
 
 # Environments are drawn in up to this many parts, of at least that many, each while later ones are still stepped.
@@ -112,7 +112,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     Environments given the same `task_id`, `init_state_id` and seed start in the same state to the last bit, and stay
     in it under the same actions. A group of G for GRPO is `task_id=numpy.repeat(tasks, G)`,
     `init_state_id=numpy.repeat(states, G)` and `seed=numpy.repeat(seeds, G).tolist()`. The seed decides the fixtures of
-    "original" states; "settled" ones hold theirs.
+    "original" states; "settled" and "held_out" ones hold theirs.
 
     ## Arguments
     As for `LiberoEnv`, and:
@@ -161,6 +161,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
 
         Raises:
             ValueError: an argument is not among the allowed ones; the message lists them.
+            FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
             RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
         """
@@ -435,7 +436,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         starts: dict[int, tuple[TaskSpec, int, int]] = {}
         for i, task, scene in zip(indices, tasks, load_scenes(tasks), strict=True):
             slot = self._slots[i]
-            num_states = len(load_task_data(scene, task).init_states)
+            num_states = count_init_states(task, self._init_states)
             init_state_id = int(slot.rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
             if not 0 <= init_state_id < num_states:
                 raise ValueError(

@@ -38,7 +38,7 @@ from libero_gym import physics_kernels as kernels
 from libero_gym import predicates
 from libero_gym.controller import NULLSPACE_STIFFNESS, SUBSTEPS, ArmKinematics, creation_kinematics, inertia_addresses
 from libero_gym.scenes import JointTest, Scene
-from libero_gym.settling import load_settled_states
+from libero_gym.settling import load_recorded_states
 from libero_gym.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, InitStates, PhysicsError, load_task_data
 from libero_gym.suites import TaskSpec
 from libero_gym.warp_rendering import DevicePoses, default_device, list_devices
@@ -214,7 +214,7 @@ class WarpWorlds:
         """Start episodes, objects at rest; see `libero_gym.simulation.Simulation.reset`.
 
         "Original" states settle for ten steps in which the other worlds idle: that costs as much as ten steps of all
-        worlds, "settled" ones cost a copy.
+        worlds, recorded ones ("settled", "held_out") cost a copy.
 
         Args:
             world_ids: int64 [R].
@@ -223,7 +223,7 @@ class WarpWorlds:
 
         Raises:
             ValueError: a task is not among the scene's tasks given to the constructor.
-            FileNotFoundError: "settled" states are not recorded for the suite.
+            FileNotFoundError: states of this kind are not recorded for the suite.
             PhysicsError: a world diverged or ran out of space while settling.
         """
         if not len(world_ids):
@@ -365,10 +365,10 @@ class WarpWorlds:
         }
         for row, start in enumerate(starts):
             index = start.init_state_id
-            if init_states == "settled":
-                settled = load_settled_states(start.task)
-                physics, controller = settled.physics[index], settled.controller[index]
-                values["fixture_poses"][row] = settled.fixture_poses[index]
+            if init_states != "original":
+                recorded = load_recorded_states(start.task, init_states)
+                physics, controller = recorded.physics[index], recorded.controller[index]
+                values["fixture_poses"][row] = recorded.fixture_poses[index]
                 values["goal_pos"][row] = controller[:3]
                 values["goal_ori"][row] = controller[3:12].reshape(3, 3)
                 values["gripper"][row] = controller[12:]

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 
 from libero_gym.env import OBSERVATION_KEYS
 from libero_gym.scenes import Scene, load_scenes
-from libero_gym.simulation import ACTION_DIM, PhysicsError, load_task_data
+from libero_gym.simulation import ACTION_DIM, PhysicsError, count_init_states
 from libero_gym.suites import TaskSpec, get_task
 from libero_gym.vector import LiberoVectorEnv
 from libero_gym.warp_physics import WarpOptions, WarpWorlds, WorldStart
@@ -265,7 +265,7 @@ class LiberoWarpEnv(LiberoVectorEnv):
                 task = self._tasks[int(rng.integers(len(self._tasks)))]
             else:
                 task = self._known_task(get_task(self._suite, int(task_ids[i])))
-            num_states = len(load_task_data(self.worlds.scene, task).init_states)
+            num_states = count_init_states(task, self._init_states)
             init_state_id = int(rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
             if not 0 <= init_state_id < num_states:
                 raise ValueError(

@@ -183,7 +183,7 @@ def run_expert(
         seed: decides the expert's variety, and the fixtures' poses where initial states are original.
         config: how the expert moves.
         max_steps: None for the suite's horizon.
-        init_states: "settled", "original" or None for the suite's default, see `Simulation.reset`.
+        init_states: "settled", "held_out", "original" or None for the suite's default, see `Simulation.reset`.
     """
     sim = Simulation(load_scene(task)) if sim is None else sim
     limit = horizon(task.suite) if max_steps is None else max_steps

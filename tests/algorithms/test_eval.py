@@ -271,6 +271,9 @@ def test_jobs_of_a_suite():
     assert evaluation_jobs("libero_spatial_swap", None, 2)[:3] == [(0, 0), (0, 1), (1, 0)]
     assert len(evaluation_jobs("libero_goal", None, 50)) == 500
     assert evaluation_jobs("libero_goal", (7, 2), 1) == [(7, 0), (2, 0)]
+    assert evaluation_jobs("libero_spatial", (3,), 50, "held_out")[-1] == (3, 49)
+    with pytest.raises(FileNotFoundError, match="no held_out states are recorded for libero_goal"):
+        evaluation_jobs("libero_goal", None, 1, "held_out")
     with pytest.raises(ValueError, match=r"episodes_per_task=51 .* task 0 of libero_goal, .* \(valid: 1-50\)"):
         evaluation_jobs("libero_goal", None, 51)
     with pytest.raises(ValueError, match=r"episodes_per_task=0"):

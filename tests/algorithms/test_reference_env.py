@@ -84,6 +84,16 @@ def test_settled_states_and_success_equal_ours_to_the_last_bit():
     reference.close()
 
 
+def test_held_out_states_equal_ours_to_the_last_bit():
+    ours, reference = pair("libero_spatial", "held_out", horizon=CHUNK)
+    options = dict(task_id=5, init_state_id=49)
+    assert_equal_steps(ours.reset(seed=0, options=options), reference.reset(seed=0, options=options))
+    actions = make_actions("random", CHUNK, 0)[None].astype(np.float32)
+    assert_equal_steps(ours.step(actions), reference.step(actions))
+    ours.close()
+    reference.close()
+
+
 # OpenGL leaves traces in the process that imports it.
 IMAGES = """
 import sys

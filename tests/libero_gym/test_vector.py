@@ -1,5 +1,7 @@
 """The vector environment: Gymnasium's contract, equality with single environments, chunks, autoreset, bad input."""
 
+import itertools
+
 import gymnasium
 import numpy as np
 import pytest
@@ -242,7 +244,7 @@ def test_groups_start_and_stay_in_equal_states(init_states):
 
 def test_initial_states_are_chosen_like_in_the_single_environment():
     starts = {}
-    for kind in ("settled", "original"):
+    for kind in ("settled", "held_out", "original"):
         vector, single = make(1, init_states=kind), LiberoEnv(SUITE, observe_images=False, init_states=kind)
         options = {"task_id": 5, "init_state_id": 3}
         vector.reset(seed=2, options=options)
@@ -250,7 +252,8 @@ def test_initial_states_are_chosen_like_in_the_single_environment():
         for name, value in single.simulation.get_state().items():
             np.testing.assert_array_equal(vector.get_state(0)[name], value, err_msg=name)
         starts[kind] = vector.get_state(0)
-    assert (starts["settled"]["fixture_poses"] != starts["original"]["fixture_poses"]).any()
+    for first, second in itertools.combinations(starts.values(), 2):
+        assert (first["fixture_poses"] != second["fixture_poses"]).any()
 
 
 def test_fixtures_of_original_states_follow_the_seed_and_settled_ones_do_not():
@@ -365,7 +368,7 @@ def test_render_returns_the_first_camera():
         ({"reward": "dense"}, "reward='dense' is unknown"),
         ({"horizon": 0}, "horizon=0 is not a positive number"),
         ({"stepping": "slow"}, "stepping='slow' is unknown"),
-        ({"init_states": "fresh"}, r"init_states='fresh' is unknown \(valid: 'settled', 'original'\)"),
+        ({"init_states": "fresh"}, r"init_states='fresh' is unknown \(valid: 'settled', 'held_out', 'original'\)"),
         ({"autoreset_mode": "SOMETIMES"}, "autoreset_mode='SOMETIMES' is unknown"),
         ({"camera_names": ["agentview"]}, "must name 2 cameras"),
         ({"render_mode": "human"}, "render_mode='human' is unknown"),

@@ -154,6 +154,15 @@ def test_starts_and_steps_as_the_cpu_does(spatial):
         np.testing.assert_allclose(spatial.states(), [s.states() for s in simulations], atol=1e-4)
 
 
+def test_held_out_states_start_as_on_the_cpu(spatial):
+    starts = [start("libero_spatial", 4, 20), start("libero_spatial", 5, 3)]
+    simulations = [simulate(begin, "held_out") for begin in starts]
+    spatial.reset(np.arange(2), starts, init_states="held_out")
+    np.testing.assert_allclose(spatial.qpos(), [s.data.qpos for s in simulations], atol=1e-6)
+    geoms = [s.data.geom_xpos for s in simulations]  # those of fixtures too
+    np.testing.assert_allclose(spatial._data.geom_xpos.numpy(), geoms, atol=1e-6)
+
+
 def test_original_states_settle_as_the_cpu_lets_them(spatial):
     """The first substep works with the posture of the controller's creation; without that the arm ends 1e-2 off."""
     spatial.reset(np.arange(2), [start("libero_spatial", 0, 0)] * 2, init_states="settled")
