@@ -13,7 +13,7 @@ from algorithms.feature_store import FeatureStore
 from algorithms.presets import SPATIAL_START
 from benchmarks.policy import make_observation
 from gr00t_agent import Gr00tAgent
-from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train, without_time
+from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, dict[str, Any]] = {
@@ -47,12 +47,14 @@ def test_rows_come_back_from_pinned_memory(placement: Any):
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_one_gpu_gives_what_a_cpu_gives(tmp_path: Path, algorithm: str):
+def test_one_gpu_gives_what_a_cpu_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # else patches are embedded to 3 digits
     options = SMALL[algorithm]
-    on_gpu = without_time(train(algorithm, tmp_path / "gpu", make_agent=make_tiny_agent, **options))
+    train(algorithm, tmp_path / "gpu", make_agent=make_tiny_agent, **options)
     launch(1, "--cpu", algorithm=algorithm, agent="tiny", output_dir=str(tmp_path / "cpu"), **options)
-    (run,) = (tmp_path / "cpu").iterdir()
-    assert on_gpu == pytest.approx({k: v for k, v in logged(run)[-1].items() if k in on_gpu}, rel=0.02, abs=0.02)
+    on_gpu, on_cpu = (logged(next((tmp_path / name).iterdir())) for name in ("gpu", "cpu"))
+    for gpu, cpu in zip(on_gpu, on_cpu, strict=True):
+        assert gpu == pytest.approx(cpu, rel=0.01, abs=0.01)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
