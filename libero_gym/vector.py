@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class _Slot:
     is_done: bool = False
     chunk_rewards: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     num_steps: int = 0
+    chunk_s: float = 0.0  # of a core, for the last chunk
 
     @property
     def world(self) -> Simulation:
@@ -379,20 +381,28 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         """
 
         def run(i: int) -> tuple[bool, bool]:
-            return self._run_chunk(i, chunks[i], is_idle=bool(is_idle[i]))
+            start = time.thread_time()
+            ends = self._run_chunk(i, chunks[i], is_idle=bool(is_idle[i]))
+            self._slots[i].chunk_s = time.thread_time() - start
+            return ends
 
-        everything = np.arange(self.num_envs)
-        if self._pool is None or self._renderer is None or self._renderer.uses_all_cores:
+        if self._pool is None:
             ended = self._each(run, range(self.num_envs))
-            self._mark_stepped(everything)
+            self._mark_stepped(np.arange(self.num_envs))
             return ended
-        futures = self._submit(self._pool, run, range(self.num_envs))
+        # What took longest the last time begins, so that the threads end together.
+        order = np.argsort([-slot.chunk_s for slot in self._slots], kind="stable")
+        submitted = self._submit(self._pool, run, order.tolist())
+        futures = [submitted[k] for k in np.argsort(order)]
+        overlaps = self._renderer is not None and not self._renderer.uses_all_cores
+        num_parts = max(1, min(self.num_envs // _MIN_PART, _MAX_PARTS)) if overlaps else 1
         try:
-            for part in np.array_split(everything, max(1, min(self.num_envs // _MIN_PART, _MAX_PARTS))):
+            for part in np.array_split(order, num_parts):
                 if any(futures[i].exception() for i in part):
                     break
                 self._mark_stepped(part)
-                self._refresh(part)
+                if overlaps:
+                    self._refresh(part)
         finally:
             wait(futures)
         return _results(futures)
