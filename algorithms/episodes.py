@@ -61,10 +61,15 @@ def episode_metrics(episodes: Sequence[Episode], accelerator: Accelerator) -> di
         "env/episode_len": float(np.mean([e.length for e in everywhere])),
         "env/num_episodes": float(len(everywhere)),
     }
-    for task_id in sorted({e.task_id for e in everywhere}):
-        outcomes = [e.success for e in everywhere if e.task_id == task_id]
-        metrics[f"env/success_once_task_{task_id}"] = float(np.mean(outcomes))
-    return metrics
+    return metrics | {f"env/success_once_task_{task}": rate for task, rate in success_by_task(everywhere).items()}
+
+
+def success_by_task(episodes: Sequence[Episode]) -> dict[int, float]:
+    """Returns the success rate of each task that has episodes, by task id in rising order."""
+    outcomes: dict[int, list[bool]] = {}
+    for episode in episodes:
+        outcomes.setdefault(episode.task_id, []).append(episode.success)
+    return {task_id: sum(outcomes[task_id]) / len(outcomes[task_id]) for task_id in sorted(outcomes)}
 
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:

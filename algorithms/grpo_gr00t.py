@@ -331,7 +331,7 @@ def main(
                     weight=torch.from_numpy(1 / decisions[played["episode"]]).float().to(device),
                 )
                 kept.append(index(played, np.flatnonzero(is_kept)))
-                progress.decision([e.success for e in episodes], env_steps / (time.perf_counter() - rollout_start))
+                progress.decision(episodes, env_steps / (time.perf_counter() - rollout_start))
             global_step += (
                 env_steps := int(over_processes(accelerator, torch.tensor(env_steps, device=device), "sum"))
             )
@@ -428,7 +428,8 @@ def main(
             )
             progress.end_iteration(
                 f"success {metrics['env/success_once']:.1%}  groups kept {metrics['rollout/groups_kept']:.0%}  "
-                f"{updated}  {metrics['charts/SPS']:.0f} env-steps/s"
+                f"{updated}  {metrics['charts/SPS']:.0f} env-steps/s",
+                metrics,
             )
     run.finish()
     if accelerator.is_main_process:

@@ -337,7 +337,7 @@ def main(
                         stage.send(env_action)
                         row = store.put(stage.obs, encoded[i])
                         decisions.append(dict(row=row, action=action, logprob=logprob, value=value))
-                progress.decision([e.success for e in episodes], env_steps / (time.perf_counter() - rollout_start))
+                progress.decision(episodes, env_steps / (time.perf_counter() - rollout_start))
             recorder.write(iteration)
 
             # --- advantages ---
@@ -436,10 +436,9 @@ def main(
                 checkpoints.save(args.score(metrics))
             success = f"{metrics['env/success_once']:.1%}" if "env/success_once" in metrics else "- (no episode ended)"
             progress.end_iteration(
-                f"success {success}  loss {metrics['actor/loss']:.4f}  "
-                f"value loss {metrics['actor/value_loss']:.4f}  kl {metrics['actor/approx_kl']:.2g}  "
-                f"{metrics['charts/SPS']:.0f} env-steps/s"
-            )
+                f"success {success}  loss {metrics['actor/loss']:.4f}  value loss {metrics['actor/value_loss']:.4f}  "
+                f"kl {metrics['actor/approx_kl']:.2g}  {metrics['charts/SPS']:.0f} env-steps/s", metrics,
+            )  # fmt: skip
     run.finish()
     if accelerator.is_main_process:
         print(run.summary(f"iteration_{args.num_iterations}", args.suite))
