@@ -1,9 +1,25 @@
 #!/usr/bin/env bash
-# Run e of docs/LOG.md: PPO from the few-shot policy, on one H100 and 16 cores; some six minutes, and one to evaluate.
+# How checkpoints/libero_spatial_rl was made: runs e and h of docs/LOG.md, PPO from the few-shot policy on one H100 and
+# 16 cores. Some 17 minutes, and two more for each evaluation.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_ppo --num-iterations 11 \
+# Run e: all tasks alike.
+python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_ppo_e --num-iterations 11 \
     --eval-interval 0 --eval-episodes-per-task 0
-python algorithms/eval_gr00t.py --checkpoint runs/spatial_ppo/checkpoints/iteration_11 --suite libero_spatial \
-    --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 --output-dir runs/eval_spatial_ppo
+# Run h: tasks that fail are drawn up to four times as often. The critic begins anew.
+python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_ppo_h --num-iterations 25 \
+    --model runs/spatial_ppo_e/checkpoints/iteration_11 --critic-warmup-iterations 1 \
+    --task-ids 0 1 2 2 3 3 4 4 4 5 6 6 6 7 7 8 8 8 8 9 9 9 9 --eval-interval 0 --eval-episodes-per-task 0
+# Rounded to bfloat16, and evaluated like that.
+python - <<'PYTHON'
+import torch
+from gr00t_agent import Gr00tAgent
+
+agent = Gr00tAgent.from_pretrained("runs/spatial_ppo_h/checkpoints/iteration_25", dtype=torch.bfloat16)
+agent.save_pretrained("runs/libero_spatial_rl")
+PYTHON
+for seed in 0 1 2; do
+    python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial \
+        --episodes-per-task 50 --seeds "$seed" --num-envs 20 --videos-per-task 0 --output-dir "runs/eval_spatial_rl_$seed"
+done
