@@ -95,6 +95,7 @@ for _suite in _SUITES:
         learning_rate=5e-6, update_epochs=2, group_size=8, num_groups=64, max_rollouts=8, clip_coef_high=0.2,
         num_minibatches=12, micro_batch_size=64,
     )  # fmt: skip
-    GRPO[f"{_suite.name}_nano"] = _nano | dict(
-        learning_rate=3e-5, update_epochs=2, group_size=8, num_groups=16, max_rollouts=8, num_minibatches=8
-    )
+    GRPO[f"{_suite.name}_nano"] = _nano | _envs | dict(
+        learning_rate=4e-5, update_epochs=3, group_size=8, num_groups=64, max_rollouts=1 if "physics" in _envs else 2,
+        num_minibatches=6, micro_batch_size=4096, logprob_level="action",
+    )  # fmt: skip

@@ -5,8 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 python algorithms/grpo_gr00t.py --preset libero_spatial_nano --run-name spatial_grpo --num-iterations 8 \
-    --physics warp --num-envs 1024 --num-groups 64 --max-rollouts 1 --learning-rate 4e-5 --logprob-level action \
-    --update-epochs 3 --num-minibatches 6 --micro-batch-size 4096 --eval-interval 0 --eval-episodes-per-task 0
+    --eval-interval 0 --eval-episodes-per-task 0
 python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_reinflow --num-iterations 11 \
     --noise-method reinflow --eval-interval 0 --eval-episodes-per-task 0
 for run in spatial_grpo/checkpoints/iteration_8 spatial_reinflow/checkpoints/iteration_11; do
