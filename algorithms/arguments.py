@@ -57,7 +57,7 @@ class RunArgs:
     suite: str = "libero_spatial"
     """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
     task_ids: tuple[int, ...] | None = None
-    """Tasks to train on; all of the suite if not given."""
+    """Tasks to train on, each drawn as often as it is named; all of the suite if not given."""
     num_envs: int = 64
     """Parallel environments over all processes."""
     num_action_chunks: int = 5

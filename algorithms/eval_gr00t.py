@@ -403,7 +403,8 @@ def evaluate_into(
     Returns:
         The success rate.
     """
-    jobs = evaluation_jobs(args.suite, args.task_ids, args.eval_episodes_per_task)
+    task_ids = None if args.task_ids is None else tuple(dict.fromkeys(args.task_ids))  # training may repeat some
+    jobs = evaluation_jobs(args.suite, task_ids, args.eval_episodes_per_task)
     name = f"iteration_{iteration}"
     video_dir = run_path / "videos" / name
     with closing(make_envs(min(args.num_envs, len(jobs)))) as envs:

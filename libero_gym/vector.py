@@ -119,7 +119,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     ## Arguments
     As for `LiberoEnv`, and:
     - `num_envs`: N.
-    - `task_ids`: tasks to draw from; None takes all of the suite.
+    - `task_ids`: tasks to draw from, one named twice twice as often; None takes all of the suite.
     - `num_action_chunks`: C.
     - `num_threads`: threads for stepping and drawing; None takes all cores that the process may use.
     - `images_as_torch`: see above; needs the renderer "warp".

@@ -281,7 +281,7 @@ def test_jobs_of_a_suite():
 
 
 class TrainerArgs:
-    suite, task_ids, eval_episodes_per_task, num_envs, seed, horizon = "libero_goal", (3, 5), 2, 3, 1, None
+    suite, task_ids, eval_episodes_per_task, num_envs, seed, horizon = "libero_goal", (3, 5, 5), 2, 3, 1, None
 
 
 def test_evaluation_in_training_leaves_its_files(tmp_path: Path):
