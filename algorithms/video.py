@@ -1,6 +1,7 @@
 """Videos of episodes, with what happened written on every frame.
 
-`write_video` shows one episode, `write_tiled_video` several side by side, `tile_videos` what was written before.
+`write_video` shows one episode, `write_tiled_video` several side by side, `tile_videos` what was written before, and
+`write_pictures` pictures of any kind, also as a GIF.
 `RolloutRecorder` films what a trainer's first environments do while it collects a rollout.
 """
 
@@ -25,9 +26,12 @@ CAPTION_HEIGHT = 48
 VIEW_SIZE = 256
 CONTROL_FREQUENCY_HZ = 20
 IMAGE_KEYS = ("video.image", "video.wrist_image")
+VIDEO_SUFFIXES = (".mp4", ".gif")
 TASK_KEY = "annotation.human.action.task_description"
 
 _SUCCESS, _FAILURE, _RUNNING = (18, 84, 38), (110, 28, 28), (0, 0, 0)
+# Colours of a GIF, and the number of its pictures that they are chosen from.
+_GIF_COLORS, _GIF_SAMPLES = 128, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,7 @@ def write_video(path: Path, frames: Sequence[Frame], fps: float) -> None:
         ValueError: there are no frames, or they differ in views.
     """
     _num_views(path, [frames])
-    _encode(path, (draw(frame) for frame in frames), fps)
+    write_pictures(path, (draw(frame) for frame in frames), fps)
 
 
 def write_tiled_video(
@@ -124,7 +128,7 @@ def write_tiled_video(
     size = view_size + CAPTION_HEIGHT, view_size * _num_views(path, episodes)
     columns = _checked_columns(columns, len(episodes), size[1], size[0])
     streams = [(draw(frame, view_size) for frame in episode) for episode in episodes]
-    _encode(path, _tiled(streams, size, columns), fps)
+    write_pictures(path, _tiled(streams, size, columns), fps)
 
 
 def tile_videos(path: Path, videos: Sequence[Path], *, columns: int | None = None, width: int = 1920) -> None:
@@ -143,7 +147,33 @@ def tile_videos(path: Path, videos: Sequence[Path], *, columns: int | None = Non
         columns = _checked_columns(columns, len(videos), full_width, full_height)
         scale = min(1.0, width / (columns * full_width))
         size = round(full_height * scale / 2) * 2, round(full_width * scale / 2) * 2
-        _encode(path, _tiled([_decoded(container, size) for container in containers], size, columns), float(fps))
+        write_pictures(path, _tiled([_decoded(container, size) for container in containers], size, columns), float(fps))
+
+
+def write_pictures(path: Path, pictures: Iterable[NDArray[np.uint8]], fps: float) -> None:
+    """Writes pictures as an H.264 mp4, or as a GIF that repeats for ever; whole or not at all.
+
+    Args:
+        path: the file; its suffix, .mp4 or .gif, decides.
+        pictures: uint8 [H, W, 3], for an mp4 with H and W even. A GIF keeps them all in memory, has one palette for all
+            (so that what does not move costs nothing), and shows each for a whole number of hundredths of a second.
+        fps: pictures per second.
+
+    Raises:
+        ValueError: the suffix is another one, or there is no picture for a GIF.
+    """
+    if path.suffix not in VIDEO_SUFFIXES:
+        raise ValueError(f"{path} ends in {path.suffix!r} (valid: {', '.join(VIDEO_SUFFIXES)})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        if path.suffix == ".gif":
+            _write_gif(temporary, [np.array(picture) for picture in pictures], fps)
+        else:
+            _write_mp4(temporary, pictures, fps)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class RolloutRecorder:
@@ -271,16 +301,20 @@ def _tiled(
         yield picture
 
 
-def _encode(path: Path, pictures: Iterable[NDArray[np.uint8]], fps: float) -> None:
-    """Writes pictures, whose height and width must be even, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp.mp4")
-    try:
-        with iio.imopen(temporary, "w", plugin="pyav") as file:
-            # What every browser plays; encoders default to other chroma sampling.
-            file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
-            for picture in pictures:
-                file.write_frame(picture)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_mp4(path: Path, pictures: Iterable[NDArray[np.uint8]], fps: float) -> None:
+    with iio.imopen(path, "w", plugin="pyav") as file:
+        # What every browser plays; encoders default to other chroma sampling.
+        file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
+        for picture in pictures:
+            file.write_frame(picture)
+
+
+def _write_gif(path: Path, pictures: Sequence[NDArray[np.uint8]], fps: float) -> None:
+    if not pictures:
+        raise ValueError(f"{path} needs at least one picture")
+    # From the last one backwards: colours that tell how episodes ended are there.
+    sample = np.concatenate(pictures[:: -math.ceil(len(pictures) / _GIF_SAMPLES)])
+    palette = Image.fromarray(sample).quantize(_GIF_COLORS)
+    # Dithering would make still ground flicker, and the file several times as large.
+    first, *others = (Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures)
+    first.save(path, save_all=True, append_images=others, duration=10 * round(100 / fps), loop=0)
