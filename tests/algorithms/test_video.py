@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 
 from algorithms.video import (
     CAPTION_HEIGHT,
@@ -18,6 +19,7 @@ from algorithms.video import (
     RolloutRecorder,
     draw,
     tile_videos,
+    write_pictures,
     write_tiled_video,
     write_video,
 )  # fmt: skip
@@ -67,6 +69,32 @@ def test_an_interrupted_encoding_leaves_the_old_file(tmp_path: Path):
         write_video(path, [plain(90), broken], fps=4)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_gif_shows_every_picture_for_its_time_in_its_colours(tmp_path: Path):
+    path = tmp_path / "new" / "film.gif"
+    colours = [(200, 30, 30), (30, 160, 60), (20, 20, 20)]
+    pictures = [np.full((21, 33, 3), 128, np.uint8) for _ in colours]  # odd sizes, which mp4 could not have
+    for picture, colour in zip(pictures, colours, strict=True):
+        picture[:, :10] = colour
+    write_pictures(path, pictures, fps=8)
+    with Image.open(path) as film:
+        assert (film.size, film.n_frames, film.info["loop"]) == ((33, 21), 3, 0)
+        for frame, picture in zip(ImageSequence.Iterator(film), pictures, strict=True):
+            np.testing.assert_allclose(np.asarray(frame.convert("RGB"), np.int64), picture, atol=4)
+            assert frame.info["duration"] == 120  # hundredths of a second, of 125 ms
+    assert [file.name for file in path.parent.iterdir()] == ["film.gif"]
+    with pytest.raises(ValueError, match=r"'.avi' \(valid: .mp4, .gif\)"):
+        write_pictures(tmp_path / "film.avi", pictures, fps=8)
+    with pytest.raises(ValueError, match="at least one picture"):
+        write_pictures(tmp_path / "film.gif", [], fps=8)
+
+
+def test_tiles_of_a_gif_change_with_time(tmp_path: Path):
+    write_tiled_video(tmp_path / "tiles.gif", [[plain(40), plain(90), plain(140)], [plain(200)]], fps=4, columns=2)
+    with Image.open(tmp_path / "tiles.gif") as film:
+        shown = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
+    assert greys(np.stack(shown), [(90, 90), (90, 390 + 90)]) == [[40, 200], [90, 200], [140, 200]]
 
 
 def test_captions_tell_the_outcome_and_fit():
