@@ -31,7 +31,7 @@ TASK_KEY = "annotation.human.action.task_description"
 
 _SUCCESS, _FAILURE, _RUNNING = (18, 84, 38), (110, 28, 28), (0, 0, 0)
 # Colours of a GIF, and the number of its pictures that they are chosen from.
-_GIF_COLORS, _GIF_SAMPLES = 128, 8
+_GIF_COLORS, _GIF_SAMPLES = 256, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +314,8 @@ def _write_gif(path: Path, pictures: Sequence[NDArray[np.uint8]], fps: float) ->
         raise ValueError(f"{path} needs at least one picture")
     # From the last one backwards: colours that tell how episodes ended are there.
     sample = np.concatenate(pictures[:: -math.ceil(len(pictures) / _GIF_SAMPLES)])
-    palette = Image.fromarray(sample).quantize(_GIF_COLORS)
+    # An octree keeps the colours of small things, which the median cut drops.
+    palette = Image.fromarray(sample).quantize(_GIF_COLORS, method=Image.Quantize.FASTOCTREE)
     # Dithering would make still ground flicker, and the file several times as large.
     first, *others = (Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures)
     first.save(path, save_all=True, append_images=others, duration=10 * round(100 / fps), loop=0)
