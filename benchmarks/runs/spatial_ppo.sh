@@ -23,3 +23,6 @@ for seed in 0 1 2; do
     python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial \
         --episodes-per-task 50 --seeds "$seed" --num-envs 20 --videos-per-task 0 --output-dir "runs/eval_spatial_rl_$seed"
 done
+# The check in LIBERO's own environment, drawn by OpenGL: 22 minutes on two cores.
+python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial --episodes-per-task 10 \
+    --seeds 0 --num-envs 2 --videos-per-task 0 --reference-env --renderer egl --output-dir runs/eval_spatial_rl_reference
