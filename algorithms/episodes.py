@@ -12,6 +12,9 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+# The metric of a task is this and its id.
+SUCCESS_OF_TASK = "env/success_once_task_"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
@@ -61,7 +64,7 @@ def episode_metrics(episodes: Sequence[Episode], accelerator: Accelerator) -> di
         "env/episode_len": float(np.mean([e.length for e in everywhere])),
         "env/num_episodes": float(len(everywhere)),
     }
-    return metrics | {f"env/success_once_task_{task}": rate for task, rate in success_by_task(everywhere).items()}
+    return metrics | {f"{SUCCESS_OF_TASK}{task}": rate for task, rate in success_by_task(everywhere).items()}
 
 
 def success_by_task(episodes: Sequence[Episode]) -> dict[int, float]:

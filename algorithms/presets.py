@@ -80,7 +80,9 @@ for _suite in _SUITES:
     _start = SPATIAL_START if _suite.name == "libero_spatial" else "nano"
     _nano = _common | dict(model=_start, num_iterations=300, dual_clip=3.0)
     # All tasks of libero_spatial are of one scene, which a GPU simulates faster than the cores beside it.
-    _envs = dict(num_envs=1024, physics="warp") if _suite.name == "libero_spatial" else dict(num_envs=512)
+    _envs: dict[str, Any] = (
+        dict(num_envs=1024, physics="warp") if _suite.name == "libero_spatial" else dict(num_envs=512)
+    )
     PPO[f"{_suite.name}_rlinf"] = _rlinf | dict(
         num_steps=8 * _suite.decisions, update_epochs=_suite.epochs, learning_rate=_suite.rate,
         value_learning_rate=_suite.value_rate, num_iterations=_suite.iterations, reward="relative",
@@ -96,6 +98,6 @@ for _suite in _SUITES:
         num_minibatches=12, micro_batch_size=64,
     )  # fmt: skip
     GRPO[f"{_suite.name}_nano"] = _nano | _envs | dict(
-        learning_rate=4e-5, update_epochs=3, group_size=8, num_groups=64, max_rollouts=1 if "physics" in _envs else 2,
-        num_minibatches=6, micro_batch_size=4096, logprob_level="action",
+        learning_rate=4e-5, update_epochs=3, group_size=8, num_groups=64,
+        max_rollouts=1024 // _envs["num_envs"], num_minibatches=6, micro_batch_size=4096, logprob_level="action",
     )  # fmt: skip

@@ -10,10 +10,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from algorithms.episodes import Episode, success_by_task
+from algorithms.episodes import SUCCESS_OF_TASK, Episode, success_by_task
 
 MAX_TASKS = 10
-BY_TASK = "env/success_once_task_"
 
 
 class TrainingProgress:
@@ -87,7 +86,8 @@ class TrainingProgress:
         self._unit = 0
         self._bar.update(self._task, completed=self._iteration * self._units)
         self.print(f"iteration {self._iteration}/{self._num_iterations}  {line}")
-        rates = {int(name.removeprefix(BY_TASK)): rate for name, rate in metrics.items() if name.startswith(BY_TASK)}
+        names = [name for name in metrics if name.startswith(SUCCESS_OF_TASK)]
+        rates = {int(name.removeprefix(SUCCESS_OF_TASK)): metrics[name] for name in names}
         if rates:
             self.print(f"  {describe_tasks(rates)}")
 

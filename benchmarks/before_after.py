@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -31,7 +31,7 @@ from benchmarks.hardware import describe_run
 from gr00t_agent import Gr00tAgent
 from libero_gym.env import DEFAULT_CAMERAS
 from libero_gym.rendering import make_renderer
-from libero_gym.simulation import check_init_states
+from libero_gym.simulation import InitStates, check_init_states
 
 # Environment steps from one picture to the next, the film's speed by the robot's, and how long its last picture stays.
 STRIDE, SPEED, FINAL_SECONDS = 5, 2, 2
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--suite", default="libero_spatial")
     parser.add_argument("--task-ids", type=int, nargs="+", required=True, help="a column each")
     parser.add_argument("--init-state-id", type=int, default=0, help="initial state of every episode")
-    parser.add_argument("--init-states", choices=["settled", "held_out", "original"], help="default: the suite's own")
+    parser.add_argument("--init-states", choices=get_args(InitStates), help="default: the suite's own")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise and the environments")
     parser.add_argument("--horizon", type=int, help="environment steps before an episode fails; default: the suite's")
     parser.add_argument("--renderer", choices=["egl", "osmesa", "warp"], help="default: the best there is")
@@ -148,11 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--output must end in {' or '.join(VIDEO_SUFFIXES)}, --tile-size be even and at least 144")
     kind, jobs = check_init_states(args.init_states, args.suite), [(i, args.init_state_id) for i in args.task_ids]
     settings = dict(suite=args.suite, horizon=args.horizon, renderer=args.renderer, init_states=kind)
+    checkpoints = {"before": args.before, "after": args.after}
+    digests = {name: weights_digest(checkpoint) for name, checkpoint in checkpoints.items()}  # both are there
     rows: dict[str, list[list[Frame]]] = {}
     results: list[dict[str, Any]] = []
-    for name, checkpoint in (("before", args.before), ("after", args.after)):
+    for name, checkpoint in checkpoints.items():
         rows[name] = film(Args(checkpoint=checkpoint, seeds=(args.seed,), **settings), jobs)
-        told = dict(row=name, checkpoint=checkpoint, weights_sha256=weights_digest(checkpoint))
+        told = dict(row=name, checkpoint=checkpoint, weights_sha256=digests[name])
         for (task_id, state_id), (*_, last) in zip(jobs, rows[name], strict=True):
             results.append(told | dict(task_id=task_id, success=last.success, length=last.step))
             outcome = f"{'success' if last.success else 'failure'} after {last.step} steps"

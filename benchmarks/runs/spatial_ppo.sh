@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How checkpoints/libero_spatial_rl was made: runs e and h of docs/LOG.md, PPO from the few-shot policy on one H100 and
-# 16 cores. Some 17 minutes, and two more for each evaluation.
+# 16 cores. Some 18 minutes with start-up, and two more for each evaluation.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
