@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How checkpoints/libero_spatial_rl was made: runs e and h of docs/LOG.md, PPO from the few-shot policy on one H100 and
-# 16 cores. Some 18 minutes with start-up, and two more for each evaluation.
+# How checkpoints/libero_spatial_rl was made: runs e, h and l of docs/LOG.md, PPO from the few-shot policy on one H100.
+# Some 33 minutes with start-up, and one or two more for each evaluation.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -11,18 +11,22 @@ python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_p
 python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_ppo_h --num-iterations 25 \
     --model runs/spatial_ppo_e/checkpoints/iteration_11 --critic-warmup-iterations 1 \
     --task-ids 0 1 2 2 3 3 4 4 4 5 6 6 6 7 7 8 8 8 8 9 9 9 9 --eval-interval 0 --eval-episodes-per-task 0
+# Run l: the same with step sizes that fall to 0.
+python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_ppo_l --num-iterations 34 --seed 3 \
+    --model runs/spatial_ppo_h/checkpoints/iteration_25 --critic-warmup-iterations 1 --lr-schedule linear \
+    --task-ids 0 1 2 2 3 3 4 4 4 5 6 6 6 7 7 8 8 8 8 9 9 9 9 --eval-interval 0 --eval-episodes-per-task 0
 # Rounded to bfloat16, and evaluated like that.
 python - <<'PYTHON'
 import torch
 from gr00t_agent import Gr00tAgent
 
-agent = Gr00tAgent.from_pretrained("runs/spatial_ppo_h/checkpoints/iteration_25", dtype=torch.bfloat16)
+agent = Gr00tAgent.from_pretrained("runs/spatial_ppo_l/checkpoints/iteration_34", dtype=torch.bfloat16)
 agent.save_pretrained("runs/libero_spatial_rl")
 PYTHON
 for seed in 0 1 2; do
     python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial \
-        --episodes-per-task 50 --seeds "$seed" --num-envs 20 --videos-per-task 0 --output-dir "runs/eval_spatial_rl_$seed"
+        --episodes-per-task 50 --seeds "$seed" --num-envs 100 --videos-per-task 0 --output-dir "runs/eval_spatial_rl_$seed"
 done
-# The check in LIBERO's own environment, drawn by OpenGL: 22 minutes on two cores.
-python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial --episodes-per-task 10 \
-    --seeds 0 --num-envs 2 --videos-per-task 0 --reference-env --renderer egl --output-dir runs/eval_spatial_rl_reference
+# The check in LIBERO's own environment, drawn by OpenGL: five minutes with 20 processes.
+python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial --episodes-per-task 20 \
+    --seeds 0 --num-envs 20 --videos-per-task 0 --reference-env --renderer egl --output-dir runs/eval_spatial_rl_reference
