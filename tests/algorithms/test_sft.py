@@ -1,6 +1,9 @@
 """Supervised fine-tuning: what a step is made of, that it learns, resumes exactly, and exports what was trained."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from gr00t_agent.transforms import resize_views
 from tests.algorithms.tiny_agent import tiny_agent
 from tests.gr00t_agent.lerobot_data import write_dataset
 
+ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Augmentation(random_crop=False, brightness=0, contrast=0, saturation=0, hue=0)
 
 
@@ -285,6 +289,36 @@ def test_micro_batches_and_frame_caches_do_not_change_the_result(demonstrations,
     assert losses(tmp_path / "decoded" / "run") == losses(tmp_path / "device" / "run") == reference
     # The masks of the parts differ, so plain means of means would not agree.
     assert losses(tmp_path / "parts" / "run") == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(demonstrations, tmp_path):
+    options = dict(micro_batch_size=4, ema_decay=0.9, num_steps=4, save_interval=4)
+    sft_gr00t.main(sft_args(tmp_path / "one", demonstrations, **options), make_tiny)
+    program = tmp_path / "two.py"
+    program.write_text(
+        "import torch\nfrom pathlib import Path\nfrom algorithms import sft_gr00t\n"
+        "from tests.algorithms.test_sft import make_tiny, sft_args\ntorch.set_num_threads(1)\n"
+        f"args = sft_args(Path({str(tmp_path / 'two')!r}), Path({str(demonstrations)!r}), **{options!r})\n"
+        "sft_gr00t.main(args, make_tiny)\n"
+    )
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [sys.executable, *launcher, str(program)], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=False, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("step 4/4") == result.stdout.count("checkpoint   ") == 1
+    one, two = (tmp_path / name / "run" for name in ("one", "two"))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    for file in ("checkpoints/step_4/model.safetensors", "state/weights.safetensors"):
+        weights, expected = load_file(two / file), load_file(one / file)
+        assert weights.keys() == expected.keys()
+        # Adam makes a gradient that is all rounding as large as any. That of a key's bias always is: it moves no
+        # attention. Of others single elements are.
+        for name in (name for name in expected if not name.endswith(("to_k.bias", "k_proj.bias"))):
+            assert (weights[name] - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
 
 
 def test_exports_statistics_and_flags(demonstrations, tmp_path, monkeypatch):
