@@ -120,6 +120,19 @@ def test_a_file_of_another_kind_is_an_error(content: str, use, tmp_path: Path):
         archive_root()
 
 
+@pytest.mark.parametrize("name", ["../outside", "/outside", "link"])
+def test_nothing_is_written_outside_of_the_cache(name: str, use, tmp_path: Path):
+    path = tmp_path / "archive.tar.xz"
+    with tarfile.open(path, "w:xz") as hostile:
+        entry = tarfile.TarInfo(name)
+        if name == "link":
+            entry.type, entry.linkname = tarfile.SYMTYPE, "/etc"
+        hostile.addfile(entry)
+    use(path)
+    with pytest.raises(ValueError, match=rf"it holds '{name}', which is not a plain file below it"):
+        archive_root()
+
+
 def test_a_scene_that_the_archive_lacks_is_an_error(archive_file: Path, use, tmp_path: Path):
     other = get_task("libero_spatial", 0).bddl_file
     use(archive_file)
