@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 import tyro
 
+from algorithms.eval_gr00t import jobs_in_training
 from algorithms.step_sizes import Schedule
 
 ArgsT = TypeVar("ArgsT")
+# Arguments of one trainer or another.
+_POSITIVE = (
+    "num_iterations", "num_steps", "num_action_chunks", "denoising_steps", "pipeline_stage_num", "update_epochs",
+    "max_rollouts", "num_groups", "num_minibatches", "log_interval",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -35,7 +42,8 @@ class RunArgs:
     num_iterations: int = 400
     """Rollout-and-update rounds; schedules run over them."""
     save_interval: int = 50
-    """Iterations between checkpoints; the last iteration is always saved."""
+    """Iterations between checkpoints; the last iteration is always saved, and while keep_best is not 0 every evaluated
+    one. 0 saves no others."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 1
@@ -122,7 +130,8 @@ class RunArgs:
 
     def saves(self, iteration: int) -> bool:
         """Returns whether a checkpoint is saved after `iteration`."""
-        return iteration == self.num_iterations or iteration % self.save_interval == 0
+        due = iteration == self.num_iterations or bool(self.save_interval and iteration % self.save_interval == 0)
+        return due or bool(self.keep_best and self.evaluates(iteration))
 
     def evaluates(self, iteration: int) -> bool:
         """Returns whether the policy is evaluated after `iteration`."""
@@ -153,6 +162,40 @@ def parse_args(args_class: type[ArgsT], presets: Mapping[str, ArgsT], descriptio
     parser.add_argument("--preset", choices=[*presets, "None"], default="None")
     name = parser.parse_known_args()[0].preset
     return tyro.cli(args_class, default=presets.get(name, args_class()), description=description)
+
+
+def check_args(args: Any) -> None:
+    """Checks arguments of any trainer that would otherwise fail late.
+
+    Raises:
+        ValueError: one is out of its range, or needs what is not there.
+        FileNotFoundError: the suite stores no initial states to evaluate from.
+    """
+    for name in _POSITIVE:
+        if (value := getattr(args, name, 1)) < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    for name in ("save_interval", "eval_interval", "eval_episodes_per_task", "video_interval"):
+        if (value := getattr(args, name, 0)) < 0:
+            raise ValueError(f"{name}={value} must be at least 0 (0: never)")
+    low, high = getattr(args, "value_bounds", None) or (0.0, 1.0)
+    if low >= high:
+        raise ValueError(f"value_bounds={low} {high} is no range; the first number must be below the second")
+    if getattr(args, "physics", "cpu") == "warp" and not torch.cuda.is_available():
+        raise ValueError(
+            "physics='warp' simulates on a GPU, and PyTorch finds no CUDA device; give --physics cpu and as many "
+            "environments as a CPU can simulate, for example --num-envs 8"
+        )
+    if args.eval_episodes_per_task > 0:
+        jobs_in_training(args)
+
+
+def check_entropy_bonus(args: Any) -> None:
+    """Raises ValueError if `args.ent_coef` would have no effect: only the noise of reinflow is learned."""
+    if args.ent_coef and not args.noise_method.startswith("reinflow"):
+        raise ValueError(
+            f"ent_coef={args.ent_coef} has no effect with noise_method={args.noise_method!r}, whose noise is fixed; "
+            "set it to 0, or take noise_method reinflow or reinflow_joint"
+        )
 
 
 def share_of_process(args: Any, name: str, num_processes: int) -> int:

@@ -36,8 +36,9 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from algorithms.arguments import RunArgs
+from algorithms.arguments import RunArgs, check_args
 from algorithms.distributed import assign, over_processes, sharded_like, whole, whole_weights
+from algorithms.eval_gr00t import evaluation_file
 from algorithms.overlap import EnvStages, EnvState
 from algorithms.randomness import EPISODES, seed_of
 from algorithms.run_folder import RunFolder, base_name, write_json
@@ -49,7 +50,7 @@ STATE_FILE = "state.json"
 FREE_ARGS = {
     "preset", "resume", "output_dir", "run_name", "num_iterations", "save_interval", "keep_last", "keep_best",
     "eval_interval", "eval_episodes_per_task", "video_interval", "log_with", "renderer", "micro_batch_size",
-    "feature_storage", "feature_memory_gb", "pipeline_stage_num", "env_timeout_s", "compile",
+    "feature_storage", "feature_memory_gb", "pipeline_stage_num", "env_timeout_s", "compile", "max_ratio_deviation",
 }  # fmt: skip
 
 
@@ -113,8 +114,10 @@ def open_run(args: Any, accelerator: Accelerator) -> tuple[RunFolder, Path | Non
 
     Raises:
         FileNotFoundError: there is no checkpoint at the path.
-        ValueError: the run had other arguments, or the checkpoint is not its newest.
+        ValueError: an argument is out of its range, the run had other arguments or has done more iterations than are
+            asked for, or the checkpoint is not its newest.
     """
+    check_args(args)
     if args.resume is None:
         return RunFolder.create(args, accelerator), None
     checkpoint: Path | None = None
@@ -134,7 +137,12 @@ def open_run(args: Any, accelerator: Accelerator) -> tuple[RunFolder, Path | Non
             f"{path} holds no checkpoint to go on from; give the folder of a run that has saved one, or start a new "
             "run with --model"
         )
-    newest = found[-1][1]
+    done, newest = found[-1]
+    if done > args.num_iterations:
+        raise ValueError(
+            f"num_iterations={args.num_iterations}, but {path} has done {done}: give {done} or more, or start a new "
+            f"run with --model {newest}"
+        )
     if checkpoint is not None and checkpoint.resolve() != newest.resolve():
         raise ValueError(
             f"{checkpoint} is not the newest checkpoint of its run ({newest.name} is); resume the run, or start a new "
@@ -186,7 +194,7 @@ class Checkpoints:
         self._model, self._agent = model, accelerator.unwrap_model(model)
         self._optimizer, self._stages = optimizer, stages
         self._keep_last, self._keep_best, self._seed = args.keep_last, args.keep_best, args.seed
-        self._episodes_go_on = episodes_go_on
+        self._episodes_go_on, self._evaluates = episodes_go_on, args.evaluates
         self._folder = run.path / "checkpoints"
         self._boundary: Boundary | None = None
 
@@ -251,7 +259,7 @@ class Checkpoints:
         Collective if the weights are sharded.
 
         Args:
-            score: what the best checkpoints are chosen by; None if unknown.
+            score: what the best checkpoints are chosen by; None keeps that of a checkpoint that was there, if any.
 
         Raises:
             OSError: it cannot be written; checkpoints that were there still are.
@@ -261,6 +269,7 @@ class Checkpoints:
         if boundary is None:
             raise RuntimeError("weights have changed since the last boundary; take() one before save()")
         folder = self._folder / f"iteration_{boundary.iteration}"
+        score = _score_of(folder) if score is None else score
         state_dict = whole_weights(self._accelerator, self._model)
         tensors = {"weights": self._weights(), "optimizer": self._optimizer_state()}
         if not self._accelerator.is_main_process:
@@ -312,6 +321,12 @@ class Checkpoints:
             notes.append(
                 f"{folder} was saved by {content['num_processes']} processes, these are {num_processes}: the global "
                 "random number generators, which the trainers do not use, begin anew"
+            )
+        done = content["iteration"]
+        if self._evaluates(done) and not evaluation_file(self._run.path, done).is_file():
+            notes.append(
+                f"the evaluation of {folder} was interrupted and is not done again: `python algorithms/eval_gr00t.py "
+                f"--checkpoint {folder}` does it"
             )
         if self._accelerator.is_main_process:
             print("\n".join([f"going on from {folder}", *notes]))
@@ -367,8 +382,7 @@ class Checkpoints:
         found = checkpoints_in(self._run.path)
         scores: list[tuple[float, int]] = []
         for iteration, path in found:
-            score = json.loads((path / STATE_FOLDER / STATE_FILE).read_text("utf-8"))["score"]
-            if score is not None:
+            if (score := _score_of(path)) is not None:
                 scores.append((score, iteration))
         kept = {iteration for iteration, _ in found[-self._keep_last :]}
         kept |= {iteration for _, iteration in sorted(scores, reverse=True)[: self._keep_best]}
@@ -378,6 +392,11 @@ class Checkpoints:
                 doomed = path.with_name(f".{path.name}.old")
                 path.replace(doomed)
                 shutil.rmtree(doomed)
+
+
+def _score_of(folder: Path) -> float | None:
+    file = folder / STATE_FOLDER / STATE_FILE
+    return json.loads(file.read_text("utf-8"))["score"] if file.is_file() else None
 
 
 def _read_env_states(path: Path) -> dict[int, dict[str, Any]]:

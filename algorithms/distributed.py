@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -57,6 +58,13 @@ def make_accelerator(log_with: Sequence[str], output_dir: Path) -> Accelerator:
             "log-probabilities too; launch with --mixed_precision no and give --compute-dtype bfloat16"
         )
     return accelerator
+
+
+def same_cuda_device() -> Callable[[], None]:
+    """Returns what a new thread calls to use the CUDA device of this one; by itself it would use the first."""
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def prepare(accelerator: Accelerator, agent: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:

@@ -193,6 +193,14 @@ def episode_generator(seed: int, task_id: int, init_state_id: int) -> torch.Gene
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def episode_keys(seeds: Sequence[int], jobs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Returns (seed, task id, initial state id) of every episode; raises ValueError if one is asked for twice."""
+    keys = [(seed, *job) for seed in seeds for job in jobs]
+    if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+        raise ValueError(f"(seed, task, initial state) {repeated[:3]} are asked for twice, but an episode counts once")
+    return keys
+
+
 @dataclass(eq=False)
 class _Slot:
     """What one of the environments is doing.
@@ -250,9 +258,7 @@ def evaluate(
             "ask for: make the environments with autoreset_mode=AutoresetMode.DISABLED"
         )
     seeds = (seed,) if isinstance(seed, int) else tuple(seed)
-    keys = [(s, *job) for s in seeds for job in jobs]
-    if repeated := [key for key, count in Counter(keys).items() if count > 1]:
-        raise ValueError(f"(seed, task, initial state) {repeated[:3]} are asked for twice, but an episode counts once")
+    keys = episode_keys(seeds, jobs)
     episodes = [] if log is None else list(log.episodes)
     known = {episode.key: episode for episode in episodes}
     if foreign := sorted(set(known) - set(keys)):
@@ -388,6 +394,26 @@ def evaluation_jobs(
     return [(task.task_id, state) for task in tasks for state in range(episodes_per_task)]
 
 
+def stored_starts(suite: str, task_ids: Sequence[int] | None) -> list[tuple[int, int]]:
+    """Returns (task id, initial state id) of every stored initial state; tasks that are named twice are there twice."""
+    kind = check_init_states(None, suite)
+    tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)
+    return [(task.task_id, state) for task in tasks for state in range(count_init_states(task, kind))]
+
+
+def jobs_in_training(args: Any) -> list[tuple[int, int]]:
+    """Returns the episodes of `evaluate_into`, every task's once however often training names it; see
+    `evaluation_jobs`.
+    """
+    task_ids = None if args.task_ids is None else tuple(dict.fromkeys(args.task_ids))
+    return evaluation_jobs(args.suite, task_ids, args.eval_episodes_per_task)
+
+
+def evaluation_file(run_path: Path, iteration: int) -> Path:
+    """Returns where a run keeps the evaluation after `iteration`."""
+    return run_path / "evaluations" / f"iteration_{iteration}.json"
+
+
 def evaluate_into(
     run_path: Path, iteration: int, agent: Any, make_envs: Callable[[int], gym.vector.VectorEnv], args: Any
 ) -> float:
@@ -398,19 +424,23 @@ def evaluate_into(
         iteration: names the files.
         agent: the agent.
         make_envs: makes so many environments with autoreset disabled.
-        args: a trainer's arguments: suite, task_ids, eval_episodes_per_task, num_envs, seed.
+        args: a trainer's arguments; it decides the simulation too (physics, stepping, renderer), as the JSON says.
 
     Returns:
         The success rate.
     """
-    task_ids = None if args.task_ids is None else tuple(dict.fromkeys(args.task_ids))  # training may repeat some
-    jobs = evaluation_jobs(args.suite, task_ids, args.eval_episodes_per_task)
+    jobs = jobs_in_training(args)
     name = f"iteration_{iteration}"
     video_dir = run_path / "videos" / name
     with closing(make_envs(min(args.num_envs, len(jobs)))) as envs:
         result = evaluate(agent, envs, jobs, seed=args.seed, record=lambda _, state: state == 0, video_dir=video_dir)
-    result.protocol.update(suite=args.suite, horizon=args.horizon or horizon(args.suite))
-    result.save(run_path / "evaluations" / f"{name}.json")
+    shared = ("renderer", "physics", "stepping")
+    result.protocol.update(
+        suite=args.suite, horizon=args.horizon or horizon(args.suite), task_ids=sorted({task for task, _ in jobs}),
+        episodes_per_task=args.eval_episodes_per_task, init_states=check_init_states(None, args.suite),
+        image_size=agent.image_size, **{name: getattr(args, name) for name in shared if hasattr(args, name)},
+    )  # fmt: skip
+    result.save(evaluation_file(run_path, iteration))
     tile_videos(video_dir / "all_tasks.mp4", result.videos)
     result.print_table()
     return result.success_rate
@@ -492,7 +522,7 @@ def main(args: Args) -> EvalResult:
     )  # fmt: skip
     agent = agent.to(args.device).eval()
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
-    total, video_dir = len(jobs) * len(args.seeds), args.output_dir / "videos"
+    total, video_dir = len(episode_keys(args.seeds, jobs)), args.output_dir / "videos"
     with closing(make_envs(args, min(args.num_envs, total), agent.policy.num_action_chunks, agent.image_size)) as envs:
         protocol = make_protocol(args, agent, envs, jobs)
         log = ShownEpisodeLog(args.output_dir, protocol, resume=args.resume, total=total)
@@ -503,10 +533,8 @@ def main(args: Args) -> EvalResult:
     texts = {task: get_task(args.suite, task).language for task in protocol["task_ids"]}
     result = replace(result, protocol=result.protocol | protocol, task_descriptions=texts)
     result.save(args.output_dir / "result.json")
-    if result.videos:
-        tile_videos(
-            args.output_dir / "videos" / "all_tasks.mp4", [path for path in result.videos if "_state_0_" in path.name]
-        )
+    if first_states := [path for path in result.videos if "_state_0_" in path.name]:
+        tile_videos(args.output_dir / "videos" / "all_tasks.mp4", first_states)
     report_path = write_report(args.output_dir)
     result.print_table()
     phases = "  ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in result.timing.items())

@@ -45,12 +45,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from algorithms import distributed, presets
-from algorithms.arguments import RunArgs, parse_args, share_of_process
+from algorithms.arguments import RunArgs, check_entropy_bonus, parse_args, share_of_process
 from algorithms.batch import concatenate, index
 from algorithms.checkpoints import Checkpoints, StopSignal, open_run
 from algorithms.distributed import mean_and_variance, over_processes
 from algorithms.episodes import Episode, episode_metrics
-from algorithms.eval_gr00t import evaluate_into, evaluation_jobs
+from algorithms.eval_gr00t import evaluate_into, stored_starts
 from algorithms.feature_store import FeatureStore
 from algorithms.frozen import frozen_copy, reference_log_probs, store_frozen_as
 from algorithms.overlap import EnvStages
@@ -104,7 +104,7 @@ class Args(RunArgs):
     dual_clip: float | None = None
     """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, nats per decision)."""
+    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can follow it."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
@@ -129,6 +129,7 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
 
 def make_agent(args: Args) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU."""
+    check_entropy_bonus(args)
     agent = Gr00tAgent.load(
         args.model, num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
         noise_method=args.noise_method, noise_level=args.noise_level, logprob_level=args.logprob_level,
@@ -269,7 +270,7 @@ def main(
     frozen = distributed.without_gradients(accelerator)
     store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
     num_updates, show = args.update_epochs * args.num_minibatches, accelerator.is_main_process
-    jobs = evaluation_jobs(args.suite, args.task_ids, 50)
+    jobs = stored_starts(args.suite, args.task_ids)
     metrics: dict[str, float] = {}
 
     def make_stage(num_envs: int) -> gym.vector.VectorEnv:

@@ -25,6 +25,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from algorithms.distributed import same_cuda_device
+
 EnvState = Mapping[str, NDArray[Any]]
 
 
@@ -69,7 +71,9 @@ class EnvStage:
         self._tasks: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         # A daemon, so that a step that never ends cannot keep the program from ending.
-        self._thread = threading.Thread(target=self._work, name=f"envs-{offset}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(same_cuda_device(),), name=f"envs-{offset}", daemon=True
+        )
         self._thread.start()
         try:
             self.envs: gym.vector.VectorEnv = self._call(lambda: make_envs(len(env_ids)))
@@ -171,7 +175,8 @@ class EnvStage:
         finally:
             self.busy_s += time.perf_counter() - start
 
-    def _work(self) -> None:
+    def _work(self, begin: Callable[[], None]) -> None:
+        begin()
         while (task := self._tasks.get()) is not None:
             try:
                 result = task(), None

@@ -52,7 +52,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
 from algorithms import distributed, presets
-from algorithms.arguments import RunArgs, exact_quotient, parse_args, share_of_process
+from algorithms.arguments import RunArgs, check_entropy_bonus, exact_quotient, parse_args, share_of_process
 from algorithms.batch import concatenate, index
 from algorithms.checkpoints import Checkpoints, StopSignal, open_run
 from algorithms.distributed import mean_and_variance, over_processes
@@ -133,7 +133,7 @@ class Args(RunArgs):
     vf_coef: float = 1.0
     """Weight of the value loss."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, nats per decision)."""
+    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can follow it."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
@@ -177,6 +177,7 @@ def make_envs(
 
 def make_agent(args: Args) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU."""
+    check_entropy_bonus(args)
     agent = Gr00tAgent.load(
         args.model, num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
         noise_method=args.noise_method, noise_level=args.noise_level, logprob_level=args.logprob_level,

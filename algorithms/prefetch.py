@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from algorithms.distributed import same_cuda_device
+
 T = TypeVar("T")
 K = TypeVar("K")
 
@@ -30,7 +32,7 @@ class Prefetch(Generic[K, T]):
             raise ValueError(f"num_threads={num_threads} and num_ahead={num_ahead} must be at least 1")
         self.wait_s = 0.0
         self._load, self._keys, self._num_ahead = load, iter(keys), num_ahead
-        self._pool = ThreadPoolExecutor(num_threads, "prefetch")
+        self._pool = ThreadPoolExecutor(num_threads, "prefetch", initializer=same_cuda_device())
         self._pending: deque[Future[T]] = deque()
 
     def __iter__(self) -> Iterator[T]:

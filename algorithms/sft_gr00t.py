@@ -47,13 +47,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from algorithms.arguments import exact_quotient, parse_args, share_of_process
+from algorithms.arguments import check_args, exact_quotient, parse_args, share_of_process
 from algorithms.augmentation import NUM_DRAWS, Augmentation, augment
 from algorithms.distributed import make_accelerator
 from algorithms.ema import WeightAverage
 from algorithms.eval_gr00t import evaluate_into
 from algorithms.lora import LoraSettings, add_lora, merged
 from algorithms.prefetch import Prefetch
+from algorithms.randomness import seed_of
 from algorithms.run_folder import RunFolder
 from algorithms.training_state import forget_metrics_after, load_state, reopen_run, save_state, trained_parameters
 from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
@@ -88,7 +89,7 @@ class Args:
     num_steps: int = 20_000
     """Optimiser steps."""
     save_interval: int = 5_000
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved; 0 saves no others."""
     eval_interval: int = 0
     """Steps between evaluations; 0 evaluates only after the last."""
     eval_episodes_per_task: int = 50
@@ -225,9 +226,10 @@ def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
         tune_visual=args.tune_visual, tune_llm=args.tune_llm, tune_projector=args.tune_projector,
         tune_diffusion_model=args.tune_diffusion_model,
     )  # fmt: skip
-    # The loss does not reach it. Freezing it here leaves the saved policy's flags as reinforcement learning wants them.
-    for parameter in agent.value_parameters():
-        parameter.requires_grad_(False)
+    # The loss reaches neither. Freezing them here leaves the saved policy's flags as reinforcement learning wants them.
+    for part in (agent.action_head.value_head, agent.action_head.reinflow_explore_noise_net):
+        for parameter in part.parameters() if part is not None else ():
+            parameter.requires_grad_(False)
     if args.lora_rank:
         parts, rank = args.lora_parts, args.lora_rank
         add_lora(agent, LoraSettings(rank=rank, alpha=args.lora_alpha, dropout=args.lora_dropout, parts=parts))
@@ -264,11 +266,6 @@ def frames_at(step: int, batch_size: int, num_frames: int, seed: int) -> NDArray
     return frames
 
 
-def seed_of(*parts: int) -> int:
-    """Returns a seed that depends on all of `parts`."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 def flow_matching_draws(head: Any, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Returns noise [B, h, A] and times tau [B] for the loss above; `head` is the action head's configuration."""
     noise = torch.randn(batch_size, head.action_horizon, head.action_dim, generator=generator)
@@ -300,7 +297,10 @@ def main(
     make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last logged metrics."""
+    check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
+    if accelerator.is_fsdp2:
+        raise ValueError("FSDP cannot be used for fine-tuning: averaged weights and adapters need them whole; use DDP")
     device, num_processes, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     local_size = share_of_process(args, "batch_size", num_processes)
     micro_size = share_of_process(args, "micro_batch_size", num_processes)
@@ -424,7 +424,7 @@ def main(
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
             history = []
-        if last or step % args.save_interval == 0:
+        if last or (args.save_interval and step % args.save_interval == 0):
             with as_policy():
                 run.save_agent(agent, f"step_{step}")
             if accelerator.is_main_process:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from algorithms.run_folder import RunFolder, json_ready
+from algorithms.run_folder import RunFolder, json_ready, write_json
 
 STATE_FILE = "state.json"
 
@@ -88,7 +88,7 @@ def load_state(folder: Path, module: nn.Module, optimizer: Any) -> tuple[int, di
 
 
 def reopen_run(path: Path, args: Any, accelerator: Accelerator, free: Collection[str]) -> RunFolder:
-    """Returns the folder of a run that goes on.
+    """Returns the folder of a run that goes on, with its args.json as they are now.
 
     Args:
         path: the run's folder.
@@ -107,13 +107,16 @@ def reopen_run(path: Path, args: Any, accelerator: Accelerator, free: Collection
     changed = [f"{k}={given[k]!r} (was {found.get(k)!r})" for k in given if k not in free and given[k] != found.get(k)]
     if changed:
         raise ValueError(f"{path} cannot go on with other arguments: {', '.join(changed)}")
+    if accelerator.is_main_process:
+        write_json(file, args)
     accelerator.project_configuration.logging_dir = str(path)
     accelerator.init_trackers("logs")
     return RunFolder(path, accelerator)
 
 
 def forget_metrics_after(path: Path, iteration: int) -> None:
-    """Drops the lines of a metrics.jsonl that a resumed run is about to write again."""
+    """Drops the lines of a metrics.jsonl that a resumed run is about to write again, and one that was not ended."""
     if path.is_file():
-        lines = [line for line in path.read_text("utf-8").splitlines() if json.loads(line)["iteration"] <= iteration]
+        whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line.rstrip("\n") for line in whole if json.loads(line)["iteration"] <= iteration]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

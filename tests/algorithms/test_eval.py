@@ -14,7 +14,15 @@ from gymnasium.vector import AutoresetMode
 from algorithms import eval_gr00t
 from algorithms.collect_demos import Attempt, record
 from algorithms.episode_log import EpisodeLog, EvalEpisode
-from algorithms.eval_gr00t import Args, EvalResult, episode_generator, evaluate, evaluate_into, evaluation_jobs
+from algorithms.eval_gr00t import (
+    Args,
+    EvalResult,
+    episode_generator,
+    evaluate,
+    evaluate_into,
+    evaluation_jobs,
+    stored_starts,
+)  # fmt: skip
 from algorithms.reference_env import ReferenceVectorEnv
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.agent import NANO_METADATA
@@ -37,6 +45,7 @@ class NoisyAgent:
 
     def __init__(self, unclean: float = 0.0):
         self.unclean = unclean
+        self.image_size = 32
         self.batches: list[int] = []
 
     def predict(self, obs: dict[str, Any], generator: Sequence[torch.Generator]) -> torch.Tensor:
@@ -145,6 +154,12 @@ def test_an_exception_ends_the_evaluation_and_is_no_failed_episode():
     whole = run(num_envs=4)
     assert 0 < len(log.episodes) < len(JOBS)
     assert all(e in whole.episodes for e in log.episodes)
+
+
+def test_every_stored_state_is_a_start():
+    starts = stored_starts("libero_spatial_with_milk", (3, 8, 8))  # 10 states a task
+    assert starts == [(3, i) for i in range(10)] + 2 * [(8, i) for i in range(10)]
+    assert len(stored_starts("libero_spatial", None)) == 500
 
 
 def test_bad_calls_are_refused():

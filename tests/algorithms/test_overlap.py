@@ -49,6 +49,22 @@ def test_results_do_not_depend_on_the_number_of_stages(tmp_path: Path, algorithm
     assert not threads()
 
 
+def test_environments_are_made_on_the_cuda_device_of_the_process(monkeypatch: pytest.MonkeyPatch):
+    chosen: dict[str, int] = {}
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", lambda i: chosen.update({threading.current_thread().name: i}))
+    made_in: list[tuple[str, int | None]] = []
+
+    def make(num_envs: int) -> LineVectorEnv:
+        name = threading.current_thread().name
+        made_in.append((name, chosen.get(name)))
+        return LineVectorEnv(num_envs)
+
+    with EnvStages(make, np.arange(4), num_stages=2, timeout_s=10):
+        assert made_in == [("envs-0", 3), ("envs-2", 3)]
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_one_stage_simulates_while_another_is_decided(tmp_path: Path, algorithm: str):
     options = dict(env=Sleeps, make_agent=slow_agent, num_iterations=1, update_epochs=1)

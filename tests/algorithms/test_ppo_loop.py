@@ -224,6 +224,32 @@ def test_environments_simulate_where_they_are_told_to(trainer: Any):
         envs.close()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(update_epochs=0), "update_epochs=0 must be at least 1"),
+        (dict(save_interval=-1), "save_interval=-1 must be at least 0"),
+        (dict(value_bounds=(1.0, 0.0)), "value_bounds=1.0 0.0 is no range"),
+        (dict(eval_episodes_per_task=51), "episodes_per_task=51 is not possible for task 0"),
+        (dict(physics="warp"), "simulates on a GPU, and PyTorch finds no CUDA device; give --physics cpu"),
+    ],
+)
+def test_bad_arguments_stop_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        train("ppo", tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("trainer", [ppo_gr00t, grpo_gr00t])
+def test_an_entropy_bonus_without_effect_is_refused(trainer: Any):
+    with pytest.raises(ValueError, match=r"ent_coef=0\.01 has no effect with noise_method='flow_sde'"):
+        trainer.make_agent(trainer.Args(ent_coef=0.01))
+    assert trainer.make_agent(trainer.Args(ent_coef=0.01, noise_method="reinflow"))
+
+
 def test_presets_have_the_published_settings_and_sizes_that_divide():
     spatial, ten = PRESETS["libero_spatial_rlinf"], PRESETS["libero_10_rlinf"]
     assert spatial.num_envs * spatial.num_steps * 5 == 512 * 240

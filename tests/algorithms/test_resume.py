@@ -134,7 +134,9 @@ def test_sigterm_saves_and_ends_with_status_0(tmp_path: Path, algorithm: str):
     assert len(logged(run)) == saved[0] + 1
 
 
-def test_sigterm_during_an_evaluation_keeps_the_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_sigterm_during_an_evaluation_keeps_the_iteration_and_the_continuation_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     def evaluate(folder: Path, iteration: int, agent: Any, make_envs: Any, args: Any) -> float:
         envs = make_envs(2)
         envs.reset(seed=0)
@@ -150,6 +152,9 @@ def test_sigterm_during_an_evaluation_keeps_the_iteration(tmp_path: Path, monkey
     assert [line["iteration"] for line in logged(run)] == [1, 2]
     assert [iteration for iteration, _ in checkpoints_in(run)] == [2]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train("ppo", tmp_path, num_iterations=2, resume="auto", eval_interval=2, eval_episodes_per_task=1)
+    assert "the evaluation of" in (told := capsys.readouterr().out)
+    assert f"--checkpoint {run / 'checkpoints' / 'iteration_2'}` does it" in told
 
 
 @pytest.mark.parametrize("failing", ["save_file", "np.savez", "write_json"])
@@ -181,6 +186,29 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path, monkeypatc
         train("ppo", tmp_path, keep_last=0)
 
 
+def test_a_stop_keeps_the_score_of_what_was_saved(tmp_path: Path):
+    class Breaks(LineVectorEnv):
+        def step(self, actions: Any) -> Any:
+            raise ZeroDivisionError
+
+    train("ppo", tmp_path, num_iterations=2, save_interval=1)
+    run = run_folder(tmp_path)
+    state_file = run / "checkpoints" / "iteration_2" / checkpoints.STATE_FOLDER / checkpoints.STATE_FILE
+    score, saved_at = json.loads(state_file.read_text())["score"], state_file.stat().st_mtime_ns
+    assert score == logged(run)[-1]["env/success_once"]
+    with pytest.raises(ZeroDivisionError):
+        train("ppo", tmp_path, num_iterations=3, save_interval=1, resume=run, env=Breaks)
+    assert state_file.stat().st_mtime_ns > saved_at
+    assert json.loads(state_file.read_text())["score"] == score
+
+
+def test_evaluated_iterations_are_saved_while_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    scores = iter([0.9, 0.1, 0.2])
+    monkeypatch.setattr("algorithms.ppo_gr00t.evaluate_into", lambda *inputs: next(scores))
+    train("ppo", tmp_path, num_iterations=6, save_interval=0, keep_last=1, eval_interval=2, eval_episodes_per_task=1)
+    assert [iteration for iteration, _ in checkpoints_in(run_folder(tmp_path))] == [2, 6]
+
+
 def test_a_checkpoint_is_what_from_pretrained_loads(tmp_path: Path):
     train("ppo", tmp_path, make_agent=make_tiny_agent, num_iterations=1, num_steps=4, update_epochs=1)
     folder = run_folder(tmp_path) / "checkpoints" / "iteration_1"
@@ -202,8 +230,13 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
         train("ppo", tmp_path, resume=run / "checkpoints" / "iteration_1")
     with pytest.raises(ValueError, match="is of another network"):
         train("ppo", tmp_path, resume=run, make_agent=lambda args: MLPAgent(("state.x", "state.y"), 2, 2))
+    with pytest.raises(ValueError, match=r"num_iterations=1, but .* has done 2: give 2 or more"):
+        train("ppo", tmp_path, resume=run, num_iterations=1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "env/succ')  # as a full disk leaves it
     train("ppo", tmp_path, resume=run / "checkpoints" / "iteration_2", num_iterations=3)
-    assert len(logged(run)) == 3
+    assert [line["iteration"] for line in logged(run)] == [1, 2, 3]
+    assert json.loads((run / "args.json").read_text())["num_iterations"] == 3
 
 
 def test_auto_begins_a_new_run_if_there_is_none_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

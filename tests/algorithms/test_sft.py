@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -289,6 +290,12 @@ def test_micro_batches_and_frame_caches_do_not_change_the_result(demonstrations,
     assert losses(tmp_path / "decoded" / "run") == losses(tmp_path / "device" / "run") == reference
     # The masks of the parts differ, so plain means of means would not agree.
     assert losses(tmp_path / "parts" / "run") == pytest.approx(reference, rel=1e-5)
+
+
+def test_sharded_weights_are_refused(demonstrations, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft_gr00t, "make_accelerator", lambda *inputs: SimpleNamespace(is_fsdp2=True))
+    with pytest.raises(ValueError, match="FSDP cannot be used for fine-tuning"):
+        sft_gr00t.main(sft_args(tmp_path, demonstrations), make_tiny)
 
 
 @pytest.mark.slow
