@@ -9,10 +9,12 @@ python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_p
     --eval-interval 0 --eval-episodes-per-task 0
 # Run h: tasks that fail are drawn up to four times as often. The critic begins anew.
 python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_ppo_h --num-iterations 25 \
+    --save-interval 10 --keep-last 3 \
     --model runs/spatial_ppo_e/checkpoints/iteration_11 --critic-warmup-iterations 1 \
     --task-ids 0 1 2 2 3 3 4 4 4 5 6 6 6 7 7 8 8 8 8 9 9 9 9 --eval-interval 0 --eval-episodes-per-task 0
 # Run l: the same with step sizes that fall to 0.
 python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_ppo_l --num-iterations 34 --seed 3 \
+    --save-interval 12 --keep-last 3 \
     --model runs/spatial_ppo_h/checkpoints/iteration_25 --critic-warmup-iterations 1 --lr-schedule linear \
     --task-ids 0 1 2 2 3 3 4 4 4 5 6 6 6 7 7 8 8 8 8 9 9 9 9 --eval-interval 0 --eval-episodes-per-task 0
 # Rounded to bfloat16, and evaluated like that.
