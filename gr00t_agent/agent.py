@@ -608,14 +608,15 @@ class Gr00tAgent(nn.Module):
             generator: Source of randomness for sampling; a sequence gives every row its own, so that what a row draws
                 does not depend on its batch mates.
             noise_anneal: Fraction of the exploration noise left; scoring needs the value used when sampling.
-            draws: Random numbers from outside.
+            draws: Random numbers from outside; `generator`, a single one, draws what they leave out.
 
         Returns:
             action, log-probability, entropy, value [B]. Log-probability and entropy (nats, closed form) are [B],
             [B, C] or [B, C, a] by `logprob_level`, float32.
 
         Raises:
-            ValueError: The policy has no value head, or a stored chain has another number of steps.
+            ValueError: The policy has no value head, a stored chain has another number of steps or noise at others,
+                or both a generator for each row and `draws` are given.
         """
         with self._without_dropout():
             context = self._context(obs)
@@ -627,8 +628,9 @@ class Gr00tAgent(nn.Module):
             if action is None:
                 batch = context.state_features.shape[0]
                 if isinstance(generator, Sequence):
-                    draws = self._draws_of_rows(generator, batch) if draws is None else draws
-                    generator = None
+                    if draws is not None:
+                        raise ValueError("a generator for each row and draws exclude each other; give one of them")
+                    draws, generator = self._draws_of_rows(generator, batch), None
                 draws = SamplingDraws() if draws is None else draws
                 noise = self._initial_noise(batch, generator) if draws.noise is None else draws.noise.to(self.device)
                 index = draws.denoise_index

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -36,19 +37,37 @@ def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
     """Return the folder of a checkpoint, downloaded if it is a hub name.
 
     Raises:
-        FileNotFoundError: Neither a folder nor of the form `owner/name`.
+        FileNotFoundError: Neither a folder nor of the form `owner/name`, or the hub does not give it.
     """
-    path = Path(path_or_hub_id)
+    patterns = ["*.json", "*.safetensors", "*.txt"]
+    return resolve_folder("checkpoint", path_or_hub_id, "for example nvidia/GR00T-N1.5-3B", allow_patterns=patterns)
+
+
+def resolve_folder(what: str, path_or_hub_id: str | Path, hint: str, **options: Any) -> Path:
+    """Return a folder, downloaded if it is a hub name.
+
+    Args:
+        what: What it holds, for the message.
+        path_or_hub_id: A folder, or `owner/name`.
+        hint: What could be given instead, for the message.
+        options: Of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FileNotFoundError: Neither a folder nor of the form `owner/name`, or the hub does not give it.
+    """
+    path, name = Path(path_or_hub_id), str(path_or_hub_id)
     if path.is_dir():
         return path
-    name = str(path_or_hub_id)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"checkpoint {name!r} is no folder and no hub name (owner/name, e.g. nvidia/GR00T-N1.5-3B)"
-        )
+        raise FileNotFoundError(f"{what} {name!r} is no folder and no hub name (owner/name); {hint}")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    try:
+        return Path(snapshot_download(name, **options))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{what} {name!r} is no folder below {Path.cwd()}, and the hub does not give it ({error}); {hint}"
+        ) from error
 
 
 def released_name(name: str) -> str:

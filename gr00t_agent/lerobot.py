@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from gr00t_agent.checkpoint import resolve_folder
 from gr00t_agent.data_config import DataConfig, DatasetMetadata, LiberoFrankaDataConfig, ModalitySlice, read_modality
 
 INFO_FILE = Path("meta") / "info.json"
@@ -96,20 +97,10 @@ def resolve_dataset(path_or_hub_id: str | Path) -> Path:
     """Return the folder of a dataset, downloaded if it is a hub name.
 
     Raises:
-        FileNotFoundError: neither a folder nor of the form `owner/name`.
+        FileNotFoundError: neither a folder nor of the form `owner/name`, or the hub does not give it.
     """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    name = str(path_or_hub_id)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"dataset {name!r} is no folder and no hub name (owner/name); "
-            "make one with `python algorithms/collect_demos.py`"
-        )
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, repo_type="dataset"))
+    hint = "make one with `python algorithms/collect_demos.py`"
+    return resolve_folder("dataset", path_or_hub_id, hint, repo_type="dataset")
 
 
 def read_info(folder: Path) -> dict[str, Any]:

@@ -130,6 +130,11 @@ class FlowSampler:
             raise ValueError(
                 f"noise_level={self.noise_level} is out of range (valid: above 0, and at most 1 for flow_cps)"
             )
+        if self.ignore_last and (self.is_joint or self.method != "flow_sde"):
+            raise ValueError(
+                f"ignore_last=True has no effect with noise_method={self.method!r} and joint_logprob={self.joint}; it "
+                "goes with flow_sde and noise at one step only"
+            )
         if self.num_stochastic_steps < 1:
             raise ValueError(
                 f"denoising_steps={self.num_steps} leaves no stochastic step: the last step of {self.method} is "
@@ -149,7 +154,7 @@ class FlowSampler:
     @property
     def num_stochastic_steps(self) -> int:
         """Steps that may be drawn as the stochastic one: 0 to this minus 1."""
-        skip_last = self.method == "flow_cps" or (self.method == "flow_sde" and self.ignore_last)
+        skip_last = self.method == "flow_cps" or self.ignore_last
         return self.num_steps - int(skip_last)
 
     def draw_index(
@@ -265,12 +270,19 @@ class FlowSampler:
             noise_anneal: The value used when sampling.
 
         Raises:
-            ValueError: The chain has another number of steps than this sampler.
+            ValueError: The chain has another number of steps than this sampler, or was sampled with noise at one step
+                and this sampler has it at all, or the other way round.
         """
         if chain.shape[1] != self.num_steps + 1:
             raise ValueError(
                 f"chain has {chain.shape[1] - 1} steps, but denoising_steps={self.num_steps}; re-evaluate with the "
                 "number of steps that the rollout used"
+            )
+        if bool(((denoise_index == ALL_STEPS) != self.is_joint).any()):
+            raise ValueError(
+                f"the chain was sampled with noise at {'one step' if self.is_joint else 'all steps'}, but "
+                f"joint_logprob={self.joint} with noise_method={self.method!r} scores the other kind; re-evaluate with "
+                "the settings that the rollout used"
             )
         chain = chain.float()
         if self.is_joint:

@@ -97,7 +97,7 @@ def load_tokenizer(source: str | Path) -> PromptTokenizer:
             appended to a plain Qwen tokenizer.
 
     Raises:
-        FileNotFoundError: A folder holds no tokenizer.
+        FileNotFoundError: A folder holds no tokenizer, or there is neither such a file or folder nor hub name.
     """
     path = NANO_TOKENIZER if source == "nano" else Path(source)
     if path.is_dir() and not (path / "tokenizer.json").is_file():
@@ -105,13 +105,24 @@ def load_tokenizer(source: str | Path) -> PromptTokenizer:
     elif path.is_dir() or path.is_file():
         model = Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
     else:
-        model = Tokenizer.from_pretrained(str(source))
+        model = _hub_tokenizer(str(source))
     # Truncation and padding that a file may carry are the prompt's business.
     model.no_truncation()
     model.no_padding()
     if model.token_to_id(IMAGE_CONTEXT) is None:
         model.add_special_tokens(list(EAGLE_TOKENS))
     return FileTokenizer(model)
+
+
+def _hub_tokenizer(name: str) -> Tokenizer:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"tokenizer {name!r} is no file, no folder and no hub name (e.g. Qwen/Qwen3-1.7B)")
+    try:
+        return Tokenizer.from_pretrained(name)
+    except Exception as error:  # the hub's client raises bare ones
+        raise FileNotFoundError(
+            f"tokenizer {name!r} is no file or folder below {Path.cwd()}, and the hub does not give it: {error}"
+        ) from error
 
 
 def _qwen_tokenizer(folder: Path) -> Tokenizer:

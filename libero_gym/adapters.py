@@ -293,7 +293,7 @@ class ModalityVectorObservation(gymnasium.vector.VectorWrapper):
         return observation_to_modality(observations, self.modality), infos
 
     def observe(self) -> Observation:
-        """Observes without stepping, for instance after `set_state`; see `LiberoVectorEnv.observe`."""
+        """Observes without stepping, for instance after `unwrapped.set_state`; see `LiberoVectorEnv.observe`."""
         return observation_to_modality(cast(Any, self.env).observe(), self.modality)
 
     def step(self, actions: Any) -> tuple[Any, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:

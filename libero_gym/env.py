@@ -35,6 +35,7 @@ OBSERVATION_KEYS = ("images", "wrist_images")
 # States lie within: eef position (m), axis-angle (rad, |v| <= 2 pi by its definition from w in -1..1), fingers (m).
 _STATE_LIMIT = np.array([10.0] * 3 + [2 * np.pi] * 3 + [1.0] * 2, dtype=np.float32)
 _MAX_SENTENCE = 512
+_CLOSED = "the environment is closed; make a new one"
 
 
 def make_observation_space(image_size: int, *, has_images: bool = True) -> spaces.Dict:
@@ -52,7 +53,7 @@ def make_observation_space(image_size: int, *, has_images: bool = True) -> space
             **images,
             "states": spaces.Box(-_STATE_LIMIT, _STATE_LIMIT, dtype=np.float32),
             "task_descriptions": spaces.Text(
-                max_length=_MAX_SENTENCE, min_length=0, charset=string.ascii_letters + string.digits + " .,'-_()"
+                max_length=_MAX_SENTENCE, min_length=0, charset=string.ascii_letters + string.digits + " .,'\u2019-_()"
             ),
         }
     )
@@ -202,6 +203,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self._renderer: Any = self._open_renderer(renderer) if observe_images else None
         self._simulations: dict[str, Simulation] = {}
         self._simulation: Simulation | None = None
+        self._is_closed = False
         self._images: npt.NDArray[np.uint8] | None = None
         self._num_steps = 0
         self._last_value = 0.0
@@ -236,8 +238,11 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             options: `task_id` and `init_state_id`, each optional.
 
         Raises:
-            ValueError: an unknown option, or an id out of range.
+            ValueError: an unknown option, an id that is no integer or out of range, or the environment is closed.
+            TypeError: `task_id` is not an integer.
         """
+        if self._is_closed:
+            raise ValueError(_CLOSED)
         super().reset(seed=seed)
         options = dict(options or {})
         task = self._choose_task(options.pop("task_id", None))
@@ -245,6 +250,8 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         if options:
             raise ValueError(f"unknown reset options {sorted(options)} (valid: 'task_id', 'init_state_id')")
         simulation = self._open_simulation(task)
+        if init_state_id is not None and not is_integer(init_state_id):
+            raise ValueError(f"init_state_id={init_state_id!r} is not an integer")
         if init_state_id is None:
             init_state_id = self.np_random.integers(count_init_states(task, self._init_states))
         placement_seed = int(self.np_random.integers(2**32, dtype=np.uint64))
@@ -259,7 +266,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         """Advance by 50 ms.
 
         Raises:
-            ValueError: `action` has not 7 elements, or `reset` was not called.
+            ValueError: `action` has not 7 elements, `reset` was not called, or the environment is closed.
             PhysicsError: `action` is not finite, or the simulation diverged.
         """
         simulation = self._require_simulation()
@@ -283,6 +290,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     def close(self) -> None:
         """Release the renderer. A second call does nothing."""
+        self._is_closed = True
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
@@ -313,7 +321,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     def _require_simulation(self) -> Simulation:
         if self._simulation is None:
-            raise ValueError("reset() must be called first (the environment is new, or closed)")
+            raise ValueError(_CLOSED if self._is_closed else "reset() must be called first")
         return self._simulation
 
     def _observe(self) -> dict[str, Any]:

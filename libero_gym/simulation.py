@@ -42,6 +42,15 @@ FloatArray = npt.NDArray[np.float64]
 _PHYSICS_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
+def check_state(state: Mapping[str, Any], scene: Scene) -> None:
+    """Raise ValueError unless `state`, of `Simulation.get_state`, is of `scene`."""
+    if str(state["scene"]) != scene.key:
+        raise ValueError(
+            f"the state belongs to scene {state['scene']}, this simulation to {scene.key}: "
+            "restore it in a simulation of the same task, built by the same versions"
+        )
+
+
 class PhysicsError(RuntimeError):
     """The simulation diverged, ran out of space for contacts, or was given an action that is not finite.
 
@@ -325,11 +334,7 @@ class Simulation:
         Raises:
             ValueError: the state belongs to another scene.
         """
-        if str(state["scene"]) != self.scene.key:
-            raise ValueError(
-                f"the state belongs to scene {state['scene']}, this simulation to {self.scene.key}: "
-                "restore it in a simulation of the same task, built by the same versions"
-            )
+        check_state(state, self.scene)
         self.task = get_task(str(state["suite"]), int(state["task_id"]))
         self.init_state_id = int(state["init_state_id"])
         self._goal = load_task_data(self.scene, self.task).goal

@@ -31,7 +31,15 @@ from libero_gym.env import (
     make_observation_space,
 )
 from libero_gym.scenes import Scene, load_scenes
-from libero_gym.simulation import ACTION_DIM, InitStates, Simulation, Stepping, check_init_states, count_init_states
+from libero_gym.simulation import (
+    ACTION_DIM,
+    InitStates,
+    Simulation,
+    Stepping,
+    check_init_states,
+    check_state,
+    count_init_states,
+)
 from libero_gym.suites import TaskSpec, get_task, list_tasks
 
 # Environments are drawn in up to this many parts, of at least that many, each while later ones are still stepped.
@@ -61,7 +69,7 @@ class _Slot:
     def world(self) -> Simulation:
         """The simulation of the current episode."""
         if self.simulation is None:
-            raise ValueError("reset() must be called first (the environment is new, or closed)")
+            raise ValueError("reset() must be called first")
         return self.simulation
 
     @property
@@ -76,8 +84,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     Every environment behaves as a single one seeded with `seed + i` does, whatever the number of threads.
 
     ## Action space
-    float32 [N, 7], or [N, C, 7] with `num_action_chunks=C > 1`: a call of `step` then runs up to C steps and
-    observes once, at their end. An environment whose episode ends within a chunk idles for its rest.
+    float32 [N, 7] ([N, 1, 7] is taken too), or [N, C, 7] with `num_action_chunks=C > 1`: a call of `step` then runs
+    up to C steps and observes once, at their end. An environment whose episode ends within a chunk idles for its rest.
 
     ## Observation space
     `Dict` as in `LiberoEnv` with a leading N; `task_descriptions` is a tuple of N str. With `images_as_torch=True`
@@ -101,7 +109,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
 
     ## Autoreset
     `autoreset_mode`, also in `metadata["autoreset_mode"]`, as Gymnasium defines them:
-    - SAME_STEP (default): a finished environment is reset in the same call;
+    - SAME_STEP (default): a finished environment is reset in the same call; one that `set_state` or an error has
+      left finished, by the next call, as under NEXT_STEP;
     - NEXT_STEP: the next call resets it and ignores its action (no step is run, reward 0);
     - DISABLED: `reset(options={"reset_mask": bool [N]})` resets it. Until then it idles at no cost: no steps, reward
       0, neither terminated nor truncated again, the observation stays.
@@ -117,9 +126,9 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     "original" states; "settled" and "held_out" ones hold theirs.
 
     ## Arguments
-    As for `LiberoEnv`, and:
+    As for `LiberoEnv`, but `task_ids` for `task_id`, and:
     - `num_envs`: N.
-    - `task_ids`: tasks to draw from, one named twice twice as often; None takes all of the suite.
+    - `task_ids`: sequence of tasks to draw from, one named twice twice as often; None takes all of the suite.
     - `num_action_chunks`: C.
     - `num_threads`: threads for stepping and drawing; None takes all cores that the process may use.
     - `images_as_torch`: see above; needs the renderer "warp".
@@ -227,9 +236,10 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         """Start episodes; see the class.
 
         Raises:
-            ValueError: an unknown option, one of wrong shape or type, an id out of range, or environments left out
-                of `reset_mask` that were never reset.
+            ValueError: an unknown option, one of wrong shape or type, an id out of range, environments left out of
+                `reset_mask` that were never reset, or the environment is closed. No environment has been touched.
         """
+        self._require_open()
         options = dict(options or {})
         unknown = sorted(set(options) - set(_RESET_OPTIONS))
         if unknown:
@@ -253,14 +263,16 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         """Run up to C steps in each environment; see the class.
 
         Raises:
-            ValueError: `actions` has the wrong shape, or `reset` was not called.
-            PhysicsError: an action is not finite (nothing has been stepped then), or a simulation diverged; its `dump`
-                is of the first environment concerned.
+            ValueError: `actions` has the wrong shape, `reset` was not called, or the environment is closed.
+            PhysicsError: an action is not finite (nothing has been stepped then), or a simulation diverged. Its `dump`
+                is of the first environment concerned, whose step is undone; the others have taken theirs, `observe`
+                shows them, and episodes that ended go unreported.
         """
+        self._require_open()
         worlds = self.simulations  # raises before anything moves if an environment was never reset
         chunks = self._check_actions(actions, worlds)
         to_reset = np.zeros(self.num_envs, np.bool_)
-        if self._autoreset is AutoresetMode.NEXT_STEP:
+        if self._autoreset is not AutoresetMode.DISABLED:
             to_reset = np.array([slot.is_done for slot in self._slots])
             self._start_episodes(np.flatnonzero(to_reset), None, None)
         ended = self._step_and_draw(chunks, to_reset)
@@ -277,7 +289,12 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         return observation, rewards, terminations, truncations, self._infos() | final
 
     def observe(self) -> dict[str, Any]:
-        """Return the current observation of all environments, for instance after `set_state`."""
+        """Return the current observation of all environments, for instance after `set_state`.
+
+        Raises:
+            ValueError: an environment was never reset, or all are closed.
+        """
+        self._require_open()
         return self._observe()
 
     def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:
@@ -317,6 +334,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         if str(state["suite"]) != self._suite:
             raise ValueError(f"the state belongs to suite {state['suite']}, these environments to {self._suite}")
         scene = load_scenes([get_task(self._suite, int(state["task_id"]))])[0]
+        check_state(state, scene)
         self._take_simulation(slot, scene)
         slot.world.set_state(state)
         slot.length = int(state["episode_length"])
@@ -386,15 +404,18 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             self._slots[i].chunk_s = time.thread_time() - start
             return ends
 
+        everyone = np.arange(self.num_envs)
         if self._pool is None:
-            ended = self._each(run, range(self.num_envs))
-            self._mark_stepped(np.arange(self.num_envs))
-            return ended
+            try:
+                return self._each(run, range(self.num_envs))
+            finally:
+                self._mark_stepped(everyone)
         # What took longest the last time begins, so that the threads end together.
         order = np.argsort([-slot.chunk_s for slot in self._slots], kind="stable")
         submitted = self._submit(self._pool, run, order.tolist())
         futures = [submitted[k] for k in np.argsort(order)]
-        overlaps = self._renderer is not None and not self._renderer.uses_all_cores
+        # The first images are drawn in one piece.
+        overlaps = self._images is not None and not self._renderer.uses_all_cores
         num_parts = max(1, min(self.num_envs // _MIN_PART, _MAX_PARTS)) if overlaps else 1
         try:
             for part in np.array_split(order, num_parts):
@@ -403,9 +424,11 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
                 self._mark_stepped(part)
                 if overlaps:
                     self._refresh(part)
-        finally:
+            return _results(futures)
+        except BaseException:
             wait(futures)
-        return _results(futures)
+            self._mark_stepped(everyone)  # the others have moved all the same
+            raise
 
     def _mark_stepped(self, env_ids: IntArray) -> None:
         self._stale[env_ids] |= [self._slots[i].num_steps > 0 for i in env_ids]
@@ -436,25 +459,16 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     def _start_episodes(self, indices: IntArray, task_ids: IntArray | None, init_state_ids: IntArray | None) -> None:
         if not len(indices):
             return
-        # The draws of LiberoEnv.reset, in its order: task, initial state, seed of the fixture poses.
-        tasks: list[TaskSpec] = []
-        for i in indices:
-            if task_ids is not None:
-                tasks.append(get_task(self._suite, int(task_ids[i])))
-            else:
-                tasks.append(self._tasks[int(self._slots[i].rng.integers(len(self._tasks)))])
-        starts: dict[int, tuple[TaskSpec, int, int]] = {}
-        for i, task, scene in zip(indices, tasks, load_scenes(tasks), strict=True):
-            slot = self._slots[i]
-            num_states = count_init_states(task, self._init_states)
-            init_state_id = int(slot.rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
-            if not 0 <= init_state_id < num_states:
-                raise ValueError(
-                    f"init_state_id={init_state_id} is not among the stored states of {task.suite} task "
-                    f"{task.task_id} (valid: 0-{num_states - 1})"
-                )
-            starts[int(i)] = (task, init_state_id, int(slot.rng.integers(2**32, dtype=np.uint64)))
-            self._take_simulation(slot, scene)
+        before = {int(i): self._slots[i].rng.bit_generator.state for i in indices}
+        try:
+            starts = self._draw_starts(indices, task_ids, init_state_ids)
+        except Exception:
+            for i, state in before.items():
+                self._slots[i].rng.bit_generator.state = state
+            raise
+        scenes = load_scenes([task for task, _, _ in starts.values()])
+        for i, scene in zip(starts, scenes, strict=True):
+            self._take_simulation(self._slots[i], scene)
 
         def start(i: int) -> None:
             slot = self._slots[i]
@@ -466,6 +480,27 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
 
         self._each(start, list(starts))
         self._stale[indices] = True
+
+    def _draw_starts(
+        self, indices: IntArray, task_ids: IntArray | None, init_state_ids: IntArray | None
+    ) -> dict[int, tuple[TaskSpec, int, int]]:
+        """Task, initial state and seed of the fixture poses of each environment, drawn in LiberoEnv.reset's order."""
+        starts: dict[int, tuple[TaskSpec, int, int]] = {}
+        for i in indices:
+            rng = self._slots[i].rng
+            if task_ids is None:
+                task = self._tasks[int(rng.integers(len(self._tasks)))]
+            else:
+                task = get_task(self._suite, int(task_ids[i]))
+            num_states = count_init_states(task, self._init_states)
+            init_state_id = int(rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
+            if not 0 <= init_state_id < num_states:
+                raise ValueError(
+                    f"init_state_id={init_state_id} is not among the stored states of {task.suite} task "
+                    f"{task.task_id} (valid: 0-{num_states - 1})"
+                )
+            starts[int(i)] = (task, init_state_id, int(rng.integers(2**32, dtype=np.uint64)))
+        return starts
 
     def _take_simulation(self, slot: _Slot, scene: Scene) -> None:
         """Give `slot` a simulation of `scene`: its own, a spare one, or a new one."""
@@ -531,7 +566,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         expected = (self.num_envs, ACTION_DIM)
         if self._num_chunks > 1:
             expected = (self.num_envs, self._num_chunks, ACTION_DIM)
-        if values.shape != expected:
+        if values.shape != expected and (self._num_chunks > 1 or values.shape != (self.num_envs, 1, ACTION_DIM)):
             raise ValueError(f"actions have shape {values.shape}; expected {expected}")
         chunks = values.reshape(self.num_envs, self._num_chunks, ACTION_DIM)
         is_bad = ~np.isfinite(chunks).all(axis=-1)  # [N, C]
@@ -579,7 +614,12 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             raise ValueError(f"seed has {len(seed)} entries; expected an int or one for each of {self.num_envs}")
         return [None if value is None else int(value) for value in seed]
 
+    def _require_open(self) -> None:
+        if self.closed:
+            raise ValueError("the environment is closed; make a new one")
+
     def _slot(self, env_id: int) -> _Slot:
+        self._require_open()
         if not 0 <= env_id < self.num_envs:
             raise ValueError(f"env_id={env_id} is out of range (valid: 0-{self.num_envs - 1})")
         return self._slots[env_id]

@@ -9,8 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, PolicyConfig, read_metadata
-from gr00t_agent.checkpoint import EMBEDDINGS, OUTPUT_LAYER, read_weights, released_name, write_weights
+from gr00t_agent.checkpoint import (
+    EMBEDDINGS,
+    OUTPUT_LAYER,
+    read_weights,
+    released_name,
+    resolve_checkpoint,
+    write_weights,
+)
 from gr00t_agent.data_config import METADATA_PATH
+from gr00t_agent.lerobot import resolve_dataset
+from gr00t_agent.transforms import load_tokenizer
 from tests.gr00t_agent.conftest import make_observation
 
 SOME_TENSOR = "action_head.vlln.weight"
@@ -190,3 +199,15 @@ def test_loading_in_bf16(tiny_checkpoint, tiny_agent):
     noise = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
     difference = agent.predict_chunk(obs, noise=noise) - tiny_agent.predict_chunk(obs, noise=noise)
     assert difference.abs().max() < 0.2
+
+
+def test_what_the_hub_does_not_give_is_named_with_where_was_looked(monkeypatch):
+    def refuse(name, **options):
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    for call in (resolve_checkpoint, resolve_dataset):
+        with pytest.raises(FileNotFoundError, match=r"'checkpoints/misspelt' is no folder below .*\(offline\)"):
+            call("checkpoints/misspelt")
+    with pytest.raises(FileNotFoundError, match="is no file, no folder and no hub name"):
+        load_tokenizer("./misspelt")

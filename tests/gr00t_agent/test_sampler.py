@@ -294,3 +294,23 @@ def test_learned_method_needs_a_learned_std():
     sampler = FlowSampler(num_steps=2, method="reinflow")
     with pytest.raises(ValueError, match="needs a velocity function that also returns a std"):
         sampler.sample(constant(1.0), torch.zeros(1, 4, 2), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_a_chain_with_noise_at_other_steps_is_refused(is_joint: bool):
+    sampled, scoring = (FlowSampler(num_steps=2, method="flow_sde", joint=joint) for joint in (is_joint, not is_joint))
+
+    def velocity(x: torch.Tensor, step: torch.Tensor) -> Prediction:
+        return Prediction(torch.zeros_like(x), None)
+
+    index = sampled.draw_index(3, torch.device("cpu"))
+    chain, _ = sampled.sample(velocity, torch.zeros(3, 4, 2), index)
+    sampled.evaluate(velocity, chain, index)
+    with pytest.raises(ValueError, match="the chain was sampled with noise at"):
+        scoring.evaluate(velocity, chain, index)
+
+
+def test_ignoring_the_last_step_without_effect_is_refused():
+    for options in (dict(method="reinflow"), dict(method="flow_sde", joint=True)):
+        with pytest.raises(ValueError, match="ignore_last=True has no effect"):
+            FlowSampler(num_steps=4, ignore_last=True, **options)

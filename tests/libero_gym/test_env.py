@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from libero_gym.env import LiberoEnv
+from libero_gym.env import LiberoEnv, make_observation_space
 from libero_gym.simulation import PhysicsError
-from libero_gym.suites import get_task
+from libero_gym.suites import get_task, list_suites, list_tasks
 
 
 def _make(suite="libero_goal", **options) -> LiberoEnv:
@@ -150,8 +150,22 @@ def test_close_twice():
     env.reset(seed=0)
     env.close()
     env.close()
-    with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
+    with pytest.raises(ValueError, match=r"the environment is closed; make a new one"):
         env.step(np.zeros(7, dtype=np.float32))
+
+
+def test_every_instruction_is_in_the_observation_space():
+    space = make_observation_space(8)["task_descriptions"]
+    for suite in list_suites():
+        for task in list_tasks(suite):
+            assert space.contains(task.language), (suite, task.task_id)
+
+
+@pytest.mark.parametrize("init_state_id", [7.9, "7", True, [3]])
+def test_initial_states_are_chosen_by_integers(init_state_id):
+    env = LiberoEnv("libero_spatial", observe_images=False)
+    with pytest.raises(ValueError, match="is not an integer"):
+        env.reset(options={"init_state_id": init_state_id})
 
 
 def test_nan_action():

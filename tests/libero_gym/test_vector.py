@@ -326,6 +326,71 @@ def test_an_error_while_others_are_drawn_names_its_environment(monkeypatch):
     env.close()
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_after_an_error_the_others_show_where_they_are_and_go_on(num_threads, monkeypatch):
+    env = make(3, num_threads=num_threads, horizon=1)
+    before, _ = env.reset(seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(env.simulations[2], "step", lambda action: (_ for _ in ()).throw(PhysicsError("diverged")))
+        with pytest.raises(PhysicsError, match="diverged"):
+            env.step(random_actions(1, 3)[0])
+    observed = env.observe()
+    after, _ = env.reset(options={"reset_mask": np.array([False, False, True])})
+    for states in (observed["states"], after["states"]):
+        np.testing.assert_array_equal(states[:2], [simulation.states() for simulation in env.simulations[:2]])
+        assert not (states[:2] == before["states"][:2]).all(axis=1).any()
+    # The ends of the first two were lost with the call: they begin anew instead of idling.
+    _, _, terminated, truncated, infos = env.step(no_motion(3))
+    assert (infos["num_steps"].tolist(), (terminated | truncated).tolist()) == ([0, 0, 1], [False, False, True])
+    *_, infos = env.step(no_motion(3))
+    assert infos["num_steps"].tolist() == [1, 1, 1]
+
+
+def test_a_reset_that_is_refused_touches_nothing():
+    env = LiberoVectorEnv("libero_object", 2, observe_images=False)
+    env.reset(seed=0, options={"task_id": np.array([3, 1])})
+    env.reset(options={"task_id": np.array([0, 1])})  # keeps the scene of task 3
+    states = [env.get_state(i) for i in range(2)]
+    with pytest.raises(ValueError, match="init_state_id=99 is not among"):
+        env.reset(options={"task_id": np.array([3, 4]), "init_state_id": np.array([0, 99])})
+    assert [simulation.task.task_id for simulation in env.simulations] == [0, 1]
+    for i, state in enumerate(states):
+        assert_same(env.get_state(i), state)
+
+
+def test_a_closed_environment_says_so():
+    env = make(2)
+    env.reset(seed=0)
+    state = env.get_state(0)
+    env.close()
+    for call in (env.reset, env.observe, lambda: env.step(no_motion(2)), lambda: env.set_state(0, state)):
+        with pytest.raises(ValueError, match="the environment is closed; make a new one"):
+            call()
+
+
+def test_a_fresh_batch_made_of_states_draws_all_of_it(monkeypatch):
+    monkeypatch.setattr(WarpRenderer, "uses_all_cores", False)
+    options = dict(num_threads=2, observe_images=True, image_size=8, renderer="warp")
+    known, fresh = make(16, **options), make(16, **options)
+    known.reset(seed=0)
+    for i, state in enumerate(known.get_states()):
+        fresh.set_state(i, state)
+    expected, found = (env.step(no_motion(16))[0] for env in (known, fresh))
+    assert_same(found, expected)
+    for env in (known, fresh):
+        env.close()
+
+
+def test_a_finished_state_begins_anew_where_episodes_follow_each_other():
+    ended = make(1, autoreset_mode="DISABLED", horizon=1)
+    ended.reset(seed=0)
+    ended.step(no_motion(1))
+    env = make(1, horizon=5)
+    env.reset(seed=1)
+    env.set_state(0, ended.get_state(0))
+    assert [env.step(no_motion(1))[-1]["num_steps"][0] for _ in range(3)] == [0, 1, 1]
+
+
 def test_state_moves_between_environments_of_different_scenes():
     env = LiberoVectorEnv("libero_object", 2, observe_images=False)
     env.reset(seed=0, options={"task_id": np.array([0, 1]), "init_state_id": np.array([4, 5])})
@@ -415,6 +480,7 @@ def test_bad_resets_are_refused(pair, keywords, message):
 def test_bad_actions_are_refused(pair):
     with pytest.raises(ValueError, match=r"actions have shape \(2, 6\); expected \(2, 7\)"):
         pair.step(np.zeros((2, 6), np.float32))
+    pair.step(no_motion(2, 1))  # what a policy of one-step chunks gives
     before = pair.observe()["states"]
     bad = no_motion(2)
     bad[1, 3] = np.nan
