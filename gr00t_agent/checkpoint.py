@@ -206,7 +206,7 @@ def write_weights(
             room = max_shard_bytes
         shards[-1][name] = tensor
         room -= size
-    for stale in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
+    for stale in [folder / WEIGHTS_FILE, folder / INDEX_FILE, *folder.glob("model-?????-of-?????.safetensors")]:
         stale.unlink(missing_ok=True)
     if len(shards) == 1:
         save_file(shards[0], str(folder / WEIGHTS_FILE), metadata={"format": "pt"})

@@ -44,6 +44,8 @@ from libero_gym.suites import TaskSpec, get_task, list_tasks
 
 # Environments are drawn in up to this many parts, of at least that many, each while later ones are still stepped.
 _MAX_PARTS, _MIN_PART = 4, 8
+# What `get_state` adds to the state of a simulation.
+_EPISODE_KEYS = frozenset({"episode_length", "episode_return", "last_value", "is_done", "rng"})
 _RESET_OPTIONS = ("reset_mask", "task_id", "init_state_id")
 
 Result = TypeVar("Result")
@@ -105,7 +107,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     | `episode_length` | int64 [N] | steps of the episode observed |
     | `episode_return` | float64 [N] | its sum of rewards |
     | `final_obs`, `final_info` | dicts of [N] | with SAME_STEP, after an episode's end: what the last step of the ended
-      episodes showed, valid where `_final_obs` is True; other rows repeat the current observation |
+      episodes showed, valid where `_final_obs` is True; other rows repeat the current observation. Gymnasium's own
+      `final_obs` is an array of dicts instead: wrappers that read it, such as `DictInfoToList`, need NEXT_STEP |
 
     ## Autoreset
     `autoreset_mode`, also in `metadata["autoreset_mode"]`, as Gymnasium defines them:
@@ -181,6 +184,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         self.num_envs = _positive("num_envs", num_envs)
         self._num_chunks = _positive("num_action_chunks", num_action_chunks)
         self._suite = suite
+        if task_ids is not None and not isinstance(task_ids, Sequence | np.ndarray):
+            raise ValueError(f"task_ids={task_ids!r} is not a sequence of tasks (for one task: task_ids=[3])")
         self._tasks = list_tasks(suite) if task_ids is None else [get_task(suite, task_id) for task_id in task_ids]
         if not self._tasks:
             raise ValueError("task_ids is empty; name at least one task, or None for all of the suite")
@@ -228,6 +233,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     @property
     def simulations(self) -> tuple[Simulation, ...]:
         """The live simulation of each environment."""
+        self._require_open()
         return tuple(slot.world for slot in self._slots)
 
     def reset(
@@ -236,7 +242,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         """Start episodes; see the class.
 
         Raises:
-            ValueError: an unknown option, one of wrong shape or type, an id out of range, environments left out of
+            ValueError: an unknown option, one of wrong shape or type, an id that is not valid, environments left out of
                 `reset_mask` that were never reset, or the environment is closed. No environment has been touched.
         """
         self._require_open()
@@ -248,10 +254,16 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         indices = np.flatnonzero(mask)
         task_ids = self._ids("task_id", options.get("task_id"))
         init_state_ids = self._ids("init_state_id", options.get("init_state_id"))
-        for i, value in enumerate(self._seeds(seed)):
-            if value is not None and mask[i]:
-                self._slots[i].rng = seeding.np_random(value)[0]
-        self._start_episodes(indices, task_ids, init_state_ids)
+        seeded = {i: seeding.np_random(s)[0] for i, s in enumerate(self._seeds(seed)) if s is not None and mask[i]}
+        previous = [slot.rng for slot in self._slots]
+        for i, rng in seeded.items():
+            self._slots[i].rng = rng
+        try:
+            self._start_episodes(indices, task_ids, init_state_ids)
+        except Exception:
+            for slot, rng in zip(self._slots, previous, strict=True):
+                slot.rng = rng
+            raise
         for slot in self._slots:
             slot.num_steps = 0
             slot.chunk_rewards = np.zeros(self._num_chunks, np.float32)
@@ -268,8 +280,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
                 is of the first environment concerned, whose step is undone; the others have taken theirs, `observe`
                 shows them, and episodes that ended go unreported.
         """
-        self._require_open()
-        worlds = self.simulations  # raises before anything moves if an environment was never reset
+        worlds = self.simulations  # raises before anything moves if an environment was never reset, or all are closed
         chunks = self._check_actions(actions, worlds)
         to_reset = np.zeros(self.num_envs, np.bool_)
         if self._autoreset is not AutoresetMode.DISABLED:
@@ -301,7 +312,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         """Return the first camera's image of each environment, uint8 (H, W, 3), or None without a render mode."""
         if self.render_mode is None:
             return None
-        images = self._observe()[OBSERVATION_KEYS[0]]
+        images = self.observe()[OBSERVATION_KEYS[0]]
         return tuple(np.asarray(image.cpu() if self._as_torch else image) for image in images)
 
     def get_state(self, env_id: int) -> dict[str, Any]:
@@ -328,9 +339,16 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         """Restore in environment `env_id` what `get_state` returned, to the last bit; also from another environment.
 
         Raises:
-            ValueError: `env_id` is out of range, or the state belongs to another suite or other versions.
+            ValueError: `env_id` is out of range, or the state is incomplete or belongs to another suite or other
+                versions.
         """
         slot = self._slot(env_id)
+        missing = sorted(_EPISODE_KEYS - set(state))
+        if missing:
+            raise ValueError(
+                f"the state lacks {missing}: give what get_state of a vector environment returned; that of a "
+                "simulation goes to simulations[env_id].set_state"
+            )
         if str(state["suite"]) != self._suite:
             raise ValueError(f"the state belongs to suite {state['suite']}, these environments to {self._suite}")
         scene = load_scenes([get_task(self._suite, int(state["task_id"]))])[0]
@@ -459,13 +477,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     def _start_episodes(self, indices: IntArray, task_ids: IntArray | None, init_state_ids: IntArray | None) -> None:
         if not len(indices):
             return
-        before = {int(i): self._slots[i].rng.bit_generator.state for i in indices}
-        try:
-            starts = self._draw_starts(indices, task_ids, init_state_ids)
-        except Exception:
-            for i, state in before.items():
-                self._slots[i].rng.bit_generator.state = state
-            raise
+        starts = self._draw_starts(indices, task_ids, init_state_ids)
         scenes = load_scenes([task for task, _, _ in starts.values()])
         for i, scene in zip(starts, scenes, strict=True):
             self._take_simulation(self._slots[i], scene)
@@ -484,23 +496,40 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     def _draw_starts(
         self, indices: IntArray, task_ids: IntArray | None, init_state_ids: IntArray | None
     ) -> dict[int, tuple[TaskSpec, int, int]]:
-        """Task, initial state and seed of the fixture poses of each environment, drawn in LiberoEnv.reset's order."""
+        """Task, initial state and seed of the fixture poses of each environment, drawn in LiberoEnv.reset's order.
+
+        If one is refused, the generators are as before.
+        """
+        before = {int(i): self._slots[i].rng.bit_generator.state for i in indices}
         starts: dict[int, tuple[TaskSpec, int, int]] = {}
-        for i in indices:
-            rng = self._slots[i].rng
-            if task_ids is None:
-                task = self._tasks[int(rng.integers(len(self._tasks)))]
-            else:
-                task = get_task(self._suite, int(task_ids[i]))
-            num_states = count_init_states(task, self._init_states)
-            init_state_id = int(rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
-            if not 0 <= init_state_id < num_states:
-                raise ValueError(
-                    f"init_state_id={init_state_id} is not among the stored states of {task.suite} task "
-                    f"{task.task_id} (valid: 0-{num_states - 1})"
-                )
-            starts[int(i)] = (task, init_state_id, int(rng.integers(2**32, dtype=np.uint64)))
+        try:
+            for i in before:
+                rng = self._slots[i].rng
+                if task_ids is None:
+                    task = self._tasks[int(rng.integers(len(self._tasks)))]
+                else:
+                    task = self._known_task(get_task(self._suite, int(task_ids[i])))
+                num_states = count_init_states(task, self._init_states)
+                init_state_id = int(rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
+                if not 0 <= init_state_id < num_states:
+                    raise ValueError(
+                        f"init_state_id={init_state_id} is not among the stored states of {task.suite} task "
+                        f"{task.task_id} (valid: 0-{num_states - 1})"
+                    )
+                starts[i] = (task, init_state_id, int(rng.integers(2**32, dtype=np.uint64)))
+        except Exception:
+            for i, state in before.items():
+                self._slots[i].rng.bit_generator.state = state
+            raise
         return starts
+
+    def _known_task(self, task: TaskSpec) -> TaskSpec:
+        if task not in self._tasks:
+            raise ValueError(
+                f"task_id={task.task_id} of {task.suite} is not among the tasks that these environments were made for "
+                f"(valid: {[known.task_id for known in self._tasks]}); make them with it in task_ids"
+            )
+        return task
 
     def _take_simulation(self, slot: _Slot, scene: Scene) -> None:
         """Give `slot` a simulation of `scene`: its own, a spare one, or a new one."""

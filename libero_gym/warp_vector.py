@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 
 from libero_gym.env import OBSERVATION_KEYS
 from libero_gym.scenes import Scene, load_scenes
-from libero_gym.simulation import ACTION_DIM, PhysicsError, count_init_states
+from libero_gym.simulation import ACTION_DIM, PhysicsError
 from libero_gym.suites import TaskSpec, get_task
 from libero_gym.vector import LiberoVectorEnv
 from libero_gym.warp_physics import WarpOptions, WarpWorlds, WorldStart
@@ -92,11 +92,7 @@ class LiberoWarpEnv(LiberoVectorEnv):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start episodes; see `LiberoVectorEnv.reset`, which raises the same errors.
-
-        Raises:
-            ValueError: in addition, a task that is not among those of these environments.
-        """
+        """Start episodes; see `LiberoVectorEnv.reset`, which raises the same errors."""
         self._rewards = np.zeros_like(self._rewards)
         self._num_steps = np.zeros_like(self._num_steps)
         return super().reset(seed=seed, options=options)
@@ -108,7 +104,7 @@ class LiberoWarpEnv(LiberoVectorEnv):
         self._require_started()
         chunks = self._check_chunks(actions)
         is_idle = self._is_done.copy()
-        if self._autoreset is AutoresetMode.NEXT_STEP:
+        if self._autoreset is not AutoresetMode.DISABLED:
             self._start_episodes(np.flatnonzero(is_idle), None, None)
         ran, successes = self.worlds.step(chunks, ~is_idle, self._horizon - self._lengths)  # [N, C] each
         values = successes.astype(np.float32)
@@ -246,34 +242,13 @@ class LiberoWarpEnv(LiberoVectorEnv):
             raise ValueError(f"environment {env_id} was never reset")
         return task
 
-    def _known_task(self, task: TaskSpec) -> TaskSpec:
-        if task not in self._tasks:
-            raise ValueError(
-                f"task_id={task.task_id} of {task.suite} is not among the tasks that these environments were made for "
-                f"(valid: {[known.task_id for known in self._tasks]}); make them with it in task_ids"
-            )
-        return task
-
     def _start_episodes(self, indices: IntArray, task_ids: IntArray | None, init_state_ids: IntArray | None) -> None:
         if not len(indices):
             return
-        # The draws of LiberoEnv.reset, in its order: task, initial state, seed of the fixture poses.
-        starts: list[WorldStart] = []
-        for i in indices:
-            rng = self._slots[i].rng
-            if task_ids is None:
-                task = self._tasks[int(rng.integers(len(self._tasks)))]
-            else:
-                task = self._known_task(get_task(self._suite, int(task_ids[i])))
-            num_states = count_init_states(task, self._init_states)
-            init_state_id = int(rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
-            if not 0 <= init_state_id < num_states:
-                raise ValueError(
-                    f"init_state_id={init_state_id} is not among the stored states of {task.suite} task "
-                    f"{task.task_id} (valid: 0-{num_states - 1})"
-                )
-            placement_seed = int(rng.integers(2**32, dtype=np.uint64))
-            starts.append(WorldStart(task=task, init_state_id=init_state_id, placement_seed=placement_seed))
+        starts = [
+            WorldStart(task=task, init_state_id=init_state_id, placement_seed=placement_seed)
+            for task, init_state_id, placement_seed in self._draw_starts(indices, task_ids, init_state_ids).values()
+        ]
         self.worlds.reset(indices, starts, init_states=self._init_states)
         for i, start in zip(indices, starts, strict=True):
             self._episode_tasks[i] = start.task

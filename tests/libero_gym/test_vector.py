@@ -352,10 +352,31 @@ def test_a_reset_that_is_refused_touches_nothing():
     env.reset(options={"task_id": np.array([0, 1])})  # keeps the scene of task 3
     states = [env.get_state(i) for i in range(2)]
     with pytest.raises(ValueError, match="init_state_id=99 is not among"):
-        env.reset(options={"task_id": np.array([3, 4]), "init_state_id": np.array([0, 99])})
+        env.reset(seed=7, options={"task_id": np.array([3, 4]), "init_state_id": np.array([0, 99])})
+    with pytest.raises(ValueError, match=r"the state lacks \['episode_length'"):
+        env.set_state(0, env.simulations[1].get_state())
     assert [simulation.task.task_id for simulation in env.simulations] == [0, 1]
     for i, state in enumerate(states):
         assert_same(env.get_state(i), state)
+
+
+def test_tasks_that_it_was_not_made_for_are_refused():
+    env = make(2, task_ids=[0, 1])
+    with pytest.raises(ValueError, match=r"task_id=5 of libero_spatial is not among .*\(valid: \[0, 1\]\)"):
+        env.reset(options={"task_id": 5})
+    with pytest.raises(ValueError, match=r"task_ids=3 is not a sequence of tasks \(for one task: task_ids=\[3\]\)"):
+        make(2, task_ids=3)
+
+
+def test_gymnasium_runs_single_environments_in_processes_too():
+    options = dict(num_envs=2, observe_images=False, task_id=3)
+    kwargs = dict(shared_memory=False)
+    env = gymnasium.make_vec(f"libero_gym/{SUITE}-v0", vectorization_mode="async", vector_kwargs=kwargs, **options)
+    own = make(2, task_ids=[3])
+    observation, expected = env.reset(seed=0)[0], own.reset(seed=0)[0]
+    assert observation["task_descriptions"] == expected["task_descriptions"]
+    np.testing.assert_array_equal(observation["states"], expected["states"])
+    env.close()
 
 
 def test_a_closed_environment_says_so():
@@ -363,7 +384,13 @@ def test_a_closed_environment_says_so():
     env.reset(seed=0)
     state = env.get_state(0)
     env.close()
-    for call in (env.reset, env.observe, lambda: env.step(no_motion(2)), lambda: env.set_state(0, state)):
+    for call in (
+        env.reset,
+        env.observe,
+        lambda: env.simulations,
+        lambda: env.step(no_motion(2)),
+        lambda: env.set_state(0, state),
+    ):
         with pytest.raises(ValueError, match="the environment is closed; make a new one"):
             call()
 
