@@ -40,7 +40,7 @@ from libero_gym.simulation import (
     check_state,
     count_init_states,
 )
-from libero_gym.suites import TaskSpec, get_task, list_tasks
+from libero_gym.suites import TaskSpec, get_task, is_integer, list_tasks
 
 # Environments are drawn in up to this many parts, of at least that many, each while later ones are still stepped.
 _MAX_PARTS, _MIN_PART = 4, 8
@@ -184,8 +184,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         self.num_envs = _positive("num_envs", num_envs)
         self._num_chunks = _positive("num_action_chunks", num_action_chunks)
         self._suite = suite
-        if task_ids is not None and not isinstance(task_ids, Sequence | np.ndarray):
-            raise ValueError(f"task_ids={task_ids!r} is not a sequence of tasks (for one task: task_ids=[3])")
+        if is_integer(task_ids):
+            raise ValueError(f"task_ids={task_ids!r} is not a sequence of tasks (for one task: task_ids=[{task_ids}])")
         self._tasks = list_tasks(suite) if task_ids is None else [get_task(suite, task_id) for task_id in task_ids]
         if not self._tasks:
             raise ValueError("task_ids is empty; name at least one task, or None for all of the suite")
