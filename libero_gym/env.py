@@ -35,7 +35,7 @@ OBSERVATION_KEYS = ("images", "wrist_images")
 # States lie within: eef position (m), axis-angle (rad, |v| <= 2 pi by its definition from w in -1..1), fingers (m).
 _STATE_LIMIT = np.array([10.0] * 3 + [2 * np.pi] * 3 + [1.0] * 2, dtype=np.float32)
 _MAX_SENTENCE = 512
-_CLOSED = "the environment is closed; make a new one"
+CLOSED = "the environment is closed; make a new one"
 
 
 def make_observation_space(image_size: int, *, has_images: bool = True) -> spaces.Dict:
@@ -242,7 +242,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             TypeError: `task_id` is not an integer.
         """
         if self._is_closed:
-            raise ValueError(_CLOSED)
+            raise ValueError(CLOSED)
         super().reset(seed=seed)
         options = dict(options or {})
         task = self._choose_task(options.pop("task_id", None))
@@ -321,7 +321,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     def _require_simulation(self) -> Simulation:
         if self._simulation is None:
-            raise ValueError(_CLOSED if self._is_closed else "reset() must be called first")
+            raise ValueError(CLOSED if self._is_closed else "reset() must be called first")
         return self._simulation
 
     def _observe(self) -> dict[str, Any]:

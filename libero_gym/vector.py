@@ -5,6 +5,7 @@ Shape legend: N environments, C steps of an action chunk, H = W = `image_size` p
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from libero_gym.env import (
+    CLOSED,
     DEFAULT_CAMERAS,
     OBSERVATION_KEYS,
     RendererKind,
@@ -254,9 +256,13 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         indices = np.flatnonzero(mask)
         task_ids = self._ids("task_id", options.get("task_id"))
         init_state_ids = self._ids("init_state_id", options.get("init_state_id"))
-        seeded = {i: seeding.np_random(s)[0] for i, s in enumerate(self._seeds(seed)) if s is not None and mask[i]}
-        previous = [slot.rng for slot in self._slots]
-        for i, rng in seeded.items():
+        previous, seeds = [slot.rng for slot in self._slots], self._seeds(seed)
+        # Drawn from copies, so that a reset that is refused leaves the generators as they were.
+        generators = {
+            i: copy.deepcopy(previous[i]) if seeds[i] is None else seeding.np_random(seeds[i])[0]
+            for i in indices.tolist()
+        }
+        for i, rng in generators.items():
             self._slots[i].rng = rng
         try:
             self._start_episodes(indices, task_ids, init_state_ids)
@@ -496,31 +502,22 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     def _draw_starts(
         self, indices: IntArray, task_ids: IntArray | None, init_state_ids: IntArray | None
     ) -> dict[int, tuple[TaskSpec, int, int]]:
-        """Task, initial state and seed of the fixture poses of each environment, drawn in LiberoEnv.reset's order.
-
-        If one is refused, the generators are as before.
-        """
-        before = {int(i): self._slots[i].rng.bit_generator.state for i in indices}
+        """Task, initial state and seed of the fixture poses of each environment, drawn in LiberoEnv.reset's order."""
         starts: dict[int, tuple[TaskSpec, int, int]] = {}
-        try:
-            for i in before:
-                rng = self._slots[i].rng
-                if task_ids is None:
-                    task = self._tasks[int(rng.integers(len(self._tasks)))]
-                else:
-                    task = self._known_task(get_task(self._suite, int(task_ids[i])))
-                num_states = count_init_states(task, self._init_states)
-                init_state_id = int(rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
-                if not 0 <= init_state_id < num_states:
-                    raise ValueError(
-                        f"init_state_id={init_state_id} is not among the stored states of {task.suite} task "
-                        f"{task.task_id} (valid: 0-{num_states - 1})"
-                    )
-                starts[i] = (task, init_state_id, int(rng.integers(2**32, dtype=np.uint64)))
-        except Exception:
-            for i, state in before.items():
-                self._slots[i].rng.bit_generator.state = state
-            raise
+        for i in indices:
+            rng = self._slots[i].rng
+            if task_ids is None:
+                task = self._tasks[int(rng.integers(len(self._tasks)))]
+            else:
+                task = self._known_task(get_task(self._suite, int(task_ids[i])))
+            num_states = count_init_states(task, self._init_states)
+            init_state_id = int(rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
+            if not 0 <= init_state_id < num_states:
+                raise ValueError(
+                    f"init_state_id={init_state_id} is not among the stored states of {task.suite} task "
+                    f"{task.task_id} (valid: 0-{num_states - 1})"
+                )
+            starts[int(i)] = (task, init_state_id, int(rng.integers(2**32, dtype=np.uint64)))
         return starts
 
     def _known_task(self, task: TaskSpec) -> TaskSpec:
@@ -645,7 +642,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
 
     def _require_open(self) -> None:
         if self.closed:
-            raise ValueError("the environment is closed; make a new one")
+            raise ValueError(CLOSED)
 
     def _slot(self, env_id: int) -> _Slot:
         self._require_open()

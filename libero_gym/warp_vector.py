@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode
 
-from libero_gym.env import OBSERVATION_KEYS
+from libero_gym.env import CLOSED, OBSERVATION_KEYS
 from libero_gym.scenes import Scene, load_scenes
 from libero_gym.simulation import ACTION_DIM, PhysicsError
 from libero_gym.suites import TaskSpec, get_task
@@ -77,7 +77,7 @@ class LiberoWarpEnv(LiberoVectorEnv):
             ValueError: the environment is closed.
         """
         if self._worlds is None:
-            raise ValueError("the environment is closed; make a new one")
+            raise ValueError(CLOSED)
         return self._worlds
 
     @property
