@@ -8,8 +8,8 @@ DEMO_ARGS ?=
 
 # The version whose contacts LIBERO's stored states were made for, in an environment without torch.
 OLD_VENV := $(VENV)-mujoco33
-SLOWEST_PHYSICS_TEST := tests/libero_gym/test_settling.py::test_every_tasks_premise_holds_and_lasts[settled-libero_90]
-PHYSICS_TESTS := $(addprefix tests/libero_gym/test_,stepping.py simulation.py settling.py predicates.py env.py vector.py)
+SLOWEST_PHYSICS_TEST := tests/libero_gym/tasks/test_initial_states.py::test_every_tasks_premise_holds_and_lasts[settled-libero_90]
+PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py test_env.py test_vector.py)
 
 .PHONY: help demo test test-mujoco33 quick lint format clean
 

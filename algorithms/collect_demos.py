@@ -34,15 +34,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from algorithms.run_folder import json_ready, write_json
+from algorithms.common.run_folder import json_ready, write_json
 from gr00t_agent.lerobot_writer import EPISODE_FILE, Episode, Recording, assemble_dataset, stage_episode
-from libero_gym.bddl import read_problem
 from libero_gym.env import DEFAULT_CAMERAS
 from libero_gym.experts import ExpertConfig, make_expert
-from libero_gym.rendering import Renderer, make_renderer
-from libero_gym.scenes import Scene, load_scene
-from libero_gym.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, RenderState, Simulation
-from libero_gym.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states
+from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, RenderState, Simulation
+from libero_gym.rendering.renderers import Renderer, make_renderer
+from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.scenes import Scene, load_scene
+from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states
 
 FPS = 20
 SETTINGS_FILE = "settings.json"
@@ -444,7 +444,7 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
     write_json(args.output / "meta" / "collection.json", {"args": args, "tasks": report})
     if not args.keep_staged:
         shutil.rmtree(staging.folder)
-    print(f"\ndataset      {args.output}\ninspect      python algorithms/show_dataset.py --dataset {args.output}")
+    print(f"\ndataset      {args.output}\ninspect      python tools/show_dataset.py --dataset {args.output}")
     return {"tasks": report}
 
 

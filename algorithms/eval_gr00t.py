@@ -41,18 +41,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from algorithms.episode_log import EpisodeLog, EpisodeStore, EvalEpisode
-from algorithms.episodes import wilson_interval
-from algorithms.reference_env import ReferenceVectorEnv
-from algorithms.report import write_report
-from algorithms.run_folder import describe_environment, write_json
-from algorithms.video import CONTROL_FREQUENCY_HZ, TASK_KEY, Frame, frame_of, tile_videos, write_video
+from algorithms.common.episode_log import EpisodeLog, EpisodeStore, EvalEpisode
+from algorithms.common.episodes import wilson_interval
+from algorithms.common.reference_env import ReferenceVectorEnv
+from algorithms.common.report import write_report
+from algorithms.common.run_folder import describe_environment, write_json
+from algorithms.common.video import CONTROL_FREQUENCY_HZ, TASK_KEY, Frame, frame_of, tile_videos, write_video
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.checkpoint import resolve_checkpoint
 from gr00t_agent.config import PresetName
 from libero_gym.adapters import ModalityVectorObservation
-from libero_gym.simulation import InitStates, check_init_states, count_init_states
-from libero_gym.suites import get_task, horizon, list_tasks
+from libero_gym.physics.simulation import InitStates, check_init_states, count_init_states
+from libero_gym.tasks.suites import get_task, horizon, list_tasks
 
 
 @dataclass(kw_only=True)

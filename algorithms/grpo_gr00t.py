@@ -44,19 +44,19 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algorithms import distributed, presets
-from algorithms.arguments import RunArgs, check_entropy_bonus, parse_args, share_of_process
-from algorithms.batch import concatenate, index
-from algorithms.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.distributed import mean_and_variance, over_processes
-from algorithms.episodes import Episode, episode_metrics
+from algorithms.common import distributed, presets
+from algorithms.common.arguments import RunArgs, check_entropy_bonus, parse_args, share_of_process
+from algorithms.common.batch import concatenate, index
+from algorithms.common.checkpoints import Checkpoints, StopSignal, open_run
+from algorithms.common.distributed import mean_and_variance, over_processes
+from algorithms.common.episodes import Episode, episode_metrics
+from algorithms.common.feature_store import FeatureStore
+from algorithms.common.frozen import frozen_copy, reference_log_probs, store_frozen_as
+from algorithms.common.overlap import EnvStages
+from algorithms.common.progress import TrainingProgress
+from algorithms.common.randomness import EPISODES, GROUPS, MINIBATCHES, NOISE, deal, generators_of, seed_of
+from algorithms.common.step_sizes import StepSizes
 from algorithms.eval_gr00t import evaluate_into, stored_starts
-from algorithms.feature_store import FeatureStore
-from algorithms.frozen import frozen_copy, reference_log_probs, store_frozen_as
-from algorithms.overlap import EnvStages
-from algorithms.progress import TrainingProgress
-from algorithms.randomness import EPISODES, GROUPS, MINIBATCHES, NOISE, deal, generators_of, seed_of
-from algorithms.step_sizes import StepSizes
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 

@@ -51,20 +51,20 @@ from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
-from algorithms import distributed, presets
-from algorithms.arguments import RunArgs, check_entropy_bonus, exact_quotient, parse_args, share_of_process
-from algorithms.batch import concatenate, index
-from algorithms.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.distributed import mean_and_variance, over_processes
-from algorithms.episodes import Episode, episode_metrics, finished_episodes
+from algorithms.common import distributed, presets
+from algorithms.common.arguments import RunArgs, check_entropy_bonus, exact_quotient, parse_args, share_of_process
+from algorithms.common.batch import concatenate, index
+from algorithms.common.checkpoints import Checkpoints, StopSignal, open_run
+from algorithms.common.distributed import mean_and_variance, over_processes
+from algorithms.common.episodes import Episode, episode_metrics, finished_episodes
+from algorithms.common.feature_store import FeatureStore
+from algorithms.common.frozen import frozen_copy, reference_log_probs, store_frozen_as
+from algorithms.common.overlap import EnvStages
+from algorithms.common.progress import TrainingProgress
+from algorithms.common.randomness import MINIBATCHES, NOISE, deal, generators_of
+from algorithms.common.step_sizes import StepSizes
+from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
 from algorithms.eval_gr00t import evaluate_into
-from algorithms.feature_store import FeatureStore
-from algorithms.frozen import frozen_copy, reference_log_probs, store_frozen_as
-from algorithms.overlap import EnvStages
-from algorithms.progress import TrainingProgress
-from algorithms.randomness import MINIBATCHES, NOISE, deal, generators_of
-from algorithms.step_sizes import StepSizes
-from algorithms.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 

@@ -20,7 +20,7 @@ so a resumed run equals an uninterrupted one, and the loss does not depend on th
 (dropout excepted).
 
 What differs from NVIDIA's script: steps past an episode's end do not count, where there the last action is repeated;
-one learning rate for all that is trained; augmentation as `algorithms/augmentation.py` says.
+one learning rate for all that is trained; augmentation as `algorithms/common/augmentation.py` says.
 
 Metrics: `train/loss` and `train/grad_norm` are means since the last log, `time/data_fraction` is the part of the time
 in which training waited for data, `charts/samples_per_s` counts frames of all processes, `charts/epoch` passes over
@@ -47,16 +47,22 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from algorithms.arguments import check_args, exact_quotient, parse_args, share_of_process
-from algorithms.augmentation import NUM_DRAWS, Augmentation, augment
-from algorithms.distributed import make_accelerator
-from algorithms.ema import WeightAverage
+from algorithms.common.arguments import check_args, exact_quotient, parse_args, share_of_process
+from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment
+from algorithms.common.distributed import make_accelerator
+from algorithms.common.ema import WeightAverage
+from algorithms.common.lora import LoraSettings, add_lora, merged
+from algorithms.common.prefetch import Prefetch
+from algorithms.common.randomness import seed_of
+from algorithms.common.run_folder import RunFolder
+from algorithms.common.training_state import (
+    forget_metrics_after,
+    load_state,
+    reopen_run,
+    save_state,
+    trained_parameters,
+)
 from algorithms.eval_gr00t import evaluate_into
-from algorithms.lora import LoraSettings, add_lora, merged
-from algorithms.prefetch import Prefetch
-from algorithms.randomness import seed_of
-from algorithms.run_folder import RunFolder
-from algorithms.training_state import forget_metrics_after, load_state, reopen_run, save_state, trained_parameters
 from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.agent import saved_policy
 from gr00t_agent.checkpoint import resolve_checkpoint

@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from algorithms.common.video import CONTROL_FREQUENCY_HZ, TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
 from algorithms.eval_gr00t import Args, evaluate, make_envs, weights_digest
-from algorithms.video import CONTROL_FREQUENCY_HZ, TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
 from benchmarks.hardware import describe_run
 from gr00t_agent import Gr00tAgent
 from libero_gym.env import DEFAULT_CAMERAS
-from libero_gym.rendering import make_renderer
-from libero_gym.simulation import InitStates, check_init_states
+from libero_gym.physics.simulation import InitStates, check_init_states
+from libero_gym.rendering.renderers import make_renderer
 
 # Environment steps from one picture to the next, the film's speed by the robot's, and how long its last picture stays.
 STRIDE, SPEED, FINAL_SECONDS = 5, 2, 2

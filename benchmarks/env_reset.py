@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.hardware import describe_run
-from libero_gym.scene_builder import reference_env
-from libero_gym.scenes import load_scene
-from libero_gym.settling import has_recorded_states
-from libero_gym.simulation import InitStates, Simulation
-from libero_gym.suites import TaskSpec, get_task, load_init_states
+from libero_gym.physics.simulation import InitStates, Simulation
+from libero_gym.tasks.initial_states import has_recorded_states
+from libero_gym.tasks.scene_builder import reference_env
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
 from libero_gym.vector import LiberoVectorEnv
 
 TASKS = (

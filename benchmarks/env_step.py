@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from benchmarks.hardware import describe_run
 from benchmarks.parity import make_actions
-from libero_gym import controller
-from libero_gym.scene_builder import reference_env
-from libero_gym.scenes import Scene, load_scene
-from libero_gym.simulation import Simulation
-from libero_gym.suites import TaskSpec, get_task, load_init_states
+from libero_gym.physics import controller
+from libero_gym.physics.simulation import Simulation
+from libero_gym.tasks.scene_builder import reference_env
+from libero_gym.tasks.scenes import Scene, load_scene
+from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
 
 TASKS = (
     ("libero_spatial", 0),

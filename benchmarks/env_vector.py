@@ -33,9 +33,9 @@ import numpy.typing as npt
 
 from benchmarks.hardware import describe_run
 from benchmarks.targets import judge
-from libero_gym.scenes import load_scene
-from libero_gym.simulation import Simulation
-from libero_gym.suites import get_task
+from libero_gym.physics.simulation import Simulation
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import get_task
 from libero_gym.vector import LiberoVectorEnv
 
 CHUNK = 5
@@ -49,7 +49,7 @@ class LiberoReference(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def __init__(self, suite: str, task_id: int, image_size: int, gl: str) -> None:
         """Import LIBERO, which must happen in the worker's own process."""
         os.environ["MUJOCO_GL"] = "disabled" if gl == "none" else gl
-        from libero_gym.scene_builder import import_libero, make_reference_env
+        from libero_gym.tasks.scene_builder import import_libero, make_reference_env
 
         bddl_file = get_task(suite, task_id).bddl_file
         spaces: dict[str, gymnasium.spaces.Space[Any]] = {
@@ -91,7 +91,7 @@ class LiberoReference(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
 def find_gl() -> str:
     """Return "egl" or "osmesa", whichever opens a context in a process of its own, else "none"."""
     for kind in ("egl", "osmesa"):
-        probe = f"from libero_gym.rendering import GlRenderer; GlRenderer({kind!r}, (), 8).describe_device()"
+        probe = f"from libero_gym.rendering.renderers import GlRenderer; GlRenderer({kind!r}, (), 8).describe_device()"
         if subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode == 0:
             return kind
     return "none"

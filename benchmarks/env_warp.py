@@ -31,10 +31,10 @@ import warp as wp
 from benchmarks.hardware import describe_run
 from benchmarks.targets import judge
 from libero_gym.experts import ExpertEpisode, run_expert
-from libero_gym.scenes import load_scene
-from libero_gym.simulation import Simulation
-from libero_gym.suites import TaskSpec, list_tasks
-from libero_gym.warp_physics import WarpOptions, WarpWorlds, WorldStart
+from libero_gym.physics.simulation import Simulation
+from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds, WorldStart
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import TaskSpec, list_tasks
 from libero_gym.warp_vector import LiberoWarpEnv
 
 CHUNK = 5

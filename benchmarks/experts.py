@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.hardware import describe_run
 from benchmarks.targets import judge
 from libero_gym.experts import HUMAN_LIKE, ExpertConfig, run_expert
-from libero_gym.scenes import load_scene, load_scenes
-from libero_gym.simulation import Simulation, check_init_states
-from libero_gym.suites import get_task, horizon, list_tasks, load_init_states
+from libero_gym.physics.simulation import Simulation, check_init_states
+from libero_gym.tasks.scenes import load_scene, load_scenes
+from libero_gym.tasks.suites import get_task, horizon, list_tasks, load_init_states
 
 SUCCESS_TARGETS = {"libero_spatial": 0.95, "libero_object": 0.95, "libero_goal": 0.95, "libero_10": 0.80}
 """Success rate that the experts of a suite shall reach at least, within the suite's horizon and within the length of
@@ -38,7 +38,7 @@ LONGEST_DEMONSTRATIONS = {
     "libero_10": 505,
     "libero_90": 373,
 }
-"""Steps of the longest human demonstration of each suite, see `libero_gym.suites.HORIZONS`."""
+"""Steps of the longest human demonstration of each suite, see `libero_gym.tasks.suites.HORIZONS`."""
 
 STYLES = {"plain": ExpertConfig(), "human": HUMAN_LIKE}
 

@@ -34,14 +34,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from algorithms import grpo_gr00t, ppo_gr00t
-from algorithms.episodes import wilson_interval
+from algorithms.common.episodes import wilson_interval
 from benchmarks.hardware import describe_run
 from benchmarks.targets import judge
 from gr00t_agent.sampler import FlowSampler, Prediction
 from libero_gym.experts import make_expert
-from libero_gym.scenes import load_scene
-from libero_gym.simulation import Simulation
-from libero_gym.suites import get_task
+from libero_gym.physics.simulation import Simulation
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import get_task
 from libero_gym.vector import LiberoVectorEnv
 
 SUITE, TASK_ID = "libero_goal", 0

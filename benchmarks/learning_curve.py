@@ -47,8 +47,8 @@ from typing import Any
 
 import numpy as np
 
-from algorithms.episodes import wilson_interval
-from algorithms.report import TASK_METRIC, nice_ticks, percent, read_metrics, tag, text
+from algorithms.common.episodes import wilson_interval
+from algorithms.common.report import TASK_METRIC, nice_ticks, percent, read_metrics, tag, text
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels."""

@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.hardware import describe_run
-from libero_gym.controller import axis_angle_from_quat
-from libero_gym.scene_builder import reference_env
-from libero_gym.scenes import Scene, load_scenes
-from libero_gym.simulation import Simulation, Stepping, load_task_data
-from libero_gym.suites import TaskSpec, get_task, list_tasks, load_init_states
+from libero_gym.physics.controller import axis_angle_from_quat
+from libero_gym.physics.simulation import Simulation, Stepping, load_task_data
+from libero_gym.tasks.scene_builder import reference_env
+from libero_gym.tasks.scenes import Scene, load_scenes
+from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks, load_init_states
 
 SEQUENCES = ("contact", "random", "smooth")
 FULL_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")

@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from benchmarks.hardware import describe_run
 from benchmarks.targets import judge
-from libero_gym.rendering import GlRenderer
-from libero_gym.scenes import load_scene
-from libero_gym.simulation import Simulation
-from libero_gym.suites import get_task
-from libero_gym.warp_rendering import WarpRenderer
+from libero_gym.physics.simulation import Simulation
+from libero_gym.rendering.raycast import WarpRenderer
+from libero_gym.rendering.renderers import GlRenderer
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import get_task
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 TASKS = (("libero_spatial", 0), ("libero_object", 0), ("libero_goal", 0), ("libero_10", 2), ("libero_90", 74))

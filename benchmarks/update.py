@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from algorithms.batch import concatenate, index
-from algorithms.feature_store import FeatureStore, Placement
-from algorithms.frozen import store_frozen_as
+from algorithms.common.batch import concatenate, index
+from algorithms.common.feature_store import FeatureStore, Placement
+from algorithms.common.frozen import store_frozen_as
 from algorithms.ppo_gr00t import policy_loss, value_loss
 from benchmarks.hardware import describe_run
 from benchmarks.policy import make_agent, make_observation, seconds

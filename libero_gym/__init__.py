@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from libero_gym.registration import register_envs
-from libero_gym.suites import TaskSpec, get_task, horizon, list_suites, list_tasks
+from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_suites, list_tasks
 
 if TYPE_CHECKING:
     from libero_gym.env import LiberoEnv
-    from libero_gym.simulation import PhysicsError, Simulation
+    from libero_gym.physics.simulation import PhysicsError, Simulation
     from libero_gym.vector import LiberoVectorEnv
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
 _LAZY = {
     "LiberoEnv": "libero_gym.env",
     "LiberoVectorEnv": "libero_gym.vector",
-    "PhysicsError": "libero_gym.simulation",
-    "Simulation": "libero_gym.simulation",
+    "PhysicsError": "libero_gym.physics.simulation",
+    "Simulation": "libero_gym.physics.simulation",
 }
 
 

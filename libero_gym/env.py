@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from libero_gym.scenes import load_scene
-from libero_gym.simulation import (
+from libero_gym.physics.simulation import (
     ACTION_DIM,
     InitStates,
     PhysicsError,
@@ -22,7 +21,8 @@ from libero_gym.simulation import (
     check_init_states,
     count_init_states,
 )
-from libero_gym.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
 
 __all__ = ["LiberoEnv", "PhysicsError"]
 
@@ -130,14 +130,14 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     ## Starting state
     One of the initial states of the task (50 of each kind), after the customary ten steps without motion in which
     objects come to rest, which count for nothing. `init_states="settled"` takes them as they came to rest under
-    MuJoCo 3.3, before a change of contacts that makes some of them end elsewhere (see `libero_gym.settling`), fixtures
+    MuJoCo 3.3, before a change of contacts that makes some of them end elsewhere (see `libero_gym.tasks.initial_states`), fixtures
     included; `"held_out"` (libero_spatial) takes states that LIBERO's reset drew and that are none of the stored ones,
     come to rest alike; `"original"` places fixtures at random as LIBERO does and settles under the installed version.
     Without options the task (unless fixed by `task_id`) and the state are drawn from the environment's own generator.
     `reset(options={"task_id": 3, "init_state_id": 7})` chooses.
 
     ## Episode end
-    `terminated` when the goal holds; `truncated` after `horizon` steps (default: `libero_gym.suites.HORIZONS`).
+    `terminated` when the goal holds; `truncated` after `horizon` steps (default: `libero_gym.tasks.suites.HORIZONS`).
 
     `info` has `success` (bool), `task_id`, `init_state_id`, and `episode_length` (steps so far).
 
@@ -150,7 +150,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     - `observe_images`: False leaves both images out and needs no renderer.
     - `reward`, `horizon`: see above.
     - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
-    - `stepping`: "exact" or "fast", see `libero_gym.simulation.Simulation`.
+    - `stepping`: "exact" or "fast", see `libero_gym.physics.simulation.Simulation`.
     - `render_mode`: "rgb_array": `render()` returns the first camera's image.
 
     ## Version history
@@ -315,7 +315,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         return self._simulations[scene.key]
 
     def _open_renderer(self, kind: RendererKind | None) -> Any:
-        from libero_gym.rendering import make_renderer  # GL and Warp are imported only where images are wanted
+        from libero_gym.rendering.renderers import (
+            make_renderer,  # GL and Warp are imported only where images are wanted
+        )
 
         return make_renderer(kind, camera_names=self._camera_names, image_size=self._image_size)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gymnasium.envs.registration import register, registry
 
-from libero_gym.suites import HORIZONS, list_suites
+from libero_gym.tasks.suites import HORIZONS, list_suites
 
 
 def register_envs() -> None:

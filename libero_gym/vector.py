@@ -32,8 +32,7 @@ from libero_gym.env import (
     make_action_space,
     make_observation_space,
 )
-from libero_gym.scenes import Scene, load_scenes
-from libero_gym.simulation import (
+from libero_gym.physics.simulation import (
     ACTION_DIM,
     InitStates,
     Simulation,
@@ -42,7 +41,8 @@ from libero_gym.simulation import (
     check_state,
     count_init_states,
 )
-from libero_gym.suites import TaskSpec, get_task, is_integer, list_tasks
+from libero_gym.tasks.scenes import Scene, load_scenes
+from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
 
 # Environments are drawn in up to this many parts, of at least that many, each while later ones are still stepped.
 _MAX_PARTS, _MIN_PART = 4, 8
@@ -390,7 +390,9 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             slot.simulation = None
 
     def _open_renderer(self, kind: RendererKind | None, cameras: tuple[str, ...], size: int, threads: int) -> Any:
-        from libero_gym.rendering import make_renderer  # GL and Warp are imported only where images are wanted
+        from libero_gym.rendering.renderers import (
+            make_renderer,  # GL and Warp are imported only where images are wanted
+        )
 
         if self._as_torch and kind is None:
             kind = "warp"

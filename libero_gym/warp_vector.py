@@ -1,4 +1,4 @@
-"""`LiberoVectorEnv` on the GPU physics of `libero_gym.warp_physics`.
+"""`LiberoVectorEnv` on the GPU physics of `libero_gym.physics.warp_worlds`.
 
 Shape legend: N environments, C steps of an action chunk, H = W = `image_size` pixels.
 """
@@ -14,11 +14,11 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode
 
 from libero_gym.env import CLOSED, OBSERVATION_KEYS
-from libero_gym.scenes import Scene, load_scenes
-from libero_gym.simulation import ACTION_DIM, PhysicsError
-from libero_gym.suites import TaskSpec, get_task
+from libero_gym.physics.simulation import ACTION_DIM, PhysicsError
+from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds, WorldStart
+from libero_gym.tasks.scenes import Scene, load_scenes
+from libero_gym.tasks.suites import TaskSpec, get_task
 from libero_gym.vector import LiberoVectorEnv
-from libero_gym.warp_physics import WarpOptions, WarpWorlds, WorldStart
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
@@ -28,7 +28,7 @@ class LiberoWarpEnv(LiberoVectorEnv):
     """`LiberoVectorEnv` on this module's physics: the same contract, for thousands of environments on a GPU.
 
     Actions, observations, rewards, infos, autoreset, chunks and resets are those of `LiberoVectorEnv`; what the physics
-    does differently is said in `libero_gym.warp_physics`. All tasks must be of one scene: any of libero_spatial, or of
+    does differently is said in `libero_gym.physics.warp_worlds`. All tasks must be of one scene: any of libero_spatial, or of
     libero_goal; one of libero_object. A step runs all environments together, so that its time hardly depends on how
     many of them idle; prefer SAME_STEP autoreset, and states that are settled.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from algorithms.video import Frame
+from algorithms.common.video import Frame
 from benchmarks.before_after import FINAL_SECONDS, GREEN, LINE_HEIGHT, MARGIN, RED, compose, main
 
 ROOT = Path(__file__).resolve().parents[1]

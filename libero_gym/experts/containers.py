@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from libero_gym.experts.grasps import about_vertical, gripper_rotation, hand_room
 from libero_gym.experts.skills import CLOSED, OPEN, Pose, Skill, World, reach, release, rise_until_free, travel
-from libero_gym.scenes import SceneObject, SceneSite
+from libero_gym.tasks.scenes import SceneObject, SceneSite
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -34,7 +34,7 @@ from libero_gym.experts.skills import (
     rise_until_free,
     travel,
 )
-from libero_gym.scenes import SceneObject, SceneSite
+from libero_gym.tasks.scenes import SceneObject, SceneSite
 
 FloatArray = npt.NDArray[np.float64]
 

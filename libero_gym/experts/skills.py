@@ -26,8 +26,8 @@ from libero_gym.experts.grasps import (
     intrusion,
     lean_outwards,
 )
-from libero_gym.scenes import Scene, SceneObject
-from libero_gym.simulation import Simulation
+from libero_gym.physics.simulation import Simulation
+from libero_gym.tasks.scenes import Scene, SceneObject
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -13,8 +13,8 @@ from libero_gym.experts.containers import fitting_turn, free_spot, is_too_tall, 
 from libero_gym.experts.grasps import HAND_HALF_LENGTH, MAX_WIDTH
 from libero_gym.experts.insertion import blocking_door, find_opening, insert
 from libero_gym.experts.skills import Command, Skill, World, pick, place, rest, retreat
-from libero_gym.predicates import Goal, in_contact
-from libero_gym.scenes import SceneObject, SceneSite
+from libero_gym.physics.predicates import Goal, in_contact
+from libero_gym.tasks.scenes import SceneObject, SceneSite
 
 FloatArray = npt.NDArray[np.float64]
 Atom = tuple[str, ...]

@@ -19,7 +19,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from gymnasium.vector import AutoresetMode
 from torch.distributed.device_mesh import DeviceMesh
 
-from algorithms import distributed, grpo_gr00t, ppo_gr00t
+from algorithms import grpo_gr00t, ppo_gr00t
+from algorithms.common import distributed
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
 from gr00t_agent.agent import NANO_METADATA
 from tests.algorithms.line_env import LineVectorEnv

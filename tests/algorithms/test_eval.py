@@ -13,7 +13,8 @@ from gymnasium.vector import AutoresetMode
 
 from algorithms import eval_gr00t
 from algorithms.collect_demos import Attempt, record
-from algorithms.episode_log import EpisodeLog, EvalEpisode
+from algorithms.common.episode_log import EpisodeLog, EvalEpisode
+from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.eval_gr00t import (
     Args,
     EvalResult,
@@ -23,13 +24,12 @@ from algorithms.eval_gr00t import (
     evaluation_jobs,
     stored_starts,
 )  # fmt: skip
-from algorithms.reference_env import ReferenceVectorEnv
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.agent import NANO_METADATA
 from gr00t_agent.data_config import read_metadata
 from libero_gym.experts import ExpertConfig
-from libero_gym.simulation import PhysicsError
-from libero_gym.suites import get_task, horizon
+from libero_gym.physics.simulation import PhysicsError
+from libero_gym.tasks.suites import get_task, horizon
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.tiny_agent import tiny_agent
 
@@ -277,7 +277,7 @@ def test_another_protocol_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     with pytest.raises(ValueError, match=message):
         EpisodeLog(tmp_path, changed, resume=True)
-    monkeypatch.setattr("algorithms.episode_log.describe_environment", lambda: {"versions": {"mujoco": "3.3.7"}})
+    monkeypatch.setattr("algorithms.common.episode_log.describe_environment", lambda: {"versions": {"mujoco": "3.3.7"}})
     with pytest.raises(ValueError, match=r"versions.mujoco was '.*', now '3.3.7'"):
         EpisodeLog(tmp_path, protocol, resume=True)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from libero_gym.simulation import PhysicsError
+from libero_gym.physics.simulation import PhysicsError
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import train
 from tests.algorithms.mlp_agent import MLPAgent

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from algorithms.feature_store import FeatureStore
-from algorithms.presets import SPATIAL_START
+from algorithms.common.feature_store import FeatureStore
+from algorithms.common.presets import SPATIAL_START
 from benchmarks.policy import make_observation
 from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train

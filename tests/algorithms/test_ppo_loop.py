@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms import grpo_gr00t, ppo_gr00t, presets
+from algorithms import grpo_gr00t, ppo_gr00t
+from algorithms.common import presets
 from algorithms.ppo_gr00t import PRESETS
 from libero_gym.vector import LiberoVectorEnv
 from libero_gym.warp_vector import LiberoWarpEnv

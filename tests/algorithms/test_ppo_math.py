@@ -8,10 +8,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from algorithms.arguments import share_of_process
-from algorithms.batch import concatenate, index
-from algorithms.distributed import explained_variance, mean_and_variance
-from algorithms.episodes import Episode, finished_episodes, wilson_interval
+from algorithms.common.arguments import share_of_process
+from algorithms.common.batch import concatenate, index
+from algorithms.common.distributed import explained_variance, mean_and_variance
+from algorithms.common.episodes import Episode, finished_episodes, wilson_interval
 from algorithms.ppo_gr00t import (
     Args,
     compute_gae,

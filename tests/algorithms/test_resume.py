@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from algorithms import checkpoints, ppo_gr00t
-from algorithms.checkpoints import checkpoints_in, generator_states, restore_generators
+from algorithms import ppo_gr00t
+from algorithms.common import checkpoints
+from algorithms.common.checkpoints import checkpoints_in, generator_states, restore_generators
 from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
@@ -166,7 +167,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"algorithms.checkpoints.{failing}", full)
+        patch.setattr(f"algorithms.common.checkpoints.{failing}", full)
         with pytest.raises(OSError, match="No space left") as caught:
             train("ppo", tmp_path, num_iterations=2, resume=run)
     assert f"the newest checkpoint is {run / 'checkpoints' / 'iteration_1'}" in " ".join(caught.value.__notes__)

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from algorithms import sft_gr00t
-from algorithms.augmentation import NUM_DRAWS, Augmentation, augment, hue_rotation, jitter
-from algorithms.ema import WeightAverage
-from algorithms.lora import LoraSettings, add_lora, merged
-from algorithms.prefetch import Prefetch
+from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment, hue_rotation, jitter
+from algorithms.common.ema import WeightAverage
+from algorithms.common.lora import LoraSettings, add_lora, merged
+from algorithms.common.prefetch import Prefetch
+from algorithms.common.training_state import load_state, save_state, trained_parameters
 from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_rate_at
-from algorithms.training_state import load_state, save_state, trained_parameters
 from gr00t_agent import Gr00tAgent, read_metadata
 from gr00t_agent.lerobot import LeRobotDataset
 from gr00t_agent.transforms import resize_views

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from libero_gym import simulation
+from libero_gym.physics import simulation
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from libero_gym.env import LiberoEnv, make_observation_space
-from libero_gym.simulation import PhysicsError
-from libero_gym.suites import get_task, list_suites, list_tasks
+from libero_gym.physics.simulation import PhysicsError
+from libero_gym.tasks.suites import get_task, list_suites, list_tasks
 
 
 def _make(suite="libero_goal", **options) -> LiberoEnv:

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from libero_gym import scenes
-from libero_gym.cache import file_lock
 from libero_gym.env import LiberoEnv
-from libero_gym.scenes import load_scene
-from libero_gym.simulation import SETTLING_ACTION, PhysicsError, Simulation, load_dump
-from libero_gym.suites import get_task
+from libero_gym.physics.simulation import SETTLING_ACTION, PhysicsError, Simulation, load_dump
+from libero_gym.tasks import scenes
+from libero_gym.tasks.cache import file_lock
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import get_task
 from libero_gym.vector import LiberoVectorEnv
 
 NUM_RESETS, NUM_STEPS = (1000, 100_000) if os.environ.get("LIBERO_GYM_SOAK") == "full" else (40, 2000)
@@ -171,8 +171,8 @@ def test_environments_that_change_scenes_keep_at_most_one_spare_simulation_each(
 
 
 BUILD = """
-from libero_gym.scenes import load_scene
-from libero_gym.suites import get_task
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import get_task
 print(load_scene(get_task("libero_object", 3)).physics_model.nq)
 """
 
@@ -197,8 +197,8 @@ def test_process_killed_while_building_a_scene_leaves_a_usable_cache(tmp_path):
 
 KILLED_IN_PUBLISHING = """
 import os, shutil, signal
-from libero_gym import scenes
-from libero_gym.suites import get_task
+from libero_gym.tasks import scenes
+from libero_gym.tasks.suites import get_task
 
 def copy(requests, _):
     for request in requests:

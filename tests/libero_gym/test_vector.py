@@ -8,9 +8,9 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from libero_gym.env import LiberoEnv
-from libero_gym.simulation import PhysicsError
+from libero_gym.physics.simulation import PhysicsError
+from libero_gym.rendering.raycast import WarpRenderer
 from libero_gym.vector import LiberoVectorEnv
-from libero_gym.warp_rendering import WarpRenderer
 
 SUITE = "libero_spatial"
 

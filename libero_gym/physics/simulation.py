@@ -1,0 +1,508 @@
+"""One simulated world: reset, step, observe, judge. No rendering, no Gymnasium, no robosuite.
+
+Timing, as in LIBERO: an environment step is 25 physics substeps of 2 ms. What is observed (proprioception and
+images) is the world after substep 24, and its body and site poses are those of the positions before that substep;
+what is judged (success) is the world after substep 25.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from libero_gym.physics.controller import (
+    ArmKinematics,
+    ControllerState,
+    axis_angle_from_quat,
+    creation_kinematics,
+    step_numpy,
+)
+from libero_gym.physics.predicates import Goal
+from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.cache import cache_dir
+from libero_gym.tasks.initial_states import RecordedStates, has_recorded_states, load_recorded_states, recorded_file
+from libero_gym.tasks.placements import FixtureSampler, make_fixture_sampler
+from libero_gym.tasks.scenes import Robot, Scene, load_scene
+from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
+
+Stepping = Literal["exact", "fast", "numpy"]
+InitStates = Literal["settled", "held_out", "original"]
+
+ACTION_DIM = 7
+NUM_SETTLING_STEPS = 10
+SETTLING_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+"""No motion, gripper open: what LIBERO's public clients send while objects fall into place."""
+
+FloatArray = npt.NDArray[np.float64]
+
+_PHYSICS_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+
+
+def check_state(state: Mapping[str, Any], scene: Scene) -> None:
+    """Raise ValueError unless `state`, of `Simulation.get_state`, is of `scene`."""
+    if str(state["scene"]) != scene.key:
+        raise ValueError(
+            f"the state belongs to scene {state['scene']}, this simulation to {scene.key}: "
+            "restore it in a simulation of the same task, built by the same versions"
+        )
+
+
+class PhysicsError(RuntimeError):
+    """The simulation diverged, ran out of space for contacts, or was given an action that is not finite.
+
+    Attributes:
+        dump: file with the state before the step that failed, and its action; `load_dump` opens it. None where none
+            could be written, which the message explains.
+    """
+
+    def __init__(self, message: str, *, dump: Path | None = None) -> None:
+        """Describe the failure."""
+        super().__init__(message)
+        self.dump = dump
+
+
+class RenderState(NamedTuple):
+    """What an image of the world shows, apart from the model. All arrays are copies.
+
+    Attributes:
+        qpos: float64 [nq]; kinematics of these positions give the poses that the image shows.
+        fixture_poses: float64 [num_fixtures, 7], position (m) and quaternion wxyz of `scene.fixture_body_ids`, to be
+            written to the render model's `body_pos` and `body_quat`.
+        indicator_alpha: float64 [num_indicators], opacity of `scene.indicator_site_ids`, to be written to the render
+            model's `site_rgba[:, 3]`: a stove's glow.
+    """
+
+    qpos: FloatArray
+    fixture_poses: FloatArray
+    indicator_alpha: FloatArray
+
+
+@dataclass(kw_only=True, eq=False)
+class Observation:
+    """Sensor readings of the last step, and the positions that its image shows."""
+
+    qpos: FloatArray
+    eef_pos: FloatArray
+    eef_quat_wxyz: FloatArray
+    gripper_qpos: FloatArray
+
+    def read_sensors(self, data: mujoco.MjData, robot: Robot) -> None:
+        """Copy the end effector's pose (m, quaternion wxyz) and the fingers' positions (m) from `data`."""
+        self.eef_pos[:] = data.site_xpos[robot.eef_site_id]
+        self.eef_quat_wxyz[:] = data.xquat[robot.eef_body_id]
+        self.gripper_qpos[:] = data.qpos[robot.gripper_qpos_adr]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TaskData:
+    """A task compiled against its scene: goal, fixture sampler, stored initial states [num_states, 1 + nq + nv]."""
+
+    goal: Goal
+    fixture_sampler: FixtureSampler
+    init_states: FloatArray
+
+
+class Simulation:
+    """One world of a scene, which can be reset to any state of any of the scene's tasks.
+
+    Simulations share the scene and own a copy of its physics model, because fixture poses live in the model (3 MB;
+    plus the data). Distinct simulations may be used from distinct threads at the same time; `step` releases the GIL.
+
+    Attributes:
+        scene: the shared scene.
+        model: own copy of the physics model.
+        data: simulation state.
+        task: task of the last reset.
+        init_state_id: index of the stored state of the last reset.
+    """
+
+    def __init__(self, scene: Scene, *, stepping: Stepping = "exact") -> None:
+        """Create a world; call `reset` before `step`.
+
+        Args:
+            scene: from `libero_gym.tasks.scenes.load_scene`.
+            stepping: "exact" is LIBERO to the last bit from MuJoCo 3.3.6 on (to 1e-6 rad or m after 80 steps with
+                contacts before: LIBERO computes forward dynamics three times a substep, and these versions start the
+                solver from the result of the last); "fast" has hand-written controller algebra, equal to 1e-9
+                until the first contact; "numpy" is the readable reference of "exact".
+
+        Raises:
+            ValueError: unknown `stepping`.
+        """
+        if stepping not in ("exact", "fast", "numpy"):
+            raise ValueError(f"stepping={stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        self.scene = scene
+        self.model = copy.copy(scene.physics_model)
+        self.data = mujoco.MjData(self.model)
+        self.task: TaskSpec | None = None
+        self.init_state_id = -1
+        self._creation = _creation_kinematics(scene)
+        self._controller = ControllerState()
+        self._observation = Observation(
+            qpos=np.zeros(self.model.nq), eef_pos=np.zeros(3), eef_quat_wxyz=np.zeros(4), gripper_qpos=np.zeros(2)
+        )
+        self._advance = self._make_stepper(stepping)
+        self._default_fixture_poses = self._fixture_poses()
+        self._indicators = _find_indicators(scene)
+        self._indicator_alpha = np.zeros(len(self._indicators))
+        self._observed_indicator_alpha = np.zeros(len(self._indicators))
+        # What the next step depends on besides MuJoCo's state; a step that fails is undone by it.
+        self._memory = (
+            self._controller.goal_pos,
+            self._controller.goal_ori,
+            self._controller.gripper,
+            self._controller.is_fresh,
+            self._observation.qpos,
+            self._observation.eef_pos,
+            self._observation.eef_quat_wxyz,
+            self._observation.gripper_qpos,
+            self._observed_indicator_alpha,
+        )
+        self._goal: Goal | None = None
+        self._success = False
+
+    def reset(
+        self,
+        task: TaskSpec,
+        init_state_id: int,
+        random_state: np.random.RandomState,
+        *,
+        init_states: InitStates | None = None,
+        num_settling_steps: int = NUM_SETTLING_STEPS,
+        num_libero_resets: int = 1,
+    ) -> None:
+        """Start an episode from an initial state, objects at rest.
+
+        Original states: equal to LIBERO's `numpy.random.seed(s); env.reset(); env.set_init_state(states[i])` with
+        `random_state = numpy.random.RandomState(s)`, followed by `num_settling_steps` steps without motion. Where
+        objects come to rest then depends on MuJoCo's version, see `libero_gym.tasks.initial_states`.
+
+        Settled states: the outcome of that under MuJoCo 3.3.7, with the fixture poses that it had there;
+        `random_state` and the arguments after `init_states` have no part in it.
+
+        Held-out states: the same of states that LIBERO's reset draws and that are none of the stored ones.
+
+        Args:
+            task: one of the scene's tasks.
+            init_state_id: index of the state among those of its kind.
+            random_state: consumed for the fixture poses of original states.
+            init_states: "settled", "held_out" or "original"; None is "settled" for the suites that the package has
+                them for (the base suites), "original" for others.
+            num_settling_steps: 0 for the bare original state.
+            num_libero_resets: how often the LIBERO environment to be matched has been reset, this time included: each
+                reset of it draws more numbers (see `libero_gym.tasks.placements.FixtureSampler.sample`).
+
+        Raises:
+            ValueError: `init_state_id` is out of range, or `init_states` is unknown.
+            FileNotFoundError: "settled" or "held_out" was asked of a suite for which none are recorded.
+            PhysicsError: the simulation diverged while settling.
+        """
+        task_data = load_task_data(self.scene, task)
+        kind = check_init_states(init_states, task.suite)
+        num_states = count_init_states(task, kind)
+        if not 0 <= init_state_id < num_states:
+            raise ValueError(
+                f"init_state_id={init_state_id} is not among the stored states of {task.suite} task {task.task_id} "
+                f"(valid: 0-{num_states - 1})"
+            )
+        self.task = task
+        self.init_state_id = int(init_state_id)
+        self._goal = task_data.goal
+        mujoco.mj_resetData(self.model, self.data)
+        self._controller.reset(self._creation)
+        if kind != "original":
+            self._set_recorded_state(load_recorded_states(task, kind), init_state_id)
+        else:
+            self._set_fixture_poses(
+                task_data.fixture_sampler.sample(
+                    random_state, self._default_fixture_poses, num_resets=num_libero_resets
+                )
+            )
+            state = task_data.init_states[init_state_id]
+            self.data.time = state[0]
+            self.data.qpos[:] = state[1 : 1 + self.model.nq]
+            self.data.qvel[:] = state[1 + self.model.nq :]
+        mujoco.mj_forward(self.model, self.data)
+        self._observation.qpos[:] = self.data.qpos
+        self._observation.read_sensors(self.data, self.scene.robot)
+        self._update_indicators()
+        self._observed_indicator_alpha[:] = self._indicator_alpha
+        self._success = self._goal(self.data)
+        if kind == "original":
+            for _ in range(num_settling_steps):
+                self.step(SETTLING_ACTION)
+
+    def step(self, action: npt.ArrayLike) -> bool:
+        """Advance by 50 ms and return whether the goal holds.
+
+        Args:
+            action: float [7]: end effector's change of position (units of 5 cm) and of rotation (axis-angle, units
+                of 0.5 rad), clipped to -1..1, and the gripper (< 0 opens, > 0 closes, 0 holds).
+
+        Raises:
+            ValueError: wrong shape, or `reset` was not called.
+            PhysicsError: the action is not finite, the simulation diverged, or a buffer overflowed. The world is then
+                as it was before the step, and so is the error's `dump`.
+        """
+        values = np.ascontiguousarray(action, dtype=np.float64)
+        if values.shape != (ACTION_DIM,):
+            raise ValueError(f"action has shape {values.shape}; expected ({ACTION_DIM},)")
+        if self._goal is None:
+            raise ValueError("reset() must be called before step()")
+        if not np.isfinite(values).all():
+            raise self.physics_error(f"action {values} is not finite; check the policy's output for NaN", values)
+        started = self.data.time
+        physics, memory = self._physics_state(), [array.copy() for array in self._memory]
+        self._observed_indicator_alpha[:] = self._indicator_alpha
+        self._advance(values)
+        counts = np.asarray(self.data.warning.number)
+        if counts.any():
+            names = [mujoco.mjtWarning(int(i)).name for i in np.flatnonzero(counts)]
+            self._restore_physics(physics)
+            for array, value in zip(self._memory, memory, strict=True):
+                array[:] = value
+            raise self.physics_error(
+                f"MuJoCo reports {names} in the step from t={started:.3f} s of {self.task}: reset the environment, and "
+                "check that nothing but its actions moves it",
+                values,
+            )
+        self._update_indicators()
+        self._success = self._goal(self.data)
+        return self._success
+
+    def success(self) -> bool:
+        """Return whether the goal held at the end of the last step."""
+        return self._success
+
+    def states(self) -> npt.NDArray[np.float32]:
+        """Return the observed proprioception, float32 [8]: eef position (m), axis-angle (rad), fingers (m)."""
+        o = self._observation
+        axis_angle = axis_angle_from_quat(o.eef_quat_wxyz[[1, 2, 3, 0]])
+        return np.concatenate([o.eef_pos, axis_angle, o.gripper_qpos]).astype(np.float32)
+
+    @property
+    def render_qpos(self) -> FloatArray:
+        """Positions, float64 [nq] (copy), whose kinematics are what the image of the last step shows."""
+        return self._observation.qpos.copy()
+
+    def render_state(self) -> RenderState:
+        """Return what a renderer needs to show the last step."""
+        return RenderState(
+            qpos=self._observation.qpos.copy(),
+            fixture_poses=self._fixture_poses(),
+            indicator_alpha=self._observed_indicator_alpha.copy(),
+        )
+
+    def get_state(self) -> dict[str, npt.NDArray[Any]]:
+        """Return everything that decides the future and the present observation, as a dict of arrays (copies).
+
+        `set_state` restores it to the last bit in any simulation of the same scene. No entry needs pickle.
+
+        Raises:
+            ValueError: `reset` was not called.
+        """
+        if self.task is None:
+            raise ValueError("reset() must be called before get_state()")
+        observation = self._observation
+        return {
+            "scene": np.array(self.scene.key),
+            "suite": np.array(self.task.suite),
+            "task_id": np.array(self.task.task_id),
+            "init_state_id": np.array(self.init_state_id),
+            "physics": self._physics_state(),
+            "fixture_poses": self._fixture_poses(),
+            "goal_pos": self._controller.goal_pos.copy(),
+            "goal_ori": self._controller.goal_ori.copy(),
+            "gripper": self._controller.gripper.copy(),
+            "is_fresh": self._controller.is_fresh.copy(),
+            "observed_qpos": observation.qpos.copy(),
+            "observed_eef_pos": observation.eef_pos.copy(),
+            "observed_eef_quat_wxyz": observation.eef_quat_wxyz.copy(),
+            "observed_gripper_qpos": observation.gripper_qpos.copy(),
+            "indicator_alpha": self._indicator_alpha.copy(),
+            "observed_indicator_alpha": self._observed_indicator_alpha.copy(),
+            "success": np.array(self._success),
+        }
+
+    def set_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore what `get_state` returned.
+
+        Raises:
+            ValueError: the state belongs to another scene.
+        """
+        check_state(state, self.scene)
+        self.task = get_task(str(state["suite"]), int(state["task_id"]))
+        self.init_state_id = int(state["init_state_id"])
+        self._goal = load_task_data(self.scene, self.task).goal
+        self._set_fixture_poses(state["fixture_poses"])
+        self._restore_physics(state["physics"])
+        self._controller.goal_pos[:] = state["goal_pos"]
+        self._controller.goal_ori[:] = state["goal_ori"]
+        self._controller.gripper[:] = state["gripper"]
+        self._controller.is_fresh[:] = state["is_fresh"]
+        self._observation.qpos[:] = state["observed_qpos"]
+        self._observation.eef_pos[:] = state["observed_eef_pos"]
+        self._observation.eef_quat_wxyz[:] = state["observed_eef_quat_wxyz"]
+        self._observation.gripper_qpos[:] = state["observed_gripper_qpos"]
+        self._indicator_alpha[:] = state["indicator_alpha"]
+        self._observed_indicator_alpha[:] = state["observed_indicator_alpha"]
+        self._success = bool(state["success"])
+
+    def physics_error(self, reason: str, action: FloatArray) -> PhysicsError:
+        """Return the error to raise for `action`, float64 [7], having dumped the present state and the action.
+
+        Raises:
+            ValueError: `reset` was not called.
+        """
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}.npz"
+        content: dict[str, Any] = {**self.get_state(), "action": action, "error": np.array(reason)}
+        try:
+            folder = cache_dir() / "dumps"
+            folder.mkdir(exist_ok=True)
+            np.savez(folder / name, **content)
+        except OSError as error:  # a full disk must not hide what went wrong
+            return PhysicsError(f"{reason} (the state could not be dumped: {error})")
+        return PhysicsError(
+            f"{reason} (state and action: libero_gym.physics.simulation.load_dump('{folder / name}'))",
+            dump=folder / name,
+        )
+
+    def _restore_physics(self, physics: FloatArray) -> None:
+        mujoco.mj_resetData(self.model, self.data)
+        mujoco.mj_setState(self.model, self.data, physics, _PHYSICS_STATE)
+        mujoco.mj_forward(self.model, self.data)  # derived quantities, for whoever looks at `data`
+        # Some versions of MuJoCo overwrite the solver's warm start when they compute them.
+        mujoco.mj_setState(self.model, self.data, physics, _PHYSICS_STATE)
+
+    def _physics_state(self) -> FloatArray:
+        state = np.empty(mujoco.mj_stateSize(self.model, _PHYSICS_STATE))
+        mujoco.mj_getState(self.model, self.data, state, _PHYSICS_STATE)
+        return state
+
+    def _make_stepper(self, stepping: Stepping) -> Callable[[FloatArray], None]:
+        bound: dict[str, Any] = {
+            "model": self.model,
+            "data": self.data,
+            "robot": self.scene.robot,
+            "state": self._controller,
+            "creation": self._creation,
+            "observation": self._observation,
+        }
+        if stepping == "numpy":
+            return lambda action: step_numpy(action=action, **bound)
+        from libero_gym.physics.stepping import NativeStepper  # compiles on import
+
+        return NativeStepper(is_exact=stepping == "exact", **bound)
+
+    def _set_recorded_state(self, states: RecordedStates, index: int) -> None:
+        self._set_fixture_poses(states.fixture_poses[index])
+        self.data.qpos[:] = states.physics[index, : self.model.nq]
+        self.data.qvel[:] = states.physics[index, self.model.nq :]
+        controller = states.controller[index]
+        self._controller.goal_pos[:] = controller[:3]
+        self._controller.goal_ori[:] = controller[3:12].reshape(3, 3)
+        self._controller.gripper[:] = controller[12:]
+        self._controller.is_fresh[:] = 0
+
+    def _fixture_poses(self) -> FloatArray:
+        ids = self.scene.fixture_body_ids
+        return np.concatenate([self.model.body_pos[ids], self.model.body_quat[ids]], axis=1)
+
+    def _set_fixture_poses(self, poses: FloatArray) -> None:
+        ids = self.scene.fixture_body_ids
+        self.model.body_pos[ids] = poses[:, :3]
+        self.model.body_quat[ids] = poses[:, 3:]
+
+    def _update_indicators(self) -> None:
+        for index, (addresses, test, alphas) in enumerate(self._indicators):
+            is_on = any(test(float(self.data.qpos[address])) for address in addresses)
+            self._indicator_alpha[index] = alphas[is_on]
+
+
+def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
+    """Return the kind of initial states to use; None is the suite's default (see `Simulation.reset`).
+
+    Raises:
+        ValueError: unknown kind.
+        FileNotFoundError: states of this kind are not recorded for the suite.
+    """
+    if init_states is None:
+        return "settled" if has_recorded_states(suite, "settled") else "original"
+    if init_states not in get_args(InitStates):
+        valid = ", ".join(repr(kind) for kind in get_args(InitStates))
+        raise ValueError(f"init_states={init_states!r} is unknown (valid: {valid})")
+    if init_states != "original":
+        recorded_file(suite, init_states)
+    return init_states
+
+
+@functools.lru_cache(maxsize=512)
+def count_init_states(task: TaskSpec, init_states: InitStates) -> int:
+    """Return how many initial states of a kind `task` has.
+
+    Raises:
+        FileNotFoundError: states of this kind are not recorded for its suite.
+    """
+    if init_states == "original":
+        return len(load_init_states(task))
+    return len(load_recorded_states(task, init_states).physics)
+
+
+def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:
+    """Return (simulation in the dumped state, action float64 [7]); `simulation.step(action)` fails as it did then.
+
+    `Simulation.set_state` restores a dump too: it is what `get_state` returns, with "action" and "error" (the message)
+    added, in a `.npz` file without pickle.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the state belongs to other versions of LIBERO, robosuite or MuJoCo than the installed ones.
+    """
+    with np.load(path, allow_pickle=False) as archive:
+        state = dict(archive)
+    simulation = Simulation(load_scene(get_task(str(state["suite"]), int(state["task_id"]))))
+    simulation.set_state(state)
+    return simulation, state["action"]
+
+
+@functools.cache
+def _creation_kinematics(scene: Scene) -> ArmKinematics:
+    return creation_kinematics(scene.physics_model, scene.robot)
+
+
+@functools.lru_cache(maxsize=512)
+def load_task_data(scene: Scene, task: TaskSpec) -> TaskData:
+    """Return the compiled task; equal arguments share one object.
+
+    Raises:
+        ValueError: the stored states do not fit the scene's model.
+    """
+    problem = read_problem(task.bddl_file)
+    states = load_init_states(task)
+    width = 1 + scene.physics_model.nq + scene.physics_model.nv
+    if states.shape[1] != width:
+        raise ValueError(f"{task.init_states_file} has {states.shape[1]} columns; {task.name} needs {width}")
+    return TaskData(
+        goal=Goal(scene, problem.goal), fixture_sampler=make_fixture_sampler(scene, problem), init_states=states
+    )
+
+
+def _find_indicators(scene: Scene) -> list[tuple[tuple[int, ...], Any, tuple[float, float]]]:
+    """Return for each indicator site: joint addresses, test of being on, (alpha when off, alpha when on)."""
+    indicators: list[tuple[tuple[int, ...], Any, tuple[float, float]]] = []
+    for thing in scene.objects.values():
+        for site_id in thing.indicator_site_ids:
+            off = scene.hidden_site_alpha[scene.physics_model.site(site_id).name]
+            # LIBERO shows a site by alpha = 1 - alpha; robosuite has hidden it by a negative alpha before.
+            indicators.append((thing.joint_qpos_adr, thing.joint_tests["turnon"], (off, 1.0 - off)))
+    return indicators

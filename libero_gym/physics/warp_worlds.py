@@ -1,0 +1,685 @@
+"""Physics on the GPU: many worlds of one scene stepped together by MuJoCo Warp, controller and goals included.
+
+A second backend for training with thousands of worlds. It runs LIBERO's tasks with LIBERO's controller, timing and
+goals, but it is not LIBERO to the last bit, as `libero_gym.physics.simulation` is. What differs:
+
+- All numbers are float32. The arm agrees with the CPU's to 1e-6 rad after one environment step and to 1e-4 rad after
+  thirty, until it touches something; contact then makes any rounding visible. `benchmarks/env_warp.py` measures what
+  that means for success.
+- Contacts of boxes come from the same algorithm as MuJoCo's (they are nearly all of LIBERO's contacts); those of
+  meshes and cylinders from MuJoCo Warp's own. Which of two barely touching shapes are in contact can differ.
+- The solver is LIBERO's (Newton, elliptic cones, impratio 20, Euler with implicit damping); it stops at a tolerance of
+  1e-6 instead of 1e-8, which float32 cannot reach, and after at most 10 iterations instead of 100.
+- On a GPU the order of contacts, and so the rounding of sums, varies from run to run: the same seed gives the same
+  starts and the same draws, not the same trajectory to the last bit. On a CPU it does.
+- Force sensors, which nothing here reads, are not computed.
+
+One environment step (25 substeps) is one captured graph, and poses go to the ray caster without leaving the device.
+Everything runs on a CPU too, for tests.
+
+Shape legend: N worlds, C steps of an action chunk, R worlds that are reset, B bodies, T tasks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mujoco
+import mujoco_warp
+import numpy as np
+import numpy.typing as npt
+import warp as wp
+
+from libero_gym.physics import predicates
+from libero_gym.physics import warp_kernels as kernels
+from libero_gym.physics.controller import (
+    NULLSPACE_STIFFNESS,
+    SUBSTEPS,
+    ArmKinematics,
+    creation_kinematics,
+    inertia_addresses,
+)
+from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, InitStates, PhysicsError, load_task_data
+from libero_gym.rendering.raycast import DevicePoses, default_device, list_devices
+from libero_gym.tasks.initial_states import load_recorded_states
+from libero_gym.tasks.scenes import JointTest, Scene
+from libero_gym.tasks.suites import TaskSpec
+
+# What an overflow of MuJoCo Warp's buffers loses. Its other reports (iterations spent, a penetration depth given up)
+# cost accuracy for one substep, as they do in MuJoCo, and are no errors there either.
+_LOSSES = {
+    mujoco_warp.OverflowType.NEFC: "more constraints than constraints_per_world",
+    mujoco_warp.OverflowType.NJMAX_NNZ: "more entries of constraint Jacobians than constraints_per_world allows for",
+    mujoco_warp.OverflowType.BROADPHASE: "more pairs of close shapes than contacts_per_world",
+    mujoco_warp.OverflowType.NARROWPHASE: "more contacts than contacts_per_world",
+    mujoco_warp.OverflowType.CCD: "more contacts of meshes and cylinders than convex_contacts_per_world",
+}
+
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarpOptions:
+    """Sizes of MuJoCo Warp's buffers and limits of its solver.
+
+    Attributes:
+        contacts_per_world: contacts for which there is space, on average over the worlds, which share it.
+            libero_spatial has 88 at rest and 230 while its bowls settle, the other suites half of that.
+        constraints_per_world: constraint rows of one world at most: three or four for a contact, one for a joint that
+            has friction or is at its limit.
+        convex_contacts_per_world: contacts that involve a mesh or a cylinder, on average over the worlds.
+        solver_iterations: the solver's iterations in one substep at most. Most substeps need one or two, one in a
+            hundred more than ten under random actions; the next substep goes on from what those reach.
+        linesearch_iterations: the same for the line search within an iteration.
+    """
+
+    contacts_per_world: int = 256
+    constraints_per_world: int = 1024
+    convex_contacts_per_world: int = 32
+    solver_iterations: int = 10
+    linesearch_iterations: int = 50
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: a value is not positive.
+        """
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldStart:
+    """Where an episode starts.
+
+    Attributes:
+        task: one of the tasks that the worlds were made for.
+        init_state_id: index of the stored state.
+        placement_seed: decides the fixtures of "original" states.
+    """
+
+    task: TaskSpec
+    init_state_id: int
+    placement_seed: int
+
+
+class WarpWorlds:
+    """N worlds of one scene on one device; each is at a task and a state of its own.
+
+    Attributes:
+        scene: the scene.
+        tasks: tasks that a world can be reset to.
+        num_worlds: N.
+        device: Warp's name of the device.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        tasks: Sequence[TaskSpec],
+        num_worlds: int,
+        *,
+        num_action_chunks: int = 1,
+        device: str | None = None,
+        options: WarpOptions | None = None,
+    ) -> None:
+        """Allocate the worlds; call `reset` before `step`.
+
+        Args:
+            scene: from `libero_gym.tasks.scenes.load_scene`.
+            tasks: tasks of the scene.
+            num_worlds: N.
+            num_action_chunks: C.
+            device: "cpu" or a CUDA device such as "cuda:0"; None takes CUDA if it is there.
+            options: None for the defaults.
+
+        Raises:
+            ValueError: Warp has no such device.
+        """
+        self.device = default_device() if device is None else device
+        if self.device not in list_devices():
+            raise ValueError(f"Warp has no device {self.device!r} (valid: {list_devices()})")
+        options = options or WarpOptions()
+        self.scene = scene
+        self.tasks = tuple(tasks)
+        self.num_worlds = num_worlds
+        self._task_index = {task: index for index, task in enumerate(self.tasks)}
+        robot = scene.robot
+        model = copy.copy(scene.physics_model)
+        fixtures = scene.fixture_body_ids
+        self._default_fixture_poses = np.concatenate([model.body_pos[fixtures], model.body_quat[fixtures]], axis=1)
+        self._creation = creation_kinematics(model, robot)
+        # MuJoCo Warp reads the second flag as: boxes collide by MuJoCo's algorithm for boxes.
+        model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_SENSOR | mujoco.mjtDisableBit.mjDSBL_NATIVECCD)
+        model.opt.iterations = options.solver_iterations
+        model.opt.ls_iterations = options.linesearch_iterations
+        with wp.ScopedDevice(self.device):
+            per_world = {"body_pos": num_worlds, "body_quat": num_worlds}
+            self._model: Any = mujoco_warp.put_model(model, batch_sizes=per_world)
+            self._data: Any = mujoco_warp.make_data(
+                model,
+                nworld=num_worlds,
+                nconmax=options.contacts_per_world,
+                njmax=options.constraints_per_world,
+                nccdmax=min(options.convex_contacts_per_world, options.contacts_per_world),
+            )
+        self._model.opt.warn_overflow = 0  # read from `overflow` instead of printed
+        if self.device != "cpu":
+            self._model.opt.graph_conditional = wp.is_conditional_graph_supported()
+        self._substep = 0
+        self._graph: Any = None
+        self._was_reset = np.zeros(num_worlds, np.bool_)
+
+        # Worlds that were never reset share the space for contacts, so they hold a state with few of them.
+        state = load_task_data(scene, self.tasks[0]).init_states[0, 1 : 1 + model.nq]
+        self._data.qpos.assign(np.tile(state.astype(np.float32), (num_worlds, 1)))
+
+        n, data = num_worlds, self._data
+        self._live: Any = kernels.Live()
+        for name in kernels.Live.vars:
+            setattr(self._live, name, data.M if name == "inertia" else getattr(data, name))
+        self._arm = self._upload(kernels.Arm, **_arm_values(scene))
+        self._controller_start = self._upload(kernels.Creation, **_creation_values(self._creation))
+        self._goals = self._upload(kernels.Goals, **_goal_values(scene, self.tasks))
+        self._indicators = self._upload(kernels.Indicators, **_indicator_values(scene))
+        num_indicators = len(scene.indicator_site_ids)
+        self._memory = self._allocate(kernels.Memory, (n,))
+        self._observed = self._allocate(
+            kernels.Observed, (n,), body_pos=(n, model.nbody), body_mat=(n, model.nbody), is_lit=(n, num_indicators)
+        )
+        self._saved = self._allocate(
+            kernels.Saved, (n,), qpos=(n, model.nq), qvel=(n, model.nv), qacc_warmstart=(n, model.nv)
+        )
+        self._is_lit = self._zeros((n, num_indicators), wp.uint8)
+        max_atoms = int(np.diff(self._goals.task_first.numpy()).max())
+        self._touched = self._zeros((n, max_atoms), wp.uint8)
+        self._world_task = wp.full(n, -1, dtype=int, device=self.device)
+        self._actions = self._zeros((n, num_action_chunks, 7), float)
+        self._step = self._zeros(1, int)
+        self._is_active = self._zeros(n, wp.uint8)
+        self._is_success = self._zeros(n, wp.uint8)
+        self._has_diverged = self._zeros(n, wp.uint8)
+        self._steps_left = self._zeros(n, int)
+        self._ran = self._zeros((n, num_action_chunks), wp.uint8)
+        self._successes = self._zeros((n, num_action_chunks), wp.uint8)
+
+        self._fixture_body_ids = wp.array(fixtures, dtype=int, device=self.device)
+        static = np.flatnonzero(model.body_weldid[model.geom_bodyid] == 0)
+        self._static_geoms = wp.array(static, dtype=int, device=self.device)
+        self._geom_mat = wp.array(_matrices(model.geom_quat), dtype=wp.mat33, device=self.device)
+
+    def reset(self, world_ids: IntArray, starts: Sequence[WorldStart], *, init_states: InitStates) -> None:
+        """Start episodes, objects at rest; see `libero_gym.physics.simulation.Simulation.reset`.
+
+        "Original" states settle for ten steps in which the other worlds idle: that costs as much as ten steps of all
+        worlds, recorded ones ("settled", "held_out") cost a copy.
+
+        Args:
+            world_ids: int64 [R].
+            starts: of length R.
+            init_states: kind of the states.
+
+        Raises:
+            ValueError: a task is not among the scene's tasks given to the constructor.
+            FileNotFoundError: states of this kind are not recorded for the suite.
+            PhysicsError: a world diverged or ran out of space while settling.
+        """
+        if not len(world_ids):
+            return
+        unknown = sorted(
+            {f"{start.task.suite}/{start.task.task_id}" for start in starts if start.task not in self.tasks}
+        )
+        if unknown:
+            valid = [f"{task.suite}/{task.task_id}" for task in self.tasks]
+            raise ValueError(f"tasks {unknown} are not among those of these worlds (valid: {valid})")
+        start = self._upload(kernels.Start, world=world_ids, **self._start_values(starts, init_states))
+        self._launch(
+            kernels.write_start,
+            len(world_ids),
+            start,
+            self._fixture_body_ids,
+            self._live,
+            self._memory,
+            self._model.body_pos,
+            self._model.body_quat,
+            self._world_task,
+            self._has_diverged,
+            self._data.overflow,
+        )
+        is_reset = np.zeros(self.num_worlds, np.bool_)
+        is_reset[world_ids] = True
+        self._was_reset |= is_reset
+        self._refresh(is_reset)
+        if init_states == "original":
+            self._settle(is_reset)
+
+    def step(
+        self, actions: npt.ArrayLike, is_active: BoolArray, steps_left: npt.ArrayLike
+    ) -> tuple[BoolArray, BoolArray]:
+        """Run up to C environment steps of 50 ms in each active world, until its goal holds or its steps are used up.
+
+        Args:
+            actions: float [N, C, 7]; see `libero_gym.physics.simulation.Simulation.step`. Those of idle worlds do not matter.
+            is_active: bool [N], False where nothing is to happen.
+            steps_left: int [N], steps until the episode is cut.
+
+        Returns:
+            bool [N, C], whether each step was run, and bool [N, C], whether the goal held after it.
+
+        Raises:
+            ValueError: an active world was never reset.
+            PhysicsError: a world diverged or ran out of space; it must be reset.
+        """
+        fresh = np.flatnonzero(is_active & ~self._was_reset)
+        if len(fresh):
+            raise ValueError(f"worlds {fresh.tolist()} were never reset")
+        self._ran.zero_()
+        self._successes.zero_()
+        if is_active.any():
+            self._prepare()
+            self._actions.assign(np.asarray(actions, np.float32))
+            self._is_active.assign(is_active.astype(np.uint8))
+            self._steps_left.assign(np.asarray(steps_left, np.int32))
+            self._step.zero_()
+            for _ in range(self._actions.shape[1]):
+                wp.capture_launch(self._graph)
+            self._raise_on_faults()
+        return self._ran.numpy().astype(np.bool_), self._successes.numpy().astype(np.bool_)
+
+    def success(self) -> BoolArray:
+        """Return bool [N], whether the goal held at the end of the last step."""
+        return self._is_success.numpy().astype(np.bool_)
+
+    def states(self) -> npt.NDArray[np.float32]:
+        """Return the observed proprioception, float32 [N, 8]: eef position (m), axis-angle (rad), fingers (m)."""
+        observed = self._observed
+        angles = axis_angles(observed.eef_quat.numpy())
+        return np.concatenate([observed.eef_pos.numpy(), angles, observed.fingers.numpy()], axis=1)
+
+    def qpos(self) -> npt.NDArray[np.float32]:
+        """Return positions, float32 [N, nq]."""
+        return self._data.qpos.numpy().copy()
+
+    def poses(self, world_ids: IntArray) -> DevicePoses:
+        """Return what the images of some worlds show, on the device."""
+        if len(world_ids) == self.num_worlds:
+            body_pos, body_mat = self._observed.body_pos, self._observed.body_mat
+        else:
+            shape = (len(world_ids), self._observed.body_pos.shape[1])
+            body_pos, body_mat = self._zeros(shape, wp.vec3), self._zeros(shape, wp.mat33)
+            ids = wp.array(world_ids, dtype=int, device=self.device)
+            self._launch(kernels.gather_poses, shape, ids, self._observed, body_pos, body_mat)
+        is_lit = self._observed.is_lit.numpy()[world_ids]  # a few bytes a world
+        lit_sites = np.where(is_lit > 0, self.scene.indicator_site_ids, -1).astype(np.int32)
+        return DevicePoses(scene=self.scene, body_pos=body_pos, body_mat=body_mat, lit_sites=lit_sites)
+
+    def get_state(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
+        """Return everything that decides the future and the present observation of a world, as arrays (copies)."""
+        one = slice(world_id, world_id + 1)
+        return {name: array[one].numpy()[0].copy() for name, array in self._state_arrays().items()}
+
+    def get_states(self) -> list[dict[str, npt.NDArray[Any]]]:
+        """Return `get_state` of all worlds, with one download of each array."""
+        arrays = {name: array.numpy() for name, array in self._state_arrays().items()}
+        return [{name: array[i].copy() for name, array in arrays.items()} for i in range(self.num_worlds)]
+
+    def set_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore what `get_state` returned, also from another world of the same scene and tasks."""
+        one = slice(world_id, world_id + 1)
+        for name, array in self._state_arrays().items():
+            array[one].assign(np.asarray(state[name])[None])
+        self._data.overflow[one].zero_()
+        self._has_diverged[one].zero_()
+        self._forward()
+
+    def _state_arrays(self) -> dict[str, Any]:
+        """Arrays with leading dimension N that make up the worlds' states."""
+        arrays = {name: getattr(self._memory, name) for name in kernels.Memory.vars}
+        arrays |= {f"observed_{name}": getattr(self._observed, name) for name in kernels.Observed.vars}
+        return arrays | {
+            "qpos": self._live.qpos,
+            "qvel": self._live.qvel,
+            "qacc_warmstart": self._live.qacc_warmstart,
+            "body_pos": self._model.body_pos,
+            "body_quat": self._model.body_quat,
+            "task": self._world_task,
+            "success": self._is_success,
+            "is_lit": self._is_lit,
+        }
+
+    def _start_values(self, starts: Sequence[WorldStart], init_states: InitStates) -> dict[str, Any]:
+        """Return the arrays of `physics_kernels.Start` apart from `world`."""
+        count, nq, nv = len(starts), self._live.qpos.shape[1], self._live.qvel.shape[1]
+        values: dict[str, Any] = {
+            "task": np.array([self._task_index[start.task] for start in starts]),
+            "qpos": np.empty((count, nq)),
+            "qvel": np.empty((count, nv)),
+            "qacc_warmstart": np.zeros((count, nv)),
+            "fixture_poses": np.empty((count, len(self.scene.fixture_body_ids), 7)),
+            "goal_pos": np.tile(self._creation.ee_pos, (count, 1)),
+            "goal_ori": np.tile(self._creation.ee_ori, (count, 1, 1)),
+            "gripper": np.zeros((count, 2)),
+            "is_fresh": np.full(count, int(init_states == "original")),
+        }
+        for row, start in enumerate(starts):
+            index = start.init_state_id
+            if init_states != "original":
+                recorded = load_recorded_states(start.task, init_states)
+                physics, controller = recorded.physics[index], recorded.controller[index]
+                values["fixture_poses"][row] = recorded.fixture_poses[index]
+                values["goal_pos"][row] = controller[:3]
+                values["goal_ori"][row] = controller[3:12].reshape(3, 3)
+                values["gripper"][row] = controller[12:]
+            else:
+                task_data = load_task_data(self.scene, start.task)
+                physics = task_data.init_states[index, 1:]  # time comes first
+                values["fixture_poses"][row] = task_data.fixture_sampler.sample(
+                    np.random.RandomState(start.placement_seed), self._default_fixture_poses
+                )
+            values["qpos"][row], values["qvel"][row] = physics[:nq], physics[nq:]
+        return values
+
+    def _settle(self, is_reset: BoolArray) -> None:
+        self._prepare()
+        actions = np.zeros(self._actions.shape, np.float32)
+        actions[:, 0] = SETTLING_ACTION
+        self._actions.assign(actions)
+        self._steps_left.fill_(NUM_SETTLING_STEPS + 1)
+        for _ in range(NUM_SETTLING_STEPS):
+            # Set anew each time, because a step that reaches the goal ends a world's chunk.
+            self._is_active.assign(is_reset.astype(np.uint8))
+            self._step.zero_()
+            wp.capture_launch(self._graph)
+        self._raise_on_faults()
+
+    def _refresh(self, is_reset: BoolArray) -> None:
+        """Compute, judge and observe states that were written."""
+        self._is_active.assign(is_reset.astype(np.uint8))
+        self._forward()
+        self._judge()
+        self._begin_step()
+        self._launch(kernels.observe_poses, self._observed.body_pos.shape, *self._observing)
+        self._launch(kernels.observe_fingers, self.num_worlds, *self._observing)
+
+    def _forward(self) -> None:
+        """Compute poses and contacts of the present positions in all worlds."""
+        with wp.ScopedDevice(self.device):
+            mujoco_warp.kinematics(self._model, self._data)
+            geoms, model, data = self._static_geoms, self._model, self._data
+            self._launch(
+                kernels.place_static_geoms,
+                (self.num_worlds, len(geoms)),
+                geoms,
+                model.geom_bodyid,
+                model.geom_pos,
+                self._geom_mat,
+                self._live,
+                data.geom_xpos,
+                data.geom_xmat,
+            )
+            mujoco_warp.fwd_position(model, data, factorize=False)
+
+    def _prepare(self) -> None:
+        """Capture an environment step as a graph, once, after running it with all worlds idle to load its kernels."""
+        if self._graph is not None:
+            return
+        self._is_active.zero_()
+        self._step.zero_()
+        self._launch_step()
+        with wp.ScopedCapture(device=self.device) as capture:
+            self._launch_step()
+        self._graph = capture.graph
+
+    def _launch_step(self) -> None:
+        """Launch the kernels of one environment step."""
+        self._begin_step()
+        self._model.callback.control = self._control
+        with wp.ScopedDevice(self.device):
+            for substep in range(SUBSTEPS):
+                self._substep = substep
+                mujoco_warp.step(self._model, self._data)
+        self._model.callback.control = None  # or the model would keep this object and its memory alive
+        self._judge()
+        self._launch(
+            kernels.end_step,
+            self.num_worlds,
+            self._live,
+            self._data.overflow,
+            self._saved,
+            self._step,
+            self._is_active,
+            self._is_success,
+            self._steps_left,
+            self._has_diverged,
+            self._ran,
+            self._successes,
+        )
+        self._launch(kernels.next_step, 1, self._step)
+
+    def _begin_step(self) -> None:
+        inputs = (self._live, self._data.overflow, self._saved, self._is_active, self._is_lit, self._observed)
+        self._launch(kernels.begin_step, self.num_worlds, *inputs)
+
+    def _control(self, model: Any, data: Any) -> None:
+        """MuJoCo Warp calls this where LIBERO's controller runs: between `mj_step1` and `mj_step2`."""
+        # Sensors hold the values after substep 24 of 25, whose poses are those of the positions before it.
+        if self._substep == SUBSTEPS - 2:
+            self._launch(kernels.observe_poses, self._observed.body_pos.shape, *self._observing)
+        elif self._substep == SUBSTEPS - 1:
+            self._launch(kernels.observe_fingers, self.num_worlds, *self._observing)
+        self._launch(
+            kernels.control,
+            self.num_worlds,
+            self._arm,
+            self._controller_start,
+            self._memory,
+            self._live,
+            self._actions,
+            self._step,
+            self._is_active,
+            int(self._substep == 0),
+        )
+
+    def _judge(self) -> None:
+        contact = self._data.contact
+        self._touched.zero_()
+        self._launch(
+            kernels.mark_touching,
+            contact.geom.shape[0],
+            self._goals,
+            self._world_task,
+            self._data.nacon,
+            contact.geom,
+            contact.worldid,
+            self._touched,
+        )
+        self._launch(
+            kernels.judge,
+            self.num_worlds,
+            self._goals,
+            self._indicators,
+            self._live,
+            self._world_task,
+            self._touched,
+            self._is_active,
+            self._is_success,
+            self._is_lit,
+        )
+
+    @property
+    def _observing(self) -> tuple[Any, ...]:
+        return self._arm, self._live, self._is_active, self._observed
+
+    def _raise_on_faults(self) -> None:
+        diverged = np.flatnonzero(self._has_diverged.numpy())
+        if len(diverged):
+            raise PhysicsError(
+                f"the simulation diverged in worlds {diverged.tolist()}; the state is no longer valid: reset them, and "
+                "check that actions are within -1..1"
+            )
+        overflow = self._data.overflow.numpy()
+        for kind, loss in _LOSSES.items():
+            worlds = np.flatnonzero(overflow & int(kind))
+            if len(worlds):
+                raise PhysicsError(
+                    f"{loss} in worlds {worlds.tolist()}; the state is no longer valid: reset them, and make the "
+                    "worlds with larger WarpOptions"
+                )
+
+    def _launch(self, kernel: Any, dim: Any, *inputs: Any) -> None:
+        wp.launch(kernel, dim=dim, inputs=list(inputs), device=self.device)
+
+    def _zeros(self, shape: Any, dtype: Any) -> Any:
+        return wp.zeros(shape, dtype=dtype, device=self.device)
+
+    def _allocate(self, struct: Any, lead: tuple[int, ...], **shapes: tuple[int, ...]) -> Any:
+        """Return a kernel struct of zeros; its arrays have the shape `lead` unless `shapes` names another."""
+        result = struct()
+        for name, variable in struct.vars.items():
+            setattr(result, name, self._zeros(shapes.get(name, lead), variable.type.dtype))
+        return result
+
+    def _upload(self, struct: Any, **values: Any) -> Any:
+        """Return a kernel struct with `values`, NumPy arrays becoming arrays on the device."""
+        result = struct()
+        for name, variable in struct.vars.items():
+            value = values[name]
+            if isinstance(value, np.ndarray):
+                value = wp.array(value, dtype=variable.type.dtype, device=self.device)
+            setattr(result, name, value)
+        return result
+
+
+def axis_angles(quat_wxyz: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return axis-angles [N, 3] in rad, of lengths 0 to 2 pi, of unit quaternions [N, 4].
+
+    The same as `libero_gym.physics.controller.axis_angle_from_quat`, by an arc tangent, which float32 does not spoil near the
+    identity.
+    """
+    w, xyz = quat_wxyz[:, :1].astype(np.float64), quat_wxyz[:, 1:].astype(np.float64)
+    sine = np.linalg.norm(xyz, axis=1, keepdims=True)
+    scale = np.where(sine > 0, 2.0 * np.arctan2(sine, w) / np.maximum(sine, 1e-30), 0.0)
+    return (xyz * scale).astype(np.float32)
+
+
+def _arm_values(scene: Scene) -> dict[str, Any]:
+    robot, model = scene.robot, scene.physics_model
+    values: dict[str, Any] = {name: getattr(robot, name) for name in vars(robot) if name in kernels.Arm.vars}
+    return values | {
+        "qpos_adr": robot.arm_qpos_adr,
+        "dof_adr": robot.arm_dof_adr,
+        "actuator_ids": robot.arm_actuator_ids,
+        "inertia_adr": inertia_addresses(model, robot),
+        "finger_qpos_adr": robot.gripper_qpos_adr,
+        "finger_actuator_ids": robot.gripper_actuator_ids,
+        "eef_root_id": int(model.body_rootid[model.site_bodyid[robot.eef_site_id]]),
+        "nullspace_stiffness": NULLSPACE_STIFFNESS,
+        "nullspace_damping": 2.0 * math.sqrt(NULLSPACE_STIFFNESS),
+    }
+
+
+def _creation_values(creation: ArmKinematics) -> dict[str, Any]:
+    jac = np.vstack([creation.jac_pos, creation.jac_ori])
+    return {
+        "ee_pos": wp.vec3(*creation.ee_pos),
+        "ee_ori": wp.mat33(*creation.ee_ori.ravel()),
+        "jac": kernels.mat67(*jac.ravel()),
+        "mass": kernels.mat77(*creation.mass_matrix.ravel()),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Atom:
+    """A goal atom as the kernels read it; `touches` are names of objects, `joint_qpos_adr` addresses in qpos."""
+
+    kind: int
+    bodies: tuple[int, int] = (-1, -1)
+    site: int = -1
+    size: FloatArray = field(default_factory=lambda: np.zeros(3))
+    touches: tuple[str, str] | None = None
+    joint_qpos_adr: tuple[int, ...] = ()
+    test: JointTest | None = None
+    is_any: bool = False
+
+
+def _compile_atom(scene: Scene, atom: tuple[str, ...]) -> _Atom:
+    """Translate an atom that `libero_gym.physics.predicates.Goal` has accepted."""
+    predicate, *names = atom
+    if predicate in ("on", "in"):
+        thing = scene.objects[names[0]]
+        if names[1] not in scene.sites:
+            base = scene.objects[names[1]]
+            bodies = (thing.body_id, base.body_id)
+            return _Atom(kind=kernels.ON_OBJECT, bodies=bodies, touches=(base.name, thing.name))
+        site = scene.sites[names[1]]
+        wants_touch = predicate == "on" and site.parent is not None
+        return _Atom(
+            kind=kernels.ON_SITE if predicate == "on" else kernels.IN_SITE,
+            bodies=(thing.body_id, -1),
+            site=site.site_id,
+            size=site.size,
+            touches=(site.parent or "", thing.name) if wants_touch else None,
+        )
+    site = scene.sites.get(names[0])
+    owner = scene.objects[names[0] if site is None else site.parent or ""]
+    return _Atom(
+        kind=kernels.JOINTS,
+        joint_qpos_adr=owner.joint_qpos_adr if site is None else site.joint_qpos_adr,
+        test=owner.joint_tests[predicate],
+        is_any=predicate in ("open", "turnon"),
+    )
+
+
+def _goal_values(scene: Scene, tasks: Sequence[TaskSpec]) -> dict[str, Any]:
+    goals = [[_compile_atom(scene, atom) for atom in load_task_data(scene, task).goal.atoms] for task in tasks]
+    atoms = [atom for goal in goals for atom in goal]
+    names = sorted({name for atom in atoms for name in atom.touches or ()})
+    # A row of zeros stands in where no goal wants contact: arrays of no size have no address.
+    touching = [scene.objects[name].contact_mask for name in names] or [np.zeros(scene.physics_model.ngeom)]
+    return {
+        "task_first": np.cumsum([0, *(len(goal) for goal in goals)]),
+        "kind": np.array([atom.kind for atom in atoms]),
+        "bodies": np.array([atom.bodies for atom in atoms]),
+        "site": np.array([atom.site for atom in atoms]),
+        "size": np.array([atom.size for atom in atoms]),
+        "things": np.array([[names.index(n) for n in atom.touches] if atom.touches else (-1, -1) for atom in atoms]),
+        "touching": np.array(touching, dtype=np.uint8),
+        "is_any": np.array([atom.is_any for atom in atoms], dtype=np.uint8),
+        "on_object_radius": predicates.ON_OBJECT_RADIUS,
+        "on_site_slack": predicates.ON_SITE_SLACK,
+        "on_site_height": predicates.ON_SITE_HEIGHT,
+        "in_site_slack": predicates.IN_SITE_SLACK,
+        **_joint_values([(atom.joint_qpos_adr, atom.test) for atom in atoms]),
+    }
+
+
+def _indicator_values(scene: Scene) -> dict[str, Any]:
+    things = [thing for thing in scene.objects.values() for _ in thing.indicator_site_ids]
+    return _joint_values([(thing.joint_qpos_adr, thing.joint_tests["turnon"]) for thing in things])
+
+
+def _joint_values(entries: Sequence[tuple[tuple[int, ...], JointTest | None]]) -> dict[str, Any]:
+    tests = [test or JointTest(value=0.0, above=True, inclusive=False) for _, test in entries]
+    return {
+        "joint_first": np.cumsum([0, *(len(addresses) for addresses, _ in entries)]),
+        "joint_adr": np.array([address for addresses, _ in entries for address in addresses], dtype=np.int32),
+        "threshold": np.array([test.value for test in tests], dtype=np.float32),
+        "is_above": np.array([test.above for test in tests], dtype=np.uint8),
+        "is_inclusive": np.array([test.inclusive for test in tests], dtype=np.uint8),
+    }
+
+
+def _matrices(quat_wxyz: FloatArray) -> FloatArray:
+    """Return the rotation matrices [num, 3, 3] of quaternions [num, 4]."""
+    matrices = np.empty((len(quat_wxyz), 9))
+    for matrix, quat in zip(matrices, quat_wxyz, strict=True):
+        mujoco.mju_quat2Mat(matrix, quat)
+    return matrices.reshape(-1, 3, 3)

@@ -1,0 +1,577 @@
+# type: ignore
+"""Warp kernels of the ray caster; see `libero_gym.rendering.raycast`.
+
+Warp compiles these functions instead of running them, and annotates them in its own way, so Python's type checkers
+have nothing to say about this file. `RayScene` in `libero_gym.rendering.ray_scene` documents the arrays.
+"""
+
+import warp as wp
+
+from libero_gym.rendering.ray_scene import TEXTURE_CUBE
+
+# Neighbouring pixels that differ by more than this in a channel, on different surfaces, folds or depths, are an edge.
+_EDGE_COLOR = 6.0 / 255.0
+_EDGE_DEPTH = 0.02
+_MAX_BACK_FACES = 8
+_RAY_STEP = 1.0e-5
+
+wp.set_module_options({"enable_backward": False, "fast_math": True})
+
+
+@wp.struct
+class Scene:
+    """Device arrays of a `RayScene`; see there."""
+
+    num_parts: int
+    num_lights: int
+    num_cameras: int
+    part_body: wp.array(dtype=int)
+    part_sphere: wp.array(dtype=wp.vec4)
+    part_mesh: wp.array(dtype=wp.uint64)
+    part_first_face: wp.array(dtype=int)
+    points: wp.array(dtype=wp.vec3)
+    normals: wp.array(dtype=wp.vec3)
+    texture_coords: wp.array(dtype=wp.vec3)
+    face_surface: wp.array(dtype=int)
+    surface_color: wp.array(dtype=wp.vec3)
+    surface_material: wp.array(dtype=wp.vec4)
+    surface_texture: wp.array(dtype=int)
+    texture_kind: wp.array(dtype=int)
+    texture_faces: wp.array(dtype=int)
+    texture_size: wp.array(dtype=wp.vec2i)
+    texture_levels: wp.array(dtype=int)
+    texture_offset: wp.array2d(dtype=int)
+    texels: wp.array(dtype=wp.uint32)
+    skybox: int
+    camera_body: wp.array(dtype=int)
+    camera_pos: wp.array(dtype=wp.vec3)
+    camera_mat: wp.array(dtype=wp.mat33)
+    camera_tan: wp.array(dtype=float)
+    znear: float
+    light_body: wp.array(dtype=int)
+    light_pos: wp.array(dtype=wp.vec3)
+    light_dir: wp.array(dtype=wp.vec3)
+    light_kind: wp.array(dtype=int)
+    light_params: wp.array2d(dtype=float)
+    light_ambient: wp.array(dtype=wp.vec3)
+    light_diffuse: wp.array(dtype=wp.vec3)
+    light_specular: wp.array(dtype=wp.vec3)
+
+
+@wp.struct
+class Worlds:
+    """Where everything is in each world, in the world's frame."""
+
+    part_pos: wp.array2d(dtype=wp.vec3)
+    part_mat: wp.array2d(dtype=wp.mat33)
+    part_sphere: wp.array2d(dtype=wp.vec4)
+    camera_pos: wp.array2d(dtype=wp.vec3)
+    camera_mat: wp.array2d(dtype=wp.mat33)
+    light_pos: wp.array2d(dtype=wp.vec3)
+    light_dir: wp.array2d(dtype=wp.vec3)
+
+
+@wp.struct
+class Hit:
+    """Where a ray ends: part (-1 if nowhere), face within it, distance (m), barycentric weights of corners 0, 1."""
+
+    part: int
+    face: int
+    distance: float
+    u: float
+    v: float
+
+
+@wp.struct
+class Pixel:
+    """A shaded ray: colour in [0, 1], and what tells edges: surface (-1 sky), distance (m), face normal."""
+
+    color: wp.vec3
+    surface: int
+    distance: float
+    normal: wp.vec3
+
+
+@wp.kernel
+def place(
+    scene: Scene,
+    body_pos: wp.array2d(dtype=wp.vec3),
+    body_mat: wp.array2d(dtype=wp.mat33),
+    part_visible: wp.array2d(dtype=wp.uint8),
+    worlds: Worlds,
+):
+    """Poses of parts, cameras and lights from those of bodies; dim (N, max(P, K, L))."""
+    world, i = wp.tid()
+    if i < scene.num_parts:
+        body = scene.part_body[i]
+        pos = body_pos[world, body]
+        mat = body_mat[world, body]
+        sphere = scene.part_sphere[i]
+        centre = pos + mat @ wp.vec3(sphere[0], sphere[1], sphere[2])
+        radius = sphere[3]
+        if part_visible[world, i] == wp.uint8(0):
+            radius = -1.0
+        worlds.part_pos[world, i] = pos
+        worlds.part_mat[world, i] = mat
+        worlds.part_sphere[world, i] = wp.vec4(centre[0], centre[1], centre[2], radius)
+    if i < scene.num_cameras:
+        body = scene.camera_body[i]
+        worlds.camera_pos[world, i] = body_pos[world, body] + body_mat[world, body] @ scene.camera_pos[i]
+        worlds.camera_mat[world, i] = body_mat[world, body] @ scene.camera_mat[i]
+    if i < scene.num_lights:
+        body = scene.light_body[i]
+        if body >= 0:
+            worlds.light_pos[world, i] = body_pos[world, body] + body_mat[world, body] @ scene.light_pos[i]
+            worlds.light_dir[world, i] = body_mat[world, body] @ scene.light_dir[i]
+
+
+@wp.func
+def _trace(scene: Scene, worlds: Worlds, world: int, origin: wp.vec3, direction: wp.vec3, start: float) -> Hit:
+    """The first triangle that faces the ray beyond `start`; part -1 if there is none."""
+    hit = Hit()
+    hit.part = -1
+    hit.distance = 1.0e6
+    for part in range(scene.num_parts):
+        sphere = worlds.part_sphere[world, part]
+        radius = sphere[3]
+        to_centre = wp.vec3(sphere[0], sphere[1], sphere[2]) - origin
+        along = wp.dot(to_centre, direction)
+        if radius < 0.0 or along + radius < start or along - radius > hit.distance:
+            continue
+        if wp.dot(to_centre, to_centre) - along * along > radius * radius:
+            continue
+        mat = wp.transpose(worlds.part_mat[world, part])
+        local_origin = mat @ (origin - worlds.part_pos[world, part])
+        local_direction = mat @ direction
+        distance = start
+        mesh = scene.part_mesh[part]
+        for _ in range(wp.static(_MAX_BACK_FACES)):
+            query = wp.mesh_query_ray(
+                mesh, local_origin + local_direction * distance, local_direction, hit.distance - distance
+            )
+            if not query.result:
+                break
+            distance += query.t
+            if wp.dot(local_direction, query.normal) < 0.0:
+                hit.part = part
+                hit.face = query.face
+                hit.distance = distance
+                hit.u = query.u
+                hit.v = query.v
+                break
+            distance += wp.static(_RAY_STEP)
+    return hit
+
+
+@wp.func
+def _texel(scene: Scene, address: int) -> wp.vec3:
+    packed = scene.texels[address]
+    return wp.vec3(
+        float(packed & wp.uint32(255)),
+        float((packed >> wp.uint32(8)) & wp.uint32(255)),
+        float((packed >> wp.uint32(16)) & wp.uint32(255)),
+    )
+
+
+@wp.func
+def _bilinear(scene: Scene, base: int, width: int, height: int, u: float, v: float, is_repeated: bool) -> wp.vec3:
+    x = u * float(width) - 0.5
+    y = v * float(height) - 0.5
+    left = int(wp.floor(x))
+    top = int(wp.floor(y))
+    fx = x - float(left)
+    fy = y - float(top)
+    right = left + 1
+    bottom = top + 1
+    if is_repeated:
+        left = (left % width + width) % width
+        right = (right % width + width) % width
+        top = (top % height + height) % height
+        bottom = (bottom % height + height) % height
+    else:
+        left = wp.clamp(left, 0, width - 1)
+        right = wp.clamp(right, 0, width - 1)
+        top = wp.clamp(top, 0, height - 1)
+        bottom = wp.clamp(bottom, 0, height - 1)
+    above = _texel(scene, base + top * width + left) * (1.0 - fx) + _texel(scene, base + top * width + right) * fx
+    below = _texel(scene, base + bottom * width + left) * (1.0 - fx) + _texel(scene, base + bottom * width + right) * fx
+    return above * (1.0 - fy) + below * fy
+
+
+@wp.func
+def _mipmapped(scene: Scene, texture: int, face: int, u: float, v: float, level: float, is_repeated: bool) -> wp.vec3:
+    """Trilinear texture colour in [0, 1]; `level` is log2 of texels per pixel."""
+    last = scene.texture_levels[texture] - 1
+    clamped = wp.clamp(level, 0.0, float(last))
+    fine = int(wp.floor(clamped))
+    size = scene.texture_size[texture]
+    width = wp.max(size[0] >> fine, 1)
+    height = wp.max(size[1] >> fine, 1)
+    base = scene.texture_offset[texture, fine] + face * width * height
+    color = _bilinear(scene, base, width, height, u, v, is_repeated)
+    weight = clamped - float(fine)
+    if weight > 0.0:
+        width = wp.max(size[0] >> (fine + 1), 1)
+        height = wp.max(size[1] >> (fine + 1), 1)
+        base = scene.texture_offset[texture, fine + 1] + face * width * height
+        color = color * (1.0 - weight) + _bilinear(scene, base, width, height, u, v, is_repeated) * weight
+    return color * wp.static(1.0 / 255.0)
+
+
+@wp.func
+def _cube_face(direction: wp.vec3) -> wp.vec4:
+    """OpenGL's cube map lookup: image coordinates u, v in [0, 1], face number, major component."""
+    ax = wp.abs(direction[0])
+    ay = wp.abs(direction[1])
+    az = wp.abs(direction[2])
+    if ax >= ay and ax >= az:
+        major = wp.max(ax, 1.0e-8)
+        if direction[0] > 0.0:
+            return wp.vec4(0.5 - 0.5 * direction[2] / major, 0.5 - 0.5 * direction[1] / major, 0.0, major)
+        return wp.vec4(0.5 + 0.5 * direction[2] / major, 0.5 - 0.5 * direction[1] / major, 1.0, major)
+    if ay >= az:
+        major = wp.max(ay, 1.0e-8)
+        if direction[1] > 0.0:
+            return wp.vec4(0.5 + 0.5 * direction[0] / major, 0.5 + 0.5 * direction[2] / major, 2.0, major)
+        return wp.vec4(0.5 + 0.5 * direction[0] / major, 0.5 - 0.5 * direction[2] / major, 3.0, major)
+    major = wp.max(az, 1.0e-8)
+    if direction[2] > 0.0:
+        return wp.vec4(0.5 + 0.5 * direction[0] / major, 0.5 - 0.5 * direction[1] / major, 4.0, major)
+    return wp.vec4(0.5 - 0.5 * direction[0] / major, 0.5 - 0.5 * direction[1] / major, 5.0, major)
+
+
+@wp.func
+def _sky(scene: Scene, direction: wp.vec3, pixel_angle: float) -> wp.vec3:
+    if scene.skybox < 0:
+        return wp.vec3(0.0)
+    # MuJoCo turns the sky a quarter about x: its z is the cube map's y.
+    lookup = _cube_face(wp.vec3(direction[0], direction[2], -direction[1]))
+    face = int(lookup[2]) % scene.texture_faces[scene.skybox]
+    texels = 0.5 * float(scene.texture_size[scene.skybox][0]) * pixel_angle / lookup[3]
+    return _mipmapped(scene, scene.skybox, face, lookup[0], lookup[1], wp.log2(texels), False)
+
+
+@wp.func
+def _lit_corner(
+    scene: Scene,
+    worlds: Worlds,
+    world: int,
+    point: wp.vec3,
+    normal: wp.vec3,
+    eye: wp.vec3,
+    headlight: wp.vec3,
+    color: wp.vec3,
+    material: wp.vec4,
+) -> wp.vec3:
+    """Fixed-function lighting of one vertex, clamped to [0, 1] as OpenGL does before texturing."""
+    view = wp.normalize(eye - point)
+    result = color * material[0]
+    for light in range(scene.num_lights):
+        to_light = -headlight
+        weight = 1.0
+        if scene.light_body[light] >= 0:
+            direction = worlds.light_dir[world, light]
+            to_light = -direction
+            if scene.light_kind[light] == 0:
+                offset = worlds.light_pos[world, light] - point
+                distance = wp.length(offset)
+                to_light = offset / wp.max(distance, 1.0e-6)
+                cosine = -wp.dot(to_light, direction)
+                weight = 1.0 / (
+                    scene.light_params[light, 2]
+                    + distance * (scene.light_params[light, 3] + distance * scene.light_params[light, 4])
+                )
+                if cosine < scene.light_params[light, 0]:
+                    weight = 0.0
+                else:
+                    weight = weight * wp.pow(cosine, scene.light_params[light, 1])
+        if weight > 0.0:
+            result += wp.cw_mul(color, scene.light_ambient[light]) * weight
+            facing = wp.dot(normal, to_light)
+            if facing > 0.0:
+                result += wp.cw_mul(color, scene.light_diffuse[light]) * (facing * weight)
+                # An exponent of 0 leaves a constant: OpenGL takes pow(x, 0) as 1.
+                highlight = 1.0
+                if material[2] > 0.0:
+                    highlight = wp.pow(wp.max(wp.dot(normal, wp.normalize(to_light + view)), 0.0), material[2])
+                result += scene.light_specular[light] * (material[1] * highlight * weight)
+    return wp.min(wp.max(result, wp.vec3(0.0)), wp.vec3(1.0))
+
+
+@wp.func
+def _coords_on_plane(
+    origin: wp.vec3, direction: wp.vec3, p0: wp.vec3, edge1: wp.vec3, edge2: wp.vec3, normal: wp.vec3
+) -> wp.vec2:
+    """Barycentric weights of corners 1 and 2 where a ray meets a triangle's plane."""
+    distance = wp.dot(normal, p0 - origin) / wp.dot(normal, direction)
+    offset = origin + direction * distance - p0
+    scale = 1.0 / wp.dot(normal, normal)
+    return wp.vec2(wp.dot(wp.cross(offset, edge2), normal) * scale, wp.dot(wp.cross(edge1, offset), normal) * scale)
+
+
+@wp.func
+def _surface_color(
+    scene: Scene,
+    worlds: Worlds,
+    world: int,
+    hit: Hit,
+    eye: wp.vec3,
+    direction: wp.vec3,
+    step_x: wp.vec3,
+    step_y: wp.vec3,
+    headlight: wp.vec3,
+    scale: float,
+) -> wp.vec3:
+    """Shaded colour of a hit; `step_x`, `step_y` lead from `direction` to the next pixels' (for the mipmap level)."""
+    face = scene.part_first_face[hit.part] + hit.face
+    surface = scene.face_surface[face]
+    material = scene.surface_material[surface]
+    color = scene.surface_color[surface] * scale
+    pos = worlds.part_pos[world, hit.part]
+    mat = worlds.part_mat[world, hit.part]
+    w = 1.0 - hit.u - hit.v
+    i = 3 * face
+    p0 = pos + mat @ scene.points[i]
+    p1 = pos + mat @ scene.points[i + 1]
+    p2 = pos + mat @ scene.points[i + 2]
+    lit = (
+        _lit_corner(scene, worlds, world, p0, mat @ scene.normals[i], eye, headlight, color, material) * hit.u
+        + _lit_corner(scene, worlds, world, p1, mat @ scene.normals[i + 1], eye, headlight, color, material) * hit.v
+        + _lit_corner(scene, worlds, world, p2, mat @ scene.normals[i + 2], eye, headlight, color, material) * w
+    )
+    texture = scene.surface_texture[surface]
+    if texture < 0:
+        return lit
+    t0 = scene.texture_coords[i]
+    edge_t1 = scene.texture_coords[i + 1] - t0
+    edge_t2 = scene.texture_coords[i + 2] - t0
+    coords = t0 + edge_t1 * hit.v + edge_t2 * w
+    edge1 = p1 - p0
+    edge2 = p2 - p0
+    normal = wp.cross(edge1, edge2)
+    here = wp.vec2(hit.v, w)
+    along_x = _coords_on_plane(eye, direction + step_x, p0, edge1, edge2, normal) - here
+    along_y = _coords_on_plane(eye, direction + step_y, p0, edge1, edge2, normal) - here
+    change_x = edge_t1 * along_x[0] + edge_t2 * along_x[1]
+    change_y = edge_t1 * along_y[0] + edge_t2 * along_y[1]
+    width = float(scene.texture_size[texture][0])
+    if scene.texture_kind[texture] == wp.static(TEXTURE_CUBE):
+        lookup = _cube_face(coords)
+        texels = 0.5 * width / lookup[3] * wp.max(wp.length(change_x), wp.length(change_y))
+        cube_face = int(lookup[2]) % scene.texture_faces[texture]
+        texture_color = _mipmapped(
+            scene, texture, cube_face, lookup[0], lookup[1], wp.log2(wp.max(texels, 1.0e-6)), False
+        )
+    else:
+        height = float(scene.texture_size[texture][1])
+        texels = wp.max(
+            wp.length(wp.vec2(change_x[0] * width, change_x[1] * height)),
+            wp.length(wp.vec2(change_y[0] * width, change_y[1] * height)),
+        )
+        texture_color = _mipmapped(scene, texture, 0, coords[0], coords[1], wp.log2(wp.max(texels, 1.0e-6)), True)
+    return wp.cw_mul(lit, texture_color)
+
+
+@wp.func
+def _shade(scene: Scene, worlds: Worlds, world: int, camera: int, x: float, y: float, width: int, height: int) -> Pixel:
+    """What the camera sees at image position (x, y) in pixels, y down."""
+    tangent = scene.camera_tan[camera]
+    pixel_size = 2.0 * tangent / float(height)
+    eye = worlds.camera_pos[world, camera]
+    mat = worlds.camera_mat[world, camera]
+    to_pixel = mat @ wp.vec3((x - 0.5 * float(width)) * pixel_size, (0.5 * float(height) - y) * pixel_size, -1.0)
+    length = wp.length(to_pixel)
+    direction = to_pixel / length
+    step_x = mat @ wp.vec3(pixel_size / length, 0.0, 0.0)
+    step_y = mat @ wp.vec3(0.0, -pixel_size / length, 0.0)
+    headlight = -wp.vec3(mat[0, 2], mat[1, 2], mat[2, 2])
+    hit = _trace(scene, worlds, world, eye, direction, scene.znear * length)
+    pixel = Pixel()
+    if hit.part < 0:
+        pixel.surface = -1
+        pixel.distance = 1.0e6
+        pixel.color = _sky(scene, direction, pixel_size)
+        return pixel
+    face = scene.part_first_face[hit.part] + hit.face
+    surface = scene.face_surface[face]
+    color = _surface_color(scene, worlds, world, hit, eye, direction, step_x, step_y, headlight, 1.0)
+    edge1 = scene.points[3 * face + 1] - scene.points[3 * face]
+    edge2 = scene.points[3 * face + 2] - scene.points[3 * face]
+    normal = worlds.part_mat[world, hit.part] @ wp.normalize(wp.cross(edge1, edge2))
+    reflectance = scene.surface_material[surface][3]
+    if reflectance > 0.0:
+        # The classic renderer adds the scene, lights included, mirrored at the surface, colours scaled by the
+        # reflectance. Seen from the mirrored eye nothing else is mirrored.
+        point = eye + direction * hit.distance
+        mirrored_eye = eye - normal * (2.0 * wp.dot(normal, eye - point))
+        mirrored = direction - normal * (2.0 * wp.dot(normal, direction))
+        second = _trace(scene, worlds, world, mirrored_eye, mirrored, hit.distance + 1.0e-4)
+        if second.part >= 0:
+            color += _surface_color(
+                scene,
+                worlds,
+                world,
+                second,
+                mirrored_eye,
+                mirrored,
+                step_x - normal * (2.0 * wp.dot(normal, step_x)),
+                step_y - normal * (2.0 * wp.dot(normal, step_y)),
+                headlight,
+                reflectance,
+            )
+    pixel.surface = surface
+    pixel.distance = hit.distance
+    pixel.normal = normal
+    pixel.color = wp.min(color, wp.vec3(1.0))
+    return pixel
+
+
+@wp.func
+def _to_byte(value: float) -> wp.uint8:
+    return wp.uint8(int(value * 255.0 + 0.5))
+
+
+@wp.func
+def _pixel_of_thread(thread: int, first_row: int, width: int) -> wp.vec2i:
+    """Row and column of a thread: the 32 threads of a GPU's warp take a tile of 4 x 8 pixels, whose rays stay close."""
+    tile = thread / 32
+    lane = thread % 32
+    num_tiles = (width + 7) / 8
+    return wp.vec2i(first_row + tile / num_tiles * 4 + lane / 8, tile % num_tiles * 8 + lane % 8)
+
+
+@wp.func
+def _sample(scene: Scene, worlds: Worlds, row: int, x: float, down: float, width: int, height: int) -> Pixel:
+    """What is seen in line `row` of all images, `down` pixels below its upper border."""
+    image = row / height
+    y = float(row % height) + down
+    return _shade(scene, worlds, image / scene.num_cameras, image % scene.num_cameras, x, y, width, height)
+
+
+@wp.func
+def _store(
+    color: wp.vec3, row: int, x: int, num_cameras: int, num_worlds: int, images: wp.array(dtype=wp.uint8, ndim=4)
+):
+    height = images.shape[1]
+    image = row / height
+    index = image % num_cameras * num_worlds + image / num_cameras
+    for channel in range(3):
+        images[index, row % height, images.shape[2] - 1 - x, channel] = _to_byte(color[channel])
+
+
+@wp.kernel
+def render(
+    scene: Scene,
+    worlds: Worlds,
+    num_worlds: int,
+    first_row: int,
+    last_row: int,
+    colors: wp.array2d(dtype=wp.vec3),
+    geometry: wp.array2d(dtype=wp.vec4),
+    surfaces: wp.array2d(dtype=int),
+    images: wp.array(dtype=wp.uint8, ndim=4),
+):
+    """One sample at the centre of each pixel of some of the N * K * H image lines; dim from `num_threads`."""
+    height = images.shape[1]
+    width = images.shape[2]
+    pixel = _pixel_of_thread(wp.tid(), first_row, width)
+    row = pixel[0]
+    x = pixel[1]
+    if row >= last_row or x >= width:
+        return
+    sample = _sample(scene, worlds, row, float(x) + 0.5, 0.5, width, height)
+    if colors.shape[0] > 0:
+        colors[row, x] = sample.color
+        geometry[row, x] = wp.vec4(sample.normal[0], sample.normal[1], sample.normal[2], sample.distance)
+        surfaces[row, x] = sample.surface
+    _store(sample.color, row, x, scene.num_cameras, num_worlds, images)
+
+
+@wp.func
+def _differ(
+    row: int,
+    x: int,
+    other_row: int,
+    other_x: int,
+    colors: wp.array2d(dtype=wp.vec3),
+    geometry: wp.array2d(dtype=wp.vec4),
+    surfaces: wp.array2d(dtype=int),
+) -> bool:
+    change = colors[row, x] - colors[other_row, other_x]
+    if wp.max(wp.abs(change)) < wp.static(_EDGE_COLOR):
+        return False
+    if surfaces[row, x] != surfaces[other_row, other_x]:
+        return True
+    here = geometry[row, x]
+    there = geometry[other_row, other_x]
+    if here[0] * there[0] + here[1] * there[1] + here[2] * there[2] < 0.9:
+        return True
+    return wp.abs(here[3] - there[3]) > wp.static(_EDGE_DEPTH) * wp.min(here[3], there[3])
+
+
+@wp.kernel
+def find_edges(
+    first_row: int,
+    last_row: int,
+    strip: int,
+    height: int,
+    colors: wp.array2d(dtype=wp.vec3),
+    geometry: wp.array2d(dtype=wp.vec4),
+    surfaces: wp.array2d(dtype=int),
+    num_edges: wp.array(dtype=int),
+    edges: wp.array(dtype=int),
+):
+    """Lists the pixels next to an edge, as row * W + column, from `first_row` * W on; dim from `num_threads`."""
+    width = colors.shape[1]
+    pixel = _pixel_of_thread(wp.tid(), first_row, width)
+    row = pixel[0]
+    x = pixel[1]
+    if row >= last_row or x >= width:
+        return
+    y = row % height
+    found = False
+    if x > 0 and _differ(row, x, row, x - 1, colors, geometry, surfaces):
+        found = True
+    if x < width - 1 and not found and _differ(row, x, row, x + 1, colors, geometry, surfaces):
+        found = True
+    if y > 0 and not found and _differ(row, x, row - 1, x, colors, geometry, surfaces):
+        found = True
+    if y < height - 1 and not found and _differ(row, x, row + 1, x, colors, geometry, surfaces):
+        found = True
+    if found:
+        edges[first_row * width + wp.atomic_add(num_edges, strip, 1)] = row * width + x
+
+
+@wp.kernel
+def smooth_edges(
+    scene: Scene,
+    worlds: Worlds,
+    num_worlds: int,
+    first_row: int,
+    strip: int,
+    num_edges: wp.array(dtype=int),
+    edges: wp.array(dtype=int),
+    images: wp.array(dtype=wp.uint8, ndim=4),
+):
+    """Replaces the listed pixels by the mean of four samples; dim at least the number of pixels listed."""
+    thread = wp.tid()
+    if thread >= num_edges[strip]:
+        return
+    height = images.shape[1]
+    width = images.shape[2]
+    pixel = edges[first_row * width + thread]
+    row = pixel / width
+    x = pixel % width
+    color = wp.vec3(0.0)
+    for index in range(4):
+        # The standard multisampling pattern: (3, 1), (7, 3), (1, 5), (5, 7) eighths of a pixel.
+        right = float((4 * index + 3) % 8 - 2 * (index / 2)) / 8.0
+        down = (2.0 * float(index) + 1.0) / 8.0
+        sample = _sample(scene, worlds, row, float(x) + right, down, width, height)
+        color += sample.color * 0.25
+    _store(color, row, x, scene.num_cameras, num_worlds, images)
+
+
+def num_threads(num_rows: int, width: int) -> int:
+    """Threads that `render` and `find_edges` need for some image lines: whole tiles of 4 x 8 pixels."""
+    return -(-num_rows // 4) * -(-width // 8) * 32

@@ -1,0 +1,508 @@
+"""What the ray caster needs of a MuJoCo model: triangles in body frames, surfaces, lights, cameras, textures.
+
+MuJoCo's classic renderer draws with fixed-function OpenGL: geometric primitives as coarse grids, lighting at
+vertices, textures with mipmaps. All of that is made explicit here once per scene, as plain arrays, so that the
+ray caster (`libero_gym.rendering.raycast`) has a single kind of geometry and reproduces the same shading.
+
+Shape legend: B bodies of the model, P parts (bodies with something to see), F triangles, S surfaces (one per
+drawn geom), T textures, K cameras, L lights (the headlight is the last).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.int32]
+
+# Geoms that LIBERO shows: robosuite keeps collision geoms in group 0 and visual ones in group 1.
+VISIBLE_GROUPS = (1, 2)
+# What the classic renderer assumes where a geom has no material (mjv_initGeom, mjvGeom's defaults).
+DEFAULT_SPECULAR = 0.5
+DEFAULT_SHININESS = 0.5
+# A fixed-function shininess exponent is mat_shininess times this (GL_SHININESS's upper limit).
+SHININESS_SCALE = 128.0
+# Surfaces less opaque than this are left out: rays do not blend.
+MIN_ALPHA = 0.5
+MAX_MIP_LEVELS = 14
+
+TEXTURE_2D, TEXTURE_CUBE = 0, 1
+
+_MIRROR_TYPES = (int(mujoco.mjtGeom.mjGEOM_PLANE), int(mujoco.mjtGeom.mjGEOM_BOX))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RayScene:
+    """Arrays that describe everything visible of one model.
+
+    Attributes:
+        part_body: [P] body that carries the part.
+        part_site: [P] site id if the part is a site that is only drawn while lit (a stove's burner), else -1.
+        part_sphere: [P, 4] bounding sphere, centre in the body's frame and radius (m).
+        part_first_face: [P + 1] range of faces of each part.
+        points: [3 F, 3] triangle corners in the body's frame (m).
+        normals: [3 F, 3] corner normals in the body's frame.
+        texture_coords: [3 F, 3] corner texture coordinates: u, v, 0, or a cube map direction.
+        face_surface: [F] surface of each triangle.
+        surface_color: [S, 3] diffuse and ambient colour.
+        surface_material: [S, 4] emission, specular, shininess exponent, reflectance (0 where not a mirror).
+        surface_texture: [S] texture id, -1 without.
+        surface_geom: [S] geom id, -1 for a site.
+        texture_kind: [T] TEXTURE_2D or TEXTURE_CUBE.
+        texture_faces: [T] 6 for a cube map with six images below each other, else 1.
+        texture_size: [T, 2] width and height (texels) of one face at level 0.
+        texture_levels: [T] number of mipmap levels.
+        texture_offset: [T, MAX_MIP_LEVELS] first texel of each level.
+        texels: [sum] uint32, 0x00BBGGRR, linear where the model says sRGB.
+        skybox: texture id of the skybox, -1 without.
+        camera_body: [K] body that carries the camera.
+        camera_pos: [K, 3] in the body's frame (m).
+        camera_mat: [K, 3, 3] in the body's frame.
+        camera_tan: [K] tangent of half the vertical field of view.
+        znear: distance of the near clipping plane (m).
+        light_body: [L] body that carries the light, -1 for the headlight.
+        light_pos: [L, 3] in the body's frame (m).
+        light_dir: [L, 3] in the body's frame, unit.
+        light_kind: [L] 0 spot, 1 directional.
+        light_params: [L, 5] cosine of the cutoff, exponent, constant, linear, quadratic attenuation.
+        light_ambient: [L, 3].
+        light_diffuse: [L, 3].
+        light_specular: [L, 3].
+    """
+
+    part_body: IntArray
+    part_site: IntArray
+    part_sphere: FloatArray
+    part_first_face: IntArray
+    points: FloatArray
+    normals: FloatArray
+    texture_coords: FloatArray
+    face_surface: IntArray
+    surface_color: FloatArray
+    surface_material: FloatArray
+    surface_texture: IntArray
+    surface_geom: IntArray
+    texture_kind: IntArray
+    texture_faces: IntArray
+    texture_size: IntArray
+    texture_levels: IntArray
+    texture_offset: IntArray
+    texels: NDArray[np.uint32]
+    skybox: int
+    camera_body: IntArray
+    camera_pos: FloatArray
+    camera_mat: FloatArray
+    camera_tan: FloatArray
+    znear: float
+    light_body: IntArray
+    light_pos: FloatArray
+    light_dir: FloatArray
+    light_kind: IntArray
+    light_params: FloatArray
+    light_ambient: FloatArray
+    light_diffuse: FloatArray
+    light_specular: FloatArray
+
+
+@dataclass(frozen=True)
+class _Triangles:
+    """Corners [3 F, 3] of one geom in its own frame, with normals and texture coordinates."""
+
+    points: FloatArray
+    normals: FloatArray
+    texture_coords: FloatArray
+
+
+def build_ray_scene(
+    model: mujoco.MjModel,
+    camera_names: tuple[str, ...],
+    *,
+    max_texture_size: int = 1024,
+    lit_sites: tuple[int, ...] = (),
+    reflections: bool = True,
+) -> RayScene:
+    """Extracts what is visible of a model.
+
+    Args:
+        model: A model with visual geoms and textures.
+        camera_names: Cameras to render, in order.
+        max_texture_size: Larger textures are halved until they fit. Images of 256 pixels never look at the
+            finer mipmap levels that this drops.
+        lit_sites: Sites that are drawn while they are lit.
+        reflections: Whether the first reflective plane or box mirrors.
+
+    Returns:
+        The arrays of the scene.
+
+    Raises:
+        ValueError: A camera is not in the model, a camera or light tracks a body, or a visible geom is of a type
+            that LIBERO does not have.
+    """
+    cameras = [_camera_id(model, name) for name in camera_names]
+    triangles_of_part: dict[tuple[int, int], list[tuple[_Triangles, int]]] = {}
+    colors: list[FloatArray] = []
+    materials: list[list[float]] = []
+    textures: list[int] = []
+    surface_geom: list[int] = []
+    mirror_found = not reflections
+    for geom in range(model.ngeom):
+        rgba = _geom_rgba(model, geom)
+        if model.geom_group[geom] not in VISIBLE_GROUPS or rgba[3] < MIN_ALPHA:
+            continue
+        material = int(model.geom_matid[geom])
+        emission, specular, shininess, reflectance = 0.0, DEFAULT_SPECULAR, DEFAULT_SHININESS, 0.0
+        texture = -1
+        if material >= 0:
+            emission = float(model.mat_emission[material])
+            specular = float(model.mat_specular[material])
+            shininess = float(model.mat_shininess[material])
+            texture = int(model.mat_texid[material, mujoco.mjtTextureRole.mjTEXROLE_RGB])
+            # The classic renderer mirrors in the first reflective plane or box only.
+            is_flat = int(model.geom_type[geom]) in _MIRROR_TYPES
+            if is_flat and not mirror_found and model.mat_reflectance[material] > 0:
+                reflectance, mirror_found = float(model.mat_reflectance[material]), True
+        triangles = _place(_geom_triangles(model, geom, texture), model.geom_pos[geom], model.geom_quat[geom])
+        # Only the upper side of a box mirrors, so it is a surface of its own.
+        pieces = [(triangles, reflectance)]
+        if reflectance > 0:
+            up = _rotation(model.geom_quat[geom])[:, 2]
+            pieces = [(_select(triangles, up, True), reflectance), (_select(triangles, up, False), 0.0)]
+        for piece, piece_reflectance in pieces:
+            key = (int(model.geom_bodyid[geom]), -1)
+            triangles_of_part.setdefault(key, []).append((piece, len(colors)))
+            colors.append(rgba[:3])
+            materials.append([emission, specular, shininess * SHININESS_SCALE, piece_reflectance])
+            textures.append(texture)
+            surface_geom.append(geom)
+    for site in lit_sites:
+        if model.site_type[site] != mujoco.mjtGeom.mjGEOM_CYLINDER:
+            raise ValueError(f"site {site} is of type {model.site_type[site]}; only lit cylinders are known")
+        radius, half_height = (float(value) for value in model.site_size[site][:2])
+        disc = _cylinder(model, np.array([radius, radius, half_height], dtype=np.float32))
+        triangles = _place(disc, model.site_pos[site], model.site_quat[site])
+        triangles_of_part[(int(model.site_bodyid[site]), int(site))] = [(triangles, len(colors))]
+        colors.append(model.site_rgba[site][:3].astype(np.float32))
+        materials.append([0.0, DEFAULT_SPECULAR, DEFAULT_SHININESS * SHININESS_SCALE, 0.0])
+        textures.append(-1)
+        surface_geom.append(-1)
+
+    # Small parts first: what they hide of the walls and the table is then never looked at.
+    parts = sorted(triangles_of_part, key=lambda part: _extent(triangles_of_part[part]))
+    points, normals, coords, surfaces, spheres, first_face = [], [], [], [], [], [0]
+    for part in parts:
+        entries = triangles_of_part[part]
+        part_points = np.concatenate([triangles.points for triangles, _ in entries])
+        points.append(part_points)
+        normals.append(np.concatenate([triangles.normals for triangles, _ in entries]))
+        coords.append(np.concatenate([triangles.texture_coords for triangles, _ in entries]))
+        surfaces.append(np.concatenate([np.full(len(t.points) // 3, index, np.int32) for t, index in entries]))
+        low, high = part_points.min(axis=0), part_points.max(axis=0)
+        centre = 0.5 * (low + high)
+        radius = np.linalg.norm(part_points - centre, axis=1).max()
+        spheres.append(np.append(centre, radius * 1.0001))
+        first_face.append(first_face[-1] + len(part_points) // 3)
+    return RayScene(
+        part_body=np.array([body for body, _ in parts], dtype=np.int32),
+        part_site=np.array([site for _, site in parts], dtype=np.int32),
+        part_sphere=np.array(spheres, dtype=np.float32),
+        part_first_face=np.array(first_face, dtype=np.int32),
+        points=np.concatenate(points).astype(np.float32),
+        normals=np.concatenate(normals).astype(np.float32),
+        texture_coords=np.concatenate(coords).astype(np.float32),
+        face_surface=np.concatenate(surfaces),
+        surface_color=np.array(colors, dtype=np.float32),
+        surface_material=np.array(materials, dtype=np.float32),
+        surface_texture=np.array(textures, dtype=np.int32),
+        surface_geom=np.array(surface_geom, dtype=np.int32),
+        **_textures(model, max_texture_size, set(textures)),
+        **_cameras(model, cameras),
+        **_lights(model),
+    )
+
+
+def _extent(entries: list[tuple[_Triangles, int]]) -> float:
+    low = np.min([triangles.points.min(axis=0) for triangles, _ in entries], axis=0)
+    high = np.max([triangles.points.max(axis=0) for triangles, _ in entries], axis=0)
+    return float(np.linalg.norm(high - low))
+
+
+def _camera_id(model: mujoco.MjModel, name: str) -> int:
+    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
+    if camera < 0:
+        known = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, i) for i in range(model.ncam)]
+        raise ValueError(f"camera {name!r} is not in the scene (cameras: {known})")
+    return camera
+
+
+def _geom_rgba(model: mujoco.MjModel, geom: int) -> FloatArray:
+    """The geom's colour; a material's counts where the geom keeps the default grey (as in mjv_updateScene)."""
+    rgba, material = model.geom_rgba[geom], model.geom_matid[geom]
+    if material >= 0 and np.array_equal(rgba, np.array([0.5, 0.5, 0.5, 1.0], dtype=np.float32)):
+        return model.mat_rgba[material]
+    return rgba
+
+
+def _place(triangles: _Triangles, pos: FloatArray, quat: FloatArray) -> _Triangles:
+    rotation = _rotation(quat)
+    return _Triangles(
+        points=(triangles.points @ rotation.T + pos).astype(np.float32),
+        normals=(triangles.normals @ rotation.T).astype(np.float32),
+        texture_coords=triangles.texture_coords,
+    )
+
+
+def _select(triangles: _Triangles, direction: FloatArray, is_facing: bool) -> _Triangles:
+    """The triangles whose first corner's normal points along `direction`, or the others."""
+    mask = np.repeat((triangles.normals[::3] @ direction > 0.99) == is_facing, 3)
+    return _Triangles(triangles.points[mask], triangles.normals[mask], triangles.texture_coords[mask])
+
+
+def _geom_triangles(model: mujoco.MjModel, geom: int, texture: int) -> _Triangles:
+    """The triangles of a geom in its own frame, as the classic renderer draws them."""
+    kind, size = model.geom_type[geom], model.geom_size[geom].astype(np.float32)
+    if kind == mujoco.mjtGeom.mjGEOM_MESH:
+        triangles = _mesh(model, int(model.geom_dataid[geom]))
+    elif kind == mujoco.mjtGeom.mjGEOM_BOX:
+        triangles = _box(model, size)
+    elif kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
+        triangles = _cylinder(model, np.array([size[0], size[0], size[1]], dtype=np.float32))
+    elif kind == mujoco.mjtGeom.mjGEOM_PLANE:
+        triangles = _plane(size)
+    else:
+        raise ValueError(f"geom {geom} has type {mujoco.mjtGeom(kind).name}, which the ray caster cannot draw")
+    if texture < 0:
+        return triangles
+    material = int(model.geom_matid[geom])
+    repeat = model.mat_texrepeat[material].astype(np.float32)
+    is_uniform = bool(model.mat_texuniform[material])
+    is_mesh = kind == mujoco.mjtGeom.mjGEOM_MESH
+    if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
+        # A cube map is looked up by the position on the unit shape.
+        scale = np.ones(3, np.float32) if is_uniform or is_mesh else np.where(size > 0, size, 1)
+        if kind == mujoco.mjtGeom.mjGEOM_CYLINDER and not is_uniform:
+            scale = np.array([size[0], size[0], size[1]], dtype=np.float32)
+        coords = triangles.points / scale
+    elif is_mesh and model.mesh_texcoordadr[model.geom_dataid[geom]] < 0:
+        factor = repeat / np.where(size[:2] > 0, size[:2], 1) * np.where(is_uniform & (size[:2] > 0), size[:2], 1)
+        coords = np.zeros_like(triangles.points)
+        coords[:, 0] = 0.5 * factor[0] * triangles.points[:, 0] - 0.5
+        coords[:, 1] = -0.5 * factor[1] * triangles.points[:, 1] - 0.5
+    else:
+        factor = repeat.copy()
+        if is_uniform and not is_mesh:
+            factor *= size[:2] if kind != mujoco.mjtGeom.mjGEOM_CYLINDER else size[0]
+        coords = triangles.texture_coords.copy()
+        coords[:, :2] *= factor
+    return _Triangles(triangles.points, triangles.normals, coords.astype(np.float32))
+
+
+def _mesh(model: mujoco.MjModel, mesh: int) -> _Triangles:
+    faces = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
+    points = model.mesh_vert[model.mesh_vertadr[mesh] + model.mesh_face[faces]]  # [F, 3, 3]
+    normals = model.mesh_normal[model.mesh_normaladr[mesh] + model.mesh_facenormal[faces]]  # [F, 3, 3]
+    coords = np.zeros_like(points)
+    # Stored normals more than 37 degrees off the face's are not used (mjr_uploadMesh).
+    flat = np.cross(points[:, 1] - points[:, 0], points[:, 2] - points[:, 0])
+    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-20)
+    is_off = np.einsum("fcx,fx->fc", normals, flat) < 0.8
+    if model.mesh_texcoordadr[mesh] >= 0:
+        index = model.mesh_texcoordadr[mesh] + model.mesh_facetexcoord[faces]
+        coords[..., :2] = model.mesh_texcoord[index]
+    normals = np.where(is_off[..., None], flat[:, None], normals)
+    return _Triangles(points.reshape(-1, 3), normals.reshape(-1, 3), coords.reshape(-1, 3))
+
+
+def _grid(corners: FloatArray, normals: FloatArray, coords: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Splits a grid of quads [rows + 1, columns + 1, 3] into triangles [6 rows columns, 3]."""
+
+    def split(values: FloatArray) -> FloatArray:
+        a, b, c, d = values[:-1, :-1], values[:-1, 1:], values[1:, 1:], values[1:, :-1]
+        return np.stack([a, b, c, a, c, d], axis=2).reshape(-1, 3)
+
+    return split(corners), split(normals), split(coords)
+
+
+def _merge(patches: list[tuple[FloatArray, FloatArray, FloatArray]]) -> _Triangles:
+    points, normals, coords = (np.concatenate(arrays).astype(np.float32) for arrays in zip(*patches, strict=True))
+    return _Triangles(points, normals, coords)
+
+
+def _box(model: mujoco.MjModel, size: FloatArray) -> _Triangles:
+    steps = np.linspace(-1.0, 1.0, model.vis.quality.numquads + 1)
+    second, first = np.meshgrid(steps, steps, indexing="ij")
+    coords = np.stack([0.5 * (first + 1), 1 - 0.5 * (second + 1), np.zeros_like(first)], axis=-1)
+    patches = []
+    for axis in range(3):
+        u, v = [i for i in range(3) if i != axis]
+        for sign in (-1.0, 1.0):
+            corners = np.zeros((*first.shape, 3))
+            corners[..., u], corners[..., v], corners[..., axis] = first, second, sign
+            normals = np.zeros_like(corners)
+            normals[..., axis] = sign
+            # (u, v, axis) is right-handed for axes 0 and 2; triangles face outwards.
+            is_outward = (sign > 0) == (axis != 1)
+            patch = (corners * size, normals, coords)
+            patches.append(_grid(*patch) if is_outward else _grid(*(np.swapaxes(array, 0, 1) for array in patch)))
+    return _merge(patches)
+
+
+def _cylinder(model: mujoco.MjModel, size: FloatArray) -> _Triangles:
+    slices, stacks = model.vis.quality.numslices, model.vis.quality.numstacks
+    angles = 2 * np.pi * np.arange(slices + 1) / slices
+    heights = np.linspace(-1.0, 1.0, stacks + 1)
+    z, angle = np.meshgrid(heights, angles, indexing="ij")
+    side = np.stack([np.cos(angle), np.sin(angle), z], axis=-1)
+    side_normals = np.stack([np.cos(angle), np.sin(angle), np.zeros_like(z)], axis=-1)
+    side_coords = np.stack([angle / (2 * np.pi), 0.5 * (1 - z), np.zeros_like(z)], axis=-1)
+    patches = [_grid(side * size, side_normals, side_coords)]
+    radii, angle = np.meshgrid(np.linspace(0.0, 1.0, stacks // 2 + 1), angles, indexing="ij")
+    for sign in (-1.0, 1.0):
+        cap = np.stack([radii * np.cos(angle), radii * np.sin(angle), np.full_like(radii, sign)], axis=-1)
+        cap_normals = np.zeros_like(cap)
+        cap_normals[..., 2] = sign
+        cap_coords = np.stack([0.5 + 0.5 * cap[..., 0], 0.5 + 0.5 * cap[..., 1], np.zeros_like(radii)], axis=-1)
+        patch = (cap * size, cap_normals, cap_coords)
+        patches.append(_grid(*patch) if sign < 0 else _grid(*(np.swapaxes(array, 0, 1) for array in patch)))
+    return _merge(patches)
+
+
+def _plane(size: FloatArray) -> _Triangles:
+    if size[0] <= 0 or size[1] <= 0:
+        raise ValueError(f"infinite planes (size {size.tolist()}) are not drawn; LIBERO's floors are finite")
+    lines = []
+    for extent in size[:2]:
+        # The classic renderer's grid: squares of twice size[2], an even number, padding at both ends.
+        spacing = max(float(size[2]), float(extent) / 198)
+        count = int(extent // spacing) // 2 * 2
+        padding = float(extent) - count * spacing
+        inner = -float(extent) + padding + 2 * spacing * np.arange(count + 1)
+        lines.append(np.concatenate([[-extent], inner, [extent]]))
+    y, x = np.meshgrid(lines[1], lines[0], indexing="ij")
+    corners = np.stack([x, y, np.zeros_like(x)], axis=-1)
+    normals = np.zeros_like(corners)
+    normals[..., 2] = 1.0
+    coords = np.stack([0.5 * (x / size[0] + 1), 0.5 * (1 - y / size[1]), np.zeros_like(x)], axis=-1)
+    return _merge([_grid(corners, normals, coords)])
+
+
+def _textures(model: mujoco.MjModel, max_size: int, used: set[int]) -> dict[str, Any]:
+    sky = np.nonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX)[0]
+    skybox = int(sky[0]) if len(sky) else -1
+    kinds, faces, sizes, levels = [], [], [], []
+    offsets = np.zeros((max(model.ntex, 1), MAX_MIP_LEVELS), dtype=np.int32)
+    chunks: list[NDArray[np.uint32]] = [np.zeros(1, np.uint32)]
+    end = 1
+    for texture in range(model.ntex):
+        is_2d = model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D
+        height, width, channels = (
+            int(array[texture]) for array in (model.tex_height, model.tex_width, model.tex_nchannel)
+        )
+        start = int(model.tex_adr[texture])
+        if texture in used or texture == skybox:
+            data = model.tex_data[start : start + height * width * channels].reshape(height, width, channels)
+        else:
+            data = np.zeros((1, 1, channels), np.uint8)
+            height, width = 1, 1
+        count = 6 if not is_2d and height == 6 * width else 1
+        pixels = data[..., :3].reshape(count, height // count, width, 3)
+        while max(pixels.shape[1:3]) > max_size:
+            pixels = np.rint(_halve(pixels)).astype(np.uint8)
+        values = pixels.astype(np.float32)
+        if model.tex_colorspace[texture] == mujoco.mjtColorSpace.mjCOLORSPACE_SRGB:
+            values = _srgb_to_linear(values / 255) * 255
+        kinds.append(TEXTURE_2D if is_2d else TEXTURE_CUBE)
+        faces.append(count)
+        sizes.append(values.shape[2:0:-1])
+        num_levels = 0
+        for level in range(MAX_MIP_LEVELS):
+            offsets[texture, level] = end
+            num_levels += 1
+            chunk = _pack(values)
+            chunks.append(chunk)
+            end += len(chunk)
+            if max(values.shape[1:3]) == 1:
+                break
+            values = _halve(values)
+        levels.append(num_levels)
+    return {
+        "texture_kind": np.array(kinds, dtype=np.int32),
+        "texture_faces": np.array(faces, dtype=np.int32),
+        "texture_size": np.array(sizes, dtype=np.int32).reshape(-1, 2),
+        "texture_levels": np.array(levels, dtype=np.int32),
+        "texture_offset": offsets,
+        "texels": np.concatenate(chunks),
+        "skybox": skybox,
+    }
+
+
+def _halve(pixels: NDArray[np.uint8] | FloatArray) -> FloatArray:
+    """Averages 2 x 2 texels of [faces, height, width, 3]; an odd last row or column is dropped."""
+    height, width = pixels.shape[1:3]
+    rows = pixels[:, : height // 2 * 2].astype(np.float32) if height > 1 else pixels.astype(np.float32)
+    if height > 1:
+        rows = 0.5 * (rows[:, 0::2] + rows[:, 1::2])
+    if width > 1:
+        rows = rows[:, :, : width // 2 * 2]
+        rows = 0.5 * (rows[:, :, 0::2] + rows[:, :, 1::2])
+    return rows
+
+
+def _srgb_to_linear(values: FloatArray) -> FloatArray:
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+def _pack(values: FloatArray) -> NDArray[np.uint32]:
+    channels = np.clip(np.rint(values), 0, 255).astype(np.uint32).reshape(-1, 3)
+    return channels @ np.array([1, 1 << 8, 1 << 16], dtype=np.uint32)
+
+
+def _cameras(model: mujoco.MjModel, cameras: list[int]) -> dict[str, Any]:
+    if any(model.cam_mode[camera] != mujoco.mjtCamLight.mjCAMLIGHT_FIXED for camera in cameras):
+        raise ValueError("only cameras fixed to a body can be rendered, and one of these tracks a target")
+    return {
+        "camera_body": model.cam_bodyid[cameras].astype(np.int32),
+        "camera_pos": model.cam_pos[cameras].astype(np.float32),
+        "camera_mat": np.array([_rotation(quat) for quat in model.cam_quat[cameras]], dtype=np.float32),
+        "camera_tan": np.tan(0.5 * np.deg2rad(model.cam_fovy[cameras])).astype(np.float32),
+        "znear": float(model.vis.map.znear * model.stat.extent),
+    }
+
+
+def _rotation(quat: FloatArray) -> FloatArray:
+    mat = np.zeros(9)
+    mujoco.mju_quat2Mat(mat, np.asarray(quat, dtype=np.float64))
+    return mat.reshape(3, 3).astype(np.float32)
+
+
+def _lights(model: mujoco.MjModel) -> dict[str, Any]:
+    active = np.nonzero(model.light_active)[0]
+    known = (int(mujoco.mjtLightType.mjLIGHT_SPOT), int(mujoco.mjtLightType.mjLIGHT_DIRECTIONAL))
+    for light in active:
+        if model.light_mode[light] != mujoco.mjtCamLight.mjCAMLIGHT_FIXED or model.light_type[light] not in known:
+            raise ValueError(f"light {light} is not a spot or directional light fixed to a body")
+        if model.light_castshadow[light]:
+            raise ValueError(f"light {light} casts shadows, which the ray caster does not draw")
+    headlight = model.vis.headlight
+    head = slice(0, 1 if headlight.active else 0)
+
+    def stack(values: FloatArray, of_headlight: FloatArray | list[float] | float) -> FloatArray:
+        extra = np.asarray([of_headlight], dtype=np.float32)[head]
+        return np.concatenate([values.astype(np.float32), extra.reshape(-1, *values.shape[1:])])
+
+    cutoff = np.cos(np.deg2rad(model.light_cutoff[active]))
+    exponent = model.light_exponent[active]
+    params = np.column_stack([cutoff, exponent, model.light_attenuation[active]])
+    directional = int(mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
+    return {
+        "light_body": stack(model.light_bodyid[active], -1.0).astype(np.int32),
+        "light_pos": stack(model.light_pos[active], [0.0, 0.0, 0.0]),
+        "light_dir": stack(model.light_dir[active], [0.0, 0.0, -1.0]),
+        "light_kind": stack((model.light_type[active] == directional).astype(np.float32), 1.0).astype(np.int32),
+        "light_params": stack(params, [-1.0, 0.0, 1.0, 0.0, 0.0]),
+        "light_ambient": stack(model.light_ambient[active], headlight.ambient),
+        "light_diffuse": stack(model.light_diffuse[active], headlight.diffuse),
+        "light_specular": stack(model.light_specular[active], headlight.specular),
+    }

@@ -1,0 +1,419 @@
+"""A ray caster on Warp that draws many worlds of one scene at once, on a CPU or a CUDA device.
+
+It reproduces MuJoCo's classic OpenGL renderer rather than improving on it, since that is what LIBERO's data and
+policies saw: fixed-function lighting at triangle corners, clamped before the texture is applied; a specular term
+of exponent 0 that is constant; mipmaps; one mirror. Rays start at the near clipping plane and pass the backs of
+triangles. Pixels whose neighbourhood shows an edge get four more samples in the usual multisampling pattern.
+
+Not drawn: shadows (no LIBERO light casts any), haze, transparency.
+
+Shape legend: N worlds, K cameras, H x W pixels, B bodies, P parts, L lights, F triangles.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+import warp as wp
+
+from libero_gym.rendering import ray_kernels
+from libero_gym.rendering.ray_scene import RayScene, build_ray_scene
+from libero_gym.rendering.renderers import Images, RendererKind, RendererUnavailableError
+from libero_gym.tasks.cache import cache_dir
+from libero_gym.tasks.scenes import Scene
+
+if TYPE_CHECKING:
+    import torch
+
+    from libero_gym.physics.simulation import Simulation
+
+
+# Worlds drawn by one kernel launch; bounds the memory for intermediate results (9 MB a world of 256 pixels).
+_MAX_LAUNCH_WORLDS = 256
+
+
+def default_device() -> str:
+    """The device that images are drawn on unless one is named: "cpu" without CUDA.
+
+    Of several CUDA devices it is the one of this process's `LOCAL_RANK`, as launchers of distributed training set it.
+    """
+    _start_warp()
+    if not wp.is_cuda_available():
+        return "cpu"
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return f"cuda:{rank % wp.get_cuda_device_count()}"
+
+
+def list_devices() -> list[str]:
+    """Names of the devices that Warp can use."""
+    _start_warp()
+    return [str(device.alias) for device in wp.get_devices()]
+
+
+def _start_warp() -> None:
+    """Points Warp's compiled kernels at the package's cache folder and keeps it from printing."""
+    with _start_lock:
+        if not wp.config.kernel_cache_dir:
+            wp.config.kernel_cache_dir = str(cache_dir() / "warp")
+        if wp.config.log_level == wp.LOG_INFO:  # not if the user has asked for another one
+            wp.config.log_level = wp.LOG_WARNING
+        wp.init()
+
+
+_start_lock = threading.Lock()
+
+
+class DeviceScene:
+    """One scene on one device, without the state of any world; immutable, so renderers share it.
+
+    Attributes:
+        device: Warp's name of the device.
+        part_site: int32 [P], see `RayScene`.
+        num_cameras: K.
+        num_lights: L.
+        arrays: The kernels' struct.
+    """
+
+    def __init__(self, scene: RayScene, device: str):
+        """Uploads a scene and builds the search trees of its meshes."""
+        _start_warp()
+        self.device = device
+        self.part_site = scene.part_site
+        self.num_cameras = len(scene.camera_body)
+        self.num_lights = len(scene.light_body)
+        self.arrays: Any = ray_kernels.Scene()
+        for name, variable in ray_kernels.Scene.vars.items():
+            value = getattr(scene, name, None)
+            if isinstance(value, np.ndarray):
+                setattr(self.arrays, name, wp.array(value, dtype=variable.type.dtype, device=device))
+            elif value is not None:
+                setattr(self.arrays, name, value)
+        self.arrays.num_parts = len(scene.part_body)
+        self.arrays.num_lights = self.num_lights
+        self.arrays.num_cameras = self.num_cameras
+        # Kept here because the kernels only hold their ids.
+        self._meshes = [
+            self._build_mesh(scene.points[3 * first : 3 * last])
+            for first, last in zip(scene.part_first_face[:-1], scene.part_first_face[1:], strict=True)
+        ]
+        ids = np.array([mesh.id for mesh in self._meshes], dtype=np.uint64)
+        self.arrays.part_mesh = wp.array(ids, dtype=wp.uint64, device=device)
+
+    def _build_mesh(self, corners: npt.NDArray[Any]) -> Any:
+        points = wp.array(corners, dtype=wp.vec3, device=self.device)
+        indices = wp.array(np.arange(len(corners), dtype=np.int32), dtype=int, device=self.device)
+        return wp.Mesh(points=points, indices=indices, bvh_constructor="sah", bvh_leaf_size=2)
+
+
+@functools.lru_cache(maxsize=64)
+def load_device_scene(
+    scene: Scene, camera_names: tuple[str, ...], device: str, *, reflections: bool = True
+) -> DeviceScene:
+    """Returns a scene on a device; equal arguments share one object (some 100 MB).
+
+    Raises:
+        ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
+    """
+    lit_sites = tuple(int(site) for site in scene.indicator_site_ids)
+    ray_scene = build_ray_scene(scene.render_model, camera_names, lit_sites=lit_sites, reflections=reflections)
+    # The model with visuals (130 to 310 MB) has served its purpose; it is compiled again should OpenGL want it.
+    vars(scene).pop("render_model", None)
+    return DeviceScene(ray_scene, device)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DevicePoses:
+    """What images of N worlds of one scene show, poses on the renderer's device.
+
+    Attributes:
+        scene: The scene.
+        body_pos: Warp array [N, B] of `vec3`, positions of the bodies, m.
+        body_mat: Warp array [N, B] of `mat33`, their rotations.
+        lit_sites: [N, num] ids of sites that are lit, -1 for none.
+    """
+
+    scene: Scene
+    body_pos: Any
+    body_mat: Any
+    lit_sites: npt.NDArray[np.int32]
+
+
+class SceneCaster:
+    """Draws worlds of one scene into buffers of its own. Not for concurrent use."""
+
+    def __init__(
+        self, scene: DeviceScene, image_size: int, *, antialiasing: bool, pool: ThreadPoolExecutor | None = None
+    ):
+        """Prepares to draw.
+
+        Args:
+            scene: What to draw.
+            image_size: Height and width of the images, pixels.
+            antialiasing: Whether edges get four samples per pixel.
+            pool: Threads among which a CPU's work is divided; None draws in the calling thread.
+        """
+        self._scene = scene.arrays
+        self._owner = scene
+        self._device = scene.device
+        self._size = image_size
+        self._antialiasing = antialiasing
+        self._pool = pool if scene.device == "cpu" else None
+        self._num_parts = len(scene.part_site)
+        self._num_cameras = scene.num_cameras
+        self._num_lights = scene.num_lights
+        self._part_site = scene.part_site
+        self._num_places = max(self._num_parts, self._num_cameras, self._num_lights)
+        self._capacity = 0
+        self._worlds: Any = None
+        self._buffers: tuple[Any, Any, Any] = (None, None, None)
+        self._edges: tuple[Any, Any] = (None, None)
+        self._images: Any = None
+
+    def render(self, body_pos: Any, body_mat: Any, lit_sites: npt.NDArray[np.int32]) -> Any:
+        """Draws worlds.
+
+        Args:
+            body_pos: [N, B, 3] positions of the bodies, m; an array, or a Warp array [N, B] of `vec3` on the device.
+            body_mat: [N, B, 3, 3] their rotations; an array, or a Warp array [N, B] of `mat33` on the device.
+            lit_sites: [N, num] ids of sites that are lit, -1 for none.
+
+        Returns:
+            A Warp array [K * N, H, W, 3] of uint8 on the device, images of camera 0 first, each mirrored left to
+            right with respect to the true view. The next call overwrites it.
+        """
+        num_worlds = len(body_pos)
+        self._reserve(num_worlds)
+        visible = np.ones((num_worlds, self._num_parts), dtype=np.uint8)
+        for part in np.nonzero(self._part_site >= 0)[0]:
+            visible[:, part] = (lit_sites == self._part_site[part]).any(axis=1)
+        arrays = [
+            self._on_device(body_pos, wp.vec3),
+            self._on_device(body_mat, wp.mat33),
+            wp.array(visible, dtype=wp.uint8, device=self._device),
+        ]
+        wp.launch(
+            ray_kernels.place,
+            dim=(num_worlds, self._num_places),
+            inputs=[self._scene, *arrays, self._worlds],
+            device=self._device,
+        )
+        strips = self._strips(num_worlds * self._num_cameras * self._size)
+
+        def cast(strip: int) -> None:
+            rows = strips[strip : strip + 2]
+            inputs = [self._scene, self._worlds, num_worlds, *rows, *self._buffers, self._images]
+            self._launch(ray_kernels.render, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
+
+        def smooth(strip: int) -> None:
+            rows = strips[strip : strip + 2]
+            inputs = [*rows, strip, self._size, *self._buffers, *self._edges]
+            self._launch(ray_kernels.find_edges, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
+            inputs = [self._scene, self._worlds, num_worlds, rows[0], strip, *self._edges, self._images]
+            self._launch(ray_kernels.smooth_edges, (rows[1] - rows[0]) * self._size, inputs)
+
+        self._for_each(cast, len(strips) - 1)
+        if self._antialiasing:
+            self._edges[0].zero_()
+            self._for_each(smooth, len(strips) - 1)
+        return self._images[: self._num_cameras * num_worlds]
+
+    def _on_device(self, values: Any, dtype: Any) -> Any:
+        if isinstance(values, wp.array):
+            return values
+        return wp.array(np.ascontiguousarray(values, dtype=np.float32), dtype=dtype, device=self._device)
+
+    def _reserve(self, num_worlds: int) -> None:
+        if num_worlds <= self._capacity:
+            return
+        n, size, cameras = num_worlds, self._size, self._num_cameras
+
+        def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+            return wp.empty(shape, dtype=dtype, device=self._device)
+
+        self._worlds = ray_kernels.Worlds()
+        self._worlds.part_pos = empty((n, self._num_parts), wp.vec3)
+        self._worlds.part_mat = empty((n, self._num_parts), wp.mat33)
+        self._worlds.part_sphere = empty((n, self._num_parts), wp.vec4)
+        self._worlds.camera_pos = empty((n, cameras), wp.vec3)
+        self._worlds.camera_mat = empty((n, cameras), wp.mat33)
+        self._worlds.light_pos = empty((n, self._num_lights), wp.vec3)
+        self._worlds.light_dir = empty((n, self._num_lights), wp.vec3)
+        rows = n * cameras * size if self._antialiasing else 0
+        self._buffers = (empty((rows, size), wp.vec3), empty((rows, size), wp.vec4), empty((rows, size), int))
+        self._edges = (empty((rows,), int), empty((rows * size,), int))  # at most one strip a line
+        self._images = empty((cameras * n, size, size, 3), wp.uint8)
+        self._capacity = n
+
+    def _strips(self, num_rows: int) -> list[int]:
+        """Image lines at which the work is divided, first and last included."""
+        if self._pool is None:
+            return [0, num_rows]
+        # Strips much smaller than a thread's share, because empty sky costs less than a robot.
+        strip = max(8, min(self._size // 4, num_rows // 8))
+        return [*range(0, num_rows, strip), num_rows]
+
+    def _for_each(self, job: Callable[[int], None], num_strips: int) -> None:
+        if self._pool is None:
+            job(0)
+            return
+        for future in [self._pool.submit(job, strip) for strip in range(num_strips)]:
+            future.result()
+
+    def _launch(self, kernel: Any, num_threads: int, inputs: list[Any]) -> None:
+        wp.launch(kernel, dim=num_threads, inputs=inputs, device=self._device)
+
+
+class WarpRenderer:
+    """Ray caster that draws all worlds of a scene at once.
+
+    On a CUDA device `render_torch` leaves the images there.
+    """
+
+    def __init__(
+        self,
+        camera_names: Sequence[str],
+        image_size: int,
+        *,
+        device: str | None = None,
+        antialiasing: bool = True,
+        reflections: bool = True,
+        num_threads: int | None = None,
+    ):
+        """Starts Warp; see `make_renderer`.
+
+        Args:
+            camera_names: Cameras of the scene, in the order of the images.
+            image_size: Height and width of the images, pixels.
+            device: "cpu" or a CUDA device such as "cuda:0"; None takes CUDA if it is there.
+            antialiasing: Whether pixels at edges get four samples.
+            reflections: Whether reflective surfaces mirror, as LIBERO's do.
+            num_threads: Threads on a CPU; None takes all cores that this process may use.
+
+        Raises:
+            RendererUnavailableError: Warp has no such device.
+        """
+        self._device = default_device() if device is None else device
+        if self._device not in list_devices():
+            raise RendererUnavailableError(f"Warp has no device {self._device!r} (valid: {list_devices()})")
+        self._camera_names = tuple(camera_names)
+        self._size = image_size
+        self._antialiasing = antialiasing
+        self._reflections = reflections
+        threads = num_threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(threads, "libero-render") if threads > 1 else None
+        self._casters: dict[str, SceneCaster] = {}
+        self._scratch: dict[str, mujoco.MjData] = {}
+
+    @property
+    def name(self) -> RendererKind:
+        """Kind of renderer."""
+        return "warp"
+
+    @property
+    def device(self) -> str:
+        """Warp's name of the device."""
+        return self._device
+
+    @property
+    def uses_all_cores(self) -> bool:
+        """Whether drawing occupies all cores."""
+        return self._device == "cpu"
+
+    def render(self, simulations: Sequence[Simulation]) -> Images:
+        """Draws the last observed state of each simulation; see `Renderer`.
+
+        Raises:
+            ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
+        """
+        return self._collect(len(simulations), self._draw(simulations))
+
+    def render_torch(self, simulations: Sequence[Simulation]) -> torch.Tensor:
+        """Like `render`, as a torch tensor on the renderer's device; images on a GPU do not leave it."""
+        return self._collect_torch(len(simulations), self._draw(simulations))
+
+    def render_poses(self, poses: DevicePoses) -> Images:
+        """Like `render`, of worlds whose poses are on the device already."""
+        return self._collect(len(poses.lit_sites), self._draw_poses(poses))
+
+    def render_poses_torch(self, poses: DevicePoses) -> torch.Tensor:
+        """Like `render_torch`, of worlds whose poses are on the device already."""
+        return self._collect_torch(len(poses.lit_sites), self._draw_poses(poses))
+
+    def close(self) -> None:
+        """Releases threads and buffers; a second call does nothing."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        self._casters.clear()
+        self._scratch.clear()
+
+    def _collect(self, num_worlds: int, batches: Iterator[tuple[list[int], Any]]) -> Images:
+        shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
+        images = np.empty(shape, dtype=np.uint8)
+        for indices, batch in batches:
+            images[:, indices] = batch.numpy().reshape(shape[0], len(indices), *shape[2:])
+        return np.moveaxis(images, 0, 1)  # [N, K, H, W, 3]; each camera's images are contiguous
+
+    def _collect_torch(self, num_worlds: int, batches: Iterator[tuple[list[int], Any]]) -> torch.Tensor:
+        import torch  # not needed by any other path
+
+        shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        for indices, batch in batches:
+            part = wp.to_torch(batch).reshape(shape[0], len(indices), *shape[2:])
+            images[:, torch.as_tensor(indices, device=self._device)] = part
+        return images.movedim(0, 1)
+
+    def _draw(self, simulations: Sequence[Simulation]) -> Iterator[tuple[list[int], Any]]:
+        """Yields (indices of simulations, Warp array [K * num, H, W, 3]) scene by scene."""
+        by_scene: dict[str, list[int]] = {}
+        for index, simulation in enumerate(simulations):
+            by_scene.setdefault(simulation.scene.key, []).append(index)
+        for members in by_scene.values():
+            for first in range(0, len(members), _MAX_LAUNCH_WORLDS):
+                indices = members[first : first + _MAX_LAUNCH_WORLDS]
+                yield indices, self._draw_scene([simulations[index] for index in indices])
+
+    def _draw_poses(self, poses: DevicePoses) -> Iterator[tuple[list[int], Any]]:
+        """Yields as `_draw` does."""
+        caster = self._caster(poses.scene)
+        for first in range(0, len(poses.lit_sites), _MAX_LAUNCH_WORLDS):
+            part = slice(first, min(first + _MAX_LAUNCH_WORLDS, len(poses.lit_sites)))
+            batch = caster.render(poses.body_pos[part], poses.body_mat[part], poses.lit_sites[part])
+            yield list(range(part.start, part.stop)), batch
+
+    def _caster(self, scene: Scene) -> SceneCaster:
+        if scene.key not in self._casters:
+            device_scene = load_device_scene(scene, self._camera_names, self._device, reflections=self._reflections)
+            self._casters[scene.key] = SceneCaster(
+                device_scene, self._size, antialiasing=self._antialiasing, pool=self._pool
+            )
+        return self._casters[scene.key]
+
+    def _draw_scene(self, simulations: list[Simulation]) -> Any:
+        scene = simulations[0].scene
+        caster = self._caster(scene)
+        if scene.key not in self._scratch:
+            self._scratch[scene.key] = mujoco.MjData(scene.physics_model)
+        data = self._scratch[scene.key]
+        num_bodies = scene.physics_model.nbody
+        body_pos = np.empty((len(simulations), num_bodies, 3), dtype=np.float32)
+        body_mat = np.empty((len(simulations), num_bodies, 3, 3), dtype=np.float32)
+        lit = np.full((len(simulations), len(scene.indicator_site_ids)), -1, dtype=np.int32)
+        for i, simulation in enumerate(simulations):
+            state = simulation.render_state()
+            data.qpos[:] = state.qpos
+            mujoco.mj_kinematics(simulation.model, data)
+            body_pos[i] = data.xpos
+            body_mat[i] = data.xmat.reshape(-1, 3, 3)
+            lit[i] = np.where(state.indicator_alpha > 0, scene.indicator_site_ids, -1)
+        return caster.render(body_pos, body_mat, lit)

@@ -1,0 +1,414 @@
+"""Images of simulations: one interface over OpenGL and the Warp ray caster.
+
+Every renderer draws a batch of worlds and returns images in the convention of the public LIBERO clients and of
+released checkpoints: LIBERO's raw image (OpenGL's row order, upside down) rotated by 180 degrees, which is the true
+camera view mirrored left to right.
+
+- "egl", "osmesa": MuJoCo's classic OpenGL renderer, pixel-identical to LIBERO's `OffScreenRenderEnv` on the same
+  machine. One context, worlds one after another. EGL draws on the GPU of the process's CUDA device, so that each rank
+  of distributed training uses its own; `MUJOCO_EGL_DEVICE_ID` overrides that.
+- "warp": needs nothing but pip, on a CPU or a CUDA device, all worlds at once; see `libero_gym.rendering.raycast`.
+
+Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import threading
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from libero_gym.rendering.ray_scene import VISIBLE_GROUPS
+from libero_gym.tasks.scenes import Scene
+
+if TYPE_CHECKING:
+    from libero_gym.physics.simulation import Simulation
+
+RendererKind = Literal["egl", "osmesa", "warp"]
+RENDERER_KINDS = ("egl", "osmesa", "warp")
+
+Images = npt.NDArray[np.uint8]
+
+logger = logging.getLogger(__name__)
+
+# Of the extension EGL_NV_device_cuda.
+_EGL_CUDA_DEVICE_NV = 0x323A
+# robosuite opens its contexts with this many geoms and this font scale.
+_MAX_SCENE_GEOMS = 1000
+# From this many worlds on, a CUDA device draws faster with Warp than with OpenGL, which takes 1.5 to 2 ms a view.
+_BATCHED_FROM = 4
+
+_REMEDIES = {
+    "egl": "install the driver's EGL library (Debian: libegl1), or use renderer='warp'",
+    "osmesa": "install OSMesa (Debian: libosmesa6), or use renderer='warp'",
+    "warp": "install it with `pip install warp-lang`, or use renderer='egl' or 'osmesa'",
+}
+
+
+class RendererUnavailableError(RuntimeError):
+    """A renderer that was asked for cannot be used on this machine."""
+
+
+class Renderer(Protocol):
+    """What draws simulations."""
+
+    @property
+    def name(self) -> RendererKind:
+        """Kind of renderer."""
+        ...
+
+    @property
+    def uses_all_cores(self) -> bool:
+        """Whether drawing occupies all cores, so that nothing else should run beside it."""
+        ...
+
+    def render(self, simulations: Sequence[Simulation]) -> Images:
+        """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls."""
+        ...
+
+    def close(self) -> None:
+        """Releases contexts and buffers; a second call does nothing."""
+        ...
+
+
+def make_renderer(
+    kind: str | None = None,
+    *,
+    camera_names: Sequence[str],
+    image_size: int,
+    num_worlds: int = 1,
+    antialiasing: bool = True,
+    num_threads: int | None = None,
+) -> Renderer:
+    """Opens a renderer.
+
+    Without `kind` the choice is: EGL if there is a GPU with EGL; else Warp; else OSMesa. Where many worlds are drawn
+    at once and CUDA is there, Warp goes first: it draws them in parallel. The choice is logged once, at level INFO.
+
+    Args:
+        kind: "egl", "osmesa", "warp" or None.
+        camera_names: Cameras of the scene, in the order of the images.
+        image_size: Height and width of the images, pixels.
+        num_worlds: How many worlds will usually be drawn at once.
+        antialiasing: Whether Warp takes four samples of pixels at edges. OpenGL always does.
+        num_threads: Threads of Warp on a CPU; None takes all cores that this process may use.
+
+    Returns:
+        The renderer.
+
+    Raises:
+        ValueError: An unknown kind, or a size or number that is not positive.
+        RendererUnavailableError: The renderer cannot be used here; the message says what to install.
+    """
+    if kind is not None and kind not in RENDERER_KINDS:
+        raise ValueError(f"renderer={kind!r} is unknown (valid: None, 'egl', 'osmesa', 'warp')")
+    if image_size < 1:
+        raise ValueError(f"image_size={image_size} is not a positive number of pixels")
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads={num_threads} must be at least 1, or None for all cores")
+    chosen = kind or _choose(num_worlds)
+    renderer: Renderer
+    if chosen == "warp":
+        try:
+            from libero_gym.rendering.raycast import WarpRenderer  # imports Warp
+        except ImportError as error:
+            raise RendererUnavailableError(
+                f"renderer 'warp' is not available ({error}): {_REMEDIES['warp']}"
+            ) from error
+        renderer = WarpRenderer(camera_names, image_size, antialiasing=antialiasing, num_threads=num_threads)
+    else:
+        renderer = GlRenderer(chosen, camera_names, image_size)
+    if kind is None:
+        _log_choice(renderer.name)
+    return renderer
+
+
+_announced: set[str] = set()
+
+
+def _log_choice(name: str) -> None:
+    if name not in _announced:
+        _announced.add(name)
+        logger.info("renderer: %s (choose with renderer='egl', 'osmesa' or 'warp')", name)
+
+
+def _choose(num_worlds: int) -> str:
+    has_warp = importlib.util.find_spec("warp") is not None
+    if has_warp and num_worlds >= _BATCHED_FROM and _has_nvidia():
+        from libero_gym.rendering.raycast import default_device  # imports Warp
+
+        if default_device() != "cpu":
+            return "warp"
+    if _has_gpu_with_egl():
+        return "egl"
+    if has_warp:
+        return "warp"
+    return "osmesa"
+
+
+def _has_nvidia() -> bool:
+    return Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
+def _has_gpu_with_egl() -> bool:
+    if os.environ.get("MUJOCO_GL", "egl").lower() != "egl" or ctypes.util.find_library("EGL") is None:
+        return False
+    if not _has_nvidia() and not any(Path("/dev/dri").glob("renderD*")):
+        return False
+    try:
+        renderer = GlRenderer("egl", (), 64)
+        description = renderer.describe_device()
+    except RendererUnavailableError as error:
+        logger.info("EGL is installed but does not work here: %s", error)
+        return False
+    renderer.close()
+    return not any(name in description.lower() for name in ("llvmpipe", "softpipe", "swiftshader"))
+
+
+def choose_egl_device(
+    cuda_ordinals: Sequence[int | None], *, requested: str | None, cuda_device: int | None, local_rank: int
+) -> int | None:
+    """Chooses the EGL device that a process draws on.
+
+    EGL and CUDA list the same GPUs in different orders, and `CUDA_VISIBLE_DEVICES` hides GPUs from CUDA alone.
+
+    Args:
+        cuda_ordinals: For each EGL device its CUDA device as this process counts them, None if it has none.
+        requested: Value of `MUJOCO_EGL_DEVICE_ID`, if it is set; it decides.
+        cuda_device: The process's current CUDA device, None if CUDA is not in use yet. Then the rank decides, as it
+            does for the ray caster.
+        local_rank: The process's rank on this machine.
+
+    Returns:
+        Index of the EGL device; None for the first that works, where no EGL device knows of CUDA.
+
+    Raises:
+        RendererUnavailableError: The device that was asked for is not there.
+    """
+    if requested is not None:
+        if not requested.isdecimal() or int(requested) >= len(cuda_ordinals):
+            raise RendererUnavailableError(
+                f"MUJOCO_EGL_DEVICE_ID={requested!r} is not an EGL device of this machine "
+                f"(valid: {list(range(len(cuda_ordinals)))})"
+            )
+        return int(requested)
+    known = {ordinal: index for index, ordinal in enumerate(cuda_ordinals) if ordinal is not None}
+    if not known:
+        return None
+    wanted = sorted(known)[local_rank % len(known)] if cuda_device is None else cuda_device
+    if wanted not in known:
+        raise RendererUnavailableError(
+            f"no EGL device belongs to CUDA device {wanted} (EGL has those of CUDA devices {sorted(known)}): give the "
+            "container the GPU's graphics capability, choose with MUJOCO_EGL_DEVICE_ID, or use renderer='warp'"
+        )
+    return known[wanted]
+
+
+def _read_cuda_ordinals(egl: Any) -> list[int | None]:
+    """Asks EGL (the module `mujoco.egl.egl_ext`) for the CUDA device of each of its devices."""
+    address = egl.eglGetProcAddress("eglQueryDeviceAttribEXT")
+    devices = egl.eglQueryDevicesEXT()
+    if not address:
+        return [None] * len(devices)
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, egl.EGLDeviceEXT, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))(address)
+    ordinals: list[int | None] = []
+    for device in devices:
+        value = ctypes.c_ssize_t(-1)
+        is_known = bool(query(device, _EGL_CUDA_DEVICE_NV, ctypes.byref(value))) and value.value >= 0
+        ordinals.append(int(value.value) if is_known else None)
+    egl.eglGetError()  # devices without CUDA leave one behind, which the next call would be blamed for
+    return ordinals
+
+
+def _current_cuda_device() -> int | None:
+    torch: Any = sys.modules.get("torch")  # not imported here: without it, no device has been chosen
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def _chosen_egl_device(platform: Any) -> Generator[None]:
+    """Makes `mujoco.egl` open the process's one display on the device of `choose_egl_device`."""
+    requested = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    index = choose_egl_device(
+        _read_cuda_ordinals(platform.EGL),
+        requested=requested,
+        cuda_device=_current_cuda_device(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
+    if index is None or requested is not None:
+        yield
+        return
+    os.environ["MUJOCO_EGL_DEVICE_ID"] = str(index)
+    try:
+        yield
+    finally:
+        del os.environ["MUJOCO_EGL_DEVICE_ID"]
+
+
+class GlRenderer:
+    """MuJoCo's classic renderer in an off-screen context, as robosuite sets it up.
+
+    The context is created by the first image and belongs to the process that did so: create renderers after
+    starting worker processes, and start those by spawning.
+    """
+
+    def __init__(self, kind: str, camera_names: Sequence[str], image_size: int, *, reflections: bool = True):
+        """Loads the OpenGL bindings; see `make_renderer`.
+
+        Args:
+            kind: "egl" or "osmesa".
+            camera_names: Cameras of the scene, in the order of the images.
+            image_size: Height and width of the images, pixels.
+            reflections: Whether reflective surfaces mirror, as LIBERO's do.
+
+        Raises:
+            RendererUnavailableError: There is no such OpenGL platform.
+        """
+        self._kind: Any = kind
+        self._camera_names = tuple(camera_names)
+        self._size = image_size
+        self._reflections = reflections
+        self._context: Any = None
+        self._scenes: dict[str, _GlScene] = {}
+        try:
+            # Importing one of these fixes PyOpenGL's platform for the process.
+            self._platform = importlib.import_module(f"mujoco.{kind}")
+        except (ImportError, AttributeError, OSError) as error:
+            raise RendererUnavailableError(
+                f"renderer {kind!r} is not available ({error}): {_REMEDIES[kind]}"
+            ) from error
+
+    @property
+    def name(self) -> RendererKind:
+        """Kind of renderer."""
+        return self._kind
+
+    @property
+    def uses_all_cores(self) -> bool:
+        """Whether drawing occupies all cores; it takes one at most."""
+        return False
+
+    def describe_device(self) -> str:
+        """The OpenGL implementation's name for what draws."""
+        self._make_current()
+        from OpenGL import GL  # typed nowhere
+
+        return GL.glGetString(GL.GL_RENDERER).decode()
+
+    def render(self, simulations: Sequence[Simulation]) -> Images:
+        """Draws the last observed state of each simulation; see `Renderer`.
+
+        Raises:
+            RendererUnavailableError: No context can be created.
+            ValueError: A camera is not in the scene.
+        """
+        self._make_current()
+        images = np.empty((len(simulations), len(self._camera_names), self._size, self._size, 3), dtype=np.uint8)
+        for image, simulation in zip(images, simulations, strict=True):
+            scene = simulation.scene
+            if scene.key not in self._scenes:
+                self._scenes[scene.key] = _GlScene(scene, self._camera_names, self._size, self._reflections)
+            self._scenes[scene.key].render(simulation, image)
+        return images
+
+    def close(self) -> None:
+        """Releases the context; a second call does nothing."""
+        if self._context is not None:
+            self._context.make_current()
+            for scene in self._scenes.values():
+                scene.close()
+            self._context.free()
+            self._context = None
+        self._scenes.clear()
+
+    def _make_current(self) -> None:
+        if self._context is None:
+            is_first_on_egl = self._kind == "egl" and self._platform.EGL_DISPLAY is None
+            try:
+                with _chosen_egl_device(self._platform) if is_first_on_egl else contextlib.nullcontext():
+                    self._context = self._platform.GLContext(max(self._size, 640), max(self._size, 480))
+            except RendererUnavailableError:
+                raise
+            except Exception as error:  # PyOpenGL raises its own, undocumented kinds
+                raise RendererUnavailableError(
+                    f"renderer {self._kind!r} cannot create a context ({error}): {_REMEDIES[self._kind]}"
+                ) from error
+        self._context.make_current()
+
+
+# Fixture poses are part of the model, and the model with visuals is shared by all renderers of a scene.
+_render_model_lock = threading.Lock()
+
+
+class _GlScene:
+    """OpenGL resources of one scene."""
+
+    def __init__(self, scene: Scene, camera_names: tuple[str, ...], size: int, reflections: bool):
+        model = scene.render_model
+        self._scene = scene
+        self._model = model
+        self._data = mujoco.MjData(model)
+        self._cameras = [_fixed_camera(model, name) for name in camera_names]
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[:] = 0
+        self._options.geomgroup[list(VISIBLE_GROUPS)] = 1
+        self._viewport = mujoco.MjrRect(0, 0, size, size)
+        with _render_model_lock:
+            model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
+            model.vis.global_.offheight = max(model.vis.global_.offheight, size)
+            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._drawing = mujoco.MjvScene(model, maxgeom=_MAX_SCENE_GEOMS)
+        self._drawing.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = reflections
+
+    def render(self, simulation: Simulation, out: Images) -> None:
+        """Draws all cameras of one world into `out` [K, H, W, 3]."""
+        state, model, data = simulation.render_state(), self._model, self._data
+        fixtures = self._scene.fixture_body_ids
+        perturbation = mujoco.MjvPerturb()
+        raw = np.empty(out.shape[1:], dtype=np.uint8)
+        with _render_model_lock:
+            model.body_pos[fixtures] = state.fixture_poses[:, :3]
+            model.body_quat[fixtures] = state.fixture_poses[:, 3:]
+            model.site_rgba[self._scene.indicator_site_ids, 3] = state.indicator_alpha
+            data.qpos[:] = state.qpos
+            mujoco.mj_kinematics(model, data)
+            mujoco.mj_comPos(model, data)
+            mujoco.mj_camlight(model, data)
+            for image, camera in zip(out, self._cameras, strict=True):
+                mujoco.mjv_updateScene(
+                    model, data, self._options, perturbation, camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._drawing
+                )
+                mujoco.mjr_render(self._viewport, self._drawing, self._context)
+                mujoco.mjr_readPixels(raw, None, self._viewport, self._context)
+                image[:] = raw[::-1, ::-1]
+
+    def close(self) -> None:
+        """Frees the context's resources."""
+        self._context.free()
+
+
+def _fixed_camera(model: mujoco.MjModel, name: str) -> mujoco.MjvCamera:
+    index = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
+    if index < 0:
+        known = [model.camera(i).name for i in range(model.ncam)]
+        raise ValueError(f"camera {name!r} is not in the scene (cameras: {known})")
+    camera = mujoco.MjvCamera()
+    camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+    camera.fixedcamid = index
+    return camera

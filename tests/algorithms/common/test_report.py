@@ -1,0 +1,258 @@
+"""The report: what it shows is what the run's files say, in one file that needs nothing else."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from algorithms.common import report
+from algorithms.common.episode_log import EvalEpisode
+from algorithms.common.report import (
+    HEIGHT,
+    MAX_POINTS,
+    Series,
+    chart,
+    compact,
+    duration,
+    heatmap,
+    nice_ticks,
+    read_metrics,
+    smoothed,
+    thin,
+    write_report,
+)
+from algorithms.eval_gr00t import EvalResult
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order and collects texts and attributes."""
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def named(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
+        return [a for name, a in self.elements if name == tag and attributes.items() <= a.items()]
+
+
+def result(successes: int, seeds: tuple[int, ...] = (0,)) -> EvalResult:
+    episodes = [
+        EvalEpisode(seed=seed, task_id=task, init_state_id=state, success=task == 0 and state < successes, length=7)
+        for seed in seeds for task in (0, 3) for state in range(10)
+    ]  # fmt: skip
+    return EvalResult(
+        protocol=dict(suite="libero_goal", seeds=list(seeds), horizon=320, num_envs=10), episodes=episodes,
+        task_descriptions={0: "open the <b>drawer</b>", 3: "push the plate"}, seconds=75.0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    path = tmp_path / "ppo_<1>"
+    for folder in ("evaluations", "videos/iteration_2", "videos/iteration_10"):
+        (path / folder).mkdir(parents=True)
+    args = dict(suite="libero_goal", model="nano", num_iterations=50, task_ids=[0, 3], note="<script>alert(1)</script>")
+    (path / "args.json").write_text(json.dumps(args))
+    environment = dict(
+        commit="0123456789abcdef", python="3.12.1", versions={"torch": "2.9.9", "warp-lang": None},
+        hardware={"cpu": "a processor", "cores": 3, "gpus": ["one", "two"]},
+    )  # fmt: skip
+    (path / "environment.json").write_text(json.dumps(environment))
+    with (path / "metrics.jsonl").open("w") as file:
+        for i in range(1, 11):
+            line = {"iteration": i, "global_step": 100 * i, "actor/loss": 1.0 / i, "env/success_once": i / 10}
+            line |= {"time/total_s": 366.0, "charts/SPS": 20.0, "actor/explained_variance": float("nan")}
+            line |= {f"env/success_once_task_{task}": i / 10 if task == 0 else 0.0 for task in (0, 3)}
+            line |= {"eval/success_once": 0.1} if i in (2, 10) else {}
+            file.write(json.dumps(line) + "\n")
+    for iteration, successes in ((2, 2), (10, 9)):
+        result(successes).save(path / "evaluations" / f"iteration_{iteration}.json")
+    for name, size in (("2/all_tasks", 3), ("10/all_tasks", 4), ("10/task_0_state_0_success", 5)):
+        (path / "videos" / f"iteration_{name}.mp4").write_bytes(bytes(range(size)))
+    (path / "videos" / "rollout_7.mp4").write_bytes(b"rollout")
+    (path / "videos" / ".half.tmp.mp4").write_bytes(b"half")
+    return path
+
+
+def page(run: Path, **options: Any) -> Page:
+    path = write_report(run, **options)
+    assert path == run / "report.html"
+    return Page(path.read_text())
+
+
+def test_the_file_needs_nothing_else(run: Path):
+    shown = page(run)
+    content = (run / "report.html").read_text()
+    assert not re.search(r"https?:|<script|@import|url\(", content)
+    for _, attributes in shown.elements:
+        assert not attributes.keys() & {"href", "srcset"}
+        assert str(attributes.get("src", "data:")).startswith("data:")
+    assert shown.named("meta", name="viewport")
+    assert "prefers-color-scheme: dark" in content
+    assert sorted(p.name for p in run.iterdir() if p.is_file()) == [
+        "args.json", "environment.json", "metrics.jsonl", "report.html"
+    ]  # fmt: skip
+
+
+def test_what_people_wrote_stays_text(run: Path):
+    texts = page(run).texts
+    assert "ppo_<1>" in texts
+    assert "<script>alert(1)</script>" in texts
+    assert any(t.endswith("open the <b>drawer</b>") for t in texts)
+
+
+def test_the_headline_and_the_facts(run: Path):
+    texts = page(run).texts
+    for expected in (
+        "45.0 %", "25.8 % to 65.8 % of 20",  # 9 of 20
+        "55.0 %", "mean of the last 10 iterations", "of 50", "1000", "1 h 01 min", "20 env-steps/s",
+        "libero_goal · nano · commit 0123456789ab", "a processor", "one, two", "3.12.1", "2.9.9", "[0, 3]",
+    ):  # fmt: skip
+        assert expected in texts, expected
+    assert "warp-lang" not in texts  # not installed
+
+
+def test_success_by_task_with_intervals_and_change(run: Path):
+    shown = page(run)
+    content = (run / "report.html").read_text()
+    assert "since iteration_2" in shown.texts
+    assert shown.texts.count("+70.0") == 1  # 2 of 10 became 9 of 10
+    assert shown.texts.count("+0.0") == 1
+    assert shown.texts.count("+35.0") == 1
+    assert "width:90.0%" in content
+    assert "left:59.6%;width:38.6%" in content  # Wilson: 9 of 10 is 59.58 to 98.21 %
+    assert "59.6 to 98.2 %" in shown.texts
+    assert any("iteration_10: libero_goal, horizon 320, seeds [0]" in t for t in shown.texts)
+    assert len(shown.named("line", **{"class": "whisker"})) == 2
+
+
+def test_curves_are_grouped_and_tasks_share_a_heatmap(run: Path):
+    shown = page(run)
+    titles = [t for t in shown.texts if t in report.GROUP_TITLES.values()]
+    assert titles == ["Episodes of training", "Policy update", "Throughput", "Time (s)"]
+    assert "loss" in shown.texts
+    assert "explained_variance" not in shown.texts  # never a number
+    assert "success_once by task" in shown.texts
+    assert not any("task_3" in t for t in shown.texts if "state" not in t)
+    cells = shown.named("rect")
+    assert [cell["fill-opacity"] for cell in cells[:10]] == [str(round(0.06 + 0.094 * i, 3)) for i in range(1, 11)]
+    assert {cell["fill-opacity"] for cell in cells[10:]} == {"0.06"}
+
+
+def test_videos_are_embedded_up_to_a_limit(run: Path):
+    def embedded(shown: Page) -> list[bytes]:
+        sources = [str(video["src"]) for video in shown.named("video")]
+        return [base64.b64decode(source.removeprefix("data:video/mp4;base64,")) for source in sources]
+
+    everything = page(run)
+    assert sorted(embedded(everything)) == sorted([b"rollout", bytes(range(4)), bytes(range(5)), bytes(range(3))])
+    assert "Earlier" in everything.texts
+    small = page(run, max_video_mb=12e-6)  # bytes
+    assert embedded(small) == [bytes(range(4)), b"rollout"]
+    (note,) = [t for t in small.texts if t.startswith("Not embedded")]
+    assert note.endswith("iteration_10/task_0_state_0_success.mp4, iteration_2/all_tasks.mp4")
+
+
+def test_an_evaluation_alone(tmp_path: Path):
+    result(8, seeds=(0, 4)).save(tmp_path / "result.json")
+    shown = page(tmp_path)
+    assert "40.0 %" in shown.texts
+    assert "seed 4" in shown.texts
+    assert "1 min 15 s" in shown.texts
+    assert not any("since" in t for t in shown.texts)
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path):
+    (tmp_path / "args.json").write_text('{"suite": "libero_goal"}')
+    assert "libero_goal" in page(tmp_path).texts
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "global_step": 5, "env/a": 2}\n{"iteration": 2, "glo')
+    shown = page(tmp_path)
+    assert len(shown.named("circle")) == 1
+    assert not shown.named("polyline")
+
+
+def test_what_is_no_run_and_what_is_broken(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"is no folder of a run \(args.json\) or of an evaluation"):
+        write_report(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\nnonsense\n{"iteration": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is no JSON"):
+        read_metrics(path)
+
+
+def test_a_curve_goes_through_its_points():
+    shown = Page(chart(Series(x=[0, 50, 100], y=[0.0, 1.0, 0.5]), "rate", is_rate=True))
+    (curve,) = shown.named("polyline", **{"class": "curve"})
+    left, right, top, bottom = report.LEFT, 360 - report.RIGHT, report.TOP, HEIGHT - report.BOTTOM
+    middle = (left + right) / 2
+    expected = [(left, bottom), (middle, top), (right, (top + bottom) / 2)]
+    drawn = [tuple(map(float, point.split(","))) for point in str(curve["points"]).split()]
+    np.testing.assert_allclose(drawn, expected, atol=0.06)
+    assert [t for t in shown.texts if t.endswith("%")][:6] == ["0 %", "20 %", "40 %", "60 %", "80 %", "100 %"]
+    constant = Page(chart(Series(x=[1, 2], y=[5e-6, 5e-6]), "lr"))
+    (line,) = constant.named("polyline")
+    assert {float(point.split(",")[1]) for point in str(line["points"]).split()} == {(top + bottom) / 2}
+
+
+def test_long_curves_are_thinned_and_smoothed():
+    x, y = list(range(1000)), [i % 2 for i in range(1000)]
+    thin_x, thin_y = thin(x, y)
+    assert len(thin_x) <= MAX_POINTS
+    assert (thin_x[0], thin_y[0]) == (1.0, pytest.approx(1 / 3))
+    assert thin([1, 2], [3, 4]) == ([1, 2], [3, 4])
+    assert smoothed([0.0] * 39) is None
+    assert smoothed([0.0] * 40 + [3.0] + [0.0] * 39)[38:44] == pytest.approx([0.6] * 5 + [0.0])  # pyright: ignore
+    drawn = Page(chart(Series(x=x, y=y), "zigzag"))
+    assert len(drawn.named("polyline")) == 2
+    assert not drawn.named("circle")
+
+
+def test_a_heatmap_joins_columns():
+    rows = {7: [1.0] * 60 + [0.0] * 60 + [None] * 60}
+    cells = Page(heatmap(rows, [float(i) for i in range(180)])).named("rect")
+    assert [cell["fill-opacity"] for cell in cells] == ["1.0"] * 20 + ["0.06"] * 20
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.13, 0.91, [0.2, 0.4, 0.6, 0.8]),
+        (-3, 47, [0, 10, 20, 30, 40]),
+        (1e-6, 9e-6, [2e-6, 4e-6, 6e-6, 8e-6]),
+        (5, 5, [5]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, ticks: list[float]):
+    assert nice_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_numbers_are_short():
+    numbers = (0, 0.042, 3e-05, 1.5, 480.25, 9999, 12345, 2457600, 3.2e9, -0.5)
+    assert [compact(n) for n in numbers] == [
+        "0", "0.042", "3e-05", "1.5", "480.2", "9999", "12.3k", "2.46M", "3.2G", "-0.5"
+    ]  # fmt: skip
+    assert [duration(s) for s in (41.4, 200, 7500)] == ["41 s", "3 min 20 s", "2 h 05 min"]

@@ -1,0 +1,49 @@
+"""Step sizes over a run."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from algorithms.common.step_sizes import StepSizes
+
+
+def make(schedule: Any, target_kl: float | None = None) -> tuple[StepSizes, list[dict[str, Any]]]:
+    groups = [{"name": name, "params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for name, lr in RATES.items()]
+    optimizer = torch.optim.AdamW(groups)
+    return StepSizes(optimizer, schedule, target_kl), optimizer.param_groups
+
+
+RATES = {"policy": 1e-3, "value": 1e-2}
+
+
+def test_linear_falls_for_all_and_constant_for_none():
+    for schedule, left in (("linear", 0.25), ("constant", 1.0)):
+        sizes, groups = make(schedule)
+        sizes.begin(0.75)
+        assert [group["lr"] for group in groups] == pytest.approx([1e-3 * left, 1e-2 * left])
+
+
+def test_adaptive_follows_the_divergence_within_bounds_and_leaves_the_critic_alone():
+    sizes, groups = make("adaptive", 0.1)
+    for kl, expected in ((0.05, 1.0), (0.1, 1.0), (0.049, 1.5), (0.101, 1.0), (5.0, 1 / 1.5)):
+        sizes.follow(torch.tensor(kl, dtype=torch.float64))
+        assert groups[0]["lr"] == pytest.approx(1e-3 * expected)
+    for kl, expected in ((0.0, 1e-2), (1.0, 1e-4)):
+        for _ in range(20):
+            sizes.begin(0.5)
+            sizes.follow(torch.tensor(kl, dtype=torch.float64))
+        assert groups[0]["lr"] == pytest.approx(expected)
+    assert groups[1]["lr"] == 1e-2
+
+
+def test_updates_end_beyond_the_target_only():
+    sizes, _ = make("constant", 0.1)
+    assert [sizes.exceeds(torch.tensor(kl, dtype=torch.float64)) for kl in (0.09, 0.1, 0.11)] == [False, False, True]
+    assert not make("constant")[0].exceeds(torch.tensor(9.0))
+
+
+@pytest.mark.parametrize("target_kl", [None, 0.0])
+def test_adaptive_without_a_target_is_refused(target_kl: float | None):
+    with pytest.raises(ValueError, match="needs a positive target_kl"):
+        make("adaptive", target_kl)

@@ -1,0 +1,383 @@
+"""The ray caster on hand-made scenes and against recorded classic images; OpenGL where it is installed."""
+
+import ctypes
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import pytest
+
+from libero_gym.physics.simulation import RenderState, Simulation
+from libero_gym.rendering import renderers as rendering
+from libero_gym.rendering.ray_scene import build_ray_scene
+from libero_gym.rendering.raycast import DeviceScene, SceneCaster, WarpRenderer
+from libero_gym.rendering.renderers import GlRenderer, RendererUnavailableError, choose_egl_device, make_renderer
+from libero_gym.tasks.cache import cache_dir
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import get_task
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+DEVICE_CHOICE = {"requested": None, "cuda_device": None, "local_rank": 0}
+DATA = Path(__file__).parent / "data"
+
+# The camera looks down on a table from 2 m; the headlight shines along the view, so the centre is lit head-on.
+TABLE = """
+<mujoco>
+  <visual>
+    <headlight ambient=".1 .1 .1" diffuse=".4 .4 .4" specular=".5 .5 .5"/>
+    <map znear="0.001"/>
+    <quality numslices="28" numstacks="16" numquads="4"/>
+  </visual>
+  <statistic extent="1"/>
+  <asset>
+    <texture name="half" type="2d" builtin="flat" rgb1=".5 .5 .5" rgb2=".5 .5 .5" width="64" height="64"/>
+    <material name="matte" specular="0" shininess="0.5" rgba=".8 .6 .4 1"/>
+    <material name="glossy" specular="1" shininess="0" rgba=".8 .6 .4 1"/>
+    <material name="textured" specular="1" shininess="0" rgba=".8 .6 .4 1" texture="half"/>
+    <material name="mirror" specular="0" shininess="0.5" rgba="0 0 0 1" reflectance="0.5"/>
+  </asset>
+  <worldbody>
+    {lights}
+    <camera name="top" pos="0 0 2" fovy="45"/>
+    <geom name="table" type="box" size="2 2 .1" pos="0 0 -.1" material="{material}" group="1"/>
+    {more}
+  </worldbody>
+</mujoco>
+"""
+
+
+def cast(*, material="matte", more="", lights="", size=15, antialiasing=False, camera="top", lit=(), lit_sites=()):
+    """Returns (image of the true view [size, size, 3], model)."""
+    model = mujoco.MjModel.from_xml_string(TABLE.format(material=material, more=more, lights=lights))
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    scene = DeviceScene(build_ray_scene(model, (camera,), lit_sites=lit_sites), "cpu")
+    caster = SceneCaster(scene, size, antialiasing=antialiasing)
+    sites = np.array([lit], dtype=np.int32).reshape(1, -1)
+    images = caster.render(data.xpos[None], data.xmat.reshape(1, -1, 3, 3), sites).numpy()
+    assert images.shape == (1, size, size, 3)
+    return images[0, :, ::-1].astype(int), model
+
+
+def to_bytes(color):
+    """Rounds colours in [0, 1] to bytes as the renderer does, halves upwards."""
+    return np.floor(255 * color + 0.5 + 1e-4).astype(int)
+
+
+def psnr(images, reference):
+    return 10 * np.log10(255**2 / np.mean((images.astype(np.float64) - reference) ** 2))
+
+
+def recorded(suite):
+    """Returns (stand-in for a simulation in the recorded state, its classic images [K, 128, 128, 3])."""
+    with np.load(DATA / "classic_images.npz", allow_pickle=False) as archive:
+        arrays = {name: archive[f"{suite}/{name}"] for name in (*RenderState._fields, "images")}
+    scene = load_scene(get_task(suite, 0))
+    model = mujoco.MjModel.from_binary_path(str(scene.folder / "physics.mjb"))
+    model.body_pos[scene.fixture_body_ids] = arrays["fixture_poses"][:, :3]
+    model.body_quat[scene.fixture_body_ids] = arrays["fixture_poses"][:, 3:]
+    state = RenderState(*(arrays[name] for name in RenderState._fields))
+    return types.SimpleNamespace(scene=scene, model=model, render_state=lambda: state), arrays["images"]
+
+
+def test_diffuse_and_ambient_light_by_hand():
+    image, _ = cast()
+    # (ambient 0.1 + diffuse 0.4 * cos 0) * colour
+    np.testing.assert_array_equal(image[7, 7], to_bytes(0.5 * np.array([0.8, 0.6, 0.4])))
+
+
+def test_specular_of_exponent_zero_is_constant():
+    image, _ = cast(material="glossy")
+    np.testing.assert_array_equal(image[7, 7], to_bytes(0.5 * np.array([0.8, 0.6, 0.4]) + 0.5))
+
+
+def test_light_is_clamped_before_the_texture():
+    light = '<light directional="true" dir="0 0 -1" diffuse="1 1 1" specular="1 1 1" castshadow="false"/>'
+    image, model = cast(material="textured", lights=light)
+    # More than enough light in every channel, so the texture's 0.5 remains.
+    texel = model.tex_data[0]
+    np.testing.assert_allclose(image[7, 7], texel, atol=1)
+
+
+def test_mirror_adds_what_is_above_it():
+    plate = '<geom type="box" size=".2 .2 .01" pos="0 0 3" rgba="1 1 1 1" group="1"/>'
+    nothing, _ = cast(material="mirror")
+    assert nothing.max() == 0
+    image, _ = cast(material="mirror", more=plate)
+    # The mirror shows the plate's underside, which the headlight does not reach: reflectance 0.5 * ambient 0.1.
+    assert image[7, 7].tolist() == [13, 13, 13]
+    assert image[0, 0].max() == 0
+
+
+def test_image_is_the_mirror_image_of_the_true_view():
+    block = '<geom type="box" size=".3 .3 .05" pos="{} 0 .1" rgba="1 0 0 1" group="1"/>'
+    model = mujoco.MjModel.from_xml_string(TABLE.format(material="matte", more=block.format(0.5), lights=""))
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    caster = SceneCaster(DeviceScene(build_ray_scene(model, ("top",)), "cpu"), 20, antialiasing=False)
+    image = caster.render(data.xpos[None], data.xmat.reshape(1, -1, 3, 3), np.zeros((1, 0), np.int32)).numpy()[0]
+    red = image[..., 1] < 20
+    # The camera's right is +x, where the block stands.
+    assert red[:, :10].any()
+    assert not red[:, 10:].any()
+
+
+def test_geoms_of_other_groups_are_hidden_and_sites_only_drawn_while_lit():
+    cover = '<geom type="box" size="1 1 .1" pos="0 0 .2" rgba="0 0 1 1" group="0"/>'
+    site = '<site name="burner" type="cylinder" size=".5 .01" pos="0 0 .1" rgba="0 1 0 1" group="0"/>'
+    plain, _ = cast()
+    dark, _ = cast(more=cover + site, lit_sites=(0,))
+    np.testing.assert_array_equal(dark, plain)
+    lit, _ = cast(more=cover + site, lit_sites=(0,), lit=(0,))
+    assert lit[7, 7, 0] < lit[7, 7, 1]
+
+
+def test_antialiasing_blends_edges_only():
+    block = '<geom type="box" size=".3 .3 .05" pos=".1 .1 .1" euler="0 0 30" rgba="1 0 0 1" group="1"/>'
+    hard, _ = cast(more=block, size=32)
+    soft, _ = cast(more=block, size=32, antialiasing=True)
+    changed = (hard != soft).any(axis=-1)
+    assert 0.02 < changed.mean() < 0.25
+    inside = (hard[..., 1] < 60) & ~changed
+    assert inside.sum() > 20
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ('<geom type="sphere" size=".1" group="1"/>', "mjGEOM_SPHERE, which the ray caster cannot draw"),
+        ('<geom type="plane" size="0 0 1" group="1"/>', "infinite planes"),
+        ('<light pos="0 0 3" castshadow="true"/>', "casts shadows"),
+    ],
+)
+def test_scenes_that_cannot_be_drawn_faithfully_are_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        cast(more=more)
+
+
+def test_unknown_camera_is_refused():
+    with pytest.raises(ValueError, match=r"camera 'front' is not in the scene \(cameras: \['top'\]\)"):
+        cast(camera="front")
+
+
+@pytest.mark.parametrize(("suite", "agentview_db", "wrist_db"), [("libero_spatial", 32, 31), ("libero_object", 27, 31)])
+def test_looks_like_the_classic_renderer(suite, agentview_db, wrist_db):
+    # Recorded from OpenGL at 128 pixels; thresholds are 1 dB below what was measured then.
+    simulation, expected = recorded(suite)
+    renderer = WarpRenderer(CAMERAS, 128, num_threads=1)
+    image = renderer.render([simulation])[0]
+    assert psnr(image[0], expected[0]) >= agentview_db
+    assert psnr(image[1], expected[1]) >= wrist_db
+    renderer.close()
+
+
+def test_batches_threads_and_repetition_change_nothing():
+    task = get_task("libero_spatial", 0)
+    simulations = [Simulation(load_scene(task)) for _ in range(3)]
+    for i, simulation in enumerate(simulations):
+        simulation.reset(task, i, np.random.RandomState(i), num_settling_steps=0)
+    one = WarpRenderer(CAMERAS, 24, num_threads=1)
+    two = WarpRenderer(CAMERAS, 24, num_threads=2)
+    batch = one.render(simulations)
+    assert batch.shape == (3, 2, 24, 24, 3)
+    np.testing.assert_array_equal(two.render(simulations), batch)
+    for i in (2, 0):
+        np.testing.assert_array_equal(one.render([simulations[i]])[0], batch[i])
+    assert (batch[0] != batch[1]).any()
+    if importlib.util.find_spec("torch") is not None:
+        np.testing.assert_array_equal(two.render_torch(simulations).cpu().numpy(), batch)
+    for renderer in (one, two):
+        renderer.close()
+        renderer.close()
+
+
+def test_chosen_renderer_needs_no_gl_here(monkeypatch, caplog):
+    monkeypatch.setattr(rendering, "_has_gpu_with_egl", lambda: False)
+    monkeypatch.setattr(rendering, "_has_nvidia", lambda: False)
+    monkeypatch.setattr(rendering, "_announced", set())
+    with caplog.at_level(logging.INFO, logger="libero_gym.rendering.renderers"):
+        for _ in range(2):
+            renderer = make_renderer(camera_names=CAMERAS, image_size=8)
+            assert renderer.name == "warp"
+            renderer.close()
+    assert [record.message for record in caplog.records] == [
+        "renderer: warp (choose with renderer='egl', 'osmesa' or 'warp')"
+    ]
+    assert (cache_dir() / "warp").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["egl", "osmesa"])
+def test_absent_gl_is_an_error_with_a_remedy(monkeypatch, kind):
+    monkeypatch.setitem(sys.modules, f"mujoco.{kind}", None)
+    with pytest.raises(RendererUnavailableError, match=rf"'{kind}' is not available .*renderer='warp'"):
+        make_renderer(kind, camera_names=CAMERAS, image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "vulkan"}, r"renderer='vulkan' is unknown \(valid: None, 'egl', 'osmesa', 'warp'\)"),
+        ({"image_size": 0}, "image_size=0 is not a positive number"),
+        ({"num_threads": 0}, "num_threads=0 must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_renderer(**({"kind": "warp", "camera_names": CAMERAS, "image_size": 8} | arguments))
+
+
+def test_absent_device_is_refused():
+    with pytest.raises(RendererUnavailableError, match="Warp has no device 'cuda:99'"):
+        WarpRenderer(CAMERAS, 8, device="cuda:99")
+
+
+def test_camera_that_the_scene_lacks_is_refused():
+    simulation, _ = recorded("libero_spatial")
+    renderer = WarpRenderer(("nowhere",), 8)
+    with pytest.raises(ValueError, match="camera 'nowhere' is not in the scene"):
+        renderer.render([simulation])
+    renderer.close()
+
+
+@pytest.mark.parametrize(
+    ("cuda_ordinals", "choice", "expected"),
+    [
+        ([2, 0, 1, None], {"cuda_device": 0}, 1),  # EGL lists the GPUs in another order
+        ([2, 0, 1, None], {"cuda_device": 2}, 0),
+        ([2, 0, 1, None], {"local_rank": 1}, 2),  # CUDA is not in use yet: as the ray caster chooses
+        ([2, 0, 1, None], {"local_rank": 3}, 1),  # two ranks share a GPU
+        ([None, None, 0, None], {"local_rank": 3}, 2),  # each rank sees one GPU
+        ([2, 0, 1, None], {"cuda_device": 0, "requested": "3"}, 3),
+        ([None, None], {"local_rank": 1}, None),  # no GPU of NVIDIA's
+        ([None], {"cuda_device": 1}, None),
+        ([], {}, None),
+    ],
+)
+def test_egl_device_is_that_of_the_cuda_device(cuda_ordinals, choice, expected):
+    assert choose_egl_device(cuda_ordinals, **DEVICE_CHOICE | choice) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"cuda_device": 2}, r"no EGL device belongs to CUDA device 2 \(EGL has those of CUDA devices \[0, 1\]\)"),
+        ({"requested": "3"}, r"MUJOCO_EGL_DEVICE_ID='3' is not an EGL device of this machine \(valid: \[0, 1, 2\]\)"),
+        ({"requested": "cuda:0"}, "MUJOCO_EGL_DEVICE_ID='cuda:0' is not an EGL device"),
+    ],
+)
+def test_absent_egl_device_is_refused(choice, message):
+    with pytest.raises(RendererUnavailableError, match=message):
+        choose_egl_device([1, 0, None], **DEVICE_CHOICE | choice)
+
+
+class FakeEgl:
+    """Stands in for `mujoco.egl` on a machine whose second EGL device is CUDA device 0, the third device 1."""
+
+    def __init__(self):
+        self.EGL = self
+        self.EGLDeviceEXT = ctypes.c_void_p
+        self.EGL_DISPLAY = None
+        self.opened_on = []
+        signature = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))
+        self.query = signature(self._query_device)
+
+    def _query_device(self, device, attribute, value):
+        assert attribute == 0x323A
+        value[0] = device - 12
+        return device > 11
+
+    def eglGetProcAddress(self, name):
+        assert name == "eglQueryDeviceAttribEXT"
+        return ctypes.cast(self.query, ctypes.c_void_p).value
+
+    def eglQueryDevicesEXT(self):
+        return [11, 12, 13]
+
+    def eglGetError(self):
+        return 0
+
+    def GLContext(self, width, height):
+        self.opened_on.append(os.environ["MUJOCO_EGL_DEVICE_ID"])
+        self.EGL_DISPLAY = "display"
+        return types.SimpleNamespace(make_current=lambda: None, free=lambda: None)
+
+
+@pytest.mark.parametrize(("rank", "device"), [("0", "1"), ("1", "2")])
+def test_each_rank_opens_egl_on_its_own_gpu(monkeypatch, rank, device):
+    platform = FakeEgl()
+    monkeypatch.setitem(sys.modules, "mujoco.egl", platform)
+    monkeypatch.setattr(rendering, "_current_cuda_device", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
+    renderer = GlRenderer("egl", CAMERAS, 8)
+    renderer._make_current()
+    assert platform.opened_on == [device]
+    assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
+    renderer.close()
+
+
+# LIBERO and OpenGL live in a process of their own: both leave traces in the one that imports them.
+LIBERO_IMAGES = """
+import sys
+import numpy as np
+from libero_gym.tasks.scene_builder import import_libero
+from libero_gym.tasks.suites import get_task, load_init_states
+task = get_task("libero_spatial", 0)
+envs = import_libero()
+env = envs.env_wrapper.OffScreenRenderEnv(bddl_file_name=str(task.bddl_file), camera_heights=64, camera_widths=64)
+np.random.seed(0)
+env.reset()
+env.set_init_state(load_init_states(task)[3])
+for _ in range(3):
+    obs, *_ = env.step([0.3, -0.2, 0.1, 0, 0, 0.2, 1])
+images = [obs[f"{name}_image"][::-1, ::-1] for name in ("agentview", "robot0_eye_in_hand")]
+from libero_gym.rendering.renderers import GlRenderer
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.physics.simulation import Simulation
+simulation = Simulation(load_scene(task))
+simulation.reset(task, 3, np.random.RandomState(0), init_states="original", num_settling_steps=0)
+for _ in range(3):
+    simulation.step([0.3, -0.2, 0.1, 0, 0, 0.2, 1])
+ours = GlRenderer(sys.argv[1], ("agentview", "robot0_eye_in_hand"), 64).render([simulation])[0]
+print("differing bytes:", int((np.stack(images) != ours).sum()))
+"""
+
+
+def gl_kind(kinds=("osmesa", "egl")):
+    for kind in kinds:
+        probe = f"from libero_gym.rendering.renderers import GlRenderer; print(GlRenderer({kind!r}, (), 8).describe_device())"
+        process = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False)
+        if process.returncode == 0:
+            return kind
+    return None
+
+
+@pytest.mark.slow
+def test_gl_images_are_those_of_libero():
+    kind = gl_kind()
+    if kind is None:
+        pytest.skip("no OpenGL here: neither OSMesa (Debian: libosmesa6) nor EGL works")
+    process = subprocess.run(
+        [sys.executable, "-c", LIBERO_IMAGES, kind],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MUJOCO_GL": kind},
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.splitlines()[-1] == "differing bytes: 0"
+
+
+def test_egl_device_that_this_machine_lacks():
+    if gl_kind(("egl",)) is None:
+        pytest.skip("no EGL here (Debian: libegl1)")
+    code = "from libero_gym.rendering.renderers import GlRenderer; GlRenderer('egl', (), 8).describe_device()"
+    environment = {**os.environ, "MUJOCO_EGL_DEVICE_ID": "77"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert "RendererUnavailableError: MUJOCO_EGL_DEVICE_ID='77' is not an EGL device" in process.stderr
