@@ -36,6 +36,7 @@ import warp as wp
 
 from libero_gym.physics import predicates
 from libero_gym.physics import warp_kernels as kernels
+from libero_gym.physics.warp_loading import find_modules, load_modules
 from libero_gym.physics.controller import (
     NULLSPACE_STIFFNESS,
     SUBSTEPS,
@@ -431,12 +432,26 @@ class WarpWorlds:
         """Capture an environment step as a graph, once, after running it with all worlds idle to load its kernels."""
         if self._graph is not None:
             return
+        self._load_kernels()
         self._is_active.zero_()
         self._step.zero_()
         self._launch_step()
         with wp.ScopedCapture(device=self.device) as capture:
             self._launch_step()
         self._graph = capture.graph
+
+    def _load_kernels(self) -> None:
+        """Compile the kernels of an environment step side by side; what is missed is compiled when it is launched."""
+        option = self._model.opt
+        conditional, option.graph_conditional = option.graph_conditional, False  # or the solver's loop would not end
+        kept = {name: wp.clone(array) for name, array in self._state_arrays().items()}
+        try:
+            modules = find_modules(self._launch_step)
+        finally:
+            option.graph_conditional = conditional
+            for name, array in self._state_arrays().items():  # copies and fills are no kernels, and have been done
+                wp.copy(array, kept[name])
+        load_modules(modules)
 
     def _launch_step(self) -> None:
         """Launch the kernels of one environment step."""
