@@ -216,6 +216,7 @@ class WarpWorlds:
         static = np.flatnonzero(model.body_weldid[model.geom_bodyid] == 0)
         self._static_geoms = wp.array(static, dtype=int, device=self.device)
         self._geom_mat = wp.array(_matrices(model.geom_quat), dtype=wp.mat33, device=self.device)
+        self._load_kernels()
 
     def reset(self, world_ids: IntArray, starts: Sequence[WorldStart], *, init_states: InitStates) -> None:
         """Start episodes, objects at rest; see `libero_gym.physics.simulation.Simulation.reset`.
@@ -432,7 +433,6 @@ class WarpWorlds:
         """Capture an environment step as a graph, once, after running it with all worlds idle to load its kernels."""
         if self._graph is not None:
             return
-        self._load_kernels()
         self._is_active.zero_()
         self._step.zero_()
         self._launch_step()
@@ -441,17 +441,22 @@ class WarpWorlds:
         self._graph = capture.graph
 
     def _load_kernels(self) -> None:
-        """Compile the kernels of an environment step side by side; what is missed is compiled when it is launched."""
+        """Compile the kernels of resets and steps side by side; what is missed is compiled when it is launched."""
         option = self._model.opt
         conditional, option.graph_conditional = option.graph_conditional, False  # or the solver's loop would not end
         kept = {name: wp.clone(array) for name, array in self._state_arrays().items()}
         try:
-            modules = find_modules(self._launch_step)
+            modules = find_modules(self._launch_all)
         finally:
             option.graph_conditional = conditional
             for name, array in self._state_arrays().items():  # copies and fills are no kernels, and have been done
                 wp.copy(array, kept[name])
         load_modules(modules)
+
+    def _launch_all(self) -> None:
+        """Launch the kernels of resets and of steps."""
+        self._refresh(np.zeros(self.num_worlds, np.bool_))
+        self._launch_step()
 
     def _launch_step(self) -> None:
         """Launch the kernels of one environment step."""

@@ -16,7 +16,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,16 @@ def _start_warp() -> None:
 
 
 _start_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=16)
+def _load_kernels(device: str) -> Future[None]:
+    """Begins to compile the ray caster's kernels side by side, once for each device; wait for it before launching."""
+    modules = [kernel.module for kernel in ray_kernels.KERNELS]
+    pool = ThreadPoolExecutor(1, "warp-compile")
+    loading = pool.submit(wp.force_load, device=device, modules=modules, max_workers=len(modules))
+    pool.shutdown(wait=False)
+    return loading
 
 
 class DeviceScene:
@@ -190,6 +200,7 @@ class SceneCaster:
             A Warp array [K * N, H, W, 3] of uint8 on the device, images of camera 0 first, each mirrored left to
             right with respect to the true view. The next call overwrites it.
         """
+        _load_kernels(self._device).result()
         num_worlds = len(body_pos)
         self._reserve(num_worlds)
         visible = np.ones((num_worlds, self._num_parts), dtype=np.uint8)
@@ -310,6 +321,7 @@ class WarpRenderer:
         self._reflections = reflections
         threads = num_threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(threads, "libero-render") if threads > 1 else None
+        _load_kernels(self._device)
         self._casters: dict[str, SceneCaster] = {}
         self._scratch: dict[str, mujoco.MjData] = {}
 
