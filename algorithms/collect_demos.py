@@ -38,8 +38,9 @@ from algorithms.common.run_folder import json_ready, write_json
 from gr00t_agent.lerobot_writer import EPISODE_FILE, Episode, Recording, assemble_dataset, stage_episode
 from libero_gym.env import DEFAULT_CAMERAS
 from libero_gym.experts import ExpertConfig, make_expert
-from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, RenderState, Simulation
-from libero_gym.rendering.renderers import Renderer, make_renderer
+from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, Simulation
+from libero_gym.rendering.protocol import Renderer, RenderState
+from libero_gym.rendering.renderers import make_renderer
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scenes import Scene, load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states

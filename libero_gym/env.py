@@ -12,15 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from libero_gym.physics.simulation import (
-    ACTION_DIM,
-    InitStates,
-    PhysicsError,
-    Simulation,
-    Stepping,
-    check_init_states,
-    count_init_states,
-)
+from libero_gym.physics.simulation import ACTION_DIM, PhysicsError, Simulation, Stepping
+from libero_gym.tasks.initial_states import InitStates, check_init_states, count_init_states
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
 
@@ -130,9 +123,10 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     ## Starting state
     One of the initial states of the task (50 of each kind), after the customary ten steps without motion in which
     objects come to rest, which count for nothing. `init_states="settled"` takes them as they came to rest under
-    MuJoCo 3.3, before a change of contacts that makes some of them end elsewhere (see `libero_gym.tasks.initial_states`), fixtures
-    included; `"held_out"` (libero_spatial) takes states that LIBERO's reset drew and that are none of the stored ones,
-    come to rest alike; `"original"` places fixtures at random as LIBERO does and settles under the installed version.
+    MuJoCo 3.3, before a change of contacts that makes some of them end elsewhere (see
+    `libero_gym.tasks.initial_states`), fixtures included; `"held_out"` (libero_spatial) takes states that LIBERO's
+    reset sampled and that are none of the stored ones, come to rest alike; `"original"` places fixtures at random as
+    LIBERO does and settles under the installed version.
     Without options the task (unless fixed by `task_id`) and the state are drawn from the environment's own generator.
     `reset(options={"task_id": 3, "init_state_id": 7})` chooses.
 

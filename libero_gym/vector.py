@@ -32,15 +32,8 @@ from libero_gym.env import (
     make_action_space,
     make_observation_space,
 )
-from libero_gym.physics.simulation import (
-    ACTION_DIM,
-    InitStates,
-    Simulation,
-    Stepping,
-    check_init_states,
-    check_state,
-    count_init_states,
-)
+from libero_gym.physics.simulation import ACTION_DIM, Simulation, Stepping, check_state
+from libero_gym.tasks.initial_states import InitStates, check_init_states, count_init_states
 from libero_gym.tasks.scenes import Scene, load_scenes
 from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
 

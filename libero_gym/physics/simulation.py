@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 import mujoco
 import numpy as np
@@ -23,20 +23,27 @@ import numpy.typing as npt
 from libero_gym.physics.controller import (
     ArmKinematics,
     ControllerState,
+    Observation,
     axis_angle_from_quat,
     creation_kinematics,
     step_numpy,
 )
 from libero_gym.physics.predicates import Goal
+from libero_gym.rendering.protocol import RenderState
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.cache import cache_dir
-from libero_gym.tasks.initial_states import RecordedStates, has_recorded_states, load_recorded_states, recorded_file
+from libero_gym.tasks.initial_states import (
+    InitStates,
+    RecordedStates,
+    check_init_state_id,
+    check_init_states,
+    load_recorded_states,
+)
 from libero_gym.tasks.placements import FixtureSampler, make_fixture_sampler
-from libero_gym.tasks.scenes import Robot, Scene, load_scene
+from libero_gym.tasks.scenes import Scene, load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
 
 Stepping = Literal["exact", "fast", "numpy"]
-InitStates = Literal["settled", "held_out", "original"]
 
 ACTION_DIM = 7
 NUM_SETTLING_STEPS = 10
@@ -69,38 +76,6 @@ class PhysicsError(RuntimeError):
         """Describe the failure."""
         super().__init__(message)
         self.dump = dump
-
-
-class RenderState(NamedTuple):
-    """What an image of the world shows, apart from the model. All arrays are copies.
-
-    Attributes:
-        qpos: float64 [nq]; kinematics of these positions give the poses that the image shows.
-        fixture_poses: float64 [num_fixtures, 7], position (m) and quaternion wxyz of `scene.fixture_body_ids`, to be
-            written to the render model's `body_pos` and `body_quat`.
-        indicator_alpha: float64 [num_indicators], opacity of `scene.indicator_site_ids`, to be written to the render
-            model's `site_rgba[:, 3]`: a stove's glow.
-    """
-
-    qpos: FloatArray
-    fixture_poses: FloatArray
-    indicator_alpha: FloatArray
-
-
-@dataclass(kw_only=True, eq=False)
-class Observation:
-    """Sensor readings of the last step, and the positions that its image shows."""
-
-    qpos: FloatArray
-    eef_pos: FloatArray
-    eef_quat_wxyz: FloatArray
-    gripper_qpos: FloatArray
-
-    def read_sensors(self, data: mujoco.MjData, robot: Robot) -> None:
-        """Copy the end effector's pose (m, quaternion wxyz) and the fingers' positions (m) from `data`."""
-        self.eef_pos[:] = data.site_xpos[robot.eef_site_id]
-        self.eef_quat_wxyz[:] = data.xquat[robot.eef_body_id]
-        self.gripper_qpos[:] = data.qpos[robot.gripper_qpos_adr]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -209,12 +184,7 @@ class Simulation:
         """
         task_data = load_task_data(self.scene, task)
         kind = check_init_states(init_states, task.suite)
-        num_states = count_init_states(task, kind)
-        if not 0 <= init_state_id < num_states:
-            raise ValueError(
-                f"init_state_id={init_state_id} is not among the stored states of {task.suite} task {task.task_id} "
-                f"(valid: 0-{num_states - 1})"
-            )
+        check_init_state_id(init_state_id, task, kind)
         self.task = task
         self.init_state_id = int(init_state_id)
         self._goal = task_data.goal
@@ -289,11 +259,6 @@ class Simulation:
         o = self._observation
         axis_angle = axis_angle_from_quat(o.eef_quat_wxyz[[1, 2, 3, 0]])
         return np.concatenate([o.eef_pos, axis_angle, o.gripper_qpos]).astype(np.float32)
-
-    @property
-    def render_qpos(self) -> FloatArray:
-        """Positions, float64 [nq] (copy), whose kinematics are what the image of the last step shows."""
-        return self._observation.qpos.copy()
 
     def render_state(self) -> RenderState:
         """Return what a renderer needs to show the last step."""
@@ -427,35 +392,6 @@ class Simulation:
         for index, (addresses, test, alphas) in enumerate(self._indicators):
             is_on = any(test(float(self.data.qpos[address])) for address in addresses)
             self._indicator_alpha[index] = alphas[is_on]
-
-
-def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
-    """Return the kind of initial states to use; None is the suite's default (see `Simulation.reset`).
-
-    Raises:
-        ValueError: unknown kind.
-        FileNotFoundError: states of this kind are not recorded for the suite.
-    """
-    if init_states is None:
-        return "settled" if has_recorded_states(suite, "settled") else "original"
-    if init_states not in get_args(InitStates):
-        valid = ", ".join(repr(kind) for kind in get_args(InitStates))
-        raise ValueError(f"init_states={init_states!r} is unknown (valid: {valid})")
-    if init_states != "original":
-        recorded_file(suite, init_states)
-    return init_states
-
-
-@functools.lru_cache(maxsize=512)
-def count_init_states(task: TaskSpec, init_states: InitStates) -> int:
-    """Return how many initial states of a kind `task` has.
-
-    Raises:
-        FileNotFoundError: states of this kind are not recorded for its suite.
-    """
-    if init_states == "original":
-        return len(load_init_states(task))
-    return len(load_recorded_states(task, init_states).physics)
 
 
 def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:

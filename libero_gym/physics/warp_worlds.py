@@ -267,7 +267,8 @@ class WarpWorlds:
         """Run up to C environment steps of 50 ms in each active world, until its goal holds or its steps are used up.
 
         Args:
-            actions: float [N, C, 7]; see `libero_gym.physics.simulation.Simulation.step`. Those of idle worlds do not matter.
+            actions: float [N, C, 7]; see `libero_gym.physics.simulation.Simulation.step`. Those of idle worlds do not
+                matter.
             is_active: bool [N], False where nothing is to happen.
             steps_left: int [N], steps until the episode is cut.
 
@@ -356,7 +357,7 @@ class WarpWorlds:
         }
 
     def _start_values(self, starts: Sequence[WorldStart], init_states: InitStates) -> dict[str, Any]:
-        """Return the arrays of `physics_kernels.Start` apart from `world`."""
+        """Return the arrays of `warp_kernels.Start` apart from `world`."""
         count, nq, nv = len(starts), self._live.qpos.shape[1], self._live.qvel.shape[1]
         values: dict[str, Any] = {
             "task": np.array([self._task_index[start.task] for start in starts]),
@@ -561,8 +562,8 @@ class WarpWorlds:
 def axis_angles(quat_wxyz: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return axis-angles [N, 3] in rad, of lengths 0 to 2 pi, of unit quaternions [N, 4].
 
-    The same as `libero_gym.physics.controller.axis_angle_from_quat`, by an arc tangent, which float32 does not spoil near the
-    identity.
+    The same as `libero_gym.physics.controller.axis_angle_from_quat`, by an arc tangent, which float32 does not spoil
+    near the identity.
     """
     w, xyz = quat_wxyz[:, :1].astype(np.float64), quat_wxyz[:, 1:].astype(np.float64)
     sine = np.linalg.norm(xyz, axis=1, keepdims=True)
