@@ -9,10 +9,12 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.conventions import ACTION_DIM
 from libero_gym.experts.skills import Command, World
 from libero_gym.experts.solver import order, solve
-from libero_gym.physics.simulation import ACTION_DIM, InitStates, Simulation
+from libero_gym.physics.simulation import Simulation
 from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.initial_states import InitStates
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, horizon
 

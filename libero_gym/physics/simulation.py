@@ -20,6 +20,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.conventions import ACTION_DIM
 from libero_gym.physics.controller import (
     ArmKinematics,
     ControllerState,
@@ -45,7 +46,6 @@ from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
 
 Stepping = Literal["exact", "fast", "numpy"]
 
-ACTION_DIM = 7
 NUM_SETTLING_STEPS = 10
 SETTLING_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 """No motion, gripper open: what LIBERO's public clients send while objects fall into place."""
@@ -99,6 +99,8 @@ class Simulation:
         data: simulation state.
         task: task of the last reset.
         init_state_id: index of the stored state of the last reset.
+        goal: decides from `data` after each step whether the goal holds. `reset` and `set_state` make it the task's
+            (`libero_gym.physics.predicates.Goal`); another one may be put in its place until then.
     """
 
     def __init__(self, scene: Scene, *, stepping: Stepping = "exact") -> None:
@@ -143,7 +145,7 @@ class Simulation:
             self._observation.gripper_qpos,
             self._observed_indicator_alpha,
         )
-        self._goal: Goal | None = None
+        self.goal: Callable[[mujoco.MjData], bool] | None = None
         self._success = False
 
     def reset(
@@ -187,7 +189,7 @@ class Simulation:
         check_init_state_id(init_state_id, task, kind)
         self.task = task
         self.init_state_id = int(init_state_id)
-        self._goal = task_data.goal
+        self.goal = task_data.goal
         mujoco.mj_resetData(self.model, self.data)
         self._controller.reset(self._creation)
         if kind != "original":
@@ -207,7 +209,7 @@ class Simulation:
         self._observation.read_sensors(self.data, self.scene.robot)
         self._update_indicators()
         self._observed_indicator_alpha[:] = self._indicator_alpha
-        self._success = self._goal(self.data)
+        self._success = self.goal(self.data)
         if kind == "original":
             for _ in range(num_settling_steps):
                 self.step(SETTLING_ACTION)
@@ -227,7 +229,7 @@ class Simulation:
         values = np.ascontiguousarray(action, dtype=np.float64)
         if values.shape != (ACTION_DIM,):
             raise ValueError(f"action has shape {values.shape}; expected ({ACTION_DIM},)")
-        if self._goal is None:
+        if self.goal is None:
             raise ValueError("reset() must be called before step()")
         if not np.isfinite(values).all():
             raise self.physics_error(f"action {values} is not finite; check the policy's output for NaN", values)
@@ -247,7 +249,7 @@ class Simulation:
                 values,
             )
         self._update_indicators()
-        self._success = self._goal(self.data)
+        self._success = self.goal(self.data)
         return self._success
 
     def success(self) -> bool:
@@ -308,7 +310,7 @@ class Simulation:
         check_state(state, self.scene)
         self.task = get_task(str(state["suite"]), int(state["task_id"]))
         self.init_state_id = int(state["init_state_id"])
-        self._goal = load_task_data(self.scene, self.task).goal
+        self.goal = load_task_data(self.scene, self.task).goal
         self._set_fixture_poses(state["fixture_poses"])
         self._restore_physics(state["physics"])
         self._controller.goal_pos[:] = state["goal_pos"]

@@ -31,7 +31,7 @@ def random_actions(num_steps, *lead, seed=0):
 
 def force_success(env, i):
     """Makes environment `i` succeed at its next step, whatever the physics does."""
-    env.simulations[i]._goal = lambda data: True
+    env.simulations[i].goal = lambda data: True
 
 
 def assert_same(left, right):
@@ -201,7 +201,7 @@ def test_next_step_autoreset_ignores_one_action():
 def test_relative_reward_pays_the_change():
     env = make(1, num_action_chunks=2, reward="relative", autoreset_mode="DISABLED")
     env.reset(seed=0)
-    env._slots[0].last_value = 1.0  # as if the goal had just been lost
+    env.set_state(0, env.get_state(0) | {"last_value": np.array(1.0)})  # as if the goal had just been lost
     _, rewards, _, _, infos = env.step(no_motion(1, 2))
     np.testing.assert_array_equal(infos["rewards"], [[-1, 0]])
     assert rewards.tolist() == [-1]
@@ -292,7 +292,7 @@ def test_number_of_threads_changes_nothing():
 
 @pytest.mark.parametrize("autoreset_mode", ["SAME_STEP", "NEXT_STEP"])
 def test_drawing_while_others_step_changes_nothing(autoreset_mode, monkeypatch):
-    results = []
+    results, render = [], WarpRenderer.render
     for overlaps in (False, True):
         monkeypatch.setattr(WarpRenderer, "uses_all_cores", not overlaps)
         env = make(
@@ -300,8 +300,7 @@ def test_drawing_while_others_step_changes_nothing(autoreset_mode, monkeypatch):
             autoreset_mode=autoreset_mode,
         )  # fmt: skip
         drawn = []
-        draw = env._draw
-        monkeypatch.setattr(env, "_draw", lambda ids, draw=draw, drawn=drawn: (drawn.append(len(ids)), draw(ids))[1])
+        monkeypatch.setattr(WarpRenderer, "render", lambda *args, n=drawn: (n.append(len(args[1])), render(*args))[1])
         env.reset(seed=9)
         results.append([env.step(np.moveaxis(a, 0, 1)) for a in random_actions(6, 20).reshape(3, 2, 20, 7)])
         assert (10 in drawn) == overlaps  # in two parts
@@ -309,6 +308,22 @@ def test_drawing_while_others_step_changes_nothing(autoreset_mode, monkeypatch):
     for result, reference in zip(*results, strict=True):
         for value, known in zip(result, reference, strict=True):
             assert_same({"value": value}, {"value": known})
+
+
+def test_few_environments_that_take_unequally_long_keep_their_images(monkeypatch):
+    monkeypatch.setattr(WarpRenderer, "uses_all_cores", False)
+    options = dict(observe_images=True, image_size=16, renderer="warp", num_action_chunks=4, horizon=200)
+    env, again = make(4, num_threads=2, **options), make(4, **options)
+    env.reset(seed=0)
+    env.set_state(0, env.get_state(0) | {"episode_length": np.array(199)})  # its chunk ends after one step,
+    env.step(no_motion(4, 4))
+    observation, *_ = env.step(no_motion(4, 4))  # so that it is the last to be stepped, and all are drawn together
+    for i, state in enumerate(env.get_states()):
+        again.set_state(i, state)
+    for key in ("images", "wrist_images"):
+        np.testing.assert_array_equal(observation[key], again.observe()[key])
+    for made in (env, again):
+        made.close()
 
 
 def test_an_error_while_others_are_drawn_names_its_environment(monkeypatch):
@@ -471,7 +486,15 @@ def test_render_returns_the_first_camera():
         ({"autoreset_mode": "SOMETIMES"}, "autoreset_mode='SOMETIMES' is unknown"),
         ({"camera_names": ["agentview"]}, "must name 2 cameras"),
         ({"render_mode": "human"}, "render_mode='human' is unknown"),
-        ({"images_as_torch": True}, "need observe_images=True"),
+        ({"images_as_torch": True}, "images_as_torch=True needs observe_images=True"),
+        (
+            {"images_as_torch": True, "renderer": "egl", "observe_images": True},
+            r"draws with renderer='warp' \(given: 'egl'\)",
+        ),
+        ({"render_mode": "rgb_array"}, "render_mode='rgb_array' needs observe_images=True"),
+        ({"physics": "gpu"}, r"physics='gpu' is unknown \(valid: 'cpu', 'warp'\)"),
+        ({"warp_options": "larger"}, "leave warp_options out with physics='cpu'"),
+        ({"physics": "warp", "stepping": "fast"}, "stepping='fast' chooses among CPU steppers"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
