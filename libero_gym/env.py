@@ -77,7 +77,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     `libero_gym.tasks.initial_states`), fixtures included; `"held_out"` (libero_spatial) takes states that LIBERO's
     reset sampled and that are none of the stored ones, come to rest alike; `"original"` places fixtures at random as
     LIBERO does and settles under the installed version.
-    Without options the task (unless fixed by `task_id`) and the state are drawn from the environment's own generator.
+    Without options the task (unless fixed by `task_id`) and the state are sampled from the environment's own generator.
     `reset(options={"task_id": 3, "init_state_id": 7})` chooses.
 
     ## Episode end
@@ -87,7 +87,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     ## Arguments
     - `suite`: see `libero_gym.list_suites()`.
-    - `task_id`: fixes the task; None draws one at each reset.
+    - `task_id`: fixes the task; None samples one at each reset.
     - `image_size`: height and width in pixels.
     - `camera_names`: cameras of `images` and `wrist_images`.
     - `renderer`: "egl", "osmesa" or "warp"; None takes the best that the machine has.
@@ -118,11 +118,12 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         stepping: Stepping = "exact",
         render_mode: str | None = None,
     ) -> None:
-        """Create the environment; scenes and renderer are opened by the first reset.
+        """Create the environment; scenes are opened by the first reset.
 
         Raises:
             ValueError: an argument is not among the allowed ones; the message lists them.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
+            RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
         """
         self._tasks = [get_task(suite, task_id)] if task_id is not None else list_tasks(suite)

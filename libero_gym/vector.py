@@ -86,10 +86,10 @@ class Episodes:
         num_steps = steps.ran.sum(axis=1)
         has_stepped = num_steps > 0
         last = np.maximum(num_steps - 1, 0)
-        self.last_value = np.where(has_stepped, values[np.arange(len(values)), last], self.last_value)
+        self.last_value[has_stepped] = values[np.arange(len(values)), last][has_stepped]
         self.length += num_steps
         self.total_reward += rewards.sum(axis=1, dtype=np.float64)
-        terminations = steps.successes.any(axis=1)
+        terminations = np.asarray(steps.successes.any(axis=1))
         truncations = has_stepped & (self.length >= self._horizon)
         self.is_done |= terminations | truncations
         return rewards, terminations, truncations

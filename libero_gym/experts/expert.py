@@ -36,7 +36,7 @@ class ExpertConfig:
 
     Attributes:
         speed: multiple of the cruising speed (0.21 m/s at 1).
-        speed_spread: the speed of an episode is drawn uniformly from `speed * (1 -+ speed_spread)`.
+        speed_spread: the speed of an episode is sampled uniformly from `speed * (1 -+ speed_spread)`.
         noise: standard deviation of the (correlated) noise on the six motion actions, in units of actions.
         via_noise: standard deviation in metres of points passed on the way.
     """

@@ -167,7 +167,7 @@ class Simulation:
         Settled states: the outcome of that under MuJoCo 3.3.7, with the fixture poses that it had there;
         `random_state` and the arguments after `init_states` have no part in it.
 
-        Held-out states: the same of states that LIBERO's reset draws and that are none of the stored ones.
+        Held-out states: the same of states that LIBERO's reset samples and that are none of the stored ones.
 
         Args:
             task: one of the scene's tasks.
@@ -177,7 +177,7 @@ class Simulation:
                 them for (the base suites), "original" for others.
             num_settling_steps: 0 for the bare original state.
             num_libero_resets: how often the LIBERO environment to be matched has been reset, this time included: each
-                reset of it draws more numbers (see `libero_gym.tasks.placements.FixtureSampler.sample`).
+                reset of it takes more random numbers (see `libero_gym.tasks.placements.FixtureSampler.sample`).
 
         Raises:
             ValueError: `init_state_id` is out of range, or `init_states` is unknown.

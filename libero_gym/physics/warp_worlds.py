@@ -11,7 +11,7 @@ goals, but it is not LIBERO to the last bit, as `libero_gym.physics.simulation` 
 - The solver is LIBERO's (Newton, elliptic cones, impratio 20, Euler with implicit damping); it stops at a tolerance of
   1e-6 instead of 1e-8, which float32 cannot reach, and after at most 10 iterations instead of 100.
 - On a GPU the order of contacts, and so the rounding of sums, varies from run to run: the same seed gives the same
-  starts and the same draws, not the same trajectory to the last bit. On a CPU it does.
+  starts and the same samples, not the same trajectory to the last bit. On a CPU it does.
 - Force sensors, which nothing here reads, are not computed.
 
 One environment step (25 substeps) is one captured graph, and poses go to the ray caster without leaving the device.

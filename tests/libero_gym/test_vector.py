@@ -9,8 +9,9 @@ from gymnasium.vector import AutoresetMode
 
 from libero_gym.env import LiberoEnv
 from libero_gym.physics.simulation import PhysicsError
+from libero_gym.physics.worlds import Steps
 from libero_gym.rendering.raycast import WarpRenderer
-from libero_gym.vector import LiberoVectorEnv
+from libero_gym.vector import Episodes, LiberoVectorEnv
 
 SUITE = "libero_spatial"
 
@@ -198,6 +199,32 @@ def test_next_step_autoreset_ignores_one_action():
     assert env.step(no_motion(1))[3].all()
 
 
+def test_book_keeping_by_hand():
+    episodes = Episodes(4, horizon=5, reward="relative")
+    episodes.begin(np.arange(4), np.array([False, False, True, False]))
+    episodes.length[1] = 3
+    ran = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]], np.bool_)
+    successes = np.array([[0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]], np.bool_)
+    rewards, terminations, truncations = episodes.advance(Steps(ran, successes))
+    np.testing.assert_array_equal(rewards, [[0, 1, 0], [0, 0, 0], [-1, 0, 0], [0, 0, 0]])
+    assert terminations.tolist() == [True, False, False, False]
+    assert truncations.tolist() == [False, True, False, False]
+    assert episodes.is_done.tolist() == [True, True, False, False]
+    assert episodes.length.tolist() == [2, 5, 3, 0]
+    assert episodes.steps_left.tolist() == [3, 0, 2, 5]
+    assert episodes.last_value.tolist() == [1, 0, 0, 0]
+    assert episodes.total_reward.tolist() == [1, 0, -1, 0]
+    episodes.set_state(3, episodes.get_state(0))
+    assert {name: values[3] for name, values in vars(episodes).items() if isinstance(values, np.ndarray)} == {
+        "length": 2, "total_reward": 1, "last_value": 1, "is_done": True,
+    }  # fmt: skip
+    sparse = Episodes(1, horizon=2, reward="sparse")
+    sparse.begin(np.arange(1), np.array([True]))
+    rewards, terminations, truncations = sparse.advance(Steps(ran[:1], successes[:1]))
+    np.testing.assert_array_equal(rewards, [[0, 1, 0]])
+    assert terminations.tolist() == truncations.tolist() == [True]  # both at once
+
+
 def test_relative_reward_pays_the_change():
     env = make(1, num_action_chunks=2, reward="relative", autoreset_mode="DISABLED")
     env.reset(seed=0)
@@ -359,6 +386,19 @@ def test_after_an_error_the_others_show_where_they_are_and_go_on(num_threads, mo
     assert (infos["num_steps"].tolist(), (terminated | truncated).tolist()) == ([0, 0, 1], [False, False, True])
     *_, infos = env.step(no_motion(3))
     assert infos["num_steps"].tolist() == [1, 1, 1]
+
+
+def test_environments_that_fail_to_settle_are_left_finished(monkeypatch):
+    env = make(2, init_states="original")
+    env.reset(seed=0)
+    generator = env.get_state(1)["rng"]
+    with monkeypatch.context() as patch:
+        patch.setattr(env.simulations[1], "step", lambda action: (_ for _ in ()).throw(PhysicsError("diverged")))
+        with pytest.raises(PhysicsError, match="diverged") as error:
+            env.reset(options={"reset_mask": np.array([False, True])})
+    assert error.value.__notes__ == ["raised by environment 1 of 2"]
+    assert env.get_state(1)["rng"] == generator
+    assert [env.step(no_motion(2))[-1]["num_steps"].tolist() for _ in range(2)] == [[1, 0], [1, 1]]
 
 
 def test_a_reset_that_is_refused_touches_nothing():
