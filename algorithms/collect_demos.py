@@ -36,15 +36,16 @@ from rich.table import Table
 
 from algorithms.common.run_folder import json_ready, write_json
 from gr00t_agent.lerobot_writer import EPISODE_FILE, Episode, Recording, assemble_dataset, stage_episode
-from libero_gym.env import DEFAULT_CAMERAS
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ, gripper_to_data
 from libero_gym.experts import ExpertConfig, make_expert
-from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, RenderState, Simulation
-from libero_gym.rendering.renderers import Renderer, make_renderer
+from libero_gym.options import DEFAULT_CAMERAS
+from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, Simulation
+from libero_gym.rendering.protocol import Renderer, RenderState
+from libero_gym.rendering.renderers import make_renderer
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scenes import Scene, load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states
 
-FPS = 20
 SETTINGS_FILE = "settings.json"
 # What may differ between a collection and its continuation.
 FREE_SETTINGS = {
@@ -271,7 +272,7 @@ def render(renderer: Renderer, trajectory: Trajectory, batch_size: int) -> NDArr
 def to_episode(trajectory: Trajectory, images: NDArray[np.uint8], cameras: Sequence[str], language: str) -> Episode:
     """Returns a trajectory as it is written: gripper 1 open, 0 close."""
     actions = trajectory.actions.copy()
-    actions[:, 6] = (1.0 - actions[:, 6]) / 2.0
+    actions[:, 6] = gripper_to_data(actions[:, 6])
     attempt = trajectory.attempt
     info = {name: getattr(attempt, name) for name in ("task_id", "init_state_id", "seed", "object_shift")}
     return Episode(
@@ -397,7 +398,7 @@ def collect(
 
 def make_recording(args: Args) -> Recording:
     """Returns how the dataset stores its frames."""
-    return Recording(fps=FPS, storage=args.storage, crf=args.crf)
+    return Recording(fps=CONTROL_FREQUENCY_HZ, storage=args.storage, crf=args.crf)
 
 
 def libero_modality() -> dict[str, Any]:
