@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from gr00t_agent import DatasetMetadata, Gr00tAgent, LiberoFrankaDataConfig, preset_policy
-from gr00t_agent.agent import _preprocessor  # pyright: ignore[reportPrivateUsage]
 from gr00t_agent.config import EAGLE_NANO, MODEL_NANO, ModelConfig
+from gr00t_agent.loading import make_preprocessor
 
 
 def tiny_config() -> ModelConfig:
@@ -37,7 +37,7 @@ def tiny_agent(metadata: DatasetMetadata, **policy_changes: Any) -> Gr00tAgent:
     """An agent whose every part is trained; its weights depend on torch's global seed."""
     policy = replace(preset_policy("nano"), value_hidden_dims=(8,), **policy_changes)
     config = tiny_config()
-    preprocessor = _preprocessor(config, policy, LiberoFrankaDataConfig(), metadata, "nano")
+    preprocessor = make_preprocessor(config, policy, LiberoFrankaDataConfig(), metadata, "nano")
     agent = Gr00tAgent(config, policy, preprocessor)
     agent.set_trainable(tune_visual=True, tune_llm=True, tune_projector=True, tune_diffusion_model=True)
     for parameter in agent.value_parameters():
