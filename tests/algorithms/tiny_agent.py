@@ -1,18 +1,18 @@
 """A GR00T agent of 300,000 parameters: its whole training code runs in milliseconds."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from gr00t_agent import DatasetMetadata, Gr00tAgent, LiberoFrankaDataConfig, preset_policy
-from gr00t_agent.config import EAGLE_NANO, MODEL_NANO, ModelConfig
+from gr00t_agent.config import ModelConfig
 from gr00t_agent.loading import make_preprocessor
 
 
 def tiny_config() -> ModelConfig:
-    eagle, model = copy.deepcopy(EAGLE_NANO), copy.deepcopy(MODEL_NANO)
+    nano = ModelConfig.preset("nano")
+    eagle, model = nano.eagle_json, nano.model_json
     eagle["force_image_size"] = 28
     eagle["text_config"] |= {
         "head_dim": 8, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,

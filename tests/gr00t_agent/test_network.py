@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gr00t_agent.action_head import ActionHead
 from gr00t_agent.backbone import Backbone, flash_attention_mask
-from gr00t_agent.config import EAGLE_RELEASED, MODEL_RELEASED, ModelConfig
+from gr00t_agent.config import ModelConfig
 from gr00t_agent.weights import EMBEDDINGS, OUTPUT_LAYER, released_name
 from tests.gr00t_agent.conftest import REFERENCE_DIR
 
@@ -134,11 +134,12 @@ def test_full_size_rl_only_shapes():
         assert shapes == expected, title
 
 
-def test_built_in_configuration_is_the_released_one():
+def test_shipped_configuration_is_the_released_one():
     released = json.loads((REFERENCE_DIR / "real_config.json").read_text())
     eagle = json.loads((REFERENCE_DIR / "real_eagle_config.json").read_text())
-    assert {key: released[key] for key in MODEL_RELEASED} == MODEL_RELEASED
-    for key, value in EAGLE_RELEASED.items():
+    shipped = ModelConfig.preset("gr00t_n1d5")
+    assert {key: released[key] for key in shipped.model_json} == shipped.model_json
+    for key, value in shipped.eagle_json.items():
         expected = {k: eagle[key][k] for k in value} if isinstance(value, dict) else eagle[key]
         assert value == expected, key
 
@@ -153,7 +154,7 @@ def test_built_in_configuration_is_the_released_one():
     ],
 )
 def test_inconsistent_configuration_is_refused(path, value, message):
-    changed = json.loads(json.dumps(MODEL_RELEASED))
+    changed = ModelConfig.preset("gr00t_n1d5").model_json
     section = changed
     for key in path[:-1]:
         section = section[key]
