@@ -9,10 +9,11 @@ from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from gr00t_agent.action_head import ActionHead
 from gr00t_agent.backbone import Backbone
-from gr00t_agent.config import EAGLE_FOLDER, ModelConfig, PresetName
+from gr00t_agent.config import DATA, EAGLE_FOLDER, ModelConfig, PresetName
 from gr00t_agent.data_config import (
     METADATA_PATH,
     DataConfig,
@@ -23,13 +24,13 @@ from gr00t_agent.data_config import (
 )
 from gr00t_agent.files import resolve_folder
 from gr00t_agent.policy import PolicyConfig, preset_policy
-from gr00t_agent.transforms import Preprocessor, PromptLayout, PromptTokenizer, load_tokenizer, prompt_text
+from gr00t_agent.transforms import Preprocessor, PromptLayout, load_tokenizer, prompt_text, save_tokenizer
 from gr00t_agent.weights import RL_ONLY, load_weights, read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
 POLICY_FILE = "policy_config.json"
-NANO_METADATA = Path(__file__).parent / "data" / "nano_metadata.json"
+NANO_METADATA = DATA / "nano_metadata.json"
 RELEASED_TOKENIZER = "Qwen/Qwen3-1.7B"
 # Room for the instruction in a prompt of default length; the longest of LIBERO has 25 tokens with Qwen's tokenizer.
 INSTRUCTION_TOKENS = 32
@@ -64,7 +65,7 @@ class Pretrained(nn.Module):
         *,
         data_config: DataConfig,
         metadata: DatasetMetadata,
-        tokenizer: PromptTokenizer | str | Path,
+        tokenizer: PreTrainedTokenizerFast | str | Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
@@ -99,7 +100,7 @@ class Pretrained(nn.Module):
         policy: PolicyConfig | None = None,
         data_config: DataConfig | None = None,
         metadata: DatasetMetadata | None = None,
-        tokenizer: PromptTokenizer | str | Path | None = None,
+        tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
@@ -141,7 +142,7 @@ class Pretrained(nn.Module):
         policy: PolicyConfig | None = None,
         data_config: DataConfig | None = None,
         metadata: DatasetMetadata | None = None,
-        tokenizer: PromptTokenizer | str | Path | None = None,
+        tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
         eagle_folder: Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -223,7 +224,7 @@ class Pretrained(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write(folder)
-        self.preprocessor.tokenizer.save(folder / EAGLE_FOLDER)
+        save_tokenizer(self.preprocessor.tokenizer, folder / EAGLE_FOLDER)
         # Under the tag that loading looks for; statistics of a dataset come with the tag of its own data config.
         tag = self.preprocessor.data_config.embodiment_tag
         write_metadata(folder / METADATA_PATH, replace(self.preprocessor.metadata, embodiment_tag=tag))
@@ -257,7 +258,7 @@ def make_preprocessor(
     policy: PolicyConfig,
     data_config: DataConfig,
     metadata: DatasetMetadata,
-    tokenizer: PromptTokenizer | str | Path,
+    tokenizer: PreTrainedTokenizerFast | str | Path,
 ) -> Preprocessor:
     """Return the preprocessor of a network of these sizes, used as `policy` says.
 
@@ -274,7 +275,7 @@ def make_preprocessor(
     if length is None:
         empty = prompt_text("", len(data_config.video_keys), config.num_image_tokens)
         # Rows of a multiple of 8 suit the matrix units.
-        length = -(-(len(tokenizer.encode(empty)) + INSTRUCTION_TOKENS) // 8) * 8
+        length = -(-(len(tokenizer.encode(empty, add_special_tokens=False)) + INSTRUCTION_TOKENS) // 8) * 8
     return Preprocessor(
         config,
         data_config,

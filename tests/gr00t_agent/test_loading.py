@@ -203,5 +203,5 @@ def test_what_the_hub_does_not_give_is_named_with_where_was_looked(monkeypatch):
     for call in (resolve_checkpoint, resolve_dataset):
         with pytest.raises(FileNotFoundError, match=r"'checkpoints/misspelt' is no folder below .*\(offline\)"):
             call("checkpoints/misspelt")
-    with pytest.raises(FileNotFoundError, match="is no file, no folder and no hub name"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer '\./misspelt' is no folder and no hub name"):
         load_tokenizer("./misspelt")
