@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gr00t_agent.action_head import ActionHead
+from gr00t_agent.action_head import ActionHead, SplitAttention
 from gr00t_agent.backbone import Backbone, flash_attention_mask
-from gr00t_agent.config import ModelConfig
+from gr00t_agent.config import ModelConfig, TransformerConfig
 from gr00t_agent.weights import EMBEDDINGS, OUTPUT_LAYER, released_name
 from tests.gr00t_agent.conftest import REFERENCE_DIR
 
@@ -84,6 +84,20 @@ def test_training_loss(tiny_agent, forward_goldens, context):
     draws = (t["train_noise"], t["train_t"])
     loss = tiny_agent.flow_matching_loss(context[1], t["action"], t["action_mask"].float(), draws)
     assert_close(loss, t["train_loss"][0])
+
+
+@torch.no_grad()
+def test_attention_equals_diffusers_own_call():
+    torch.manual_seed(0)
+    config = TransformerConfig(num_layers=1, num_attention_heads=4, attention_head_dim=8, dropout=0.0)
+    x, source = torch.randn(3, 5, 32), torch.randn(3, 7, 24)
+    mask = torch.rand(3, 1, 1, 7) > 0.3
+    mask[..., 0] = True
+    cross, own = SplitAttention(config, 24), SplitAttention(config, 32)
+    for key_mask in (None, mask):
+        expected = cross(x, encoder_hidden_states=source, attention_mask=key_mask)
+        assert torch.equal(cross.attend(x, cross.keys_values(source), key_mask), expected)
+    assert torch.equal(own.attend(x, own.keys_values(x), None), own(x))
 
 
 @torch.no_grad()
