@@ -64,9 +64,8 @@ from algorithms.common.training_state import (
 )
 from algorithms.eval_gr00t import evaluate_into
 from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
-from gr00t_agent.agent import saved_policy
-from gr00t_agent.checkpoint import resolve_checkpoint
 from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
+from gr00t_agent.loading import resolve_checkpoint, saved_policy
 from libero_gym.adapters import ModalityVectorObservation
 
 # What may differ between a run and its continuation.

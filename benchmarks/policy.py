@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.hardware import describe_run
 from benchmarks.targets import judge
 from gr00t_agent import FlowAction, Gr00tAgent, PolicyConfig, preset_policy
 from gr00t_agent.config import ModelConfig, PresetName
 from gr00t_agent.sampler import Prediction
-from gr00t_agent.transforms import IMAGE_CONTEXT, load_tokenizer
+from gr00t_agent.transforms import IMAGE_CONTEXT, NANO_TOKENIZER
 
 # RLinf's padding_value for LIBERO.
 REFERENCE_PROMPT_LENGTH = 570
@@ -44,28 +45,28 @@ INSTRUCTIONS = (
 )
 
 
-class StandInTokenizer:
+class StandInTokenizer(PreTrainedTokenizerFast):
     """The nano tokenizer with the image token moved to where the released network expects it.
 
     Qwen's tokenizer would have to be downloaded; only the number of tokens matters for speed.
     """
 
     def __init__(self, image_token_id: int) -> None:
-        self._nano = load_tokenizer("nano")
-        self._moved = {self._nano.token_to_id(IMAGE_CONTEXT): image_token_id}
+        super().__init__(tokenizer_file=str(NANO_TOKENIZER))
+        self._image_token_id = image_token_id
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, **options: Any) -> list[int]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return token ids."""
-        return [self._moved.get(token, token) for token in self._nano.encode(text)]
+        own = super().convert_tokens_to_ids(IMAGE_CONTEXT)
+        return [self._image_token_id if token == own else token for token in super().encode(text, **options)]
 
-    def token_to_id(self, token: str) -> int | None:
-        """Return the id of a special token."""
-        token_id = self._nano.token_to_id(token)
-        return self._moved.get(token_id, token_id)
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Return the id of a token."""
+        return self._image_token_id if tokens == IMAGE_CONTEXT else super().convert_tokens_to_ids(tokens)
 
-    def save(self, folder: Path) -> None:
-        """Refuse: this is no tokenizer to keep."""
-        raise NotImplementedError("a stand-in tokenizer is not saved")
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """Return the token of an id."""
+        return IMAGE_CONTEXT if ids == self._image_token_id else super().convert_ids_to_tokens(ids, skip_special_tokens)
 
 
 def make_agent(preset: PresetName, policy: PolicyConfig, device: torch.device, dtype: torch.dtype) -> Gr00tAgent:

@@ -40,8 +40,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from gr00t_agent.checkpoint import resolve_folder
 from gr00t_agent.data_config import DataConfig, DatasetMetadata, LiberoFrankaDataConfig, ModalitySlice, read_modality
+from gr00t_agent.files import resolve_folder
 
 INFO_FILE = Path("meta") / "info.json"
 MODALITY_FILE = Path("meta") / "modality.json"

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.common import distributed
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
-from gr00t_agent.agent import NANO_METADATA
+from gr00t_agent.loading import NANO_METADATA
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.mlp_agent import MLPAgent
 from tests.algorithms.tiny_agent import tiny_agent

@@ -25,8 +25,8 @@ from algorithms.eval_gr00t import (
     stored_starts,
 )  # fmt: skip
 from gr00t_agent import Gr00tAgent
-from gr00t_agent.agent import NANO_METADATA
 from gr00t_agent.data_config import read_metadata
+from gr00t_agent.loading import NANO_METADATA
 from libero_gym.experts import ExpertConfig
 from libero_gym.physics.simulation import PhysicsError
 from libero_gym.tasks.suites import get_task, horizon

@@ -11,11 +11,10 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -33,56 +32,11 @@ OUTPUT_LAYER = "backbone.eagle_model.language_model.lm_head.weight"
 RL_ONLY = {"action_head.value_head.": "value head", "action_head.reinflow_explore_noise_net.": "exploration-noise net"}
 
 
-def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
-    """Return the folder of a checkpoint, downloaded if it is a hub name.
-
-    Raises:
-        FileNotFoundError: Neither a folder nor of the form `owner/name`, or the hub does not give it.
-    """
-    patterns = ["*.json", "*.safetensors", "*.txt"]
-    return resolve_folder("checkpoint", path_or_hub_id, "for example nvidia/GR00T-N1.5-3B", allow_patterns=patterns)
-
-
-def resolve_folder(what: str, path_or_hub_id: str | Path, hint: str, **options: Any) -> Path:
-    """Return a folder, downloaded if it is a hub name.
-
-    Args:
-        what: What it holds, for the message.
-        path_or_hub_id: A folder, or `owner/name`.
-        hint: What could be given instead, for the message.
-        options: Of `huggingface_hub.snapshot_download`.
-
-    Raises:
-        FileNotFoundError: Neither a folder nor of the form `owner/name`, or the hub does not give it.
-    """
-    path, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{what} {name!r} is no folder and no hub name (owner/name); {hint}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, **options))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{what} {name!r} is no folder below {Path.cwd()}, and the hub does not give it ({error}); {hint}"
-        ) from error
-
-
 def released_name(name: str) -> str:
     """Return the name that a module's tensor has in a file."""
     if name.startswith(VISION) and not name.startswith(VISION_RELEASED):
         return VISION_RELEASED + name.removeprefix(VISION)
     return name
-
-
-def released_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of all tensors in the released naming, the tied output layer included."""
-    shapes = {released_name(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    if EMBEDDINGS in shapes:
-        shapes[OUTPUT_LAYER] = shapes[EMBEDDINGS]
-    return shapes
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -196,26 +150,5 @@ def write_weights(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = module.state_dict() if state_dict is None else state_dict
-    tensors = {released_name(name): t.detach().cpu().contiguous() for name, t in state_dict.items()}
-    shards: list[dict[str, Tensor]] = [{}]
-    room = max_shard_bytes
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if size > room and shards[-1]:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = tensor
-        room -= size
-    for stale in [folder / WEIGHTS_FILE, folder / INDEX_FILE, *folder.glob("model-?????-of-?????.safetensors")]:
-        stale.unlink(missing_ok=True)
-    if len(shards) == 1:
-        save_file(shards[0], str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, str(folder / file_name), metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file_name)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    tensors = {released_name(name): tensor.detach().cpu() for name, tensor in state_dict.items()}
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_bytes)

@@ -9,17 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, PolicyConfig, read_metadata
-from gr00t_agent.checkpoint import (
-    EMBEDDINGS,
-    OUTPUT_LAYER,
-    read_weights,
-    released_name,
-    resolve_checkpoint,
-    write_weights,
-)
 from gr00t_agent.data_config import METADATA_PATH
 from gr00t_agent.lerobot import resolve_dataset
+from gr00t_agent.loading import resolve_checkpoint
 from gr00t_agent.transforms import load_tokenizer
+from gr00t_agent.weights import EMBEDDINGS, OUTPUT_LAYER, read_weights, released_name, write_weights
 from tests.gr00t_agent.conftest import make_observation
 
 SOME_TENSOR = "action_head.vlln.weight"
@@ -209,5 +203,5 @@ def test_what_the_hub_does_not_give_is_named_with_where_was_looked(monkeypatch):
     for call in (resolve_checkpoint, resolve_dataset):
         with pytest.raises(FileNotFoundError, match=r"'checkpoints/misspelt' is no folder below .*\(offline\)"):
             call("checkpoints/misspelt")
-    with pytest.raises(FileNotFoundError, match="is no file, no folder and no hub name"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer '\./misspelt' is no folder and no hub name"):
         load_tokenizer("./misspelt")
