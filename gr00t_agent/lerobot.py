@@ -188,7 +188,7 @@ class VideoFile:
         if not missing.any():
             return stamps[places]
         first, last = int(np.flatnonzero(missing)[0]), len(times_s) - 1
-        if is_end and missing[last] and times_s[last] > max(shown_s, default=-math.inf):
+        if is_end and missing[last] and times_s[last] > max(shown_s, default=-math.inf) + interval_s / 2:
             message = f"{self.path} ends before frame {last} ({times_s[last]:.3f} s)"
         else:
             message = f"{self.path} has no frame {first} ({times_s[first]:.3f} s)"
@@ -731,9 +731,8 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
         with ThreadPoolExecutor(num_threads) as pool:
             if not self._is_whole(path, header.getvalue(), pool):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with _written_whole(path) as file:
-                    self._decode_into(file, header.getvalue(), pool, on_episode)
+                with _whole_file(path) as temporary, temporary.open("wb") as file:
+                    self._decode_into(file.fileno(), header.getvalue(), pool, on_episode)
         # Copy-on-write: torch wants arrays that could be written to.
         mapped = np.memmap(path, np.uint8, mode="c", offset=len(header.getvalue()), shape=shape)
         frames = torch.from_numpy(mapped)
@@ -918,13 +917,12 @@ def _nearest(sorted_values: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.in
 
 
 @contextmanager
-def _written_whole(path: Path) -> Generator[int]:
-    """Open a new file for writing, which takes `path`'s place when all is written, and is removed if not."""
+def _whole_file(path: Path) -> Generator[Path]:
+    """Give the path of a file to write, which takes `path`'s place if all went well and is removed if not."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary.open("wb") as file:
-            yield file.fileno()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
