@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from algorithms.common.arguments import check_args, exact_quotient, parse_args, share_of_process
+from algorithms.common.args import check_at_least, exact_quotient, parse_args, share_of_process
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment
 from algorithms.common.distributed import make_accelerator
 from algorithms.common.ema import WeightAverage
@@ -62,7 +62,7 @@ from algorithms.common.training_state import (
     save_state,
     trained_parameters,
 )
-from algorithms.eval_gr00t import evaluate_into
+from algorithms.eval_gr00t import evaluate_into, jobs_in_training
 from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.agent import saved_policy
 from gr00t_agent.checkpoint import resolve_checkpoint
@@ -303,7 +303,10 @@ def main(
     make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last logged metrics."""
-    check_args(args)
+    check_at_least(args, 1, "num_steps", "num_action_chunks", "denoising_steps", "log_interval")
+    check_at_least(args, 0, "save_interval", "eval_interval", "eval_episodes_per_task")
+    if args.eval_episodes_per_task > 0:
+        jobs_in_training(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
     if accelerator.is_fsdp2:
         raise ValueError("FSDP cannot be used for fine-tuning: averaged weights and adapters need them whole; use DDP")

@@ -36,11 +36,10 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from algorithms.common.arguments import RunArgs, check_args
 from algorithms.common.distributed import assign, over_processes, sharded_like, whole, whole_weights
-from algorithms.common.overlap import EnvStages, EnvState
 from algorithms.common.randomness import EPISODES, seed_of
 from algorithms.common.run_folder import RunFolder, base_name, write_json
+from algorithms.common.stages import EnvStages, EnvState
 from algorithms.common.training_state import forget_metrics_after, reopen_run, trained_parameters
 from algorithms.eval_gr00t import evaluation_file
 
@@ -117,7 +116,6 @@ def open_run(args: Any, accelerator: Accelerator) -> tuple[RunFolder, Path | Non
         ValueError: an argument is out of its range, the run had other arguments or has done more iterations than are
             asked for, or the checkpoint is not its newest.
     """
-    check_args(args)
     if args.resume is None:
         return RunFolder.create(args, accelerator), None
     checkpoint: Path | None = None
@@ -184,7 +182,7 @@ class Checkpoints:
         model: nn.Module,
         optimizer: Any,
         stages: EnvStages,
-        args: RunArgs,
+        args: Any,
         *,
         episodes_go_on: bool,
     ) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.common.batch import index
-from algorithms.common.feature_store import FeatureStore
+from algorithms.common.features import FeatureStore
 
 AgentT = TypeVar("AgentT", bound=nn.Module)
 
@@ -35,26 +35,21 @@ def frozen_copy(agent: AgentT, *, share_frozen: bool) -> AgentT:
     return copy.deepcopy(agent, shared).requires_grad_(False)
 
 
-def reference_log_probs(
-    call: Callable[..., Any],
-    reference: nn.Module,
-    store: FeatureStore,
-    batch: Mapping[str, Any],
-    num_passes: int,
-    **options: float,
+def logprobs_of(
+    policy: nn.Module, store: FeatureStore, rows: NDArray[np.intp], actions: Any, num_passes: int, **noise: float
 ) -> Tensor:
-    """Returns the reference's log-probabilities of all decisions in `batch`.
+    """Returns the log-probabilities that a policy gives to a rollout's actions; call it without gradients.
 
     Args:
-        call: calls without gradients, in training's precision.
-        reference: the policy.
+        policy: an agent.
         store: holds the observations.
-        batch: `row` in the store and `action` of each decision.
+        rows: [B] where each decision's observation is in the store.
+        actions: what was decided, tensors [B, ...].
         num_passes: forward passes.
-        options: for the policy.
+        noise: options of the policy's noise.
     """
-    scores: list[Tensor] = []
-    for part in np.array_split(np.arange(len(batch["row"])), num_passes):
-        rows, actions = index(batch["row"], part), index(batch["action"], part)
-        scores.append(call(reference, store.get(rows), actions, **options)[1])
-    return torch.cat(scores)
+    logprobs: list[Tensor] = []
+    for part in np.array_split(np.arange(len(rows)), num_passes):
+        _, logprob, *_ = policy(store.get(rows[part]), index(actions, part), **noise)
+        logprobs.append(logprob)
+    return torch.cat(logprobs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from algorithms.common.arguments import share_of_process
+from algorithms.common.args import share_of_process
 from algorithms.common.batch import concatenate, index
 from algorithms.common.distributed import explained_variance, mean_and_variance
 from algorithms.common.episodes import Episode, finished_episodes, wilson_interval

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from algorithms.common.episodes import Episode
-from algorithms.common.progress import TrainingProgress, describe_tasks
+from algorithms.common.monitor import TrainingProgress, describe_tasks
 
 
 def episode(task_id: int, *, success: bool) -> Episode:
@@ -36,7 +36,7 @@ def test_a_log_has_two_lines_an_iteration(capsys: pytest.CaptureFixture[str]):
 
 def test_a_terminal_shows_tasks_below_the_bar(monkeypatch: pytest.MonkeyPatch):
     terminal = Console(force_terminal=True, width=120, record=True)
-    monkeypatch.setattr("algorithms.common.progress.Console", lambda **_: terminal)
+    monkeypatch.setattr("algorithms.common.monitor.Console", lambda **_: terminal)
     with TrainingProgress(1, 2, 1, enabled=True) as progress:
         progress.decision([episode(3, success=True), episode(3, success=False), episode(8, success=False)], 100.0)
     text = terminal.export_text()
