@@ -8,14 +8,14 @@ an episode's return, every decision of it has the advantage (Shao et al. 2024, a
 and the loss is PPO's clipped surrogate on decisions (one decision is one action chunk, its
 log-probability that of the one noised denoising step; see `gr00t_agent.sampler`), minus an entropy
 bonus and plus a divergence from the policy that training started from, both on request; the
-divergence by GRPO's estimator r' - 1 - log r' with r' = start policy / policy. A group whose success
-rate lies outside [min_group_success, max_group_success] says little or nothing: it is dropped before
-any update, and more groups are played until `num_groups` informative ones are there or
-`max_rollouts` are spent (dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
+divergence by GRPO's estimator r' - 1 - log r' with r' = start policy / policy. A group whose
+success rate lies outside [min_group_success, max_group_success] says little or nothing: it is
+dropped before any update, and more groups are played until `num_groups` informative ones are there
+or `max_rollouts` are spent (dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
 
 Launch:
     accelerate launch algorithms/grpo_gr00t.py --preset libero_spatial_nano
-    accelerate launch --num_processes 4 algorithms/grpo_gr00t.py --suite libero_goal --model <folder>
+    accelerate launch --num_processes 4 algorithms/grpo_gr00t.py --preset libero_spatial_rlinf
     accelerate launch algorithms/grpo_gr00t.py --preset libero_spatial_nano --resume auto
 All sizes are global: they are divided over the processes, and a size that does not divide is an
 error. A group lives on one process. Processes may keep different numbers of decisions: each epoch
@@ -318,9 +318,10 @@ def make_agent(args: Args) -> Gr00tAgent:
 
 
 def group_advantages(returns: Tensor, group_size: int) -> Tensor:
-    """Returns the group-normalised advantage of each episode [E]; episodes of a group are adjacent in `returns` [E].
+    """Returns the group-normalised advantage of each episode [E].
 
-    The advantages of a group whose returns are all equal are exactly zero.
+    Episodes of a group are adjacent in `returns` [E]. The advantages of a group whose returns are
+    all equal are exactly zero.
     """
     groups = returns.unflatten(0, (-1, group_size))
     centred = groups - groups.mean(1, keepdim=True)
@@ -328,7 +329,7 @@ def group_advantages(returns: Tensor, group_size: int) -> Tensor:
 
 
 def informative_groups(success: Tensor, group_size: int, lowest: float, highest: float) -> Tensor:
-    """Returns a bool mask over groups [E / G], True where the group's success rate lies in [lowest, highest]."""
+    """Returns a bool mask over groups [E / G], True where success lies in [lowest, highest]."""
     rate = success.float().unflatten(0, (-1, group_size)).mean(1)
     return (rate >= lowest) & (rate <= highest)
 
@@ -340,7 +341,7 @@ def policy_loss(
     clip_high: float,
     dual_clip: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the clipped surrogate loss of each element and a bool mask, True where it is clipped.
+    """Returns the clipped surrogate loss of each element and a mask, True where clipping acts.
 
     `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens;
     `advantages` are [B].
@@ -368,10 +369,13 @@ def per_decision(reduce: Callable[..., Tensor], *elements: Tensor) -> list[Tenso
 def sample_groups(
     key: tuple[int, ...], jobs: Sequence[tuple[int, int]], num_groups: int, group_size: int
 ) -> NDArray[np.int64]:
-    """Returns task id, initial state id and seed [num_groups * group_size, 3] of episodes, those of a group adjacent.
+    """Returns task id, initial state id and seed of episodes, those of a group adjacent.
 
-    Groups' (task, state) are drawn from `jobs`, without replacement while they last. A group has one seed: fixtures
-    stand alike, and only the policy's noise differs.
+    Groups' (task, state) are drawn from `jobs`, without replacement while they last. A group has
+    one seed: fixtures stand alike, and only the policy's noise differs.
+
+    Returns:
+        [num_groups * group_size, 3].
     """
     rng = np.random.default_rng(key)
     rounds = math.ceil(num_groups / len(jobs))
@@ -417,13 +421,12 @@ def main(
     # --- agent and optimiser ---
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval()
-    param_groups: list[dict[str, Any]] = []
-    for group in agent.param_groups(args.learning_rate, 0.0):
-        if group.get("name") != "value":
-            param_groups.append(group)
-            continue
-        for parameter in group["params"]:  # there is no critic
-            parameter.requires_grad_(False)
+    param_groups = agent.param_groups(args.learning_rate, 0.0)
+    for group in param_groups:
+        if group.get("name") == "value":  # there is no critic
+            for parameter in group["params"]:
+                parameter.requires_grad_(False)
+    param_groups = [group for group in param_groups if group.get("name") != "value"]
     start_policy = None
     if args.kl_coef:
         start_policy = frozen_copy(agent, share_frozen=True)
@@ -490,9 +493,8 @@ def main(
 
             while num_rollouts < args.max_rollouts and num_kept < args.num_groups:
                 key = (args.seed, GROUPS, iteration, num_rollouts)
-                starts = sample_groups(key, all_starts, groups_per_rollout, args.group_size)[
-                    env_ids
-                ]
+                starts = sample_groups(key, all_starts, groups_per_rollout, args.group_size)
+                starts = starts[env_ids]  # this process's
                 generators = generators_of((args.seed, NOISE, iteration, num_rollouts), env_ids)
                 for stage in stages:
                     task_id, init_state_id, seed = starts[stage.rows].T
@@ -564,8 +566,9 @@ def main(
                 group_returns = returns.unflatten(0, (-1, args.group_size))
                 group_stds.append(group_returns.std(1, correction=0))
 
-            # --- the batch: the decisions of informative groups, and a spare one, which weighs nothing
-            # and serves where this process has no decision in a minibatch ---
+            # --- the batch: the decisions of informative groups ---
+            # The last row is a spare decision, which weighs nothing and serves where this process
+            # has none in a minibatch.
             spare["advantage"] = torch.zeros(1, device=device)
             spare["weight"] = torch.zeros(1, device=device)
             batch = concatenate([*kept, spare])
@@ -620,16 +623,17 @@ def main(
                     for micro, inds in enumerate(micro_batches):
                         # Processes exchange gradients with the last micro-batch.
                         is_last = micro == len(micro_batches) - 1
+                        at = torch.from_numpy(inds).to(device)
                         with nullcontext() if is_last else accelerator.no_sync(model):
                             with accelerator.autocast():
                                 _, newlogprob, entropy, _ = model(
                                     store.get(b_obs[inds]), index(b_actions, inds), **noise
                                 )
-                            logratio = newlogprob - b_logprobs[inds]
+                            logratio = newlogprob - b_logprobs[at]
 
                             pg_loss, pg_clipped = policy_loss(
                                 logratio,
-                                b_advantages[inds],
+                                b_advantages[at],
                                 args.clip_coef,
                                 args.clip_coef_high,
                                 args.dual_clip,
@@ -642,11 +646,11 @@ def main(
                             start_kl = torch.zeros_like(pg_loss)
                             if start_policy is not None:
                                 (start_kl,) = per_decision(
-                                    torch.sum, divergence(b_start_logprobs[inds] - newlogprob)
+                                    torch.sum, divergence(b_start_logprobs[at] - newlogprob)
                                 )
 
                             loss = pg_loss - args.ent_coef * entropy + args.kl_coef * start_kl
-                            loss = (b_weights[inds] * loss).sum() / mb_size
+                            loss = (b_weights[at] * loss).sum() / mb_size
                             # DDP averages over processes, but the mean is over all decisions.
                             accelerator.backward(loss * num_processes)
 
@@ -657,16 +661,16 @@ def main(
                             "actor/approx_kl": approx_kl,
                             "actor/pg_clipfrac": pg_clipped,
                         }
-                        is_counted = torch.from_numpy(inds != spare_ind).float().to(device)
+                        is_counted = (at != spare_ind).float()
                         for name, x in terms.items():
                             part = (is_counted * x.detach()).sum() / mb_size
                             stats[name] = stats.get(name, 0.0) + part
                         dump = dict(
                             loss=loss,
                             logratio=logratio,
-                            logprob=b_logprobs[inds],
-                            advantage=b_advantages[inds],
-                            weight=b_weights[inds],
+                            logprob=b_logprobs[at],
+                            advantage=b_advantages[at],
+                            weight=b_weights[at],
                         )
                         if not history:  # nothing was updated since the rollout: ratios are 1
                             deviation = (logratio.detach().exp() - 1).abs().max()

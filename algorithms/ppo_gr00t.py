@@ -424,7 +424,7 @@ def policy_loss(
     clip_high: float,
     dual_clip: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the clipped surrogate loss of each element and a bool mask, True where it is clipped.
+    """Returns the clipped surrogate loss of each element and a mask, True where clipping acts.
 
     `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens;
     `advantages` are [B].
@@ -442,7 +442,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float, huber_delta: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns the clipped Huber loss of each value [B] and a bool mask, True where it is clipped."""
+    """Returns the clipped Huber loss of each value [B] and a mask, True where clipping acts."""
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain = nn.functional.huber_loss(values, returns, reduction="none", delta=huber_delta)
     clipped = nn.functional.huber_loss(clipped_values, returns, reduction="none", delta=huber_delta)
@@ -570,9 +570,9 @@ def main(
             actions: list[Any] = []
             logprobs: list[Tensor] = []
             values = torch.zeros((args.num_steps, num_envs), device=device)
-            rewards = torch.zeros_like(values)
-            terminated = torch.zeros_like(values, dtype=torch.bool)
-            ended = torch.zeros_like(values, dtype=torch.bool)
+            rewards = torch.zeros((args.num_steps, num_envs))
+            terminated = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
+            ended = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
             final_obs: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
 
             for step in range(args.num_steps + 1):
@@ -580,11 +580,11 @@ def main(
                     if step > 0:  # what the decision before has led to
                         outcome = stage.receive()
                         is_end = outcome.terminated | outcome.truncated
-                        is_worthless = (
-                            is_end if args.truncation == "failure" else outcome.terminated
-                        )
+                        is_terminal = outcome.terminated
+                        if args.truncation == "failure":  # nothing is left of a late episode
+                            is_terminal = is_end
                         rewards[step - 1, stage.rows] = torch.from_numpy(outcome.reward).float()
-                        terminated[step - 1, stage.rows] = torch.from_numpy(is_worthless)
+                        terminated[step - 1, stage.rows] = torch.from_numpy(is_terminal)
                         ended[step - 1, stage.rows] = torch.from_numpy(is_end)
 
                         cut = np.flatnonzero(outcome.truncated & ~outcome.terminated)
@@ -615,6 +615,7 @@ def main(
                     monitor.end_decision()
 
             # --- advantages ---
+            rewards, terminated, ended = (x.to(device) for x in (rewards, terminated, ended))
             # A truncated episode goes on in the value of its own last observation. Every process
             # makes as many calls, which are collective where weights are sharded.
             num_calls = torch.tensor(len(final_obs), device=device)
@@ -624,8 +625,8 @@ def main(
                 next_values = torch.cat([values[1:], last_values[None]])
                 for call in range(num_calls):
                     if call < len(final_obs):
-                        step, cut, cut_obs = final_obs[call]
-                        next_values[step, cut] = agent.get_value(cut_obs)
+                        k, cut, cut_obs = final_obs[call]
+                        next_values[k, cut] = agent.get_value(cut_obs)
                     else:
                         agent.get_value(next_obs[0])
 
@@ -689,16 +690,17 @@ def main(
                     for micro, inds in enumerate(np.split(mb_inds, num_micro_batches)):
                         # Processes exchange gradients with the last micro-batch.
                         is_last = micro == num_micro_batches - 1
+                        at = torch.from_numpy(inds).to(device)
                         with nullcontext() if is_last else accelerator.no_sync(model):
                             with accelerator.autocast():
                                 _, newlogprob, entropy, newvalue = model(
                                     store.get(b_obs[inds]), index(b_actions, inds), **noise
                                 )
-                            logratio = newlogprob - b_logprobs[inds]
+                            logratio = newlogprob - b_logprobs[at]
 
                             pg_loss, pg_clipped = policy_loss(
                                 logratio,
-                                b_advantages[inds],
+                                b_advantages[at],
                                 args.clip_coef,
                                 args.clip_coef_high,
                                 args.dual_clip,
@@ -707,8 +709,8 @@ def main(
 
                             v_loss, v_clipped = value_loss(
                                 newvalue,
-                                b_values[inds],
-                                b_returns[inds],
+                                b_values[at],
+                                b_returns[at],
                                 args.value_clip,
                                 args.huber_delta,
                             )
@@ -719,7 +721,7 @@ def main(
                             start_kl = torch.zeros_like(pg_loss)
                             if start_policy is not None:
                                 (start_kl,) = per_decision(
-                                    torch.sum, divergence(b_start_logprobs[inds] - newlogprob)
+                                    torch.sum, divergence(b_start_logprobs[at] - newlogprob)
                                 )
 
                             loss = (
@@ -728,7 +730,7 @@ def main(
                                 - args.ent_coef * entropy
                                 + args.kl_coef * start_kl
                             )
-                            loss = (b_weights[inds] * loss).mean()
+                            loss = (b_weights[at] * loss).mean()
                             accelerator.backward(loss / num_micro_batches)
 
                         terms = {
@@ -744,12 +746,12 @@ def main(
                         dump = dict(
                             loss=loss,
                             logratio=logratio,
-                            logprob=b_logprobs[inds],
+                            logprob=b_logprobs[at],
                             new_value=newvalue,
-                            value=b_values[inds],
-                            advantage=b_advantages[inds],
-                            ret=b_returns[inds],
-                            weight=b_weights[inds],
+                            value=b_values[at],
+                            advantage=b_advantages[at],
+                            ret=b_returns[at],
+                            weight=b_weights[at],
                         )
                         if not history:  # nothing was updated since the rollout: ratios are 1
                             deviation = (logratio.detach().exp() - 1).abs().max()
