@@ -44,19 +44,19 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algorithms.common import distributed, presets
-from algorithms.common.arguments import RunArgs, check_entropy_bonus, parse_args, share_of_process
+from algorithms.common import presets, processes
+from algorithms.common.arguments import RunArgs, check_args, check_entropy_bonus, parse_args, share_of_process
 from algorithms.common.batch import concatenate, index
-from algorithms.common.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.common.distributed import mean_and_variance, over_processes
 from algorithms.common.episodes import Episode, episode_metrics
 from algorithms.common.feature_store import FeatureStore
 from algorithms.common.frozen import frozen_copy, reference_log_probs, store_frozen_as
 from algorithms.common.overlap import EnvStages
+from algorithms.common.processes import mean_and_variance, over_processes
 from algorithms.common.progress import TrainingProgress
 from algorithms.common.randomness import EPISODES, GROUPS, MINIBATCHES, NOISE, deal, generators_of, seed_of
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.step_sizes import StepSizes
-from algorithms.eval_gr00t import evaluate_into, stored_starts
+from algorithms.eval_gr00t import evaluate_into, evaluation_file, stored_starts
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
@@ -242,7 +242,7 @@ def main(
 
     `make_agent` and `make_envs` are the two places to plug in something else, on the terms of `ppo_gr00t.main`.
     """
-    accelerator = distributed.make_accelerator(args.log_with, args.output_dir)
+    accelerator = processes.make_accelerator(args.log_with, args.output_dir)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     num_envs, micro_size = (share_of_process(args, n, num_processes) for n in ("num_envs", "micro_batch_size"))
     if args.group_size < 2 or num_envs % args.group_size:
@@ -253,7 +253,8 @@ def main(
     if accelerator.is_fsdp2:
         raise ValueError("FSDP cannot be used: episodes end at different times on different processes; use DDP")
     env_ids = rank * num_envs + np.arange(num_envs)
-    run, checkpoint = open_run(args, accelerator)
+    check_args(args)
+    run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
     set_seed(args.seed)
     agent = make_agent(args).to(device).eval()
     groups = agent.param_groups(args.learning_rate, 0.0)
@@ -264,10 +265,10 @@ def main(
     if args.compile:  # the copy is not: a copied compiled network would keep the weights of this one
         agent.compile_network()
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
-    model, optimizer = distributed.prepare(accelerator, agent, optimizer)
+    model, optimizer = processes.prepare(accelerator, agent, optimizer)
     step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
     set_seed(args.seed, device_specific=True)
-    frozen = distributed.without_gradients(accelerator)
+    frozen = processes.without_gradients(accelerator)
     store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
     num_updates, show = args.update_epochs * args.num_minibatches, accelerator.is_main_process
     jobs = stored_starts(args.suite, args.task_ids)
@@ -293,10 +294,19 @@ def main(
     with (
         StopSignal(accelerator) as stop,
         EnvStages(make_stage, env_ids, num_stages=args.pipeline_stage_num, timeout_s=args.env_timeout_s) as stages,
-        Checkpoints(run, accelerator, model, optimizer, stages, args, episodes_go_on=False) as checkpoints,
+        run.dumps_failed_actions(stages),
+        Checkpoints(
+            run, accelerator, model, optimizer, keep_last=args.keep_last, keep_best=args.keep_best
+        ) as checkpoints,
         TrainingProgress(args.num_iterations, args.max_rollouts, num_updates, enabled=show) as progress,
     ):
-        done, global_step = checkpoints.start(checkpoint)
+        done, global_step = 0, 0
+        if checkpoint is not None:
+            restored = checkpoints.restore(checkpoint)
+            done, global_step = restored.iteration, restored.global_step
+            if accelerator.is_main_process and args.evaluates(done) and not evaluation_file(run.path, done).is_file():
+                print(missing_evaluation(checkpoint))
+        checkpoints.take(done, global_step)
         progress.skip(done)
         for iteration in range(done + 1, args.num_iterations + 1):
             # --- rollouts until there are enough informative groups ---
@@ -385,7 +395,7 @@ def main(
                 deviation = over_processes(accelerator, torch.tensor(ratio_deviation, device=device), "max").item()
                 ratio_deviation = max(ratio_deviation, deviation)
                 run.check_ratio(ratio_deviation, args.max_ratio_deviation)
-                grad_norm = distributed.clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                grad_norm = processes.clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                 run.check_finite(grad_norm, iteration, **{k: v for k, v in b.items() if isinstance(v, Tensor)})
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -419,7 +429,7 @@ def main(
                     progress.print("evaluating")
                     work = partial(frozen, evaluate_into)
                     inputs = run.path, iteration, agent, make_eval_envs, args
-                    metrics["eval/success_once"] = distributed.for_all(accelerator, work, *inputs)
+                    metrics["eval/success_once"] = processes.for_all(accelerator, work, *inputs)
             finally:
                 run.log(metrics, global_step, iteration)
             if args.saves(iteration):

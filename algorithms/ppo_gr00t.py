@@ -51,20 +51,27 @@ from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
-from algorithms.common import distributed, presets
-from algorithms.common.arguments import RunArgs, check_entropy_bonus, exact_quotient, parse_args, share_of_process
+from algorithms.common import presets, processes
+from algorithms.common.arguments import (
+    RunArgs,
+    check_args,
+    check_entropy_bonus,
+    exact_quotient,
+    parse_args,
+    share_of_process,
+)
 from algorithms.common.batch import concatenate, index
-from algorithms.common.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.common.distributed import mean_and_variance, over_processes
 from algorithms.common.episodes import Episode, episode_metrics, finished_episodes
 from algorithms.common.feature_store import FeatureStore
 from algorithms.common.frozen import frozen_copy, reference_log_probs, store_frozen_as
 from algorithms.common.overlap import EnvStages
+from algorithms.common.processes import mean_and_variance, over_processes
 from algorithms.common.progress import TrainingProgress
-from algorithms.common.randomness import MINIBATCHES, NOISE, deal, generators_of
+from algorithms.common.randomness import EPISODES, MINIBATCHES, NOISE, deal, generators_of, seed_of
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.step_sizes import StepSizes
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
-from algorithms.eval_gr00t import evaluate_into
+from algorithms.eval_gr00t import evaluate_into, evaluation_file
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
@@ -266,14 +273,15 @@ def main(
     `save_pretrained`, and `encode`, which turns an observation into what is stored of it (a frozen backbone's
     features); with --compile `compile_network` too. Its action is a NamedTuple of tensors that has an `env_action`.
     """
-    accelerator = distributed.make_accelerator(args.log_with, args.output_dir)
+    accelerator = processes.make_accelerator(args.log_with, args.output_dir)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     num_envs, _ = (share_of_process(args, name, num_processes) for name in ("num_envs", "micro_batch_size"))
     num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
     env_ids = rank * num_envs + np.arange(num_envs)
     # Each of these groups of environments gives every minibatch equally many decisions.
     strata = np.tile(env_ids // (args.num_envs // math.gcd(args.num_envs, args.minibatch_size)), args.num_steps)
-    run, checkpoint = open_run(args, accelerator)
+    check_args(args)
+    run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
     set_seed(args.seed)
     agent = make_agent(args).to(device).eval()
     reference = frozen_copy(agent, share_frozen=not accelerator.is_fsdp2) if args.kl_coef else None
@@ -281,11 +289,11 @@ def main(
         agent.compile_network()
     groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
-    model, optimizer = distributed.prepare(accelerator, agent, optimizer)
+    model, optimizer = processes.prepare(accelerator, agent, optimizer)
     step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
     policy = [p for group in optimizer.param_groups if group.get("name") != "value" for p in group["params"]]
     set_seed(args.seed, device_specific=True)
-    frozen = distributed.without_gradients(accelerator)
+    frozen = processes.without_gradients(accelerator)
     store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
     fps, film = CONTROL_FREQUENCY_HZ / args.num_action_chunks, args.video_interval if accelerator.is_main_process else 0
     recorder = RolloutRecorder(run.path / "videos", num_envs=4, interval=film, fps=fps)
@@ -301,10 +309,26 @@ def main(
     with (
         StopSignal(accelerator) as stop,
         EnvStages(make_stage, env_ids, num_stages=args.pipeline_stage_num, timeout_s=args.env_timeout_s) as stages,
-        Checkpoints(run, accelerator, model, optimizer, stages, args, episodes_go_on=True) as checkpoints,
+        run.dumps_failed_actions(stages),
+        Checkpoints(
+            run, accelerator, model, optimizer, keep_last=args.keep_last, keep_best=args.keep_best
+        ) as checkpoints,
         TrainingProgress(args.num_iterations, args.num_steps, num_updates, enabled=show) as progress,
     ):
-        done, global_step = checkpoints.start(checkpoint)
+        done, global_step, env_states = 0, 0, None
+        if checkpoint is not None:
+            restored = checkpoints.restore(checkpoint)
+            done, global_step, env_states = restored.iteration, restored.global_step, restored.env_states
+            if accelerator.is_main_process and env_states is None:
+                print(f"{checkpoint} holds no environment states: new episodes begin")
+            if accelerator.is_main_process and args.evaluates(done) and not evaluation_file(run.path, done).is_file():
+                print(missing_evaluation(checkpoint))
+        for stage in stages:
+            if env_states is not None:
+                stage.restore(env_states)
+            else:
+                stage.reset([seed_of(args.seed, EPISODES, done, int(env_id)) for env_id in stage.env_ids])
+        checkpoints.take(done, global_step, stages.states())
         progress.skip(done)
         encoded = [frozen(agent.encode, stage.obs) for stage in stages]
         for iteration in range(done + 1, args.num_iterations + 1):
@@ -399,7 +423,7 @@ def main(
                 run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                 for parameter in policy if iteration <= args.critic_warmup_iterations else ():
                     parameter.grad = None
-                grad_norm = distributed.clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                grad_norm = processes.clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                 run.check_finite(grad_norm, iteration, **{k: v for k, v in b.items() if isinstance(v, Tensor)})
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -415,7 +439,7 @@ def main(
             global_step += env_steps
             metrics = dict(zip(METRICS, torch.stack(history).mean(0).tolist(), strict=True)) | rollout_means | {
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation, "actor/num_updates": float(len(history)),
-                "actor/explained_variance": distributed.explained_variance(accelerator, values, returns),
+                "actor/explained_variance": processes.explained_variance(accelerator, values, returns),
                 "actor/lr": optimizer.param_groups[0]["lr"], "actor/noise_anneal": noise.get("noise_anneal", 1.0),
                 "time/env_s": stages.busy_s - busy_s, "time/env_wait_s": waited_s,
                 "time/policy_s": update_start - rollout_start - waited_s,
@@ -424,13 +448,13 @@ def main(
             } | episode_metrics(episodes, accelerator)  # fmt: skip
             if iteration > args.critic_warmup_iterations:
                 step_sizes.follow(history[-1][APPROX_KL])
-            checkpoints.take(iteration, global_step)
+            checkpoints.take(iteration, global_step, stages.states())
             try:
                 if args.evaluates(iteration):
                     progress.print("evaluating")
                     work = partial(frozen, evaluate_into)
                     inputs = run.path, iteration, agent, make_eval_envs, args
-                    metrics["eval/success_once"] = distributed.for_all(accelerator, work, *inputs)
+                    metrics["eval/success_once"] = processes.for_all(accelerator, work, *inputs)
             finally:
                 run.log(metrics, global_step, iteration)
             if args.saves(iteration):
