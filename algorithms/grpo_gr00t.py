@@ -56,8 +56,11 @@ from algorithms.common.args import (
     share_of_process,
 )
 from algorithms.common.batch import concatenate, index, mean_of
-from algorithms.common.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.common.distributed import (
+from algorithms.common.episodes import played_episodes
+from algorithms.common.features import FeatureStore
+from algorithms.common.frozen import frozen_copy, logprobs_of, store_frozen_as
+from algorithms.common.monitor import Monitor
+from algorithms.common.processes import (
     clip_grad_norm,
     for_all,
     make_accelerator,
@@ -65,10 +68,6 @@ from algorithms.common.distributed import (
     over_processes,
     prepare,
 )
-from algorithms.common.episodes import played_episodes
-from algorithms.common.features import FeatureStore
-from algorithms.common.frozen import frozen_copy, logprobs_of, store_frozen_as
-from algorithms.common.monitor import Monitor
 from algorithms.common.randomness import (
     EPISODES,
     GROUPS,
@@ -78,9 +77,10 @@ from algorithms.common.randomness import (
     generators_of,
     seed_of,
 )
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
 from algorithms.common.step_sizes import StepSizes
-from algorithms.eval_gr00t import evaluate_into, jobs_in_training, stored_starts
+from algorithms.eval_gr00t import evaluate_into, evaluation_file, jobs_in_training, stored_starts
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
@@ -267,9 +267,7 @@ def check_args(args: Args) -> None:
     )
     check_at_least(args, 0, "eval_interval", "eval_episodes_per_task", "save_interval", "keep_best")
     if not 0 < args.final_noise <= 1:
-        raise ValueError(
-            f"final_noise={args.final_noise} is not in (0, 1]; without noise there is no ratio"
-        )
+        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
     check_physics(args)
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
@@ -381,10 +379,8 @@ def sample_groups(
     rounds = math.ceil(num_groups / len(jobs))
     order = np.concatenate([rng.permutation(len(jobs)) for _ in range(rounds)])[:num_groups]
     seeds = [seed_of(*key, EPISODES, group) for group in range(num_groups)]
-    groups = np.array(
-        [(*jobs[job], seed) for job, seed in zip(order, seeds, strict=True)], dtype=np.int64
-    )
-    return np.repeat(groups, group_size, axis=0)
+    groups = [(*jobs[job], seed) for job, seed in zip(order, seeds, strict=True)]
+    return np.repeat(np.array(groups, dtype=np.int64), group_size, axis=0)
 
 
 def main(
@@ -400,6 +396,7 @@ def main(
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
     device, num_processes = accelerator.device, accelerator.num_processes
+    is_main = accelerator.is_main_process
     num_envs = share_of_process(args, "num_envs", num_processes)
     micro_batch_size = share_of_process(args, "micro_batch_size", num_processes)
     if args.group_size < 2 or num_envs % args.group_size:
@@ -408,10 +405,8 @@ def main(
             f"environments of a process (num_envs={args.num_envs} over {num_processes} process(es))"
         )
     if accelerator.is_fsdp2:
-        raise ValueError(
-            "FSDP cannot be used: episodes end at different times on different processes; use DDP"
-        )
-    run, checkpoint = open_run(args, accelerator)
+        raise ValueError("FSDP cannot be used: processes end episodes at different times; use DDP")
+    run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
     # Environments are numbered over all processes; adjacent ones are a group.
     env_ids = accelerator.process_index * num_envs + np.arange(num_envs)
@@ -434,7 +429,10 @@ def main(
         agent.compile_network()
 
     optimizer = torch.optim.AdamW(
-        param_groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay
+        param_groups,
+        betas=(0.9, 0.95),
+        eps=1e-5,
+        weight_decay=args.weight_decay,
     )
     model, optimizer = prepare(accelerator, agent, optimizer)
     step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
@@ -463,8 +461,14 @@ def main(
             num_stages=args.pipeline_stage_num,
             timeout_s=args.env_timeout_s,
         ) as stages,
+        run.dumps_failed_actions(stages),
         Checkpoints(
-            run, accelerator, model, optimizer, stages, args, episodes_go_on=False
+            run,
+            accelerator,
+            model,
+            optimizer,
+            keep_last=args.keep_last,
+            keep_best=args.keep_best,
         ) as checkpoints,
         Monitor(
             accelerator,
@@ -474,7 +478,14 @@ def main(
             updates=args.update_epochs * args.num_minibatches,
         ) as monitor,
     ):
-        done, global_step = checkpoints.start(checkpoint)
+        # --- start, or go on where a checkpoint was taken ---
+        done, global_step = 0, 0
+        if checkpoint is not None:
+            restored = checkpoints.restore(checkpoint)
+            done, global_step = restored.iteration, restored.global_step
+            if args.evaluates(done) and not evaluation_file(run.path, done).is_file() and is_main:
+                print(missing_evaluation(checkpoint))
+        checkpoints.take(done, global_step)
         monitor.start(done)
 
         for iteration in range(done + 1, args.num_iterations + 1):
@@ -530,7 +541,9 @@ def main(
                             episode = stage.offset + rows
                             with torch.no_grad(), accelerator.autocast():
                                 action, logprob, *_ = agent(
-                                    features, generator=[generators[e] for e in episode], **noise
+                                    features,
+                                    generator=[generators[e] for e in episode],
+                                    **noise,
                                 )
                             env_action = action.env_action.cpu().numpy()
                             run.check_actions(env_action, iteration, logprob=logprob)
@@ -538,7 +551,12 @@ def main(
 
                             row = store.put(obs, features)
                             decisions.append(
-                                dict(obs=row, action=action, logprob=logprob, episode=episode)
+                                dict(
+                                    obs=row,
+                                    action=action,
+                                    logprob=logprob,
+                                    episode=episode,
+                                )
                             )
 
                 num_rollouts += 1
@@ -555,7 +573,10 @@ def main(
                 played["weight"] = weights[episode].to(device)
 
                 is_informative = informative_groups(
-                    returns, args.group_size, args.min_group_success, args.max_group_success
+                    returns,
+                    args.group_size,
+                    args.min_group_success,
+                    args.max_group_success,
                 )
                 num_kept += int(over_processes(accelerator, is_informative.sum().to(device), "sum"))
                 is_kept = is_informative.repeat_interleave(args.group_size).numpy()[episode]
@@ -592,7 +613,12 @@ def main(
                 num_passes = spare_ind // micro_batch_size + 1
                 with torch.no_grad(), accelerator.autocast():
                     b_start_logprobs = logprobs_of(
-                        start_policy, store, b_obs, b_actions, num_passes, **noise
+                        start_policy,
+                        store,
+                        b_obs,
+                        b_actions,
+                        num_passes,
+                        **noise,
                     )
 
             # --- update ---
@@ -604,30 +630,28 @@ def main(
             kl_exceeded = False
 
             for epoch in range(args.update_epochs):
-                minibatches = deal(
-                    b_env_ids, args.num_minibatches, (args.seed, MINIBATCHES, iteration, epoch)
-                )
-                for mb_inds in minibatches:
+                key = (args.seed, MINIBATCHES, iteration, epoch)
+                for mb_inds in deal(b_env_ids, args.num_minibatches, key):
                     mb_size = torch.tensor(float(len(mb_inds)), device=device)
                     mb_size = over_processes(accelerator, mb_size, "sum")
                     if mb_size == 0:
                         continue
                     if len(mb_inds) == 0:
                         mb_inds = np.array([spare_ind])
-                    micro_batches = np.array_split(
-                        mb_inds, math.ceil(len(mb_inds) / micro_batch_size)
-                    )
+                    num_micro_batches = math.ceil(len(mb_inds) / micro_batch_size)
                     stats: dict[str, Tensor] = {}  # this process's part of the minibatch's means
                     dump: dict[str, Tensor] = {}
 
-                    for micro, inds in enumerate(micro_batches):
+                    for micro, inds in enumerate(np.array_split(mb_inds, num_micro_batches)):
                         # Processes exchange gradients with the last micro-batch.
-                        is_last = micro == len(micro_batches) - 1
+                        is_last = micro == num_micro_batches - 1
                         at = torch.from_numpy(inds).to(device)
                         with nullcontext() if is_last else accelerator.no_sync(model):
                             with accelerator.autocast():
                                 _, newlogprob, entropy, _ = model(
-                                    store.get(b_obs[inds]), index(b_actions, inds), **noise
+                                    store.get(b_obs[inds]),
+                                    index(b_actions, inds),
+                                    **noise,
                                 )
                             logratio = newlogprob - b_logprobs[at]
 
@@ -640,14 +664,16 @@ def main(
                             )
                             pg_loss, pg_clipped = per_decision(torch.mean, pg_loss, pg_clipped)
 
-                            entropy, approx_kl = per_decision(
-                                torch.sum, entropy, divergence(logratio)
-                            )
-                            start_kl = torch.zeros_like(pg_loss)
+                            approx_kl = divergence(logratio)
+                            start_kl = torch.zeros_like(logratio)
                             if start_policy is not None:
-                                (start_kl,) = per_decision(
-                                    torch.sum, divergence(b_start_logprobs[at] - newlogprob)
-                                )
+                                start_kl = divergence(b_start_logprobs[at] - newlogprob)
+                            entropy, approx_kl, start_kl = per_decision(
+                                torch.sum,
+                                entropy,
+                                approx_kl,
+                                start_kl,
+                            )
 
                             loss = pg_loss - args.ent_coef * entropy + args.kl_coef * start_kl
                             loss = (b_weights[at] * loss).sum() / mb_size
@@ -737,7 +763,7 @@ def main(
             monitor.end_iteration(metrics)
 
     run.finish()
-    if accelerator.is_main_process:
+    if is_main:
         print(run.summary(f"iteration_{args.num_iterations}", args.suite))
     return metrics
 

@@ -66,8 +66,10 @@ from algorithms.common.args import (
     share_of_process,
 )
 from algorithms.common.batch import concatenate, index, mean_of
-from algorithms.common.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.common.distributed import (
+from algorithms.common.features import FeatureStore
+from algorithms.common.frozen import frozen_copy, logprobs_of, store_frozen_as
+from algorithms.common.monitor import Monitor
+from algorithms.common.processes import (
     clip_grad_norm,
     explained_variance,
     for_all,
@@ -76,14 +78,12 @@ from algorithms.common.distributed import (
     over_processes,
     prepare,
 )
-from algorithms.common.features import FeatureStore
-from algorithms.common.frozen import frozen_copy, logprobs_of, store_frozen_as
-from algorithms.common.monitor import Monitor
-from algorithms.common.randomness import MINIBATCHES, NOISE, deal, generators_of
+from algorithms.common.randomness import EPISODES, MINIBATCHES, NOISE, deal, generators_of, seed_of
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
 from algorithms.common.step_sizes import StepSizes
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
-from algorithms.eval_gr00t import evaluate_into, jobs_in_training
+from algorithms.eval_gr00t import evaluate_into, evaluation_file, jobs_in_training
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
@@ -314,14 +314,10 @@ def check_args(args: Args) -> None:
         "video_interval",
     )
     if not 0 < args.final_noise <= 1:
-        raise ValueError(
-            f"final_noise={args.final_noise} is not in (0, 1]; without noise there is no ratio"
-        )
+        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
     if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
         low, high = args.value_bounds
-        raise ValueError(
-            f"value_bounds={low} {high} is no range; the first number must be below the second"
-        )
+        raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
     check_physics(args)
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
@@ -478,10 +474,11 @@ def main(
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
     device, num_processes = accelerator.device, accelerator.num_processes
+    is_main = accelerator.is_main_process
     num_envs = share_of_process(args, "num_envs", num_processes)
     share_of_process(args, "micro_batch_size", num_processes)
     num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
-    run, checkpoint = open_run(args, accelerator)
+    run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
     # Environments are numbered over all processes. Each group of them gives every minibatch equally
     # many decisions, and lies on one process: so minibatches do not depend on the processes.
@@ -500,16 +497,14 @@ def main(
 
     param_groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
     optimizer = torch.optim.AdamW(
-        param_groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay
+        param_groups,
+        betas=(0.9, 0.95),
+        eps=1e-5,
+        weight_decay=args.weight_decay,
     )
     model, optimizer = prepare(accelerator, agent, optimizer)
     step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
-    policy_parameters = [
-        parameter
-        for group in optimizer.param_groups
-        if group.get("name") != "value"
-        for parameter in group["params"]
-    ]
+    policy_groups = [group for group in optimizer.param_groups if group.get("name") != "value"]
     set_seed(args.seed, device_specific=True)
 
     # --- observations: encoded once a decision, and kept for all epochs ---
@@ -522,7 +517,7 @@ def main(
     recorder = RolloutRecorder(
         run.path / "videos",
         num_envs=4,
-        interval=args.video_interval if accelerator.is_main_process else 0,
+        interval=args.video_interval if is_main else 0,
         fps=CONTROL_FREQUENCY_HZ / args.num_action_chunks,
     )
 
@@ -541,8 +536,14 @@ def main(
             num_stages=args.pipeline_stage_num,
             timeout_s=args.env_timeout_s,
         ) as stages,
+        run.dumps_failed_actions(stages),
         Checkpoints(
-            run, accelerator, model, optimizer, stages, args, episodes_go_on=True
+            run,
+            accelerator,
+            model,
+            optimizer,
+            keep_last=args.keep_last,
+            keep_best=args.keep_best,
         ) as checkpoints,
         Monitor(
             accelerator,
@@ -553,9 +554,26 @@ def main(
             recorder=recorder,
         ) as monitor,
     ):
-        done, global_step = checkpoints.start(checkpoint)
-        monitor.start(done)
+        # --- start, or go on where a checkpoint was taken ---
+        done, global_step = 0, 0
+        env_states = None
+        if checkpoint is not None:
+            restored = checkpoints.restore(checkpoint)
+            done, global_step = restored.iteration, restored.global_step
+            env_states = restored.env_states
+            if env_states is None and is_main:
+                print(f"{checkpoint} holds no environment states: new episodes begin")
+            if args.evaluates(done) and not evaluation_file(run.path, done).is_file() and is_main:
+                print(missing_evaluation(checkpoint))
+        for stage in stages:
+            if env_states is None:
+                key = (args.seed, EPISODES, done)
+                stage.reset([seed_of(*key, int(env_id)) for env_id in stage.env_ids])
+            else:
+                stage.restore(env_states)
         next_obs = [encode(stage.obs) for stage in stages]
+        checkpoints.take(done, global_step, stages.states())
+        monitor.start(done)
 
         for iteration in range(done + 1, args.num_iterations + 1):
             progress = (iteration - 1) / args.num_iterations
@@ -601,7 +619,9 @@ def main(
                         generators = generators_of(key, stage.env_ids)
                         with torch.no_grad(), accelerator.autocast():
                             action, logprob, _, value = agent(
-                                next_obs[i], generator=generators, **noise
+                                next_obs[i],
+                                generator=generators,
+                                **noise,
                             )
                         env_action = action.env_action.cpu().numpy()
                         run.check_actions(env_action, iteration, logprob=logprob, value=value)
@@ -668,7 +688,12 @@ def main(
                 num_passes = num_minibatches * num_micro_batches
                 with torch.no_grad(), accelerator.autocast():
                     b_start_logprobs = logprobs_of(
-                        start_policy, store, b_obs, b_actions, num_passes, **noise
+                        start_policy,
+                        store,
+                        b_obs,
+                        b_actions,
+                        num_passes,
+                        **noise,
                     )
 
             # --- update ---
@@ -680,10 +705,8 @@ def main(
             kl_exceeded = False
 
             for epoch in range(args.update_epochs):
-                minibatches = deal(
-                    b_groups, num_minibatches, (args.seed, MINIBATCHES, iteration, epoch)
-                )
-                for mb_inds in minibatches:
+                key = (args.seed, MINIBATCHES, iteration, epoch)
+                for mb_inds in deal(b_groups, num_minibatches, key):
                     stats: list[dict[str, Tensor]] = []  # means of each micro-batch
                     dump: dict[str, Tensor] = {}
 
@@ -694,7 +717,9 @@ def main(
                         with nullcontext() if is_last else accelerator.no_sync(model):
                             with accelerator.autocast():
                                 _, newlogprob, entropy, newvalue = model(
-                                    store.get(b_obs[inds]), index(b_actions, inds), **noise
+                                    store.get(b_obs[inds]),
+                                    index(b_actions, inds),
+                                    **noise,
                                 )
                             logratio = newlogprob - b_logprobs[at]
 
@@ -715,21 +740,19 @@ def main(
                                 args.huber_delta,
                             )
 
-                            entropy, approx_kl = per_decision(
-                                torch.sum, entropy, divergence(logratio)
-                            )
-                            start_kl = torch.zeros_like(pg_loss)
+                            approx_kl = divergence(logratio)
+                            start_kl = torch.zeros_like(logratio)
                             if start_policy is not None:
-                                (start_kl,) = per_decision(
-                                    torch.sum, divergence(b_start_logprobs[at] - newlogprob)
-                                )
-
-                            loss = (
-                                pg_loss
-                                + args.vf_coef * v_loss
-                                - args.ent_coef * entropy
-                                + args.kl_coef * start_kl
+                                start_kl = divergence(b_start_logprobs[at] - newlogprob)
+                            entropy, approx_kl, start_kl = per_decision(
+                                torch.sum,
+                                entropy,
+                                approx_kl,
+                                start_kl,
                             )
+
+                            loss = pg_loss + args.vf_coef * v_loss
+                            loss = loss - args.ent_coef * entropy + args.kl_coef * start_kl
                             loss = (b_weights[at] * loss).mean()
                             accelerator.backward(loss / num_micro_batches)
 
@@ -761,8 +784,9 @@ def main(
                     if not history:
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     if iteration <= args.critic_warmup_iterations:
-                        for parameter in policy_parameters:
-                            parameter.grad = None
+                        for group in policy_groups:
+                            for parameter in group["params"]:
+                                parameter.grad = None
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, **dump)
                     optimizer.step()
@@ -779,12 +803,11 @@ def main(
 
             # --- log, evaluate, save ---
             global_step += monitor.end_update()
+            explained_var = explained_variance(accelerator, bounded_values, returns)
             metrics = {name: x.item() for name, x in mean_of(history).items()}
             metrics |= {
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation,
-                "actor/explained_variance": explained_variance(
-                    accelerator, bounded_values, returns
-                ),
+                "actor/explained_variance": explained_var,
                 "actor/num_updates": float(len(history)),
                 "actor/lr": optimizer.param_groups[0]["lr"],
                 "actor/noise_anneal": noise.get("noise_anneal", 1.0),
@@ -794,7 +817,7 @@ def main(
             metrics |= monitor.metrics()
             if iteration > args.critic_warmup_iterations:
                 step_sizes.follow(history[-1]["actor/approx_kl"])
-            checkpoints.take(iteration, global_step)
+            checkpoints.take(iteration, global_step, stages.states())
 
             try:
                 if args.evaluates(iteration):
@@ -816,7 +839,7 @@ def main(
             monitor.end_iteration(metrics)
 
     run.finish()
-    if accelerator.is_main_process:
+    if is_main:
         print(run.summary(f"iteration_{args.num_iterations}", args.suite))
     return metrics
 

@@ -49,19 +49,12 @@ from torch import Tensor
 
 from algorithms.common.args import check_at_least, exact_quotient, parse_args, share_of_process
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment
-from algorithms.common.distributed import make_accelerator
 from algorithms.common.ema import WeightAverage
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
+from algorithms.common.processes import make_accelerator
 from algorithms.common.randomness import seed_of
-from algorithms.common.run_folder import RunFolder
-from algorithms.common.training_state import (
-    forget_metrics_after,
-    load_state,
-    reopen_run,
-    save_state,
-    trained_parameters,
-)
+from algorithms.common.resume import Checkpoints, open_run
 from algorithms.eval_gr00t import evaluate_into, jobs_in_training
 from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.agent import saved_policy
@@ -329,30 +322,35 @@ def main(
             )  # fmt: skip
 
     # --- agent ---
-    if args.resume is None:
-        run = RunFolder.create(args, accelerator)
-    else:
-        run = reopen_run(args.resume, args, accelerator, FREE_ARGS)
+    run, checkpoint = open_run(args, accelerator, num_iterations=args.num_steps, free_args=FREE_ARGS)
     set_seed(args.seed)
     agent = make_agent(args, metadata).to(device)
     check_metadata(agent.preprocessor.metadata, metadata, dataset.data_config)
     if args.compile:
         agent.compile_network()
-    parameters = trained_parameters(agent)
+    parameters = {name: parameter for name, parameter in agent.named_parameters() if parameter.requires_grad}
     num_trained = sum(p.numel() for p in parameters.values())
     console.print(f"{num_trained:,} of {sum(p.numel() for p in agent.parameters()):,} parameters are trained")
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=args.learning_rate, betas=args.betas, weight_decay=args.weight_decay
     )
     average = WeightAverage(list(parameters.values()), args.ema_decay) if args.ema_decay else None
-    first_step = 0
-    if args.resume is not None:
-        first_step, extra = load_state(run.path / "state", agent, optimizer)
-        if average is not None:
-            average.averages = [extra["ema"][name].to(device) for name in parameters]
-        if accelerator.is_main_process:
-            forget_metrics_after(run.path / "metrics.jsonl", first_step)
     model, optimizer = accelerator.prepare(agent, optimizer)
+
+    def write_agent(folder: Path) -> None:
+        with as_policy():
+            agent.save_pretrained(folder)
+
+    checkpoints = Checkpoints(
+        run, accelerator, model, optimizer, keep_last=1000, keep_best=0, unit="step", write_agent=write_agent,
+        generators=False,
+    )  # fmt: skip
+    first_step = 0
+    if checkpoint is not None:
+        state = checkpoints.restore(checkpoint)
+        first_step = state.iteration
+        if average is not None:
+            average.averages = [state.tensors["ema"][name].to(device) for name in parameters]
     model.train()
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.compute_dtype == "bfloat16")
 
@@ -434,11 +432,11 @@ def main(
             )  # fmt: skip
             history = []
         if last or (args.save_interval and step % args.save_interval == 0):
-            with as_policy():
-                run.save_agent(agent, f"step_{step}")
-            if accelerator.is_main_process:
-                ema = {} if average is None else {"ema": dict(zip(parameters, average.averages, strict=True))}
-                save_state(run.path / "state", agent, optimizer, step, ema)
+            ema = {} if average is None else {"ema": dict(zip(parameters, average.averages, strict=True))}
+            checkpoints.take(step, step, tensors=ema)
+            checkpoints.save()
+            checkpoints.begin_update()
+            accelerator.wait_for_everyone()
         if evaluates:
             if accelerator.is_main_process:
                 with as_policy():

@@ -13,8 +13,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from algorithms.common.distributed import over_processes
 from algorithms.common.episodes import SUCCESS_OF_TASK, Episode, episode_metrics, finished_episodes, success_by_task
+from algorithms.common.processes import over_processes
 from algorithms.common.stages import EnvStage, EnvStages, EnvStep
 from algorithms.common.video import RolloutRecorder
 

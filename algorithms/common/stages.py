@@ -25,7 +25,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from algorithms.common.distributed import same_cuda_device
+from algorithms.common.processes import same_cuda_device
 
 EnvState = Mapping[str, NDArray[Any]]
 

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 
 from algorithms.common.args import share_of_process
 from algorithms.common.batch import concatenate, index, mean_of
-from algorithms.common.distributed import explained_variance, mean_and_variance
 from algorithms.common.episodes import Episode, finished_episodes, wilson_interval
+from algorithms.common.processes import explained_variance, mean_and_variance
 from algorithms.ppo_gr00t import (
     Args,
     compute_gae,

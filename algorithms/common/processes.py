@@ -9,11 +9,11 @@ NO_WRAP`), because its action head uses parts of its blocks outside their forwar
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 # One process evaluates or saves while the others wait; NCCL's ten minutes would end the run.
 _COLLECTIVE_TIMEOUT = timedelta(hours=12)
@@ -79,17 +81,6 @@ def prepare(accelerator: Accelerator, agent: nn.Module, optimizer: torch.optim.O
     return model, prepared
 
 
-def without_gradients(accelerator: Accelerator) -> Callable[..., Any]:
-    """Returns a function that calls another one with what follows, without gradients, in training's precision."""
-
-    @torch.no_grad()
-    def call(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        with accelerator.autocast():
-            return function(*inputs, **options)
-
-    return call
-
-
 def over_processes(accelerator: Accelerator, value: Tensor, how: Literal["sum", "mean", "max"]) -> Tensor:
     """Returns `value` combined element by element over all processes; the same on each."""
     if how == "max":
@@ -123,26 +114,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def assign(target: Tensor, value: Tensor) -> None:
-    """Copies a whole `value` into `target`, which may be sharded over processes."""
-    value = value.to(device=target.device, dtype=target.dtype)
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value, target.device_mesh, target.placements)
-    target.copy_(value)
-
-
-def sharded_like(target: Tensor, value: Tensor) -> Tensor:
-    """Returns a whole `value` as a tensor that lies, and is sharded, as `target` is."""
-    value = value.to(target.device)
-    if isinstance(target, DTensor) and value.ndim > 0:
-        return distribute_tensor(value, target.device_mesh, target.placements)
-    return value
-
-
-def whole_weights(accelerator: Accelerator, model: nn.Module) -> Mapping[str, Tensor] | None:
-    """Returns all weights of a sharded model on the main process; None if the model is not sharded."""
-    return cast(Mapping[str, Tensor], accelerator.get_state_dict(model)) if accelerator.is_fsdp2 else None
+def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Returns what `work` returns, or raises what it raises, on all processes; the main one alone does it."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work(), None]
+        except Exception as error:  # the others would wait for ever
+            outcome = [None, error]
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def for_all(accelerator: Accelerator, work: Callable[..., float], folder: Path, *inputs: Any) -> float:
