@@ -22,6 +22,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from algorithms.common.processes import from_main, over_processes
+from algorithms.common.processes import check_same_args, from_main, leave, over_processes, wait_for_main
 from algorithms.common.run import RunFolder, base_name, choose_folder, lock, write_args
 from gr00t_agent.files import clean_up, json_ready, remove_folder, whole_folder, write_json
 
@@ -139,10 +140,11 @@ def open_run(
 
     Raises:
         FileNotFoundError: there is no checkpoint at the path.
-        ValueError: the run had other arguments or has done more iterations than are asked for, or the checkpoint is
-            not its newest.
+        ValueError: processes have different arguments, the run had others or has done more iterations than are asked
+            for, the checkpoint is not its newest, or the name is none of a folder.
         RuntimeError: another process works on the run.
     """
+    check_same_args(accelerator, args)
     path, checkpoint = from_main(accelerator, lambda: _choose(args, num_iterations, free_args))
     return RunFolder.open(path, accelerator), checkpoint
 
@@ -160,17 +162,15 @@ def _choose(args: Any, num_iterations: int, free_args: Collection[str]) -> tuple
         path = Path(args.resume)
         if (path / STATE_FOLDER / STATE_FILE).is_file():
             path, wanted = path.parent.parent, path
-    if not (path / "args.json").is_file():
-        raise FileNotFoundError(f"{path} holds no args.json; give the folder of a run")
-    lock(path)
-    for folder in (path, *(folder for folder in path.iterdir() if folder.is_dir())):
-        clean_up(folder)
-    found = checkpoints_in(path)
-    if not found:
+    if not checkpoints_in(path):
         raise FileNotFoundError(
             f"{path} holds no checkpoint to go on from; give the folder of a run that has saved one, or start a new "
             "run with --model"
         )
+    lock(path)
+    for folder in (path, *(folder for folder in path.iterdir() if folder.is_dir())):
+        clean_up(folder)
+    found = checkpoints_in(path)
     done, newest = found[-1]
     if done > num_iterations:
         raise ValueError(
@@ -195,9 +195,16 @@ def _newest_run(output_dir: Path, name: str) -> Path | None:
     numbered: list[tuple[int, Path]] = []
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
         match = pattern.fullmatch(path.name)
-        if match and checkpoints_in(path):
+        if match and checkpoints_in(path) and _had_name(path, name):
             numbered.append((int(match[1] or 1), path))
     return max(numbered)[1] if numbered else None
+
+
+def _had_name(path: Path, name: str) -> bool:
+    """Returns whether a run was given this name; `demo-2` may be the second `demo`, or a name of its own."""
+    args = json.loads((path / "args.json").read_text("utf-8"))
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+    return args["run_name"].format(**fields) == name
 
 
 class Checkpoints:
@@ -247,16 +254,19 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         is_main = self._accelerator.is_main_process
+        if error is not None:
+            leave(farewell=False)
         if isinstance(error, SystemExit):
             if self._boundary is not None:
-                folder = self.save()
+                folder = self._save(None)
                 if is_main:
                     print(f"stopped; the state is in {folder}. Go on with --resume {self._run.path}")
         elif isinstance(error, Exception):
             # Other processes are elsewhere, so that sharded weights cannot be gathered.
             if self._boundary is not None and is_main and not self._accelerator.is_fsdp2:
-                folder = self.save()
-                error.add_note(f"the state before this rollout is in {folder}; go on with --resume {self._run.path}")
+                folder = self._save(None)
+                phase = "rollout" if self._unit == "iteration" else "step"
+                error.add_note(f"the state before this {phase} is in {folder}; go on with --resume {self._run.path}")
             else:
                 error.add_note(self._newest())
 
@@ -275,9 +285,9 @@ class Checkpoints:
             env_states: states of this process's environments by their number among all; None if they have none.
             tensors: further named tensors, by the name of their file; not changed until `begin_update`.
         """
-        generators, parts = [generator_states()] if self._generators else [], [env_states]
+        generators, parts = ([generator_states()] if self._generators else [], [env_states])
         if self._accelerator.num_processes > 1 and self._generators:
-            generators, parts = cast(Any, gather_object(generators)), cast(Any, gather_object(parts))
+            generators, parts = (cast(Any, gather_object(generators)), cast(Any, gather_object(parts)))
         states: dict[int, Any] | None = None
         if all(part is not None for part in parts):
             states = {env_id: state for part in parts if part is not None for env_id, state in part.items()}
@@ -296,7 +306,7 @@ class Checkpoints:
     def save(self, score: float | None = None) -> Path:
         """Writes the boundary, whole or not at all, deletes old checkpoints, and returns the folder.
 
-        A boundary that was saved before is not written again. Collective if the weights are sharded.
+        A boundary that was saved before is not written again. Collective: the others wait for the main process.
 
         Args:
             score: what the best checkpoints are chosen by, if there is one.
@@ -305,11 +315,16 @@ class Checkpoints:
             OSError: it cannot be written; checkpoints that were there still are.
             RuntimeError: weights have changed since the boundary.
         """
+        folder = self._save(score)
+        wait_for_main(self._accelerator)
+        return folder
+
+    def _save(self, score: float | None) -> Path:
         boundary = self._boundary
         if boundary is None:
             raise RuntimeError("weights have changed since the last boundary; take() one before save()")
         folder = self._run.path / "checkpoints" / f"{self._unit}_{boundary.iteration}"
-        is_sharded, is_main = self._accelerator.is_fsdp2, self._accelerator.is_main_process
+        is_sharded, is_main = (self._accelerator.is_fsdp2, self._accelerator.is_main_process)
         if is_sharded or (is_main and not _is_saved(folder)):
             tensors = {"weights": self._weights(), "optimizer": self._optimizer_state(), **boundary.tensors}
             write_agent = self._write_agent or self._agent_writer()
@@ -363,7 +378,7 @@ class Checkpoints:
         self._put_weights(files.pop("weights"), folder)
         self._put_optimizer_state(files.pop("optimizer"), content["learning_rates"])
         notes = [f"going on from {folder}"]
-        rank, num_processes = self._accelerator.process_index, self._accelerator.num_processes
+        rank, num_processes = (self._accelerator.process_index, self._accelerator.num_processes)
         if self._generators and content["num_processes"] == num_processes:
             restore_generators(content["generators"][rank])
         elif self._generators:
@@ -469,43 +484,68 @@ def _read_env_states(path: Path) -> dict[int, dict[str, Any]]:
 
 
 class StopSignal:
-    """SIGTERM as a request to save and end: `check` then ends the program with exit status 0.
+    """SIGTERM or SIGINT (Ctrl-C) as a request to save and end, for which `check` ends the program.
 
-    Used as a context, and only in the main thread; elsewhere SIGTERM keeps its meaning.
+    The exit status is 0 after SIGTERM and 130 after SIGINT. A second SIGINT ends the program at once. Used as a
+    context, and only in the main thread; elsewhere signals keep their meaning.
+
+    Args:
+        accelerator: of this process.
+        together: `check` is a collective operation, after which all processes end if one was asked to; needed where
+            they may not end between different collective operations. Always so where weights are sharded.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._is_requested = False
-        self._previous: Any = None
+    # A launcher passes on a signal that the terminal has sent to all; it is no second one.
+    _ECHO_S = 2.0
+
+    def __init__(self, accelerator: Accelerator, *, together: bool = False) -> None:
+        self._accelerator, self._together = accelerator, together
+        self._status: int | None = None
+        self._requested_at = 0.0
+        self._previous: dict[int, Any] = {}
         self._handles = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Self:
         if self._handles:
-            self._previous = signal.signal(signal.SIGTERM, self._request)
+            self._previous = {n: signal.signal(n, self._request) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def watched(self, envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
-        """Returns environments that `check` at every step."""
-        return _Watched(envs, self.check)
+        """Returns environments for an evaluation that ends at the next step if it is asked to."""
+        return _Watched(envs, self.check_alone)
 
     def check(self) -> None:
-        """Raises SystemExit if SIGTERM has come; where weights are sharded, on all processes at the same call."""
-        requested = self._is_requested
-        if self._accelerator.is_fsdp2:
-            flag = torch.tensor(float(requested), device=self._accelerator.device)
-            requested = bool(over_processes(self._accelerator, flag, "max"))
-        if requested:
-            raise SystemExit(os.EX_OK)
+        """Raises SystemExit if the program was asked to end."""
+        self._end_if_requested(together=self._together)
+
+    def check_alone(self) -> None:
+        """Raises SystemExit if this process was asked to end, where others may be elsewhere."""
+        self._end_if_requested(together=False)
+
+    def _end_if_requested(self, *, together: bool) -> None:
+        status = self._status
+        if self._accelerator.num_processes > 1 and (together or self._accelerator.is_fsdp2):
+            flag = torch.tensor(-1.0 if status is None else status, device=self._accelerator.device)
+            largest = int(over_processes(self._accelerator, flag, "max"))
+            status = largest if largest >= 0 else None
+        if status is not None:
+            raise SystemExit(status)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self._is_requested = True
+        now = time.monotonic()
+        if self._status is None:
+            self._status = os.EX_OK if number == signal.SIGTERM else 128 + number
+            self._requested_at = now
+            if number == signal.SIGINT:
+                os.write(2, b"\nstopping at the next chance to save; once more ends at once, and saves nothing\n")
+        elif number == signal.SIGINT and now - self._requested_at > self._ECHO_S:
+            raise KeyboardInterrupt
 
 
 class _Watched(gym.vector.VectorWrapper):

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from algorithms.common.processes import leave
 from algorithms.common.report import REPORT_NAME, write_report
 from algorithms.common.run_folder import describe_environment
 from algorithms.common.stages import EnvStages
@@ -46,8 +47,25 @@ _LOCKS: dict[Path, TextIO] = {}
 
 
 def base_name(args: Any) -> str:
-    """Returns `args.run_name` with the fields in braces filled in."""
-    return args.run_name.format(**{f.name: getattr(args, f.name) for f in dataclasses.fields(args)})
+    """Returns `args.run_name` with the fields in braces filled in.
+
+    Raises:
+        ValueError: it has unknown fields, or is none of a folder.
+    """
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+    try:
+        name = args.run_name.format(**fields)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"run_name={args.run_name!r} cannot be filled in ({error!r}); fields in braces are names of arguments: "
+            f"{', '.join(fields)}"
+        ) from None
+    if not name or name.startswith(".") or Path(name).name != name or "\0" in name:
+        raise ValueError(
+            f"run_name={name!r} is no name of a folder: it must not be empty, begin with a dot or hold a slash; give "
+            "the place by --output-dir"
+        )
+    return name
 
 
 def choose_folder(args: Any) -> Path:
@@ -200,6 +218,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Writes the report and closes the trackers and the process group, whose threads end when the program does."""
+        leave(farewell=True)
         if self._accelerator.is_main_process:
             write_report(self.path)
         if torch.distributed.is_initialized():

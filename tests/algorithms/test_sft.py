@@ -18,13 +18,13 @@ from torch import nn
 
 from algorithms import sft_gr00t
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment, hue_rotation, jitter
-from algorithms.common.ema import WeightAverage
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
-from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_rate_at
+from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_rate_at, make_average
 from gr00t_agent import Gr00tAgent, read_metadata
 from gr00t_agent.lerobot import LeRobotDataset
 from gr00t_agent.transforms import resize_views
+from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.tiny_agent import tiny_agent
 from tests.gr00t_agent.lerobot_data import write_dataset
 
@@ -151,16 +151,28 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
 
 def test_average_of_weights_by_hand():
     parameter = nn.Parameter(torch.zeros(2))
-    average = WeightAverage([parameter], decay=0.5)
+    average = make_average([parameter], decay=0.5)
     parameter.data.fill_(1.0)
-    average.update(1)  # decay 2/11
-    assert average.averages[0].tolist() == pytest.approx([9 / 11] * 2)
-    average.update(100)  # decay 0.5
-    with average.applied():
-        assert parameter.tolist() == pytest.approx([10 / 11] * 2)
+    average.step([parameter])  # decay 2/11
+    assert average.shadow_params[0].tolist() == pytest.approx([9 / 11] * 2)
+    average.optimization_step = 99
+    average.step([parameter])  # decay 0.5
+    average.store([parameter])
+    average.copy_to([parameter])
+    assert parameter.tolist() == pytest.approx([10 / 11] * 2)
+    average.restore([parameter])
     assert parameter.tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match=r"decay=1.0 is not in"):
-        WeightAverage([parameter], decay=1.0)
+
+
+def test_the_average_of_rounded_weights_is_kept_in_float32():
+    parameter = nn.Parameter(torch.full((1,), 1.0, dtype=torch.bfloat16))
+    average = make_average([parameter], decay=0.999)
+    average.optimization_step = 100_000
+    parameter.data.fill_(2.0)
+    for _ in range(10):
+        average.step([parameter])
+    # In bfloat16 a step of 0.001 from 1 would be lost.
+    assert average.shadow_params[0].tolist() == pytest.approx([2 - 0.999**10], abs=1e-6)
 
 
 def test_adapters_train_alone_in_their_part_and_merge_into_the_plain_network(demonstrations):
@@ -277,7 +289,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(demonstrations, tmp_path, mon
     assert not torch.equal(exported[name], state[name])
     with pytest.raises(ValueError, match=r"cannot go on with other arguments: batch_size=16 \(was 8\)"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations, **options, resume=run, batch_size=16), make_tiny)
-    with pytest.raises(FileNotFoundError, match=r"holds no args.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint to go on from"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations, resume=tmp_path), make_tiny)
 
 
@@ -338,13 +350,14 @@ def test_exports_statistics_and_flags(demonstrations, tmp_path, monkeypatch):
     calls: list[Any] = []
 
     def evaluate_into(path: Path, step: int, agent: Gr00tAgent, make_envs: Any, args: Args) -> float:
-        calls.append((step, agent.training, make_envs(3)))
+        envs = make_envs(3)
+        calls.append((step, agent.training, envs.num_envs, envs.unwrapped.image_size))
         return 0.25
 
     monkeypatch.setattr(sft_gr00t, "evaluate_into", evaluate_into)
     args = sft_args(tmp_path, demonstrations, num_steps=4, eval_interval=2, eval_episodes_per_task=1)
-    metrics = sft_gr00t.main(args, make_tiny, lambda args, num_envs, image_size: (num_envs, image_size))  # pyright: ignore
-    assert calls == [(2, False, (3, 32)), (4, False, (3, 32))]
+    metrics = sft_gr00t.main(args, make_tiny, lambda args, num_envs, size: LineVectorEnv(num_envs, image_size=size))
+    assert calls == [(2, False, 3, 32), (4, False, 3, 32)]
     assert metrics["eval/success_once"] == 0.25
     folder = tmp_path / "run" / "checkpoints" / "step_4"
     assert read_metadata(folder / "experiment_cfg" / "metadata.json", "libero_franka") == metadata
@@ -375,6 +388,8 @@ def test_bad_arguments_and_numbers_stop_the_run(demonstrations, tmp_path):
         agent.action_head.vlln.weight.data.fill_(float("nan"))
         return agent
 
+    with pytest.raises(ValueError, match=r"ema_decay=1.0 is not in \[0, 1\)"):
+        sft_gr00t.main(sft_args(tmp_path, demonstrations, ema_decay=1.0), make_tiny)
     with pytest.raises(FloatingPointError, match="gradient norm is nan in iteration 1"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations), make_broken)
     assert not (tmp_path / "run" / "checkpoints").exists()
