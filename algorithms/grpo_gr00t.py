@@ -58,7 +58,7 @@ from algorithms.common.args import (
 from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.episodes import played_episodes
 from algorithms.common.features import FeatureStore
-from algorithms.common.frozen import frozen_copy, logprobs_of, store_frozen_as
+from algorithms.common.frozen import StartPolicy, store_frozen_as
 from algorithms.common.monitor import Monitor
 from algorithms.common.processes import (
     clip_grad_norm,
@@ -424,7 +424,7 @@ def main(
     param_groups = [group for group in param_groups if group.get("name") != "value"]
     start_policy = None
     if args.kl_coef:
-        start_policy = frozen_copy(agent, share_frozen=True)
+        start_policy = StartPolicy(agent, share_frozen=True)
     if args.compile:  # after the copy, which would go on computing with this network's weights
         agent.compile_network()
 
@@ -610,14 +610,12 @@ def main(
 
             b_start_logprobs = b_logprobs
             if start_policy is not None:
-                num_passes = spare_ind // micro_batch_size + 1
-                with torch.no_grad(), accelerator.autocast():
-                    b_start_logprobs = logprobs_of(
-                        start_policy,
+                with accelerator.autocast():
+                    b_start_logprobs = start_policy.logprobs(
                         store,
                         b_obs,
                         b_actions,
-                        num_passes,
+                        num_passes=spare_ind // micro_batch_size + 1,
                         **noise,
                     )
 

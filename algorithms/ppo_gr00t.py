@@ -67,7 +67,7 @@ from algorithms.common.args import (
 )
 from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.features import FeatureStore
-from algorithms.common.frozen import frozen_copy, logprobs_of, store_frozen_as
+from algorithms.common.frozen import StartPolicy, store_frozen_as
 from algorithms.common.monitor import Monitor
 from algorithms.common.processes import (
     clip_grad_norm,
@@ -491,7 +491,7 @@ def main(
     agent = make_agent(args).to(device).eval()
     start_policy = None
     if args.kl_coef:
-        start_policy = frozen_copy(agent, share_frozen=not accelerator.is_fsdp2)
+        start_policy = StartPolicy(agent, share_frozen=not accelerator.is_fsdp2)
     if args.compile:  # after the copy, which would go on computing with this network's weights
         agent.compile_network()
 
@@ -685,14 +685,12 @@ def main(
             b_weights = weights.flatten()
             b_start_logprobs = b_logprobs
             if start_policy is not None:
-                num_passes = num_minibatches * num_micro_batches
-                with torch.no_grad(), accelerator.autocast():
-                    b_start_logprobs = logprobs_of(
-                        start_policy,
+                with accelerator.autocast():
+                    b_start_logprobs = start_policy.logprobs(
                         store,
                         b_obs,
                         b_actions,
-                        num_passes,
+                        num_passes=num_minibatches * num_micro_batches,
                         **noise,
                     )
 

@@ -24,32 +24,33 @@ def store_frozen_as(agent: AgentT, dtype: torch.dtype) -> AgentT:
     return agent
 
 
-def frozen_copy(agent: AgentT, *, share_frozen: bool) -> AgentT:
-    """Returns a copy of `agent` that is not trained.
+class StartPolicy:
+    """The policy that training started from, kept to measure how far training has gone.
 
     Args:
         agent: what is copied.
         share_frozen: do not copy parameters that are frozen in `agent`, which must then never change (a backbone).
     """
-    shared: dict[int, Any] = {id(p): p for p in agent.parameters() if share_frozen and not p.requires_grad}
-    return copy.deepcopy(agent, shared).requires_grad_(False)
 
+    def __init__(self, agent: nn.Module, *, share_frozen: bool) -> None:
+        shared: dict[int, Any] = {id(p): p for p in agent.parameters() if share_frozen and not p.requires_grad}
+        self._policy = copy.deepcopy(agent, shared).requires_grad_(False)
 
-def logprobs_of(
-    policy: nn.Module, store: FeatureStore, rows: NDArray[np.intp], actions: Any, num_passes: int, **noise: float
-) -> Tensor:
-    """Returns the log-probabilities that a policy gives to a rollout's actions; call it without gradients.
+    @torch.no_grad()
+    def logprobs(
+        self, store: FeatureStore, rows: NDArray[np.intp], actions: Any, *, num_passes: int, **noise: float
+    ) -> Tensor:
+        """Returns its log-probabilities of a rollout's actions.
 
-    Args:
-        policy: an agent.
-        store: holds the observations.
-        rows: [B] where each decision's observation is in the store.
-        actions: what was decided, tensors [B, ...].
-        num_passes: forward passes.
-        noise: options of the policy's noise.
-    """
-    logprobs: list[Tensor] = []
-    for part in np.array_split(np.arange(len(rows)), num_passes):
-        _, logprob, *_ = policy(store.get(rows[part]), index(actions, part), **noise)
-        logprobs.append(logprob)
-    return torch.cat(logprobs)
+        Args:
+            store: holds the observations.
+            rows: [B] where each decision's observation is in the store.
+            actions: what was decided, tensors [B, ...].
+            num_passes: forward passes.
+            noise: options of the policy's noise.
+        """
+        logprobs: list[Tensor] = []
+        for part in np.array_split(np.arange(len(rows)), num_passes):
+            _, logprob, *_ = self._policy(store.get(rows[part]), index(actions, part), **noise)
+            logprobs.append(logprob)
+        return torch.cat(logprobs)
