@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from algorithms.common.run_folder import json_ready, write_json
+from gr00t_agent.files import json_ready, write_json
 from gr00t_agent.lerobot_writer import EPISODE_FILE, Episode, Recording, assemble_dataset, stage_episode
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ, gripper_to_data
 from libero_gym.experts import ExpertConfig, make_expert

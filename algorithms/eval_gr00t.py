@@ -45,10 +45,11 @@ from algorithms.common.episode_log import EpisodeLog, EpisodeStore, EvalEpisode
 from algorithms.common.episodes import wilson_interval
 from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.common.report import write_report
-from algorithms.common.run_folder import describe_environment, write_json
+from algorithms.common.run_folder import describe_environment
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, TASK_KEY, Frame, frame_of, tile_videos, write_video
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.config import PresetName
+from gr00t_agent.files import write_json
 from gr00t_agent.loading import resolve_checkpoint
 from libero_gym.adapters import ModalityVectorObservation
 from libero_gym.tasks.initial_states import InitStates, check_init_states, count_init_states
