@@ -209,7 +209,7 @@ class Simulation:
         self._observation.read_sensors(self.data, self.scene.robot)
         self._update_indicators()
         self._observed_indicator_alpha[:] = self._indicator_alpha
-        self._success = self.goal(self.data)
+        self._success = bool(self.goal(self.data))
         if kind == "original":
             for _ in range(num_settling_steps):
                 self.step(SETTLING_ACTION)
@@ -249,7 +249,7 @@ class Simulation:
                 values,
             )
         self._update_indicators()
-        self._success = self.goal(self.data)
+        self._success = bool(self.goal(self.data))
         return self._success
 
     def success(self) -> bool:
