@@ -44,8 +44,9 @@ from rich.table import Table
 from algorithms.common.episode_log import EpisodeLog, EpisodeStore, EvalEpisode
 from algorithms.common.episodes import wilson_interval
 from algorithms.common.reference_env import ReferenceVectorEnv
+from algorithms.common.provenance import describe_environment
 from algorithms.common.report import write_report
-from algorithms.common.run_folder import describe_environment, write_json
+from algorithms.common.run_folder import write_json
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, TASK_KEY, Frame, frame_of, tile_videos, write_video
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.checkpoint import resolve_checkpoint
