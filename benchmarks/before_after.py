@@ -13,7 +13,6 @@ document on the last line.
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -27,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
 from algorithms.eval_gr00t import Args, evaluate, make_envs, weights_digest
-from benchmarks.hardware import describe_run
+from benchmarks.publish import publish
 from gr00t_agent import Gr00tAgent
 from libero_gym.env import DEFAULT_CAMERAS
 from libero_gym.physics.simulation import InitStates, check_init_states
@@ -170,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     height, width = pictures[0].shape[:2]
     print(f"{args.output}: {len(pictures)} pictures, {width} x {height}, {args.output.stat().st_size / 1e6:.2f} MB")
     protocol = settings | dict(init_state_id=args.init_state_id, seed=args.seed)
-    print(json.dumps({"benchmark": "before_after", **describe_run(), "protocol": protocol, "results": results}))
+    publish("before_after", results, settings=protocol)
 
 
 if __name__ == "__main__":
