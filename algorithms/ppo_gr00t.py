@@ -57,6 +57,7 @@ from algorithms.common.batch import concatenate, index
 from algorithms.common.checkpoints import Checkpoints, StopSignal, open_run
 from algorithms.common.distributed import mean_and_variance, over_processes
 from algorithms.common.episodes import Episode, episode_metrics, finished_episodes
+from algorithms.common.evaluation import evaluate_into
 from algorithms.common.feature_store import FeatureStore
 from algorithms.common.frozen import frozen_copy, reference_log_probs, store_frozen_as
 from algorithms.common.overlap import EnvStages
@@ -64,7 +65,6 @@ from algorithms.common.progress import TrainingProgress
 from algorithms.common.randomness import MINIBATCHES, NOISE, deal, generators_of
 from algorithms.common.step_sizes import StepSizes
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
-from algorithms.eval_gr00t import evaluate_into
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 

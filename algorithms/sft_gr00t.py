@@ -51,6 +51,7 @@ from algorithms.common.arguments import check_args, exact_quotient, parse_args, 
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment
 from algorithms.common.distributed import make_accelerator
 from algorithms.common.ema import WeightAverage
+from algorithms.common.evaluation import evaluate_into
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
 from algorithms.common.randomness import seed_of
@@ -62,7 +63,6 @@ from algorithms.common.training_state import (
     save_state,
     trained_parameters,
 )
-from algorithms.eval_gr00t import evaluate_into
 from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.agent import saved_policy
 from gr00t_agent.checkpoint import resolve_checkpoint

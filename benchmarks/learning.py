@@ -15,7 +15,6 @@ exploration noise.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -301,7 +300,7 @@ def main() -> dict[str, Any]:
                     before=success_of(lines[:1]),
                     after=success_of(lines[-3:]),
                     env_steps=lines[-1]["global_step"],
-                    first_iteration_at_90_percent=next(good, math.nan),
+                    first_iteration_at_90_percent=next(good, None),
                     cpu_minutes=cpu_s / 60,
                     wall_minutes=wall_s / 60,
                     curve=[round(line["env/success_once"], 3) for line in lines],
@@ -326,7 +325,7 @@ def main() -> dict[str, Any]:
             row["seed"],
             f"{row['before'][0] / row['before'][1]:.1%} of {row['before'][1]}",
             f"{after:.1%} ({low:.1%} - {high:.1%})",
-            row["first_iteration_at_90_percent"],
+            row["first_iteration_at_90_percent"] or "never",
             row["env_steps"],
             row["cpu_minutes"],
         )

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 import torch
 import tyro
 
+from algorithms.common.evaluation import jobs_in_training
 from algorithms.common.step_sizes import Schedule
-from algorithms.eval_gr00t import jobs_in_training
 
 ArgsT = TypeVar("ArgsT")
 # Arguments of one trainer or another.

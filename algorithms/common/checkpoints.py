@@ -38,11 +38,11 @@ from torch import Tensor, nn
 
 from algorithms.common.arguments import RunArgs, check_args
 from algorithms.common.distributed import assign, over_processes, sharded_like, whole, whole_weights
+from algorithms.common.evaluation import evaluation_file
 from algorithms.common.overlap import EnvStages, EnvState
 from algorithms.common.randomness import EPISODES, seed_of
 from algorithms.common.run_folder import RunFolder, base_name, write_json
 from algorithms.common.training_state import forget_metrics_after, reopen_run, trained_parameters
-from algorithms.eval_gr00t import evaluation_file
 
 STATE_FOLDER = "training_state"
 STATE_FILE = "state.json"

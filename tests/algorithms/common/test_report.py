@@ -12,6 +12,7 @@ import pytest
 
 from algorithms.common import report
 from algorithms.common.episode_log import EvalEpisode
+from algorithms.common.evaluation import EvalResult
 from algorithms.common.report import (
     HEIGHT,
     MAX_POINTS,
@@ -26,7 +27,6 @@ from algorithms.common.report import (
     thin,
     write_report,
 )
-from algorithms.eval_gr00t import EvalResult
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
