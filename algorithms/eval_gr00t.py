@@ -40,7 +40,6 @@ from algorithms.common.episode_log import EpisodeLog, EvalEpisode
 from algorithms.common.evaluation import EvalResult, Job, episode_keys, evaluate, evaluation_jobs
 from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.common.report import write_report
-from algorithms.common.video import tile_videos
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.checkpoint import resolve_checkpoint
 from gr00t_agent.config import PresetName
@@ -216,7 +215,6 @@ def main(args: Args) -> EvalResult:
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
     num_episodes = len(episode_keys(args.seeds, jobs))
     num_envs = min(args.num_envs, num_episodes)
-    video_dir = args.output_dir / "videos"
 
     # --- evaluate ---
     chunks = agent.policy.num_action_chunks
@@ -229,16 +227,14 @@ def main(args: Args) -> EvalResult:
             jobs,
             seed=args.seeds,
             record=lambda _, init_state_id: init_state_id < args.videos_per_task,
-            video_dir=video_dir,
+            video_dir=args.output_dir / "videos",
             log=log,
         )
 
-    # --- result, videos, report ---
+    # --- result and report ---
     texts = {task_id: get_task(args.suite, task_id).language for task_id in protocol["task_ids"]}
     result = replace(result, protocol=result.protocol | protocol, task_descriptions=texts)
     result.save(args.output_dir / "result.json")
-    if first_states := [path for path in result.videos if "_state_0_" in path.name]:
-        tile_videos(video_dir / "all_tasks.mp4", first_states)
     report_path = write_report(args.output_dir)
 
     result.print_table()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,9 +34,22 @@ from algorithms.common.episode_log import EpisodeStore, EvalEpisode
 from algorithms.common.episodes import wilson_interval
 from algorithms.common.provenance import describe_environment
 from algorithms.common.run_folder import write_json
-from algorithms.common.video import CONTROL_FREQUENCY_HZ, TASK_KEY, Frame, frame_of, tile_videos, write_video
+from algorithms.common.video import (
+    CONTROL_FREQUENCY_HZ,
+    TASK_KEY,
+    Frame,
+    Picture,
+    frame_of,
+    picture_of,
+    read_pictures,
+    write_tiled_video,
+    write_video,
+)
 from libero_gym.physics.simulation import InitStates, check_init_states, count_init_states
 from libero_gym.tasks.suites import get_task, horizon, list_tasks
+
+# Beside the videos of single episodes.
+OVERVIEW = "all_tasks.mp4"
 
 Job = tuple[int, int]
 Key = tuple[int, int, int]
@@ -227,7 +240,8 @@ def evaluate(
         jobs: the episodes.
         seed: seed, or several, of the noise and of the environments.
         record: which episodes of the first seed to record, as (task id, initial state id).
-        video_dir: folder of their videos; None records none.
+        video_dir: folder of their videos, one an episode, and in `OVERVIEW` those from each task's first initial state
+            side by side; None records none.
         log: given each episode as it ends. Those that it holds already are not run again, but keep the places in the
             batch that they had: so the others get the places, and the actions, that they would get in one go.
 
@@ -252,10 +266,12 @@ def evaluate(
     num_envs = envs.num_envs
     action_shape = (envs.action_space.shape or ())[1:]  # [C, 7], or [7] for C = 1
     chunk_length = action_shape[0] if len(action_shape) == 2 else 1
+    fps = CONTROL_FREQUENCY_HZ / chunk_length
     recorded = {key for key in keys if key[0] == seeds[0] and record(*key[1:])} if video_dir else set()
     queue = iter(keys)
     slots = [_Slot() for _ in range(num_envs)]
     free = list(range(num_envs))
+    films: dict[Key, list[Frame]] = {}
     descriptions: dict[int, str] = {}
     obs: dict[str, Any] = {}
     timing = dict.fromkeys(("predict_s", "step_s", "reset_s"), 0.0)
@@ -321,16 +337,22 @@ def evaluate(
                 seed=episode_seed, task_id=task_id, init_state_id=state_id, success=success, length=length
             )
             if slot.frames is not None and video_dir is not None:
-                write_video(video_path(video_dir, episode), slot.frames, CONTROL_FREQUENCY_HZ / chunk_length)
+                write_video(video_path(video_dir, episode), slot.frames, fps)
+                if state_id == 0:
+                    films[slot.key] = slot.frames
             episodes.append(episode)
             if log is not None:
                 log.append(episode)
             free.append(i)
         free.sort()
 
-    episodes.sort(key=lambda e: e.key)
-    files = [video_path(video_dir, e) for e in episodes if video_dir is not None and e.key in recorded]
     seconds = time.perf_counter() - start
+    episodes.sort(key=lambda e: e.key)
+    videos: dict[Key, Path] = {}
+    if video_dir is not None:
+        paths = {e.key: video_path(video_dir, e) for e in episodes if e.key in recorded}
+        videos = {key: path for key, path in paths.items() if path.is_file()}
+        _write_overview(video_dir / OVERVIEW, videos, films, fps)
     return EvalResult(
         protocol={
             "seeds": list(seeds),
@@ -343,7 +365,7 @@ def evaluate(
         episodes=episodes,
         seconds=seconds,
         timing=timing | {"other_s": seconds - sum(timing.values())},
-        videos=[path for path in files if path.is_file()],
+        videos=list(videos.values()),
     )
 
 
@@ -360,6 +382,18 @@ def _reset(envs: gym.vector.VectorEnv, keys: Sequence[Key], reset_ids: Sequence[
 
 
 # --- files ---
+
+
+def _write_overview(path: Path, videos: dict[Key, Path], films: dict[Key, list[Frame]], fps: float) -> None:
+    """Writes the videos from each task's first initial state as one; those that are not in `films` from their files."""
+    pictures: list[Iterable[Picture]] = []
+    for key, video in videos.items():
+        if key in films:
+            pictures.append(picture_of(frame) for frame in films[key])
+        elif key[2] == 0:  # of an evaluation that goes on: filmed before
+            pictures.append(read_pictures(video))
+    if pictures:
+        write_tiled_video(path, pictures, fps)
 
 
 def video_path(folder: Path, episode: EvalEpisode) -> Path:
@@ -406,6 +440,5 @@ def evaluate_into(
         if hasattr(args, name):
             result.protocol[name] = getattr(args, name)
     result.save(evaluation_file(run_path, iteration))
-    tile_videos(video_dir / "all_tasks.mp4", result.videos)
     result.print_table()
     return result.success_rate
