@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from algorithms.common.evaluation import evaluate
-from algorithms.common.video import CONTROL_FREQUENCY_HZ, TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
+from algorithms.common.video import TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
 from algorithms.eval_gr00t import Args, make_envs, weights_digest
 from benchmarks.publish import publish
 from gr00t_agent import Gr00tAgent
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ
 from libero_gym.env import DEFAULT_CAMERAS
 from libero_gym.physics.simulation import InitStates, check_init_states
 from libero_gym.rendering.renderers import make_renderer

@@ -35,7 +35,6 @@ from algorithms.common.episodes import wilson_interval
 from algorithms.common.provenance import describe_environment
 from algorithms.common.run_folder import write_json
 from algorithms.common.video import (
-    CONTROL_FREQUENCY_HZ,
     TASK_KEY,
     Frame,
     Picture,
@@ -45,6 +44,7 @@ from algorithms.common.video import (
     write_tiled_video,
     write_video,
 )
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ
 from libero_gym.physics.simulation import InitStates, check_init_states, count_init_states
 from libero_gym.tasks.suites import get_task, horizon, list_tasks
 

@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ as CONTROL_FREQUENCY_HZ
+
 CAPTION_HEIGHT = 48
 VIEW_SIZE = 256
-CONTROL_FREQUENCY_HZ = 20
 IMAGE_KEYS = ("video.image", "video.wrist_image")
 VIDEO_SUFFIXES = (".mp4", ".gif")
 TASK_KEY = "annotation.human.action.task_description"
