@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from algorithms.common.run_folder import json_ready, write_json
+from gr00t_agent.files import json_ready, write_json
 from gr00t_agent.lerobot_writer import (
     EPISODE_FILE,
     Episode,

@@ -331,7 +331,7 @@ def _check_names(content: Mapping[str, Any], where: str, required: Iterable[str]
 PAPER, INK, SOFT, LINE = "#ffffff", "#1f2328", "#59636e", "#dde2e8"
 COLORS = ("#0969da", "#bc4c00", "#8250df", "#1a7f37")
 BEFORE_COLOR = "#8c959f"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     # The same files give the same bytes.
     "svg.hashsalt": "learning_curve",
@@ -365,7 +365,7 @@ def render(curve: Curve) -> str:
     """Returns the picture as SVG."""
     with rc_context(STYLE):
         file = io.StringIO()
-        metadata = dict(Title=curve.title, Date=None, Creator=None)
+        metadata: dict[str, Any] = dict(Title=curve.title, Date=None, Creator=None)
         draw(curve).savefig(file, format="svg", metadata=metadata)
         return file.getvalue()
 
@@ -410,7 +410,7 @@ def draw_curves(axes: Axes, curve: Curve) -> None:
     start, published = curve.start, curve.reference_rate
     axes.axhline(start.rate, color=BEFORE_COLOR, linewidth=1.5, dashes=(4, 2.5))
     axes.axhline(published, color=INK, linewidth=1.5, dashes=(4, 2.5))
-    offset = dict(textcoords="offset points", xycoords=axes.get_yaxis_transform())
+    offset: dict[str, Any] = dict(textcoords="offset points", xycoords=axes.get_yaxis_transform())
     start_text = f"{start.label}: {percent(start.rate)} ({start.fraction})"
     axes.annotate(start_text, (1, start.rate), (0, -16), **offset, color=SOFT, ha="right")
     published_text = f"{curve.reference_label}: {percent(published)}"
@@ -419,7 +419,7 @@ def draw_curves(axes: Axes, curve: Curve) -> None:
     for stage in main_run.stages:
         if stage.start:
             axes.axvline(stage.start, color=BEFORE_COLOR, linewidth=1, linestyle=(0, (1, 4)))
-        where = dict(xycoords=axes.get_xaxis_transform(), textcoords="offset points")
+        where: dict[str, Any] = dict(xycoords=axes.get_xaxis_transform(), textcoords="offset points")
         axes.annotate(stage.label, (stage.start, 0), (8, 10), **where, size=12, color=COLORS[0])
 
     for number, (run, color) in reversed(list(enumerate(zip(curve.runs, COLORS, strict=False)))):
@@ -503,7 +503,7 @@ def label_points(axes: Axes, x: Sequence[float], run: Run, taken: list[Bbox]) ->
     highest = axes.bbox.y1 + TOP - LABEL_TOP
     for steps, evaluation in reversed(points):  # the last one's is placed best
         low, high = evaluation.interval
-        style = dict(xycoords="data", textcoords="offset points", ha="center")
+        style: dict[str, Any] = dict(xycoords="data", textcoords="offset points", ha="center")
         rate = axes.annotate(
             percent(evaluation.rate), (steps, high), (0, 0), **style, color=COLORS[0], size=15, weight="bold"
         )
@@ -532,9 +532,11 @@ def draw_legend(axes: Axes, curve: Curve) -> None:
         if run is not curve.runs[0] and run.evaluations:
             last = run.evaluations[-1]
             name += f": {percent(last.rate)} ({caption(last)}) after {last.steps / 1e6:.2f} M steps"
-        style = dict(color=color, linewidth=2, marker="o", markersize=10, markeredgecolor=PAPER)
+        style: dict[str, Any] = dict(color=color, linewidth=2, marker="o", markersize=10, markeredgecolor=PAPER)
         handles.append(Line2D([], [], label=name, **style))
-    place = dict(loc="lower left", bbox_to_anchor=(0.45, curve.start.rate), bbox_transform=axes.get_yaxis_transform())
+    place: dict[str, Any] = dict(
+        loc="lower left", bbox_to_anchor=(0.45, curve.start.rate), bbox_transform=axes.get_yaxis_transform()
+    )
     axes.legend(handles=handles, **place, labelcolor="linecolor", frameon=False, fontsize=12.5)
 
 
@@ -565,7 +567,9 @@ def draw_tasks(axes: Axes, curve: Curve) -> str:
     for row, description in enumerate(last.by_task):
         pair = (evaluation.by_task[description] for evaluation, *_ in shown)
         counts_text = " → ".join(f"{successes}/{episodes}" for successes, episodes in pair)
-        at = dict(xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center", ha="right")
+        at: dict[str, Any] = dict(
+            xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center", ha="right"
+        )
         axes.annotate(counts_text, (1, row), (WIDTH - MARGIN - BARS_RIGHT, 0), **at)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names, color=INK)

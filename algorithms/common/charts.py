@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -30,7 +31,7 @@ _VARIABLES = {ACCENT: "--accent", GOOD: "--good", SOFT: "--soft", LINE: "--line"
 # From nothing solved to all solved.
 _SHADES = LinearSegmentedColormap.from_list("solved", [to_rgba(GOOD, 0.06), to_rgba(GOOD, 1.0)])
 _CLASSES = {"curve", "raw", "point", "interval", "cells"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "chart",
     "font.family": "DejaVu Sans",
@@ -63,7 +64,7 @@ def thin(x: Sequence[float], y: Sequence[float]) -> tuple[NDArray[np.float64], N
     """Returns at most `MAX_POINTS` points: means of equally many neighbours each."""
     size = math.ceil(len(x) / MAX_POINTS)
     starts = np.arange(0, len(x), size)
-    counts = np.diff([*starts, len(x)])
+    counts = np.diff(np.append(starts, len(x)))
     return np.add.reduceat(np.asarray(x, float), starts) / counts, np.add.reduceat(
         np.asarray(y, float), starts
     ) / counts

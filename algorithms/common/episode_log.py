@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from algorithms.common.episodes import Episode
 from algorithms.common.provenance import describe_environment
-from algorithms.common.run_folder import json_ready, write_json
+from gr00t_agent.files import json_ready, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

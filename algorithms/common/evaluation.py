@@ -33,7 +33,6 @@ from rich.table import Table
 from algorithms.common.episode_log import EpisodeStore, EvalEpisode
 from algorithms.common.episodes import wilson_interval
 from algorithms.common.provenance import describe_environment
-from algorithms.common.run_folder import write_json
 from algorithms.common.video import (
     TASK_KEY,
     Frame,
@@ -44,6 +43,7 @@ from algorithms.common.video import (
     write_tiled_video,
     write_video,
 )
+from gr00t_agent.files import write_json
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
 from libero_gym.physics.simulation import InitStates, check_init_states, count_init_states
 from libero_gym.tasks.suites import get_task, horizon, list_tasks
@@ -162,7 +162,6 @@ class EvalResult:
             "episodes": [asdict(e) for e in self.episodes],
             "environment": describe_environment(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
 
     def print_table(self) -> None:

@@ -232,7 +232,7 @@ class _Worker:
         if gl is not None:
             environment["PYOPENGL_PLATFORM"] = gl  # this process may have chosen another one for itself
         serve = f"from algorithms.common.reference_env import work; work({theirs.fileno()})"
-        output = dict(stdout=self._log, stderr=subprocess.STDOUT)
+        output: dict[str, Any] = dict(stdout=self._log, stderr=subprocess.STDOUT)
         self._process = subprocess.Popen(
             [sys.executable, "-c", serve], env=environment, pass_fds=[theirs.fileno()], **output
         )

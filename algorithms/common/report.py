@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
 from algorithms.common.charts import compact, curve, heatmap
+from gr00t_agent.files import write_text
 
 REPORT_NAME = "report.html"
 TEMPLATE_NAME = "report.html.jinja"
@@ -378,15 +379,13 @@ def render(run: Run, max_video_mb: float = MAX_VIDEO_MB) -> str:
 
 
 def write_report(run_path: Path, *, max_video_mb: float = MAX_VIDEO_MB) -> Path:
-    """Writes report.html into a run's folder, replacing it in one step, and returns its path.
+    """Writes report.html into a run's folder, whole or not at all, and returns its path.
 
     Raises:
         FileNotFoundError: the folder holds neither a run nor an evaluation.
     """
     path = run_path / REPORT_NAME
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(render(read_run(run_path), max_video_mb), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, render(read_run(run_path), max_video_mb))
     return path
 
 

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from gr00t_agent.files import whole_file
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ as CONTROL_FREQUENCY_HZ
 
 CAPTION_HEIGHT = 48
@@ -141,14 +142,9 @@ def write_pictures(path: Path, pictures: Iterable[Picture], fps: float) -> None:
     """
     if path.suffix not in VIDEO_SUFFIXES:
         raise ValueError(f"{path} ends in {path.suffix!r} (valid: {', '.join(VIDEO_SUFFIXES)})")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     write = _write_gif if path.suffix == ".gif" else _write_mp4
-    try:
+    with whole_file(path) as temporary:
         write(temporary, _of_one_size(pictures), fps)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_pictures(path: Path) -> Iterator[Picture]:
