@@ -363,13 +363,14 @@ LEGEND = (
 
 def render(curve: Curve) -> str:
     """Returns the picture as SVG."""
+    file = io.StringIO()
+    metadata: dict[str, Any] = dict(Title=curve.title, Date=None, Creator=None)
     with rc_context(STYLE):
-        file = io.StringIO()
-        metadata: dict[str, Any] = dict(Title=curve.title, Date=None, Creator=None)
         draw(curve).savefig(file, format="svg", metadata=metadata)
-        return file.getvalue()
+    return file.getvalue()
 
 
+@rc_context(STYLE)
 def draw(curve: Curve) -> Figure:
     """Returns the picture; what shows data has an id: `start`, `run-0-stage-1`, `run-0-evaluations`, `task-2-after`."""
     num_tasks = len(curve.start.by_task)
@@ -416,15 +417,15 @@ def draw_curves(axes: Axes, curve: Curve) -> None:
     published_text = f"{curve.reference_label}: {percent(published)}"
     published_label = axes.annotate(published_text, (0, published), (8, 7), **offset)
 
+    where: dict[str, Any] = dict(textcoords="offset points", xycoords=axes.get_xaxis_transform())
     for stage in main_run.stages:
         if stage.start:
             axes.axvline(stage.start, color=BEFORE_COLOR, linewidth=1, linestyle=(0, (1, 4)))
-        where: dict[str, Any] = dict(xycoords=axes.get_xaxis_transform(), textcoords="offset points")
         axes.annotate(stage.label, (stage.start, 0), (8, 10), **where, size=12, color=COLORS[0])
 
     for number, (run, color) in reversed(list(enumerate(zip(curve.runs, COLORS, strict=False)))):
         for stage_number, stage in enumerate(run.stages):
-            steps, success = zip(*stage.curve, strict=True) if stage.curve else ((), ())
+            steps, success = np.reshape(stage.curve, (-1, 2)).T
             gid = f"run-{number}-stage-{stage_number}"
             axes.plot(steps, success, color=color, linewidth=2, alpha=0.75, solid_capstyle="round", gid=gid)
 
