@@ -57,6 +57,12 @@ from algorithms.common.args import (
 )
 from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.episodes import played_episodes
+from algorithms.common.evaluation import (
+    evaluate_into,
+    evaluation_file,
+    jobs_in_training,
+    stored_starts,
+)
 from algorithms.common.features import FeatureStore
 from algorithms.common.frozen import StartPolicy, store_frozen_as
 from algorithms.common.monitor import Monitor
@@ -80,7 +86,6 @@ from algorithms.common.randomness import (
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
 from algorithms.common.step_sizes import StepSizes
-from algorithms.eval_gr00t import evaluate_into, evaluation_file, jobs_in_training, stored_starts
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 

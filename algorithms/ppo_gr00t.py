@@ -66,6 +66,7 @@ from algorithms.common.args import (
     share_of_process,
 )
 from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.evaluation import evaluate_into, evaluation_file, jobs_in_training
 from algorithms.common.features import FeatureStore
 from algorithms.common.frozen import StartPolicy, store_frozen_as
 from algorithms.common.monitor import Monitor
@@ -83,7 +84,6 @@ from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation
 from algorithms.common.stages import EnvStages
 from algorithms.common.step_sizes import StepSizes
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
-from algorithms.eval_gr00t import evaluate_into, evaluation_file, jobs_in_training
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 

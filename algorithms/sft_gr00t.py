@@ -54,12 +54,12 @@ from torch import Tensor, nn
 
 from algorithms.common.args import check_at_least, exact_quotient, parse_args, share_of_process
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment
+from algorithms.common.evaluation import evaluate_into, evaluation_file, jobs_in_training
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
 from algorithms.common.processes import for_all, main_first, make_accelerator
 from algorithms.common.randomness import seed_of
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
-from algorithms.eval_gr00t import evaluate_into, evaluation_file, jobs_in_training
 from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
 from gr00t_agent.loading import resolve_checkpoint, saved_policy

@@ -113,10 +113,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         self._num_chunks = num_action_chunks
         self._suite = suite
         self._init_states: InitStates = check_init_states(init_states, suite)
-        settings = (
-            suite, self._init_states, check_horizon(horizon, suite), int(image_size),
-            observe_images,
-        )  # fmt: skip
+        settings = (suite, self._init_states, check_horizon(horizon, suite), int(image_size), observe_images)
         self._workers = [_Worker(settings, self.renderer_name) for _ in range(num_envs)]
         self._episodes: list[dict[str, Any]] = []
 
@@ -239,11 +236,11 @@ class _Worker:
         environment = {**os.environ, "MUJOCO_GL": gl or "disabled", "PYTHONPATH": path}
         if gl is not None:
             environment["PYOPENGL_PLATFORM"] = gl  # this process may have chosen another one for itself
+        serve = f"from algorithms.common.reference_env import work; work({theirs.fileno()})"
+        output: dict[str, Any] = dict(stdout=self._log, stderr=subprocess.STDOUT)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from algorithms.common.reference_env import work; work({theirs.fileno()})"],
-            env=environment,
-            pass_fds=[theirs.fileno()], stdout=self._log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, "-c", serve], env=environment, pass_fds=[theirs.fileno()], **output
+        )
         theirs.close()
         self._connection = Connection(ours.detach())
         self.send(settings)
@@ -323,10 +320,14 @@ class _LiberoEnvironment:
             for _ in range(NUM_SETTLING_STEPS):
                 observation = env.step(SETTLING_ACTION)[0]
         self._raise_on_warning()
-        self._episode = dict(
-            task_descriptions=task.language, task_id=task_id, init_state_id=init_state_id, episode_length=0,
-            episode_return=0.0, success=bool(env.check_success()),
-        )  # fmt: skip
+        self._episode = {
+            "task_descriptions": task.language,
+            "task_id": task_id,
+            "init_state_id": init_state_id,
+            "episode_length": 0,
+            "episode_return": 0.0,
+            "success": bool(env.check_success()),
+        }
         return self._report(observation, np.zeros(0), is_over=False)
 
     def step(self, chunk: npt.NDArray[np.float64]) -> dict[str, Any]:
@@ -348,10 +349,14 @@ class _LiberoEnvironment:
         if self._env is not None:
             self._env.close()
         if self._has_images:
+            size = self._image_size
             self._env = import_libero().env_wrapper.OffScreenRenderEnv(
-                bddl_file_name=str(task.bddl_file), camera_names=list(DEFAULT_CAMERAS),
-                camera_heights=self._image_size, camera_widths=self._image_size, ignore_done=True,
-            )  # fmt: skip
+                bddl_file_name=str(task.bddl_file),
+                camera_names=list(DEFAULT_CAMERAS),
+                camera_heights=size,
+                camera_widths=size,
+                ignore_done=True,
+            )
         else:
             self._env = make_reference_env(task.bddl_file)
             self._env.env.ignore_done = True
@@ -383,17 +388,23 @@ class _LiberoEnvironment:
         self, observation: Any, rewards: npt.NDArray[Any], *, is_over: bool, num_steps: int = 0
     ) -> dict[str, Any]:
         """Returns the observation, the episode's numbers, and what this call added to them."""
-        states = np.concatenate([
-            observation["robot0_eef_pos"], axis_angle_from_quat(observation["robot0_eef_quat"]),
-            observation["robot0_gripper_qpos"],
-        ])  # fmt: skip
+        axis_angle = axis_angle_from_quat(observation["robot0_eef_quat"])
+        parts = (observation["robot0_eef_pos"], axis_angle, observation["robot0_gripper_qpos"])
+        states = np.concatenate(parts).astype(np.float32)
         images: dict[str, Any] = {}
         if self._has_images:
             for key, camera in zip(OBSERVATION_KEYS, DEFAULT_CAMERAS, strict=True):
                 images[key] = np.ascontiguousarray(observation[f"{camera}_image"][::-1, ::-1])
         episode = self._episode
-        return episode | images | dict(
-            states=states.astype(np.float32), rewards=rewards, num_steps=num_steps, is_over=is_over,
-            terminated=is_over and episode["success"],
-            truncated=is_over and episode["episode_length"] >= self._horizon,
-        )  # fmt: skip
+        return (
+            episode
+            | images
+            | {
+                "states": states,
+                "rewards": rewards,
+                "num_steps": num_steps,
+                "is_over": is_over,
+                "terminated": is_over and episode["success"],
+                "truncated": is_over and episode["episode_length"] >= self._horizon,
+            }
+        )

@@ -37,8 +37,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from algorithms.common.processes import leave
+from algorithms.common.provenance import describe_environment
 from algorithms.common.report import REPORT_NAME, write_report
-from algorithms.common.run_folder import describe_environment
 from algorithms.common.stages import EnvStages
 from gr00t_agent.files import whole_file, write_json, write_text
 

@@ -37,7 +37,6 @@ import warp as wp
 from libero_gym.conventions import ACTION_DIM
 from libero_gym.physics import predicates
 from libero_gym.physics import warp_kernels as kernels
-from libero_gym.physics.warp_loading import find_modules, load_modules
 from libero_gym.physics.controller import (
     NULLSPACE_STIFFNESS,
     SUBSTEPS,
@@ -46,6 +45,7 @@ from libero_gym.physics.controller import (
     inertia_addresses,
 )
 from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, check_state, load_task_data
+from libero_gym.physics.warp_loading import find_modules, load_modules
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
 from libero_gym.rendering.raycast import DevicePoses, default_device, list_devices
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, load_recorded_states
