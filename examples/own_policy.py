@@ -1,6 +1,6 @@
 """A policy of one's own in the vector environment: what it sees, what it returns, how success is counted.
 
-    pip install libero-gr00t
+    pip install .
     python examples/own_policy.py --num-envs 8
 
 The policy here is forty lines of NumPy that move the gripper to a point above the table and close it. It solves

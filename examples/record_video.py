@@ -1,6 +1,6 @@
 """An environment loop that films itself: Gymnasium's `RecordVideo` around `gym.make`.
 
-    pip install "libero-gr00t" "gymnasium[other]"   # the environment, and what RecordVideo writes mp4 files with
+    pip install . "gymnasium[other]"   # the environment, and what RecordVideo writes films with
     python examples/record_video.py --task-id 3
 
 A scripted expert acts, so that the films show something; put a policy of your own in its place. Two episodes take half
