@@ -373,7 +373,12 @@ class WarpRenderer:
         return np.moveaxis(images, 0, 1)  # [N, K, H, W, 3]; each camera's images are contiguous
 
     def _collect_torch(self, num_worlds: int, batches: Iterator[tuple[list[int], Any]]) -> torch.Tensor:
-        import torch  # not needed by any other path
+        try:
+            import torch  # not needed by any other path
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "images_as_torch=True needs PyTorch; install it with `pip install torch`, or leave the images in NumPy"
+            ) from error
 
         shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
         images = torch.empty(shape, dtype=torch.uint8, device=self._device)

@@ -21,10 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.common import processes
+from examples.own_agent_in_ppo import MLPAgent
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
 from gr00t_agent.loading import NANO_METADATA
 from tests.algorithms.line_env import LineVectorEnv
-from tests.algorithms.mlp_agent import MLPAgent
 from tests.algorithms.tiny_agent import tiny_agent
 
 TRAINERS = {"ppo": ppo_gr00t, "grpo": grpo_gr00t}

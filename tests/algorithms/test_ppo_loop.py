@@ -11,11 +11,11 @@ import torch
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.common import presets
 from algorithms.ppo_gr00t import PRESETS
+from examples.own_agent_in_ppo import MLPAgent
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.warp_worlds import WarpWorlds
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged, make_mlp_agent, make_tiny_agent, train, without_time
-from tests.algorithms.mlp_agent import MLPAgent
 
 NAMED_METRICS = (
     "actor/loss", "actor/value_loss", "actor/grad_norm", "actor/approx_kl", "actor/pg_clipfrac",

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from algorithms import ppo_gr00t
 from algorithms.common import resume
 from algorithms.common.resume import checkpoints_in, generator_states, restore_generators
+from examples.own_agent_in_ppo import MLPAgent
 from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
-from tests.algorithms.mlp_agent import MLPAgent
 
 ROOT = Path(__file__).resolve().parents[2]
 ALGORITHMS = ("ppo", "grpo")

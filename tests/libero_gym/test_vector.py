@@ -1,6 +1,7 @@
 """The vector environment: Gymnasium's contract, equality with single environments, chunks, autoreset, bad input."""
 
 import itertools
+import sys
 
 import gymnasium
 import numpy as np
@@ -585,6 +586,14 @@ def test_stepping_before_reset_is_refused():
         env.step(no_motion(2))
     with pytest.raises(ValueError, match="never reset"):
         env.reset(options={"reset_mask": np.array([True, False])})
+
+
+def test_images_as_torch_without_torch_say_what_to_install(monkeypatch):
+    env = make(1, observe_images=True, image_size=16, images_as_torch=True)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match="images_as_torch=True needs PyTorch; install it with"):
+        env.reset(seed=0)
+    env.close()
 
 
 def test_images_as_torch_equal_the_arrays():

@@ -387,6 +387,7 @@ def test_chunks_equal_single_steps_and_end_with_the_episode():
 
 
 def test_same_step_autoreset_gives_final_observation_and_info():
+    pytest.importorskip("torch", reason="torch is no part of this environment")
     env = make_env(horizon=2, observe_images=True, image_size=16, reward="relative", images_as_torch=True)
     env.reset(seed=0, options={"task_id": np.array([STOVE, 2]), "init_state_id": 0})
     env.step(no_motion(2))

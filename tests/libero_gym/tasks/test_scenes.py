@@ -13,7 +13,7 @@ import pytest
 
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
 from libero_gym.physics.controller import SUBSTEPS
-from libero_gym.tasks import scenes
+from libero_gym.tasks import scene_builder, scenes
 from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.scenes import load_scene, load_scenes
 from libero_gym.tasks.suites import get_task, list_tasks
@@ -170,6 +170,17 @@ from libero_gym.tasks import scenes
     ]
     assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["48", "48"]
     assert (tmp_path / "builds.txt").read_text() == "x"
+
+
+def test_installations_that_share_a_cache_keep_a_configuration_each(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path))
+    folders = []
+    for assets in ("first", "second", "first"):
+        monkeypatch.setattr(scene_builder, "_assets_root", lambda _, assets=assets: tmp_path / assets)
+        folders.append(scene_builder._write_libero_config())
+    assert folders[0] == folders[2] != folders[1]
+    for folder, assets in zip(folders, ("first", "second"), strict=False):
+        assert f'assets: "{tmp_path / assets}"' in (folder / "config.yaml").read_text()
 
 
 def test_scene_files_hold_no_absolute_asset_path(built_scene):
