@@ -482,7 +482,9 @@ def make_protocol(
         seeds=list(args.seeds), horizon=args.horizon or horizon(args.suite),
         environment="LIBERO" if args.reference_env else "libero_gym",
         init_states=check_init_states(args.init_states, args.suite),
-        renderer=cast(Any, envs.unwrapped).renderer_name, image_size=agent.image_size, num_envs=envs.num_envs,
+        renderer=cast(Any, envs.unwrapped).renderer_name,
+        texture_colorspace=cast(Any, envs.unwrapped).texture_colorspace,
+        image_size=agent.image_size, num_envs=envs.num_envs,
         checkpoint=args.checkpoint, weights_sha256=weights_digest(args.checkpoint),
         policy={name: getattr(agent.policy, name) for name in policy_fields},
     )  # fmt: skip

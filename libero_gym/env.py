@@ -21,6 +21,7 @@ from libero_gym.physics.simulation import (
     check_init_states,
     count_init_states,
 )
+from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
 
@@ -147,6 +148,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     - `image_size`: height and width in pixels.
     - `camera_names`: cameras of `images` and `wrist_images`.
     - `renderer`: "egl", "osmesa" or "warp"; None takes the best that the machine has.
+    - `texture_colorspace`: "linear" draws textures as MuJoCo up to 3.3.2 did, which public data sets and released
+      checkpoints saw, under any version and by any renderer; "auto" as the installed MuJoCo does, which is much darker
+      on the floor of libero_object from 3.3.3 on (see `libero_gym.rendering.textures`).
     - `observe_images`: False leaves both images out and needs no renderer.
     - `reward`, `horizon`: see above.
     - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
@@ -167,6 +171,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         image_size: int = 256,
         camera_names: Sequence[str] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
+        texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
         reward: RewardKind = "sparse",
         horizon: int | None = None,
@@ -193,6 +198,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             raise ValueError("render_mode='rgb_array' needs observe_images=True")
         if stepping not in ("exact", "fast", "numpy"):
             raise ValueError(f"stepping={stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        self._texture_colorspace = check_texture_colorspace(texture_colorspace)
         self.observation_space = make_observation_space(image_size, has_images=observe_images)
         self.action_space = make_action_space()
         self.render_mode = render_mode
@@ -319,7 +325,12 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             make_renderer,  # GL and Warp are imported only where images are wanted
         )
 
-        return make_renderer(kind, camera_names=self._camera_names, image_size=self._image_size)
+        return make_renderer(
+            kind,
+            camera_names=self._camera_names,
+            image_size=self._image_size,
+            texture_colorspace=self._texture_colorspace,
+        )
 
     def _require_simulation(self) -> Simulation:
         if self._simulation is None:

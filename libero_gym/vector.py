@@ -41,6 +41,7 @@ from libero_gym.physics.simulation import (
     check_state,
     count_init_states,
 )
+from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.scenes import Scene, load_scenes
 from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
 
@@ -162,6 +163,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         image_size: int = 256,
         camera_names: Sequence[str] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
+        texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
         images_as_torch: bool = False,
         reward: RewardKind = "sparse",
@@ -218,6 +220,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         if min(threads, self.num_envs) > 1:
             self._pool = ThreadPoolExecutor(min(threads, self.num_envs), "libero-step")
         self._as_torch = images_as_torch
+        self._texture_colorspace = check_texture_colorspace(texture_colorspace)
         self._renderer: Any = None
         if observe_images:
             self._renderer = self._open_renderer(renderer, tuple(camera_names), int(image_size), threads)
@@ -231,6 +234,11 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     def renderer_name(self) -> str | None:
         """Kind of the renderer in use, or None without images."""
         return None if self._renderer is None else self._renderer.name
+
+    @property
+    def texture_colorspace(self) -> TextureColorspace:
+        """Which colours textures have, see `LiberoEnv`."""
+        return self._texture_colorspace
 
     @property
     def simulations(self) -> tuple[Simulation, ...]:
@@ -398,7 +406,14 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             kind = "warp"
         if self._as_torch and kind != "warp":
             raise ValueError(f"images_as_torch=True needs renderer='warp' (given: {kind!r})")
-        return make_renderer(kind, camera_names=cameras, image_size=size, num_worlds=self.num_envs, num_threads=threads)
+        return make_renderer(
+            kind,
+            camera_names=cameras,
+            image_size=size,
+            num_worlds=self.num_envs,
+            num_threads=threads,
+            texture_colorspace=self._texture_colorspace,
+        )
 
     def _each(self, function: Callable[[int], Result], indices: Sequence[int] | range) -> list[Result]:
         """Apply `function` to environments, in threads; an error names the environment."""

@@ -4,16 +4,24 @@ Every renderer draws a batch of worlds and returns images in the convention of t
 released checkpoints: LIBERO's raw image (OpenGL's row order, upside down) rotated by 180 degrees, which is the true
 camera view mirrored left to right.
 
-- "egl", "osmesa": MuJoCo's classic OpenGL renderer, pixel-identical to LIBERO's `OffScreenRenderEnv` on the same
-  machine. One context, worlds one after another. EGL draws on the GPU of the process's CUDA device, so that each rank
-  of distributed training uses its own; `MUJOCO_EGL_DEVICE_ID` overrides that.
+- "egl", "osmesa": MuJoCo's classic OpenGL renderer, set up as LIBERO's `OffScreenRenderEnv` sets it up and, with
+  `texture_colorspace="auto"`, pixel-identical to that on the same machine. One context, worlds one after another. EGL
+  draws on the GPU of the process's CUDA device, so that each rank of distributed training uses its own;
+  `MUJOCO_EGL_DEVICE_ID` overrides that.
 - "warp": needs nothing but pip, on a CPU or a CUDA device, all worlds at once; see `libero_gym.rendering.raycast`.
+
+Textures have the colours of the public data sets by default, whatever the version of MuJoCo, see
+`libero_gym.rendering.textures`.
+
+A renderer works in the process that made it. In one that was forked from it, drawing raises an error; there, OpenGL and
+CUDA cannot be used at all once the parent has.
 
 Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import ctypes.util
@@ -23,6 +31,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -31,7 +40,9 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.fork import Owner
 from libero_gym.rendering.ray_scene import VISIBLE_GROUPS
+from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace, textures_in
 from libero_gym.tasks.scenes import Scene
 
 if TYPE_CHECKING:
@@ -76,7 +87,11 @@ class Renderer(Protocol):
         ...
 
     def render(self, simulations: Sequence[Simulation]) -> Images:
-        """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls."""
+        """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls.
+
+        Raises:
+            RuntimeError: This process was forked from the one that made the renderer.
+        """
         ...
 
     def close(self) -> None:
@@ -92,6 +107,7 @@ def make_renderer(
     num_worlds: int = 1,
     antialiasing: bool = True,
     num_threads: int | None = None,
+    texture_colorspace: TextureColorspace = "linear",
 ) -> Renderer:
     """Opens a renderer.
 
@@ -105,13 +121,16 @@ def make_renderer(
         num_worlds: How many worlds will usually be drawn at once.
         antialiasing: Whether Warp takes four samples of pixels at edges. OpenGL always does.
         num_threads: Threads of Warp on a CPU; None takes all cores that this process may use.
+        texture_colorspace: "linear", colours as in the public data sets, or "auto", as the installed MuJoCo draws; see
+            `libero_gym.rendering.textures`.
 
     Returns:
         The renderer.
 
     Raises:
-        ValueError: An unknown kind, or a size or number that is not positive.
+        ValueError: An unknown kind or colour space, or a size or number that is not positive.
         RendererUnavailableError: The renderer cannot be used here; the message says what to install.
+        RuntimeError: This process was forked from one that had opened a renderer on a GPU.
     """
     if kind is not None and kind not in RENDERER_KINDS:
         raise ValueError(f"renderer={kind!r} is unknown (valid: None, 'egl', 'osmesa', 'warp')")
@@ -119,6 +138,7 @@ def make_renderer(
         raise ValueError(f"image_size={image_size} is not a positive number of pixels")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads={num_threads} must be at least 1, or None for all cores")
+    check_texture_colorspace(texture_colorspace)
     chosen = kind or _choose(num_worlds)
     renderer: Renderer
     if chosen == "warp":
@@ -128,9 +148,15 @@ def make_renderer(
             raise RendererUnavailableError(
                 f"renderer 'warp' is not available ({error}): {_REMEDIES['warp']}"
             ) from error
-        renderer = WarpRenderer(camera_names, image_size, antialiasing=antialiasing, num_threads=num_threads)
+        renderer = WarpRenderer(
+            camera_names,
+            image_size,
+            antialiasing=antialiasing,
+            num_threads=num_threads,
+            texture_colorspace=texture_colorspace,
+        )
     else:
-        renderer = GlRenderer(chosen, camera_names, image_size)
+        renderer = GlRenderer(chosen, camera_names, image_size, texture_colorspace=texture_colorspace)
     if kind is None:
         _log_choice(renderer.name)
     return renderer
@@ -260,14 +286,48 @@ def _chosen_egl_device(platform: Any) -> Generator[None]:
         del os.environ["MUJOCO_EGL_DEVICE_ID"]
 
 
+# Renderers whose contexts are open. Left so, they are closed at exit, while the OpenGL library still works.
+_open_renderers: weakref.WeakSet[GlRenderer] = weakref.WeakSet()
+# Who opened OpenGL: its library has threads, and EGL's one display belongs to the process.
+_opengl_owner: Owner | None = None
+# What a child inherited; kept, for to free it would call OpenGL.
+_inherited: list[Any] = []
+
+
+def _close_open_renderers() -> None:
+    for renderer in list(_open_renderers):
+        renderer.close()
+
+
+def _close_at_exit(renderer: GlRenderer) -> None:
+    """Has `renderer`, whose context was just created, closed at exit if it is still open then.
+
+    Exit handlers run last in, first out: this one comes before that which `mujoco.egl` registers with the process's
+    first context, and which ends EGL.
+    """
+    global _opengl_owner
+    if _opengl_owner is None:
+        _opengl_owner = Owner("OpenGL")
+        atexit.register(_close_open_renderers)
+    _open_renderers.add(renderer)
+
+
 class GlRenderer:
     """MuJoCo's classic renderer in an off-screen context, as robosuite sets it up.
 
-    The context is created by the first image and belongs to the process that did so: create renderers after
-    starting worker processes, and start those by spawning.
+    The context is created by the first image. Create renderers after starting worker processes, and start those by
+    spawning.
     """
 
-    def __init__(self, kind: str, camera_names: Sequence[str], image_size: int, *, reflections: bool = True):
+    def __init__(
+        self,
+        kind: str,
+        camera_names: Sequence[str],
+        image_size: int,
+        *,
+        reflections: bool = True,
+        texture_colorspace: TextureColorspace = "linear",
+    ):
         """Loads the OpenGL bindings; see `make_renderer`.
 
         Args:
@@ -275,11 +335,15 @@ class GlRenderer:
             camera_names: Cameras of the scene, in the order of the images.
             image_size: Height and width of the images, pixels.
             reflections: Whether reflective surfaces mirror, as LIBERO's do.
+            texture_colorspace: See `libero_gym.rendering.textures`.
 
         Raises:
+            ValueError: An unknown colour space.
             RendererUnavailableError: There is no such OpenGL platform.
         """
         self._kind: Any = kind
+        self._texture_colorspace = check_texture_colorspace(texture_colorspace)
+        self._owner = Owner(f"the renderer {kind!r}")
         self._camera_names = tuple(camera_names)
         self._size = image_size
         self._reflections = reflections
@@ -316,18 +380,24 @@ class GlRenderer:
         Raises:
             RendererUnavailableError: No context can be created.
             ValueError: A camera is not in the scene.
+            RuntimeError: This process was forked from the one that made the renderer, or that has used OpenGL.
         """
         self._make_current()
         images = np.empty((len(simulations), len(self._camera_names), self._size, self._size, 3), dtype=np.uint8)
         for image, simulation in zip(images, simulations, strict=True):
             scene = simulation.scene
             if scene.key not in self._scenes:
-                self._scenes[scene.key] = _GlScene(scene, self._camera_names, self._size, self._reflections)
+                self._scenes[scene.key] = _GlScene(
+                    scene, self._camera_names, self._size, self._reflections, self._texture_colorspace
+                )
             self._scenes[scene.key].render(simulation, image)
         return images
 
     def close(self) -> None:
-        """Releases the context; a second call does nothing."""
+        """Releases the context, in the process that made it; a second call does nothing."""
+        if not self._owner.is_this_process:
+            _inherited.append((self._context, self._scenes))
+            self._context, self._scenes = None, {}
         if self._context is not None:
             self._context.make_current()
             for scene in self._scenes.values():
@@ -335,9 +405,13 @@ class GlRenderer:
             self._context.free()
             self._context = None
         self._scenes.clear()
+        _open_renderers.discard(self)
 
     def _make_current(self) -> None:
+        self._owner.check()
         if self._context is None:
+            if _opengl_owner is not None:
+                _opengl_owner.check()
             is_first_on_egl = self._kind == "egl" and self._platform.EGL_DISPLAY is None
             try:
                 with _chosen_egl_device(self._platform) if is_first_on_egl else contextlib.nullcontext():
@@ -348,6 +422,7 @@ class GlRenderer:
                 raise RendererUnavailableError(
                     f"renderer {self._kind!r} cannot create a context ({error}): {_REMEDIES[self._kind]}"
                 ) from error
+            _close_at_exit(self)
         self._context.make_current()
 
 
@@ -358,7 +433,14 @@ _render_model_lock = threading.Lock()
 class _GlScene:
     """OpenGL resources of one scene."""
 
-    def __init__(self, scene: Scene, camera_names: tuple[str, ...], size: int, reflections: bool):
+    def __init__(
+        self,
+        scene: Scene,
+        camera_names: tuple[str, ...],
+        size: int,
+        reflections: bool,
+        texture_colorspace: TextureColorspace,
+    ):
         model = scene.render_model
         self._scene = scene
         self._model = model
@@ -371,7 +453,8 @@ class _GlScene:
         with _render_model_lock:
             model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
             model.vis.global_.offheight = max(model.vis.global_.offheight, size)
-            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+            with textures_in(model, texture_colorspace):
+                self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._drawing = mujoco.MjvScene(model, maxgeom=_MAX_SCENE_GEOMS)
         self._drawing.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = reflections
