@@ -443,15 +443,25 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
 
 
 def _halve(pixels: NDArray[np.uint8] | FloatArray) -> FloatArray:
-    """Averages 2 x 2 texels of [faces, height, width, 3]; an odd last row or column is dropped."""
-    height, width = pixels.shape[1:3]
-    rows = pixels[:, : height // 2 * 2].astype(np.float32) if height > 1 else pixels.astype(np.float32)
-    if height > 1:
-        rows = 0.5 * (rows[:, 0::2] + rows[:, 1::2])
-    if width > 1:
-        rows = rows[:, :, : width // 2 * 2]
-        rows = 0.5 * (rows[:, :, 0::2] + rows[:, :, 1::2])
-    return rows
+    """Halves [faces, height, width, 3] as Mesa's glGenerateMipmap does: bilinear samples at the new texels' centres.
+
+    An even size is thereby averaged in pairs; of an odd one no row is dropped.
+    """
+    values = pixels.astype(np.float32)
+    for axis in (1, 2):
+        size = values.shape[axis]
+        if size == 1:
+            continue
+        if size % 2 == 0:
+            pairs = values.reshape(*values.shape[:axis], size // 2, 2, *values.shape[axis + 1 :])
+            first, second, weight = pairs.take(0, axis + 1), pairs.take(1, axis + 1), np.float32(0.5)
+        else:
+            centres = (np.arange(size // 2) + 0.5) * size / (size // 2) - 0.5
+            below = centres.astype(np.int64)
+            first, second = values.take(below, axis), values.take(below + 1, axis)
+            weight = np.expand_dims((centres - below).astype(np.float32), tuple(range(1, 4 - axis)))
+        values = first + weight * (second - first)
+    return values
 
 
 def _srgb_to_linear(values: FloatArray) -> FloatArray:
