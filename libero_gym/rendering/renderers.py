@@ -22,9 +22,9 @@ Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import ctypes.util
+import functools
 import importlib
 import importlib.util
 import logging
@@ -32,7 +32,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -266,32 +266,33 @@ def _current_cuda_device() -> int | None:
     return int(torch.cuda.current_device())
 
 
-@contextlib.contextmanager
-def _chosen_egl_device(platform: Any) -> Generator[None]:
-    """Makes `mujoco.egl` open the process's one display on the device of `choose_egl_device`."""
+def _open_chosen_display(platform: Any) -> None:
+    """Opens the process's one display, as `mujoco.egl` would, on the device of `choose_egl_device`.
+
+    Left to `mujoco.egl` where the user or nobody has chosen. It is not told by `MUJOCO_EGL_DEVICE_ID`, since MuJoCo 3
+    counts EGL devices by it and MuJoCo 4 those of CUDA.
+    """
+    egl = platform.EGL
     requested = os.environ.get("MUJOCO_EGL_DEVICE_ID")
     index = choose_egl_device(
-        _read_cuda_ordinals(platform.EGL),
+        _read_cuda_ordinals(egl),
         requested=requested,
         cuda_device=_current_cuda_device(),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
     )
     if index is None or requested is not None:
-        yield
         return
-    os.environ["MUJOCO_EGL_DEVICE_ID"] = str(index)
-    try:
-        yield
-    finally:
-        del os.environ["MUJOCO_EGL_DEVICE_ID"]
+    device = egl.eglQueryDevicesEXT()[index]
+    display = egl.eglGetPlatformDisplayEXT(egl.EGL_PLATFORM_DEVICE_EXT, device, None)
+    egl.eglInitialize(display, None, None)  # raises if it fails, as PyOpenGL checks errors
+    platform.EGL_DISPLAY = display
+    atexit.register(egl.eglTerminate, display)
 
 
 # Renderers whose contexts are open. Left so, they are closed at exit, while the OpenGL library still works.
 _open_renderers: weakref.WeakSet[GlRenderer] = weakref.WeakSet()
 # Who opened OpenGL: its library has threads, and EGL's one display belongs to the process.
 _opengl_owner: Owner | None = None
-# What a child inherited; kept, for to free it would call OpenGL.
-_inherited: list[Any] = []
 
 
 def _close_open_renderers() -> None:
@@ -299,17 +300,26 @@ def _close_open_renderers() -> None:
         renderer.close()
 
 
-def _close_at_exit(renderer: GlRenderer) -> None:
-    """Has `renderer`, whose context was just created, closed at exit if it is still open then.
+def _close_at_exit(renderer: GlRenderer, platform: Any) -> None:
+    """Has `renderer`, whose context was just created by `platform`, closed at exit if it is still open then.
 
-    Exit handlers run last in, first out: this one comes before that which `mujoco.egl` registers with the process's
-    first context, and which ends EGL.
+    Exit handlers run last in, first out: this one comes before that which was registered with the process's first
+    context, and which ends EGL.
     """
     global _opengl_owner
     if _opengl_owner is None:
         _opengl_owner = Owner("OpenGL")
         atexit.register(_close_open_renderers)
+        os.register_at_fork(after_in_child=functools.partial(_abandon_opengl, platform))
     _open_renderers.add(renderer)
+
+
+def _abandon_opengl(platform: Any) -> None:
+    """Keeps a forked child from freeing what its parent goes on using: that would wait for the parent's threads."""
+    if hasattr(platform, "EGL"):
+        atexit.unregister(platform.EGL.eglTerminate)
+    for renderer in _open_renderers:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(renderer))
 
 
 class GlRenderer:
@@ -396,8 +406,7 @@ class GlRenderer:
     def close(self) -> None:
         """Releases the context, in the process that made it; a second call does nothing."""
         if not self._owner.is_this_process:
-            _inherited.append((self._context, self._scenes))
-            self._context, self._scenes = None, {}
+            return
         if self._context is not None:
             self._context.make_current()
             for scene in self._scenes.values():
@@ -414,15 +423,16 @@ class GlRenderer:
                 _opengl_owner.check()
             is_first_on_egl = self._kind == "egl" and self._platform.EGL_DISPLAY is None
             try:
-                with _chosen_egl_device(self._platform) if is_first_on_egl else contextlib.nullcontext():
-                    self._context = self._platform.GLContext(max(self._size, 640), max(self._size, 480))
+                if is_first_on_egl:
+                    _open_chosen_display(self._platform)
+                self._context = self._platform.GLContext(max(self._size, 640), max(self._size, 480))
             except RendererUnavailableError:
                 raise
             except Exception as error:  # PyOpenGL raises its own, undocumented kinds
                 raise RendererUnavailableError(
                     f"renderer {self._kind!r} cannot create a context ({error}): {_REMEDIES[self._kind]}"
                 ) from error
-            _close_at_exit(self)
+            _close_at_exit(self, self._platform)
         self._context.make_current()
 
 

@@ -48,7 +48,7 @@ def check_texture_colorspace(value: str) -> TextureColorspace:
 
 
 def installed_colorspace() -> TextureColorspace:
-    """Returns what the installed MuJoCo does, and with it LIBERO's own environment: "linear" before 3.3.3, else "auto"."""
+    """Returns how LIBERO itself draws with the installed MuJoCo: "linear" before 3.3.3, "auto" since."""
     return "auto" if hasattr(mujoco.MjModel, "tex_colorspace") else "linear"
 
 
