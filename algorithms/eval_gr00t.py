@@ -152,6 +152,7 @@ def make_protocol(
         "environment": "LIBERO" if args.reference_env else "libero_gym",
         "init_states": check_init_states(args.init_states, args.suite),
         "renderer": cast(Any, envs.unwrapped).renderer_name,
+        "texture_colorspace": cast(Any, envs.unwrapped).texture_colorspace,
         "image_size": agent.image_size,
         "num_envs": envs.num_envs,
         "checkpoint": args.checkpoint,

@@ -24,6 +24,7 @@ from libero_gym.options import (
 )
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.rendering.protocol import RendererKind
+from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
@@ -91,6 +92,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     - `image_size`: height and width in pixels.
     - `camera_names`: cameras of `images` and `wrist_images`.
     - `renderer`: "egl", "osmesa" or "warp"; None takes the best that the machine has.
+    - `texture_colorspace`: "linear" draws textures as MuJoCo up to 3.3.2 did, which public data sets and released
+      checkpoints saw, under any version and by any renderer; "auto" as the installed MuJoCo does, which is much darker
+      on the floor of libero_object from 3.3.3 on (see `libero_gym.rendering.textures`).
     - `observe_images`: False leaves both images out and needs no renderer.
     - `reward`, `horizon`: see above.
     - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
@@ -111,6 +115,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         image_size: int = 256,
         camera_names: Sequence[str] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
+        texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
         reward: RewardKind = "sparse",
         horizon: int | None = None,
@@ -138,6 +143,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             init_states=check_init_states(init_states, suite),
             stepping=stepping,
             render_mode=render_mode,
+            texture_colorspace=texture_colorspace,
         )
         self.observation_space = make_observation_space(image_size, has_images=observe_images)
         self.action_space = make_action_space()

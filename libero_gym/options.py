@@ -14,6 +14,7 @@ from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ
 from libero_gym.physics.simulation import Stepping
 from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.renderers import make_renderer
+from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.initial_states import InitStates
 from libero_gym.tasks.suites import horizon, is_integer
 
@@ -45,6 +46,7 @@ class EnvOptions:
         init_states: kind of the initial states, from `check_init_states`.
         stepping: see `libero_gym.Simulation`.
         render_mode: None or "rgb_array".
+        texture_colorspace: "linear" or "auto", see `libero_gym.rendering.textures`.
     """
 
     suite: str
@@ -57,6 +59,7 @@ class EnvOptions:
     init_states: InitStates
     stepping: Stepping
     render_mode: str | None
+    texture_colorspace: TextureColorspace
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -76,6 +79,8 @@ class EnvOptions:
         if self.render_mode is not None and not self.observe_images:
             raise ValueError(f"render_mode={self.render_mode!r} needs observe_images=True")
 
+        check_texture_colorspace(self.texture_colorspace)
+
     def open_renderer(self, *, num_worlds: int = 1, num_threads: int | None = None) -> Renderer | None:
         """Return the renderer for so many worlds; None without images.
 
@@ -91,6 +96,7 @@ class EnvOptions:
             image_size=int(self.image_size),
             num_worlds=num_worlds,
             num_threads=num_threads,
+            texture_colorspace=self.texture_colorspace,
         )
 
 

@@ -35,6 +35,7 @@ from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
 from libero_gym.rendering.protocol import RendererKind
+from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
 from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
 
@@ -190,6 +191,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         image_size: int = 256,
         camera_names: Sequence[str] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
+        texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
         images_as_torch: bool = False,
         reward: RewardKind = "sparse",
@@ -240,6 +242,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             init_states=check_init_states(init_states, suite),
             stepping=stepping,
             render_mode=render_mode,
+            texture_colorspace=texture_colorspace,
         )
         self._autoreset = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self._autoreset}
@@ -295,6 +298,11 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         if self._worlds is None:
             raise ValueError(CLOSED)
         return self._worlds
+
+    @property
+    def texture_colorspace(self) -> TextureColorspace:
+        """Which colours textures have, see `LiberoEnv`."""
+        return self.options.texture_colorspace
 
     @property
     def simulations(self) -> tuple[Simulation, ...]:

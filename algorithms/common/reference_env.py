@@ -10,6 +10,10 @@ An episode starts by `numpy.random.seed(s); env.reset(); env.set_init_state(stat
   fixture poses and the controller's memory, written into LIBERO's simulation.
 With s drawn as `LiberoVectorEnv` draws it, both environments then go through the same states under the same actions.
 
+Pictures are those of LIBERO on this machine: from MuJoCo 3.3.3 on, the floor of libero_object is much darker than in
+public data sets and in what `libero_gym` draws by default. `texture_colorspace` says which look LIBERO has here;
+`libero_gym` environments made with it draw the same pixels. Install `mujoco<3.3.3` to see LIBERO as those data sets do.
+
 LIBERO appends its samplers of drawers' and knobs' positions anew at every reset and draws from all of them; here the
 list is cut back to its length after construction, so that an episode does not depend on how many came before it.
 
@@ -46,6 +50,7 @@ from libero_gym.options import (
 )
 from libero_gym.physics.controller import axis_angle_from_quat
 from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError
+from libero_gym.rendering.textures import TextureColorspace, installed_colorspace
 from libero_gym.tasks.initial_states import (
     InitStates,
     RecordedKind,
@@ -80,6 +85,11 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         horizon: steps before truncation; None takes the suite's.
         init_states: "settled", "held_out" or "original"; None as for `LiberoEnv`.
 
+    Attributes:
+        renderer_name: OpenGL platform in use, None without images.
+        texture_colorspace: look of LIBERO's pictures under the installed MuJoCo, "linear" before 3.3.3, else "auto", in
+            the terms of `libero_gym.rendering.textures`.
+
     Raises:
         ValueError: an argument is not among the allowed ones; the message lists them.
         FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
@@ -105,6 +115,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
             raise ValueError(f"num_envs={num_envs} and num_action_chunks={num_action_chunks} must be at least 1")
         self.num_envs = num_envs
         self.renderer_name: str | None = (renderer or "egl") if observe_images else None
+        self.texture_colorspace: TextureColorspace = installed_colorspace()
         self.single_observation_space = make_observation_space(image_size, has_images=observe_images)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.single_action_space = make_action_space()

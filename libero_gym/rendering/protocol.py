@@ -72,7 +72,11 @@ class Renderer(Protocol):
         ...
 
     def render(self, simulations: Sequence[Drawable]) -> Images:
-        """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls."""
+        """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls.
+
+        Raises:
+            RuntimeError: this process was forked from the one that made the renderer.
+        """
         ...
 
     def close(self) -> None:

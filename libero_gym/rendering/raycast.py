@@ -25,9 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import warp as wp
 
+from libero_gym.fork import Owner
 from libero_gym.rendering import ray_kernels
 from libero_gym.rendering.protocol import Drawable, Images, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import RayScene, build_ray_scene
+from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.scenes import Scene
 
@@ -64,9 +66,13 @@ def _start_warp() -> None:
         if wp.config.log_level == wp.LOG_INFO:  # not if the user has asked for another one
             wp.config.log_level = wp.LOG_WARNING
         wp.init()
+        global _warp_owner
+        if _warp_owner is None:
+            _warp_owner = Owner("CUDA")
 
 
 _start_lock = threading.Lock()
+_warp_owner: Owner | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -123,7 +129,12 @@ class DeviceScene:
 
 @functools.lru_cache(maxsize=64)
 def load_device_scene(
-    scene: Scene, camera_names: tuple[str, ...], device: str, *, reflections: bool = True
+    scene: Scene,
+    camera_names: tuple[str, ...],
+    device: str,
+    *,
+    reflections: bool = True,
+    texture_colorspace: TextureColorspace = "linear",
 ) -> DeviceScene:
     """Returns a scene on a device; equal arguments share one object (some 100 MB).
 
@@ -131,7 +142,13 @@ def load_device_scene(
         ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
     """
     lit_sites = tuple(int(site) for site in scene.indicator_site_ids)
-    ray_scene = build_ray_scene(scene.render_model, camera_names, lit_sites=lit_sites, reflections=reflections)
+    ray_scene = build_ray_scene(
+        scene.render_model,
+        camera_names,
+        lit_sites=lit_sites,
+        reflections=reflections,
+        texture_colorspace=texture_colorspace,
+    )
     # The model with visuals (130 to 310 MB) has served its purpose; it is compiled again should OpenGL want it.
     vars(scene).pop("render_model", None)
     return DeviceScene(ray_scene, device)
@@ -295,6 +312,7 @@ class WarpRenderer:
         antialiasing: bool = True,
         reflections: bool = True,
         num_threads: int | None = None,
+        texture_colorspace: TextureColorspace = "linear",
     ):
         """Starts Warp; see `make_renderer`.
 
@@ -305,13 +323,20 @@ class WarpRenderer:
             antialiasing: Whether pixels at edges get four samples.
             reflections: Whether reflective surfaces mirror, as LIBERO's do.
             num_threads: Threads on a CPU; None takes all cores that this process may use.
+            texture_colorspace: See `libero_gym.rendering.textures`.
 
         Raises:
+            ValueError: An unknown colour space.
             RendererUnavailableError: Warp has no such device.
+            RuntimeError: The device is a GPU, and this process was forked from one that had started Warp.
         """
+        self._texture_colorspace = check_texture_colorspace(texture_colorspace)
+        self._owner = Owner("the renderer 'warp'")
         self._device = default_device() if device is None else device
         if self._device not in list_devices():
             raise RendererUnavailableError(f"Warp has no device {self._device!r} (valid: {list_devices()})")
+        if self._device != "cpu" and _warp_owner is not None:
+            _warp_owner.check()
         self._camera_names = tuple(camera_names)
         self._size = image_size
         self._antialiasing = antialiasing
@@ -342,6 +367,7 @@ class WarpRenderer:
 
         Raises:
             ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
+            RuntimeError: This process was forked from the one that made the renderer.
         """
         return self._collect(len(simulations), self._draw(simulations))
 
@@ -359,9 +385,9 @@ class WarpRenderer:
 
     def close(self) -> None:
         """Releases threads and buffers; a second call does nothing."""
-        if self._pool is not None:
+        if self._pool is not None and self._owner.is_this_process:
             self._pool.shutdown()
-            self._pool = None
+        self._pool = None
         self._casters.clear()
         self._scratch.clear()
 
@@ -406,8 +432,15 @@ class WarpRenderer:
             yield list(range(part.start, part.stop)), batch
 
     def _caster(self, scene: Scene) -> SceneCaster:
+        self._owner.check()
         if scene.key not in self._casters:
-            device_scene = load_device_scene(scene, self._camera_names, self._device, reflections=self._reflections)
+            device_scene = load_device_scene(
+                scene,
+                self._camera_names,
+                self._device,
+                reflections=self._reflections,
+                texture_colorspace=self._texture_colorspace,
+            )
             self._casters[scene.key] = SceneCaster(
                 device_scene, self._size, antialiasing=self._antialiasing, pool=self._pool
             )
