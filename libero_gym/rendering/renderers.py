@@ -61,36 +61,6 @@ _REMEDIES = {
 }
 
 
-class RendererUnavailableError(RuntimeError):
-    """A renderer that was asked for cannot be used on this machine."""
-
-
-class Renderer(Protocol):
-    """What draws simulations."""
-
-    @property
-    def name(self) -> RendererKind:
-        """Kind of renderer."""
-        ...
-
-    @property
-    def uses_all_cores(self) -> bool:
-        """Whether drawing occupies all cores, so that nothing else should run beside it."""
-        ...
-
-    def render(self, simulations: Sequence[Simulation]) -> Images:
-        """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls.
-
-        Raises:
-            RuntimeError: This process was forked from the one that made the renderer.
-        """
-        ...
-
-    def close(self) -> None:
-        """Releases contexts and buffers; a second call does nothing."""
-        ...
-
-
 def make_renderer(
     kind: str | None = None,
     *,
