@@ -150,6 +150,10 @@ class Args:
     logprob_level: Literal["chunk", "action", "token"] = "chunk"
     """What has one ratio to clip: the whole chunk (log-probabilities summed over C steps and their
     dimensions), each of its actions (summed over dimensions), or each dimension of each action."""
+    joint_logprob: bool = False
+    """Noise at every denoising step, and one log-probability of the whole chain; otherwise one step
+    of each chain is noised and scored. With reinflow's noise and ent_coef 0.005 this is pi_RL's
+    Flow-Noise."""
     train_backbone: bool = False
     """Train the vision tower and the language model too; otherwise their features are computed once
     a decision."""
@@ -182,6 +186,8 @@ class Args:
     """AdamW's step size for the policy."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon: gradients much smaller than it take smaller steps."""
     lr_schedule: Literal["constant", "linear", "adaptive"] = "constant"
     """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow
     target_kl: 1.5 times smaller after an update that ended above it, 1.5 times larger after one
@@ -228,8 +234,7 @@ class Args:
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 1
-    """Checkpoints that are kept besides for their success rate (evaluated ones, if eval_interval is
-    not 0)."""
+    """Evaluated checkpoints that are kept besides for their success rate."""
 
     # --- logging ---
     log_with: tuple[str, ...] = ("tensorboard",)
@@ -248,8 +253,12 @@ class Args:
         return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
-        """Returns what the best checkpoints are chosen by."""
-        return metrics.get("eval/success_once" if self.eval_interval else "env/success_once")
+        """Returns what the best checkpoints are chosen by; None where none was evaluated.
+
+        Not the success of an iteration's own episodes: where an iteration is shorter than a
+        horizon, those that end early, successes, end in it more often than others.
+        """
+        return metrics.get("eval/success_once")
 
 
 PRESETS = {name: Args(**settings) for name, settings in presets.GRPO.items()}
@@ -313,7 +322,9 @@ def make_agent(args: Args) -> Gr00tAgent:
         denoising_steps=args.denoising_steps,
         noise_method=args.noise_method,
         noise_level=args.noise_level,
-        logprob_level=args.logprob_level,
+        joint_logprob=args.joint_logprob,
+        # Chunks are summed up here, where it is known which of their actions were executed.
+        logprob_level="token" if args.logprob_level == "token" else "action",
         train_backbone=args.train_backbone,
         compute_dtype=args.compute_dtype,
     )
@@ -364,9 +375,36 @@ def divergence(logratio: Tensor) -> Tensor:
     return logratio.exp() - 1 - logratio
 
 
-def per_decision(reduce: Callable[..., Tensor], *elements: Tensor) -> list[Tensor]:
-    """Returns each of `elements` [B, ...] reduced to one number per decision [B]."""
-    return [reduce(x.float().reshape(len(x), -1), dim=1) for x in elements]
+def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+    """Returns log-probabilities or entropies of the actions that were executed, at `level`.
+
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
+    consequence, and are 0 here.
+
+    Args:
+        elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
+        executed: [B, C] bool, True where an action was executed.
+        level: "chunk" sums over all actions to [B], "action" and "token" keep the shape.
+    """
+    if elements.ndim == 1:
+        return elements
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2))
+    elements = torch.where(mask, elements, 0.0)
+    return elements.flatten(1).sum(dim=1) if level == "chunk" else elements
+
+
+def mean_of_executed(elements: Tensor, executed: Tensor) -> Tensor:
+    """Returns the mean of each decision's elements [B], [B, C] or [B, C, a] that count, [B]."""
+    if elements.ndim == 1:
+        return elements.float()
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2)).expand_as(elements)
+    total = torch.where(mask, elements.float(), 0.0).flatten(1).sum(dim=1)
+    return total / mask.flatten(1).sum(dim=1).clamp(min=1)
+
+
+def sum_per_decision(elements: Tensor) -> Tensor:
+    """Returns the sum of each decision's elements [B, ...], [B]."""
+    return elements.float().reshape(len(elements), -1).sum(dim=1)
 
 
 def sample_groups(
@@ -417,6 +455,7 @@ def main(
     env_ids = accelerator.process_index * num_envs + np.arange(num_envs)
     groups_per_rollout = args.num_envs // args.group_size
     all_starts = stored_starts(args.suite, args.task_ids)
+    action_numbers = np.arange(args.num_action_chunks)
 
     # --- agent and optimiser ---
     set_seed(args.seed)  # the same weights on every process
@@ -436,7 +475,7 @@ def main(
     optimizer = torch.optim.AdamW(
         param_groups,
         betas=(0.9, 0.95),
-        eps=1e-5,
+        eps=args.adam_eps,
         weight_decay=args.weight_decay,
     )
     model, optimizer = prepare(accelerator, agent, optimizer)
@@ -527,12 +566,15 @@ def main(
                 success = np.zeros(num_envs, dtype=bool)
                 length = np.zeros(num_envs, dtype=np.int64)  # environment steps
                 decisions: list[dict[str, Any]] = []
+                latest: dict[int, dict[str, Any]] = {}  # the last decision of each stage
 
                 while any(len(rows) for rows in live):
                     for i, stage in enumerate(stages):
                         if stage.waits:  # what the decision before has led to
                             outcome = stage.receive()
                             rows = live[i]
+                            num_executed = outcome.infos["num_steps"][rows]
+                            latest[i]["executed"] = num_executed[:, None] > action_numbers
                             is_end = outcome.terminated | outcome.truncated
                             success[stage.offset + rows] |= outcome.infos["success"][rows]
                             length[stage.offset + rows] = outcome.infos["episode_length"][rows]
@@ -555,14 +597,13 @@ def main(
                             stage.send(env_action, rows)
 
                             row = store.put(obs, features)
-                            decisions.append(
-                                dict(
-                                    obs=row,
-                                    action=action,
-                                    logprob=logprob,
-                                    episode=episode,
-                                )
+                            latest[i] = dict(
+                                obs=row,
+                                action=action,
+                                logprob=logprob,
+                                episode=episode,
                             )
+                            decisions.append(latest[i])
 
                 num_rollouts += 1
                 monitor.add_episodes(played_episodes(starts[:, :2], success, length))
@@ -600,7 +641,8 @@ def main(
             batch = concatenate([*kept, spare])
             b_obs = batch["obs"]  # row numbers in the store
             b_actions = batch["action"]
-            b_logprobs = batch["logprob"]
+            b_executed = torch.from_numpy(batch["executed"]).to(device)
+            b_logprobs = of_executed(batch["logprob"], b_executed, args.logprob_level)
             b_advantages = batch["advantage"]
             b_weights = batch["weight"]
             b_env_ids = env_ids[batch["episode"][:-1]]
@@ -623,6 +665,7 @@ def main(
                         num_passes=spare_ind // micro_batch_size + 1,
                         **noise,
                     )
+                b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
 
             # --- update ---
             checkpoints.begin_update()
@@ -656,6 +699,9 @@ def main(
                                     index(b_actions, inds),
                                     **noise,
                                 )
+                            executed = b_executed[at]
+                            newlogprob = of_executed(newlogprob, executed, args.logprob_level)
+                            entropy = of_executed(entropy, executed, args.logprob_level)
                             logratio = newlogprob - b_logprobs[at]
 
                             pg_loss, pg_clipped = policy_loss(
@@ -665,29 +711,26 @@ def main(
                                 args.clip_coef_high,
                                 args.dual_clip,
                             )
-                            pg_loss, pg_clipped = per_decision(torch.mean, pg_loss, pg_clipped)
+                            pg_loss = mean_of_executed(pg_loss, executed)
+                            pg_clipped = mean_of_executed(pg_clipped, executed)
 
                             approx_kl = divergence(logratio)
                             start_kl = torch.zeros_like(logratio)
                             if start_policy is not None:
                                 start_kl = divergence(b_start_logprobs[at] - newlogprob)
-                            entropy, approx_kl, start_kl = per_decision(
-                                torch.sum,
-                                entropy,
-                                approx_kl,
-                                start_kl,
-                            )
 
-                            loss = pg_loss - args.ent_coef * entropy + args.kl_coef * start_kl
+                            # At every level these weigh against the policy loss alike.
+                            loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
+                            loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
                             loss = (b_weights[at] * loss).sum() / mb_size
                             # DDP averages over processes, but the mean is over all decisions.
                             accelerator.backward(loss * num_processes)
 
                         terms = {
                             "actor/loss": pg_loss,
-                            "actor/entropy": entropy,
-                            "actor/reference_kl": start_kl,
-                            "actor/approx_kl": approx_kl,
+                            "actor/entropy": sum_per_decision(entropy),
+                            "actor/reference_kl": sum_per_decision(start_kl),
+                            "actor/approx_kl": sum_per_decision(approx_kl),
                             "actor/pg_clipfrac": pg_clipped,
                         }
                         is_counted = (at != spare_ind).float()

@@ -85,6 +85,7 @@ from algorithms.common.stages import EnvStages
 from algorithms.common.step_sizes import StepSizes
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
 from gr00t_agent import Gr00tAgent
+from libero_gym import horizon
 from libero_gym.adapters import ModalityVectorObservation
 
 
@@ -150,6 +151,10 @@ class Args:
     logprob_level: Literal["chunk", "action", "token"] = "chunk"
     """What has one ratio to clip: the whole chunk (log-probabilities summed over C steps and their
     dimensions), each of its actions (summed over dimensions), or each dimension of each action."""
+    joint_logprob: bool = False
+    """Noise at every denoising step, and one log-probability of the whole chain; otherwise one step
+    of each chain is noised and scored. With reinflow's noise and ent_coef 0.005 this is pi_RL's
+    Flow-Noise."""
     critic_detach: bool = True
     """Keep the value loss's gradient out of the policy's trunk."""
     train_backbone: bool = False
@@ -193,6 +198,8 @@ class Args:
     """AdamW's step size for the value head."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon: gradients much smaller than it take smaller steps."""
     lr_schedule: Literal["constant", "linear", "adaptive"] = "constant"
     """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow
     target_kl: 1.5 times smaller after an update that ended above it, 1.5 times larger after one
@@ -201,7 +208,8 @@ class Args:
     """End an iteration's update when a minibatch's approximate KL from the rollout's policy exceeds
     this."""
     critic_warmup_iterations: int = 0
-    """First iterations, in which only the value head is trained."""
+    """First iterations, in which only the value head moves. The policy's gradients already enter
+    AdamW's moments, so that its first real step is no larger than the next ones."""
     update_epochs: int = 4
     """Passes over each iteration's decisions."""
     minibatch_size: int = 1024
@@ -213,8 +221,8 @@ class Args:
 
     # --- loss ---
     loss_weighting: Literal["decision", "trajectory"] = "decision"
-    """All decisions weigh the same, or all trajectories (episodes, cut where the rollout is) do, as
-    in RLinf."""
+    """All decisions weigh the same, or all episodes do, as in RLinf: a decision's weight is one over
+    the decisions of its whole episode."""
     clip_coef: float = 0.2
     """Lower clip of the ratio: 1 - clip_coef."""
     clip_coef_high: float = 0.2
@@ -247,8 +255,7 @@ class Args:
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 1
-    """Checkpoints that are kept besides for their success rate (evaluated ones, if eval_interval is
-    not 0)."""
+    """Evaluated checkpoints that are kept besides for their success rate."""
 
     # --- logging ---
     log_with: tuple[str, ...] = ("tensorboard",)
@@ -284,8 +291,12 @@ class Args:
         return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
-        """Returns what the best checkpoints are chosen by."""
-        return metrics.get("eval/success_once" if self.eval_interval else "env/success_once")
+        """Returns what the best checkpoints are chosen by; None where none was evaluated.
+
+        Not the success of an iteration's own episodes: where an iteration is shorter than a
+        horizon, those that end early, successes, end in it more often than others.
+        """
+        return metrics.get("eval/success_once")
 
 
 PRESETS = {name: Args(**settings) for name, settings in presets.PPO.items()}
@@ -364,7 +375,9 @@ def make_agent(args: Args) -> Gr00tAgent:
         denoising_steps=args.denoising_steps,
         noise_method=args.noise_method,
         noise_level=args.noise_level,
-        logprob_level=args.logprob_level,
+        joint_logprob=args.joint_logprob,
+        # Chunks are summed up here, where it is known which of their actions were executed.
+        logprob_level="token" if args.logprob_level == "token" else "action",
         critic_detach=args.critic_detach,
         train_backbone=args.train_backbone,
         compute_dtype=args.compute_dtype,
@@ -402,15 +415,23 @@ def compute_gae(
     return advantages, advantages + values
 
 
-def trajectory_weights(ended: Tensor) -> Tensor:
-    """Returns for each decision [K, N] one over the decisions of its trajectory.
+def trajectory_weights(ended: Tensor, lengths: Tensor, horizon: int) -> Tensor:
+    """Returns for each decision [K, N] one over the decisions of its whole episode.
 
-    A trajectory ends where `ended` [K, N] is True, and where the rollout does.
+    An episode that the rollout cuts weighs no more than its part: what came before the rollout is
+    counted, and one that goes on after it is taken to last to the horizon.
+
+    Args:
+        ended: [K, N] bool, True where the episode ended.
+        lengths: [K, N] decisions of the whole episode that ended there.
+        horizon: decisions of the longest episode.
     """
-    number = ended.long().cumsum(0) - ended.long()
-    lengths = torch.zeros(ended.shape, device=ended.device)
-    lengths = lengths.scatter_add_(0, number, torch.ones_like(number).float())
-    return 1 / lengths.gather(0, number)
+    weights = torch.zeros(ended.shape, device=ended.device)
+    length = torch.full(ended.shape[1:], horizon, device=ended.device)
+    for k in reversed(range(len(ended))):
+        length = torch.where(ended[k], lengths[k], length)
+        weights[k] = 1 / length
+    return weights
 
 
 def policy_loss(
@@ -452,9 +473,36 @@ def divergence(logratio: Tensor) -> Tensor:
     return logratio.exp() - 1 - logratio
 
 
-def per_decision(reduce: Callable[..., Tensor], *elements: Tensor) -> list[Tensor]:
-    """Returns each of `elements` [B, ...] reduced to one number per decision [B]."""
-    return [reduce(x.float().reshape(len(x), -1), dim=1) for x in elements]
+def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+    """Returns log-probabilities or entropies of the actions that were executed, at `level`.
+
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
+    consequence, and are 0 here.
+
+    Args:
+        elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
+        executed: [B, C] bool, True where an action was executed.
+        level: "chunk" sums over all actions to [B], "action" and "token" keep the shape.
+    """
+    if elements.ndim == 1:
+        return elements
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2))
+    elements = torch.where(mask, elements, 0.0)
+    return elements.flatten(1).sum(dim=1) if level == "chunk" else elements
+
+
+def mean_of_executed(elements: Tensor, executed: Tensor) -> Tensor:
+    """Returns the mean of each decision's elements [B], [B, C] or [B, C, a] that count, [B]."""
+    if elements.ndim == 1:
+        return elements.float()
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2)).expand_as(elements)
+    total = torch.where(mask, elements.float(), 0.0).flatten(1).sum(dim=1)
+    return total / mask.flatten(1).sum(dim=1).clamp(min=1)
+
+
+def sum_per_decision(elements: Tensor) -> Tensor:
+    """Returns the sum of each decision's elements [B, ...], [B]."""
+    return elements.float().reshape(len(elements), -1).sum(dim=1)
 
 
 def main(
@@ -485,6 +533,8 @@ def main(
     env_ids = accelerator.process_index * num_envs + np.arange(num_envs)
     envs_per_group = args.num_envs // math.gcd(args.num_envs, args.minibatch_size)
     b_groups = np.tile(env_ids // envs_per_group, args.num_steps)
+    longest_episode = args.horizon or horizon(args.suite)
+    horizon_decisions = -(-longest_episode // args.num_action_chunks)  # rounded up
 
     # --- agent and optimiser ---
     set_seed(args.seed)  # the same weights on every process
@@ -499,12 +549,11 @@ def main(
     optimizer = torch.optim.AdamW(
         param_groups,
         betas=(0.9, 0.95),
-        eps=1e-5,
+        eps=args.adam_eps,
         weight_decay=args.weight_decay,
     )
     model, optimizer = prepare(accelerator, agent, optimizer)
     step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
-    policy_groups = [group for group in optimizer.param_groups if group.get("name") != "value"]
     set_seed(args.seed, device_specific=True)
 
     # --- observations: encoded once a decision, and kept for all epochs ---
@@ -591,6 +640,10 @@ def main(
             rewards = torch.zeros((args.num_steps, num_envs))
             terminated = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
             ended = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
+            executed_steps = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
+            episode_lengths = torch.zeros(
+                (args.num_steps, num_envs), dtype=torch.long
+            )  # at its end
             final_obs: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
 
             for step in range(args.num_steps + 1):
@@ -604,6 +657,13 @@ def main(
                         rewards[step - 1, stage.rows] = torch.from_numpy(outcome.reward).float()
                         terminated[step - 1, stage.rows] = torch.from_numpy(is_terminal)
                         ended[step - 1, stage.rows] = torch.from_numpy(is_end)
+                        num_executed = torch.from_numpy(outcome.infos["num_steps"])
+                        executed_steps[step - 1, stage.rows] = num_executed
+                        if is_end.any():
+                            lengths = torch.from_numpy(
+                                outcome.infos["final_info"]["episode_length"]
+                            )
+                            episode_lengths[step - 1, stage.rows] = lengths
 
                         cut = np.flatnonzero(outcome.truncated & ~outcome.terminated)
                         if args.truncation == "bootstrap" and len(cut):
@@ -671,14 +731,19 @@ def main(
 
             weights = torch.ones_like(returns)
             if args.loss_weighting == "trajectory":
-                weights = trajectory_weights(ended)
+                decisions = -(-episode_lengths // args.num_action_chunks)  # rounded up
+                weights = trajectory_weights(ended, decisions.to(device), horizon_decisions)
             weights_mean, _ = mean_and_variance(accelerator, weights)
             weights = (weights / weights_mean).float()
 
             # --- the batch: all decisions [K * N], step by step ---
             b_obs = np.concatenate(obs)
             b_actions = concatenate(actions)
-            b_logprobs = torch.cat(logprobs)
+            b_executed = (torch.arange(args.num_action_chunks) < executed_steps[..., None]).flatten(
+                0, 1
+            )
+            b_executed = b_executed.to(device)  # [K * N, C]
+            b_logprobs = of_executed(torch.cat(logprobs), b_executed, args.logprob_level)
             b_values = values.flatten()
             b_advantages = advantages.flatten()
             b_returns = returns.flatten()
@@ -693,6 +758,7 @@ def main(
                         num_passes=num_minibatches * num_micro_batches,
                         **noise,
                     )
+                b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
 
             # --- update ---
             checkpoints.begin_update()
@@ -719,6 +785,9 @@ def main(
                                     index(b_actions, inds),
                                     **noise,
                                 )
+                            executed = b_executed[at]
+                            newlogprob = of_executed(newlogprob, executed, args.logprob_level)
+                            entropy = of_executed(entropy, executed, args.logprob_level)
                             logratio = newlogprob - b_logprobs[at]
 
                             pg_loss, pg_clipped = policy_loss(
@@ -728,7 +797,8 @@ def main(
                                 args.clip_coef_high,
                                 args.dual_clip,
                             )
-                            pg_loss, pg_clipped = per_decision(torch.mean, pg_loss, pg_clipped)
+                            pg_loss = mean_of_executed(pg_loss, executed)
+                            pg_clipped = mean_of_executed(pg_clipped, executed)
 
                             v_loss, v_clipped = value_loss(
                                 newvalue,
@@ -742,24 +812,20 @@ def main(
                             start_kl = torch.zeros_like(logratio)
                             if start_policy is not None:
                                 start_kl = divergence(b_start_logprobs[at] - newlogprob)
-                            entropy, approx_kl, start_kl = per_decision(
-                                torch.sum,
-                                entropy,
-                                approx_kl,
-                                start_kl,
-                            )
 
                             loss = pg_loss + args.vf_coef * v_loss
-                            loss = loss - args.ent_coef * entropy + args.kl_coef * start_kl
+                            # At every level these weigh against the policy loss alike.
+                            loss = loss - args.ent_coef * mean_of_executed(entropy, executed)
+                            loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
                             loss = (b_weights[at] * loss).mean()
                             accelerator.backward(loss / num_micro_batches)
 
                         terms = {
                             "actor/loss": pg_loss,
                             "actor/value_loss": v_loss,
-                            "actor/entropy": entropy,
-                            "actor/reference_kl": start_kl,
-                            "actor/approx_kl": approx_kl,
+                            "actor/entropy": sum_per_decision(entropy),
+                            "actor/reference_kl": sum_per_decision(start_kl),
+                            "actor/approx_kl": sum_per_decision(approx_kl),
                             "actor/pg_clipfrac": pg_clipped,
                             "actor/value_clip_ratio": v_clipped.float(),
                         }
@@ -781,13 +847,11 @@ def main(
 
                     if not history:
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
-                    if iteration <= args.critic_warmup_iterations:
-                        for group in policy_groups:
-                            for parameter in group["params"]:
-                                parameter.grad = None
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, **dump)
-                    optimizer.step()
+                    is_warmup = iteration <= args.critic_warmup_iterations
+                    with step_sizes.policy_at_rest() if is_warmup else nullcontext():
+                        optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     monitor.end_minibatch()
 

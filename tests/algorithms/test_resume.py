@@ -219,21 +219,29 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path, monkeypatc
         train("ppo", tmp_path, keep_last=0)
 
 
-def test_a_stop_keeps_what_was_saved_and_its_score(tmp_path: Path):
+def test_a_stop_keeps_what_was_saved_and_its_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Breaks(LineVectorEnv):
         def step(self, actions: Any) -> Any:
             raise ZeroDivisionError
 
-    train("ppo", tmp_path, num_iterations=2, save_interval=1)
+    monkeypatch.setattr("algorithms.ppo_gr00t.evaluate_into", lambda *inputs: 0.7)
+    evaluation = dict(eval_interval=1, eval_episodes_per_task=1)
+    train("ppo", tmp_path, num_iterations=2, save_interval=1, **evaluation)
     run = run_folder(tmp_path)
     state_file = run / "checkpoints" / "iteration_2" / resume.STATE_FOLDER / resume.STATE_FILE
     saved, inode = state_file.read_bytes(), state_file.stat().st_ino
-    assert json.loads(saved)["score"] == logged(run)[-1]["env/success_once"]
+    assert json.loads(saved)["score"] == logged(run)[-1]["eval/success_once"] == 0.7
     with pytest.raises(ZeroDivisionError) as caught:
-        train("ppo", tmp_path, num_iterations=3, save_interval=1, resume=run, env=Breaks)
+        train("ppo", tmp_path, num_iterations=3, save_interval=1, resume=run, env=Breaks, **evaluation)
     assert f"the state before this rollout is in {state_file.parents[1]}" in " ".join(caught.value.__notes__)
     # What is there is whole and the same, so it is not replaced.
     assert (state_file.read_bytes(), state_file.stat().st_ino) == (saved, inode)
+
+
+def test_without_evaluations_no_checkpoint_is_the_best(tmp_path: Path):
+    """An iteration shorter than a horizon sees successes end first: its rate is no score."""
+    train("ppo", tmp_path, num_iterations=3, save_interval=1, keep_last=1)
+    assert [iteration for iteration, _ in checkpoints_in(run_folder(tmp_path))] == [3]
 
 
 def test_evaluated_iterations_are_saved_while_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

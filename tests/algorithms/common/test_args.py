@@ -59,7 +59,16 @@ def test_an_argument_of_both_trainers_means_the_same_in_both():
 def test_a_function_of_both_trainers_is_the_same_in_both():
     ppo, grpo = functions("ppo"), functions("grpo")
     shared = ppo.keys() & grpo.keys()
-    assert {"policy_loss", "divergence", "per_decision", "evaluates", "saves", "score"} <= shared
+    assert {
+        "policy_loss",
+        "divergence",
+        "of_executed",
+        "mean_of_executed",
+        "sum_per_decision",
+        "evaluates",
+        "saves",
+        "score",
+    } <= shared
     assert {name for name in shared if ppo[name] != grpo[name]} == OWN_FUNCTIONS
 
 
