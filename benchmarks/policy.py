@@ -12,26 +12,23 @@ Ratios are of one run. Weights are random: the time does not depend on them. The
 with is that of a large matrix product of the same type on the same device, measured here as well.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerFast
 
-from benchmarks.hardware import describe_run
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from gr00t_agent import FlowAction, Gr00tAgent, PolicyConfig, preset_policy
 from gr00t_agent.config import ModelConfig, PresetName
 from gr00t_agent.sampler import Prediction
-from gr00t_agent.transforms import IMAGE_CONTEXT, load_tokenizer
+from gr00t_agent.transforms import IMAGE_CONTEXT, NANO_TOKENIZER
 
 # RLinf's padding_value for LIBERO.
 REFERENCE_PROMPT_LENGTH = 570
@@ -44,28 +41,28 @@ INSTRUCTIONS = (
 )
 
 
-class StandInTokenizer:
+class StandInTokenizer(PreTrainedTokenizerFast):
     """The nano tokenizer with the image token moved to where the released network expects it.
 
     Qwen's tokenizer would have to be downloaded; only the number of tokens matters for speed.
     """
 
     def __init__(self, image_token_id: int) -> None:
-        self._nano = load_tokenizer("nano")
-        self._moved = {self._nano.token_to_id(IMAGE_CONTEXT): image_token_id}
+        super().__init__(tokenizer_file=str(NANO_TOKENIZER))
+        self._image_token_id = image_token_id
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, **options: Any) -> list[int]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return token ids."""
-        return [self._moved.get(token, token) for token in self._nano.encode(text)]
+        own = super().convert_tokens_to_ids(IMAGE_CONTEXT)
+        return [self._image_token_id if token == own else token for token in super().encode(text, **options)]
 
-    def token_to_id(self, token: str) -> int | None:
-        """Return the id of a special token."""
-        token_id = self._nano.token_to_id(token)
-        return self._moved.get(token_id, token_id)
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Return the id of a token."""
+        return self._image_token_id if tokens == IMAGE_CONTEXT else super().convert_tokens_to_ids(tokens)
 
-    def save(self, folder: Path) -> None:
-        """Refuse: this is no tokenizer to keep."""
-        raise NotImplementedError("a stand-in tokenizer is not saved")
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """Return the token of an id."""
+        return IMAGE_CONTEXT if ids == self._image_token_id else super().convert_ids_to_tokens(ids, skip_special_tokens)
 
 
 def make_agent(preset: PresetName, policy: PolicyConfig, device: torch.device, dtype: torch.dtype) -> Gr00tAgent:
@@ -215,15 +212,14 @@ def measure_decision(
 
 
 def main() -> dict[str, Any]:
-    """Measure, print, return the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measures, prints, returns the document."""
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=["nano", "gr00t_n1d5"], help="default: by device")
     parser.add_argument("--batch-size", type=int, help="environments of a decision (default: 64 on a GPU, else 4)")
     parser.add_argument("--update-batch-size", type=int, help="decisions of an update (default: 128 on a GPU, else 32)")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--compile-mode", default="default", help="mode of torch.compile, or `off`")
-    parser.add_argument("--output", type=Path, help="also write the document there")
     args = parser.parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -239,20 +235,18 @@ def main() -> dict[str, Any]:
     learner.backbone.to(policy.torch_dtype)
     results |= measure_update(learner, make_observation(update_batch_size, learner.image_size), device, args.repeats)
 
-    document = describe_run() | {
-        "setting": {"preset": preset, "device": args.device, "batch_size": batch_size,
-                    "compile_mode": args.compile_mode, "num_threads": torch.get_num_threads()},
-        "results": {name: round(value, 4) for name, value in results.items()},
-        "targets": judge(results, at_least=AT_LEAST, at_most=AT_MOST) if on_gpu else {},
-    }  # fmt: skip
+    table = Table({"metric": "<40", "": ">13.3f"})
     for name, value in results.items():
-        print(f"{name:40s} {value:12.3f}")
-    text = json.dumps(document)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
-    print(text)
-    return document
+        table.add(name, value)
+    settings = {"preset": preset, "device": args.device, "batch_size": batch_size}
+    settings |= {"compile_mode": args.compile_mode, "num_threads": torch.get_num_threads()}
+    return publish(
+        "policy",
+        {name: round(value, 4) for name, value in results.items()},
+        settings=settings,
+        targets=judge(results, at_least=AT_LEAST, at_most=AT_MOST) if on_gpu else None,
+        output=args.output,
+    )
 
 
 if __name__ == "__main__":

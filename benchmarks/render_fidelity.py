@@ -10,18 +10,15 @@ show, for tests on machines without OpenGL.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from benchmarks.hardware import describe_run
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.physics.simulation import Simulation
 from libero_gym.rendering.raycast import WarpRenderer
 from libero_gym.rendering.renderers import GlRenderer
@@ -91,19 +88,18 @@ def contact_sheet(images: dict[str, Images]) -> Images:
     return np.concatenate(rows)
 
 
-def main() -> None:
-    """Compare, print, and leave the contact sheet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> dict[str, Any] | None:
+    """Compares, prints, leaves the contact sheet; returns the document, None if images were recorded."""
+    parser = make_parser(__doc__)
     parser.add_argument("--gl", choices=("egl", "osmesa"), default="osmesa")
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--num-moments", type=int, default=4)
-    parser.add_argument("--contact-sheet", type=Path, default=None, help="PNG to write")
-    parser.add_argument("--output", type=Path, default=None, help="file for the JSON line")
-    parser.add_argument("--record", type=Path, default=None, help="store reference images here and stop")
+    parser.add_argument("--contact-sheet", type=Path, help="PNG to write")
+    parser.add_argument("--record", type=Path, help="store reference images here and stop")
     args = parser.parse_args()
     if args.record is not None:
         record(args.gl, args.record)
-        return
+        return None
     renderers: dict[str, Any] = {
         "classic": GlRenderer(args.gl, CAMERAS, args.image_size),
         "classic_flat": GlRenderer(args.gl, CAMERAS, args.image_size, reflections=False),
@@ -111,18 +107,17 @@ def main() -> None:
         "warp_flat": WarpRenderer(CAMERAS, args.image_size, reflections=False),
         "warp_aliased": WarpRenderer(CAMERAS, args.image_size, antialiasing=False),
     }
-    header = f"{'scene':<20}{'view':<20}{'mirror dB':>10}{'without':>10}{'aliased':>10}{'GL ms':>8}{'warp ms':>9}"
-    print(header + f"{'aliased':>9}")
+
+    decibels = dict.fromkeys(("mirror dB", "without", "aliased dB"), ">11.1f")
+    milliseconds = dict.fromkeys(("GL ms", "warp ms", "aliased ms"), ">11.0f")
+    table = Table({"scene": "<20", "view": "<20"} | decibels | milliseconds)
     results: list[dict[str, Any]] = []
     sheets: list[Images] = []
     for suite, task_id in TASKS:
         images, times = draw_episode(suite, task_id, renderers, args.num_moments)
         sheets.append(contact_sheet(images))
         for camera, name in enumerate(CAMERAS):
-            row: dict[str, Any] = {
-                "suite": suite,
-                "task_id": task_id,
-                "camera": name,
+            measured = {
                 "psnr_db": psnr(images["warp"][:, camera], images["classic"][:, camera]),
                 "psnr_without_mirror_db": psnr(images["warp_flat"][:, camera], images["classic_flat"][:, camera]),
                 "psnr_aliased_db": psnr(images["warp_aliased"][:, camera], images["classic"][:, camera]),
@@ -130,29 +125,24 @@ def main() -> None:
                 "warp_ms": times["warp"],
                 "warp_aliased_ms": times["warp_aliased"],
             }
-            results.append(row)
-            print(
-                f"{suite + '/' + str(task_id):<20}{name:<20}{row['psnr_db']:>10.1f}"
-                f"{row['psnr_without_mirror_db']:>10.1f}{row['psnr_aliased_db']:>10.1f}"
-                f"{row['classic_ms']:>8.0f}{row['warp_ms']:>9.0f}{row['warp_aliased_ms']:>9.0f}",
-                flush=True,
-            )
+            table.add(f"{suite}/{task_id}", name, *measured.values())
+            results.append({"suite": suite, "task_id": task_id, "camera": name} | measured)
     if args.contact_sheet is not None:
-        import imageio.v3 as imageio  # only for the sheet
+        Image.fromarray(np.concatenate(sheets)).save(args.contact_sheet)
+        print(f"contact sheet (classic, ray caster, 4 x difference): {args.contact_sheet}")
 
-        imageio.imwrite(args.contact_sheet, np.concatenate(sheets))
-        print(f"contact sheet (classic, ray caster, 4 x difference): {args.contact_sheet}", file=sys.stderr)
-    settings = {"gl": args.gl, "image_size": args.image_size, "num_moments": args.num_moments}
-    settings["warp_device"] = renderers["warp"].device
-    document = {"benchmark": "render_fidelity", **describe_run(), "settings": settings}
     values = {
         "agentview_without_mirror": min(r["psnr_without_mirror_db"] for r in results if r["camera"] == CAMERAS[0]),
         "robot0_eye_in_hand": min(r["psnr_db"] for r in results if r["camera"] == CAMERAS[1]),
     }
-    line = json.dumps({**document, "results": results, "targets": judge(values, at_least=TARGETS_DB)})
-    if args.output is not None:
-        args.output.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    settings = {"gl": args.gl, "image_size": args.image_size, "num_moments": args.num_moments}
+    return publish(
+        "render_fidelity",
+        results,
+        settings=settings | {"warp_device": renderers["warp"].device},
+        targets=judge(values, at_least=TARGETS_DB),
+        output=args.output,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """GR00T-N1.5 as a reinforcement-learning agent."""
 
-from gr00t_agent.agent import FlowAction, Gr00tAgent, PolicyConfig, SamplingDraws, preset_policy
+from gr00t_agent.agent import Gr00tAgent
 from gr00t_agent.data_config import (
     DataConfig,
     DatasetMetadata,
@@ -9,6 +9,7 @@ from gr00t_agent.data_config import (
     read_metadata,
     write_metadata,
 )
+from gr00t_agent.policy import FlowAction, PolicyConfig, SamplingDraws, preset_policy
 
 __all__ = [
     "DataConfig",

@@ -3,8 +3,10 @@
 Shape legend: B batch, S vision-language positions, T DiT tokens (1 state + F future + H action), H action horizon,
 A padded action width, D width of a residual stream.
 
-Parameter names are those of the released checkpoints. Two modules exist only for reinforcement learning: the value
-head and the exploration-noise net of ReinFlow.
+Parameter names are those of the released checkpoints. Attention, feed-forward, timestep projection and embedding are
+diffusers', as in the reference; the blocks around them are not: the reference's adaptive norm scales before it shifts,
+and it drops out twice after attention. Two modules exist only for reinforcement learning: the value head and the
+exploration-noise net of ReinFlow.
 """
 
 import itertools
@@ -13,6 +15,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,13 +30,6 @@ NOISE_NET_HIDDEN = (128, 64)
 
 # Either one embodiment for the whole batch, or an int64 [B].
 Embodiment = int | Tensor
-
-
-def sinusoid(position: Tensor, num_frequencies: int, denominator: int) -> tuple[Tensor, Tensor]:
-    """Return sin and cos, float32 [B, num_frequencies], of position * 10000^(-i / denominator)."""
-    index = torch.arange(num_frequencies, dtype=torch.float32, device=position.device)
-    angle = position.float()[:, None] * torch.exp(index * (-math.log(10000.0) / denominator))
-    return angle.sin(), angle.cos()
 
 
 class CategoryLinear(nn.Module):
@@ -76,62 +74,55 @@ class ActionEncoder(nn.Module):
     def forward(self, actions: Tensor, bucket: Tensor, embodiment: Embodiment) -> Tensor:
         """Map actions [B, H, A] and int64 bucket [B] to [B, H, D]."""
         encoded = self.W1(actions, embodiment)
-        sin, cos = sinusoid(bucket, self.width // 2, self.width // 2)
-        time = torch.cat([sin, cos], dim=-1).to(encoded.dtype)[:, None].expand_as(encoded)
+        # Not diffusers' `Timesteps`: its frequencies, rounded in another order, are farther from the reference's.
+        index = torch.arange(self.width // 2, dtype=torch.float32, device=bucket.device)
+        angle = bucket.float()[:, None] * torch.exp(index * (-math.log(10000.0) / (self.width // 2)))
+        time = torch.cat([angle.sin(), angle.cos()], dim=-1).to(encoded.dtype)[:, None].expand_as(encoded)
         return self.W3(F.silu(self.W2(torch.cat([encoded, time], dim=-1), embodiment)), embodiment)
 
 
-class _Attention(nn.Module):
-    """Multi-head attention with biases; queries from one source, keys and values from another."""
+class SplitAttention(Attention):
+    """diffusers' attention, with `attend` for keys and values that are made beforehand.
+
+    Keys and values of a cross-attention block do not depend on the denoising step, but diffusers' call makes them from
+    their source every time. `attend` of `keys_values` gives what that call gives to the last bit, without its look at
+    the processor's signature and its division by a factor of one, which take about a tenth of it in small networks.
+    """
 
     def __init__(self, config: TransformerConfig, key_dim: int) -> None:
-        super().__init__()
-        width = config.width
-        self.num_heads = config.num_attention_heads
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(key_dim, width)
-        self.to_v = nn.Linear(key_dim, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(config.dropout)])
+        super().__init__(
+            query_dim=config.width,
+            cross_attention_dim=key_dim,
+            heads=config.num_attention_heads,
+            dim_head=config.attention_head_dim,
+            dropout=config.dropout,
+            bias=True,
+        )
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, n, head_dim]
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, n, head_dim]
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values, each [B, heads, n, head_dim]."""
-        return self._heads(self.to_k(source)), self._heads(self.to_v(source))
+        to_k, to_v = cast(nn.Linear, self.to_k), cast(nn.Linear, self.to_v)
+        return self._split(to_k(source)), self._split(to_v(source))
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], key_mask: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, keys_values: tuple[Tensor, Tensor], key_mask: Tensor | None) -> Tensor:
         """Attend from x [B, T, D]; key_mask is bool [B, 1, 1, n], True at keys that may be read."""
         keys, values = keys_values
-        out = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values, attn_mask=key_mask)
-        out = self.to_out[0](out.transpose(1, 2).flatten(-2))
-        return self.to_out[1](out)
+        out = F.scaled_dot_product_attention(self._split(self.to_q(x)), keys, values, attn_mask=key_mask)
+        linear, dropout = cast(nn.ModuleList, self.to_out)
+        return dropout(linear(out.transpose(1, 2).flatten(-2)))
 
 
-class _GELUProjection(nn.Module):
-    """Linear then GELU (tanh approximation)."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        inner = FEED_FORWARD_FACTOR * config.width
-        self.net = nn.Sequential(
-            _GELUProjection(config.width, inner),
-            nn.Dropout(config.dropout),
-            nn.Linear(inner, config.width),
-            nn.Dropout(config.dropout),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+def _feed_forward(config: TransformerConfig) -> FeedForward:
+    return FeedForward(
+        config.width,
+        mult=FEED_FORWARD_FACTOR,
+        dropout=config.dropout,
+        activation_fn="gelu-approximate",
+        final_dropout=True,
+    )
 
 
 class VLBlock(nn.Module):
@@ -140,15 +131,15 @@ class VLBlock(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=1e-5)
-        self.attn1 = _Attention(config, config.width)
+        self.attn1 = SplitAttention(config, config.width)
         self.norm3 = nn.LayerNorm(config.width, eps=1e-5)
-        self.ff = _FeedForward(config)
+        self.ff = _feed_forward(config)
         self.final_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
         normed = self.norm1(x)
-        x = x + self.final_dropout(self.attn1(normed, self.attn1.keys_values(normed), key_mask))
+        x = x + self.final_dropout(self.attn1.attend(normed, self.attn1.keys_values(normed), key_mask))
         return x + self.ff(self.norm3(x))
 
 
@@ -187,8 +178,8 @@ class DiTBlock(nn.Module):
         self.cross = cross
         self.width = config.width
         self.norm1 = _AdaLayerNorm(config.width)
-        self.attn1 = _Attention(config, config.cross_attention_dim if cross else config.width)
-        self.ff = _FeedForward(config)
+        self.attn1 = SplitAttention(config, config.cross_attention_dim if cross else config.width)
+        self.ff = _feed_forward(config)
         self.final_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -198,28 +189,18 @@ class DiTBlock(nn.Module):
         normed = self.norm1(x, temb)
         if keys_values is None:
             keys_values, key_mask = self.attn1.keys_values(normed), None
-        x = x + self.final_dropout(self.attn1(normed, keys_values, key_mask))
+        x = x + self.final_dropout(self.attn1.attend(normed, keys_values, key_mask))
         return x + self.ff(F.layer_norm(x, (self.width,), eps=1e-5))
-
-
-class _TimestepEmbedder(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(TIMESTEP_CHANNELS, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class _TimestepEncoder(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.timestep_embedder = _TimestepEmbedder(width)
+        self.time_proj = Timesteps(TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=1)
+        self.timestep_embedder = TimestepEmbedding(TIMESTEP_CHANNELS, width)
 
     def forward(self, bucket: Tensor, dtype: torch.dtype) -> Tensor:
-        sin, cos = sinusoid(bucket, TIMESTEP_CHANNELS // 2, TIMESTEP_CHANNELS // 2 - 1)
-        return self.timestep_embedder(torch.cat([cos, sin], dim=-1).to(dtype))
+        return self.timestep_embedder(self.time_proj(bucket).to(dtype))
 
 
 class DiT(nn.Module):
@@ -412,7 +393,7 @@ class ActionHead(nn.Module):
                     if isinstance(linear, nn.Linear):
                         nn.init.xavier_uniform_(linear.weight)
                         nn.init.zeros_(linear.bias)
-                for residual in (block.attn1.to_out[0], block.ff.net[2]):
+                for residual in (cast(nn.ModuleList, block.attn1.to_out)[0], block.ff.net[2]):
                     cast(nn.Linear, residual).weight.mul_((2 * len(stack)) ** -0.5)
         for block in dit_blocks:
             nn.init.normal_(block.norm1.linear.weight, std=1e-3)

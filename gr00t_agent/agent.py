@@ -5,187 +5,30 @@ C executed steps of a chunk (`num_action_chunks`), a valid action width.
 """
 
 import contextlib
-import json
-import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gr00t_agent.action_head import ActionHead, HeadContext
 from gr00t_agent.backbone import Backbone
-from gr00t_agent.checkpoint import RL_ONLY, load_weights, read_weights, resolve_checkpoint, write_weights
-from gr00t_agent.config import EAGLE_FOLDER, ModelConfig, PresetName
-from gr00t_agent.data_config import (
-    METADATA_PATH,
-    DataConfig,
-    DatasetMetadata,
-    LiberoFrankaDataConfig,
-    embodiment_id,
-    read_metadata,
-    write_metadata,
-)
-from gr00t_agent.sampler import FlowSampler, NoiseMethod, Prediction
-from gr00t_agent.transforms import (
-    Observation,
-    PaddingMode,
-    Preprocessor,
-    PromptLayout,
-    PromptTokenizer,
-    load_tokenizer,
-    pixels_from_bytes,
-    prompt_text,
-)
-
-logger = logging.getLogger(__name__)
-
-POLICY_FILE = "policy_config.json"
-NANO_METADATA = Path(__file__).parent / "data" / "nano_metadata.json"
-RELEASED_TOKENIZER = "Qwen/Qwen3-1.7B"
-# Room for the instruction in a prompt of default length; the longest of LIBERO has 25 tokens with Qwen's tokenizer.
-INSTRUCTION_TOKENS = 32
+from gr00t_agent.config import ModelConfig
+from gr00t_agent.data_config import embodiment_id
+from gr00t_agent.loading import Pretrained
+from gr00t_agent.policy import FlowAction, NoiseSource, PolicyConfig, SamplingDraws
+from gr00t_agent.sampler import Prediction
+from gr00t_agent.transforms import Observation, Preprocessor, pixels_from_bytes
 
 
-# Nothing, one generator, or one per row.
-NoiseSource = torch.Generator | Sequence[torch.Generator] | None
-
-
-class FlowAction(NamedTuple):
-    """What a trainer stores as `action`; index and concatenate it field by field.
-
-    Attributes:
-        chain: float32 [B, N+1, H, A], from noise to action, in the network's normalised units.
-        denoise_index: int64 [B], the stochastic step of each sample; -1 if all steps are.
-        env_action: float32 [B, C, a], what the environment takes.
-    """
-
-    chain: Tensor
-    denoise_index: Tensor
-    env_action: Tensor
-
-
-class SamplingDraws(NamedTuple):
-    """Random numbers given from outside, for comparisons; None is drawn.
-
-    Attributes:
-        noise: [B, H, A], the chain's start.
-        denoise_index: int64 [B].
-        step_noise: [N, B, H, A].
-    """
-
-    noise: Tensor | None = None
-    denoise_index: Tensor | None = None
-    step_noise: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """How the network is used as a policy. Saved beside the weights.
-
-    Attributes:
-        num_action_chunks: Steps C of a predicted chunk that are executed and scored.
-        denoising_steps: Denoising steps N.
-        noise_method: `flow_sde`, `flow_cps`, `reinflow` or `reinflow_joint`, see `sampler`.
-        noise_level: Exploration level of flow_sde and flow_cps.
-        noise_std_range: Smallest and largest learned standard deviation of the reinflow methods.
-        ignore_last: Never make the last step of flow_sde the stochastic one.
-        joint_logprob: Make every step stochastic and score the whole chain.
-        joint_reduction: How the N + 1 entries of a joint log-probability become one: `sum` is the log-probability
-            of the chain, `mean` is what RLinf uses.
-        logprob_level: `chunk` sums log-probability and entropy over C steps and a dims to [B], `action` over dims
-            to [B, C], `token` keeps [B, C, a].
-        padding: `masked` lets nothing read padding, so a sample's result does not depend on its batch mates (equal
-            to the reference at batch size 1); `left` and `right` are NVIDIA's and RLinf's, see `PromptLayout`.
-        prompt_length: Tokens of a prompt row; None leaves room for 32 instruction tokens.
-        value_head: Have a value head.
-        value_inputs: Pooled vision-language features, with or without the state features.
-        value_pooling: Mean of the readable positions, or the first or last position.
-        value_hidden_dims: Hidden widths of the value head.
-        critic_detach: Keep value gradients out of everything but the value head.
-        disable_dropout: No dropout at all; otherwise dropout acts in `sft_loss` only, never on log-probabilities.
-        embodiment_table: Table that turns the data config's tag into an index: `rlinf` or `nvidia`.
-        embodiment_id: That index, given directly.
-        round_to_bf16: Round raw states, normalised states and pixel values to bfloat16, as RLinf does.
-        compute_dtype: Type that the network computes in; sampling and log-probabilities are float32 always.
-    """
-
-    num_action_chunks: int = 5
-    denoising_steps: int = 4
-    noise_method: NoiseMethod = "flow_sde"
-    noise_level: float = 0.5
-    noise_std_range: tuple[float, float] = (0.08, 0.16)
-    ignore_last: bool = False
-    joint_logprob: bool = False
-    joint_reduction: Literal["sum", "mean"] = "sum"
-    logprob_level: Literal["chunk", "action", "token"] = "chunk"
-    padding: PaddingMode = "masked"
-    prompt_length: int | None = None
-    value_head: bool = True
-    value_inputs: Literal["vl_and_state", "vl"] = "vl_and_state"
-    value_pooling: Literal["mean_token", "last_token", "first_token"] = "mean_token"
-    value_hidden_dims: tuple[int, ...] = (1024, 512, 256)
-    critic_detach: bool = True
-    disable_dropout: bool = True
-    embodiment_table: Literal["rlinf", "nvidia"] = "rlinf"
-    embodiment_id: int | None = None
-    round_to_bf16: bool = False
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "joint_reduction": ("sum", "mean"),
-            "logprob_level": ("chunk", "action", "token"),
-            "padding": ("masked", "left", "right"),
-            "value_inputs": ("vl_and_state", "vl"),
-            "value_pooling": ("mean_token", "last_token", "first_token"),
-            "compute_dtype": ("float32", "bfloat16"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown (valid: {', '.join(values)})")
-        if self.value_pooling != "mean_token" and self.padding == "masked":
-            raise ValueError(
-                f"value_pooling={self.value_pooling!r} reads padding and goes with padding='left' or 'right' only; "
-                "use value_pooling='mean_token'"
-            )
-        low, high = self.noise_std_range
-        if not 0 < low <= high:
-            raise ValueError(f"noise_std_range={self.noise_std_range} must be positive and ascending")
-
-    @property
-    def sampler(self) -> FlowSampler:
-        """The sampler that these settings describe."""
-        return FlowSampler(
-            num_steps=self.denoising_steps,
-            method=self.noise_method,
-            noise_level=self.noise_level,
-            joint=self.joint_logprob,
-            ignore_last=self.ignore_last,
-        )
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """`compute_dtype` as torch names it."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.compute_dtype]
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "PolicyConfig":
-        """Rebuild from JSON data."""
-        fields: dict[str, Any] = {k: tuple(cast(list[Any], v)) if isinstance(v, list) else v for k, v in data.items()}
-        return PolicyConfig(**fields)
-
-
-class Gr00tAgent(nn.Module):
+class Gr00tAgent(Pretrained):
     """A GR00T-N1.5 policy with a value function.
 
     Observations are dicts with GR00T's modality keys: `video.*` uint8 [B, height, width, 3], `state.*` float32
     [B, width], and one instruction per row under the data config's language key; arrays or tensors. Wherever an
     observation is taken, the result of `encode` is taken as well.
 
-    Build it with `from_preset` or `from_pretrained`.
+    Build it with `from_preset` or `from_pretrained` (see `loading`).
 
     Args:
         config: Network sizes.
@@ -194,15 +37,12 @@ class Gr00tAgent(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, policy: PolicyConfig, preprocessor: Preprocessor) -> None:
-        super().__init__()
+        super().__init__(config, policy, preprocessor)
         head = config.action_head
         if not 0 < policy.num_action_chunks <= head.action_horizon:
             raise ValueError(
                 f"num_action_chunks={policy.num_action_chunks} is not in 1-{head.action_horizon} (the action horizon)"
             )
-        self.config = config
-        self.policy = policy
-        self.preprocessor = preprocessor
         self.sampler = policy.sampler
         tag = preprocessor.data_config.embodiment_tag
         given = policy.embodiment_id
@@ -221,7 +61,6 @@ class Gr00tAgent(nn.Module):
             value_hidden_dims=policy.value_hidden_dims,
             noise_std_range=policy.noise_std_range if self.sampler.is_learned else None,
         )
-        self._trainable: dict[str, bool] = {}
         self._dropouts = [module for module in self.modules() if isinstance(module, nn.Dropout)]
         if policy.disable_dropout:
             for module in self._dropouts:
@@ -233,213 +72,6 @@ class Gr00tAgent(nn.Module):
         self._run_velocity: Any = self.action_head.velocity
         self._uses_cuda_graphs = False
         self.set_trainable(tune_visual=False, tune_llm=False, tune_projector=True, tune_diffusion_model=True)
-
-    # -- building, saving ------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_config(
-        cls,
-        config: ModelConfig,
-        policy: PolicyConfig,
-        *,
-        data_config: DataConfig,
-        metadata: DatasetMetadata,
-        tokenizer: PromptTokenizer | str | Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> "Gr00tAgent":
-        """Build a network with random weights, all of it trainable.
-
-        Args:
-            config: Network sizes.
-            policy: Settings.
-            data_config: The robot.
-            metadata: Statistics.
-            tokenizer: Tokenizer, or what `load_tokenizer` takes.
-            device: Where to build.
-            dtype: Type of the parameters.
-
-        Raises:
-            ValueError: The parts do not fit together.
-            KeyError: The statistics do not cover the data config.
-        """
-        preprocessor = _preprocessor(config, policy, data_config, metadata, tokenizer)
-        with torch.device(device):
-            agent = cls(config, policy, preprocessor)
-        agent.backbone.reset_position_table()
-        agent.set_trainable(tune_visual=True, tune_llm=True)
-        return agent._cast(dtype)
-
-    @classmethod
-    def from_preset(
-        cls,
-        name: PresetName,
-        *,
-        policy: PolicyConfig | None = None,
-        data_config: DataConfig | None = None,
-        metadata: DatasetMetadata | None = None,
-        tokenizer: PromptTokenizer | str | Path | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> "Gr00tAgent":
-        """Build a network of a named size with random weights, all of it trainable.
-
-        Args:
-            name: `nano`, which ships with a tokenizer and LIBERO workspace statistics, or `gr00t_n1d5`.
-            policy: Settings; None takes `preset_policy(name)`.
-            data_config: The robot; None takes LIBERO's Franka.
-            metadata: Statistics; None takes the ones that ship with `nano` (LIBERO's Franka only).
-            tokenizer: Tokenizer, or what `load_tokenizer` takes; None takes the preset's own.
-            device: Where to build.
-            dtype: Type of the parameters.
-
-        Raises:
-            ValueError: Unknown preset.
-            KeyError: The statistics do not cover the data config.
-        """
-        data_config = LiberoFrankaDataConfig() if data_config is None else data_config
-        if metadata is None:
-            metadata = read_metadata(NANO_METADATA, data_config.embodiment_tag)
-        if tokenizer is None:
-            tokenizer = "nano" if name == "nano" else RELEASED_TOKENIZER
-        return cls.from_config(
-            ModelConfig.preset(name),
-            preset_policy(name) if policy is None else policy,
-            data_config=data_config,
-            metadata=metadata,
-            tokenizer=tokenizer,
-            device=device,
-            dtype=dtype,
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        *,
-        policy: PolicyConfig | None = None,
-        data_config: DataConfig | None = None,
-        metadata: DatasetMetadata | None = None,
-        tokenizer: PromptTokenizer | str | Path | None = None,
-        eagle_folder: Path | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> "Gr00tAgent":
-        """Load a released checkpoint, or one that `save_pretrained` wrote.
-
-        Args:
-            path_or_hub_id: Folder, or hub name such as `nvidia/GR00T-N1.5-3B`.
-            policy: Settings; None takes the saved ones, or the defaults where there are none.
-            data_config: The robot; None takes the saved one, or LIBERO's Franka.
-            metadata: Statistics; None reads `experiment_cfg/metadata.json`.
-            tokenizer: Tokenizer, or what `load_tokenizer` takes; None takes the checkpoint's, or Qwen3's.
-            eagle_folder: Folder with the Eagle `config.json`, if not inside the checkpoint and not the released one.
-            device: Where to put the weights.
-            dtype: Type of the parameters.
-
-        Raises:
-            FileNotFoundError: No such checkpoint, or a file of it is missing.
-            ValueError: Tensors are unknown, missing or misshapen (all are listed), or not finite.
-        """
-        folder = resolve_checkpoint(path_or_hub_id)
-        config = ModelConfig.from_folder(folder, eagle_folder)
-        saved: dict[str, Any] = {}
-        if (folder / POLICY_FILE).is_file():
-            saved = json.loads((folder / POLICY_FILE).read_text())
-        if policy is None:
-            policy = saved_policy(folder)
-        if data_config is None:
-            data_config = DataConfig.from_json(saved["data_config"]) if saved else LiberoFrankaDataConfig()
-        if metadata is None:
-            metadata = read_metadata(folder / METADATA_PATH, data_config.embodiment_tag)
-        if tokenizer is None:
-            own = folder / EAGLE_FOLDER
-            has_own = any((own / file).is_file() for file in ("tokenizer.json", "vocab.json"))
-            tokenizer = own if has_own else RELEASED_TOKENIZER
-        preprocessor = _preprocessor(config, policy, data_config, metadata, tokenizer)
-        with torch.device("meta"):
-            agent = cls(config, policy, preprocessor)
-        device = torch.device(device)
-        absent = load_weights(agent, read_weights(folder), dtype, device)
-        agent._materialise(absent, device, dtype)
-        if saved:
-            agent.set_trainable(**saved["trainable"])
-        return agent
-
-    @classmethod
-    def load(cls, source: str | Path, *, train_backbone: bool | None = None, **changes: Any) -> "Gr00tAgent":
-        """Build from a preset's name, a checkpoint folder or a hub name, with some settings changed.
-
-        Args:
-            source: `nano`, `gr00t_n1d5`, or what `from_pretrained` takes.
-            train_backbone: Train vision tower, connector and language model; None leaves it as it is.
-            changes: Fields of `PolicyConfig`; None leaves a field as it is.
-
-        Raises:
-            TypeError: A field that `PolicyConfig` does not have.
-        """
-        given = {name: value for name, value in changes.items() if value is not None}
-        preset = next((name for name in get_args(PresetName) if name == str(source)), None)
-        if preset is not None:
-            agent = cls.from_preset(preset, policy=replace(preset_policy(preset), **given))
-        else:
-            policy = saved_policy(resolve_checkpoint(source))
-            agent = cls.from_pretrained(source, policy=replace(policy, **given))
-        if train_backbone is not None:
-            agent.set_trainable(**(agent._trainable | {"tune_visual": train_backbone, "tune_llm": train_backbone}))
-        return agent
-
-    def _materialise(self, absent: list[str], device: torch.device, dtype: torch.dtype) -> None:
-        """Finish a network that was built on the meta device: buffers, and RL-only modules without weights."""
-        eagle = self.backbone.eagle_model
-        embeddings = eagle.vision_core.embeddings
-        with torch.device(device):
-            embeddings.position_ids = torch.arange(embeddings.num_positions).expand((1, -1))
-            llm = eagle.language_model.model
-            llm.rotary_emb = type(llm.rotary_emb)(config=llm.config)
-            for prefix in absent:
-                name = prefix.split(".")[1]
-                fresh = (
-                    self.action_head.build_value_head() if name == "value_head" else self.action_head.build_noise_net()
-                )
-                setattr(self.action_head, name, fresh.to(dtype))
-                logger.warning("the checkpoint has no %s; it is initialised at random", RL_ONLY[prefix])
-        self._cast(dtype)
-        self.set_trainable(**self._trainable)
-        for name, tensor in self.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} is not finite after loading")
-
-    def _cast(self, dtype: torch.dtype) -> "Gr00tAgent":
-        """Convert the parameters, not the buffers: rotary frequencies and noise bounds stay float32."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return self
-
-    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write a checkpoint in the released format, with this policy's settings beside it.
-
-        Files: `config.json`, `model.safetensors` (or shards with an index), `experiment_cfg/metadata.json`,
-        `eagle2_hg_model/` (sizes and tokenizer) and `policy_config.json`.
-
-        Args:
-            folder: Made if need be.
-            state_dict: The weights, where this process holds only shards of them (`accelerator.get_state_dict`).
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.config.write(folder)
-        self.preprocessor.tokenizer.save(folder / EAGLE_FOLDER)
-        # Under the tag that loading looks for; statistics of a dataset come with the tag of its own data config.
-        tag = self.preprocessor.data_config.embodiment_tag
-        write_metadata(folder / METADATA_PATH, replace(self.preprocessor.metadata, embodiment_tag=tag))
-        write_weights(self, folder, state_dict=state_dict)
-        saved = {
-            "policy": asdict(self.policy),
-            "data_config": self.preprocessor.data_config.to_json(),
-            "trainable": self._trainable,
-        }
-        (folder / POLICY_FILE).write_text(json.dumps(saved, indent=2) + "\n")
 
     # -- what is trained -------------------------------------------------------------------------------------------
 
@@ -463,7 +95,7 @@ class Gr00tAgent(nn.Module):
             tune_diffusion_model: DiT.
             tune_value: Value head; turn it off where the loss does not use it (supervised fine-tuning under DDP).
         """
-        self._trainable = {
+        self.trainable = {
             "tune_visual": tune_visual,
             "tune_llm": tune_llm,
             "tune_projector": tune_projector,
@@ -477,7 +109,7 @@ class Gr00tAgent(nn.Module):
 
     def _frozen_parts(self) -> Iterator[nn.Module]:
         eagle, head = self.backbone.eagle_model, self.action_head
-        flags = self._trainable
+        flags = self.trainable
         if not flags["tune_visual"]:
             yield from (eagle.vision_model, eagle.mlp1)
         if not flags["tune_llm"]:
@@ -492,7 +124,7 @@ class Gr00tAgent(nn.Module):
     @property
     def backbone_is_frozen(self) -> bool:
         """True if no parameter of the backbone is trained, so that its features can be cached."""
-        return not (self._trainable["tune_visual"] or self._trainable["tune_llm"])
+        return not (self.trainable["tune_visual"] or self.trainable["tune_llm"])
 
     def train(self, mode: bool = True) -> "Gr00tAgent":
         """Set training mode; frozen parts stay in eval mode."""
@@ -869,41 +501,3 @@ class Gr00tAgent(nn.Module):
         if self.policy.logprob_level == "token":
             return joined
         return joined.sum(dim=-1) if self.policy.logprob_level == "action" else joined.sum(dim=(-2, -1))
-
-
-def saved_policy(folder: Path) -> PolicyConfig:
-    """Return the settings saved with a checkpoint, or the defaults for one that has none."""
-    path = folder / POLICY_FILE
-    return PolicyConfig.from_json(json.loads(path.read_text())["policy"]) if path.is_file() else PolicyConfig()
-
-
-def preset_policy(name: PresetName) -> PolicyConfig:
-    """Return the default settings of a preset; change some with `dataclasses.replace`."""
-    policy = PolicyConfig()
-    if name == "nano":
-        policy = replace(policy, embodiment_id=0, value_hidden_dims=(256, 128))
-    return policy
-
-
-def _preprocessor(
-    config: ModelConfig,
-    policy: PolicyConfig,
-    data_config: DataConfig,
-    metadata: DatasetMetadata,
-    tokenizer: PromptTokenizer | str | Path,
-) -> Preprocessor:
-    if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
-    length = policy.prompt_length
-    if length is None:
-        empty = prompt_text("", len(data_config.video_keys), config.num_image_tokens)
-        # Rows of a multiple of 8 suit the matrix units.
-        length = -(-(len(tokenizer.encode(empty)) + INSTRUCTION_TOKENS) // 8) * 8
-    return Preprocessor(
-        config,
-        data_config,
-        metadata,
-        tokenizer,
-        PromptLayout(padding=policy.padding, length=length),
-        round_to_bf16=policy.round_to_bf16,
-    )

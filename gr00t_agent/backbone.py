@@ -76,7 +76,7 @@ class _LanguageModel(nn.Module):
 
 
 class EagleModel(nn.Module):
-    """Vision tower, connector and language model, with the released parameter names (see `checkpoint`).
+    """Vision tower, connector and language model, with the released parameter names (see `weights`).
 
     Args:
         config: Sizes.

@@ -1,8 +1,8 @@
 """Sizes of a GR00T-N1.5 network, read from and written to the JSON files of released checkpoints.
 
 A checkpoint has `config.json` (action head, number of language layers kept); the sizes of the vision tower and of
-the language model stand in the Eagle config, which the released checkpoints do not hold. The full-size values are
-built in (`EAGLE_RELEASED`); a folder `eagle2_hg_model/` beside `config.json` overrides them.
+the language model stand in the Eagle config, which the released checkpoints do not hold. The full-size values ship in
+`data/`; a folder `eagle2_hg_model/` beside `config.json` overrides them.
 
 Keys that this package does not read are kept and written back unchanged.
 """
@@ -12,202 +12,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 JsonDict = dict[str, Any]
 PresetName = Literal["nano", "gr00t_n1d5"]
 
 EAGLE_FOLDER = "eagle2_hg_model"
 
-# NVIDIA's Eagle 2.5 configuration of GR00T-N1.5 (Qwen3-1.7B, SigLIP-2 so400m at 224 pixels).
-EAGLE_RELEASED: JsonDict = {
-    "architectures": ["Eagle2_5_VLForConditionalGeneration"],
-    "downsample_ratio": 0.5,
-    "force_image_size": 224,
-    "image_token_index": 151669,
-    "mlp_connector_layers": 1,
-    "model_type": "eagle_2_5_vl",
-    "select_layer": -1,
-    "template": "qwen3-chat",
-    "text_config": {
-        "attention_bias": False,
-        "attention_dropout": 0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "intermediate_size": 6144,
-        "max_position_embeddings": 40960,
-        "model_type": "qwen3",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "vocab_size": 151680,
-    },
-    "use_pixel_shuffle": False,
-    "vision_config": {
-        "attention_dropout": 0,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": 1152,
-        "image_size": 224,
-        "intermediate_size": 4304,
-        "layer_norm_eps": 1e-06,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 16,
-        "num_channels": 3,
-        "num_hidden_layers": 27,
-        "patch_size": 14,
-    },
-}
-
-# The base model's config.json.
-MODEL_RELEASED: JsonDict = {
-    "action_dim": 32,
-    "action_head_cfg": {
-        "action_dim": 32,
-        "action_horizon": 16,
-        "add_pos_embed": True,
-        "backbone_embedding_dim": 2048,
-        "diffusion_model_cfg": {
-            "attention_head_dim": 48,
-            "cross_attention_dim": 2048,
-            "dropout": 0.2,
-            "final_dropout": True,
-            "interleave_self_attention": True,
-            "norm_type": "ada_norm",
-            "num_attention_heads": 32,
-            "num_layers": 16,
-            "output_dim": 1024,
-            "positional_embeddings": None,
-        },
-        "hidden_size": 1024,
-        "input_embedding_dim": 1536,
-        "max_action_dim": 32,
-        "max_state_dim": 64,
-        "model_dtype": "float32",
-        "noise_beta_alpha": 1.5,
-        "noise_beta_beta": 1.0,
-        "noise_s": 0.999,
-        "num_inference_timesteps": 4,
-        "num_target_vision_tokens": 32,
-        "num_timestep_buckets": 1000,
-        "tune_diffusion_model": True,
-        "tune_projector": True,
-        "use_vlln": True,
-        "vl_self_attention_cfg": {
-            "attention_head_dim": 64,
-            "dropout": 0.2,
-            "final_dropout": True,
-            "num_attention_heads": 32,
-            "num_layers": 4,
-            "positional_embeddings": None,
-        },
-    },
-    "action_horizon": 16,
-    "architectures": ["GR00T_N1_5"],
-    "attn_implementation": None,
-    "backbone_cfg": {
-        "eagle_path": "NVEagle/eagle_er-qwen3_1_7B-Siglip2_400M_stage1_5_128gpu_er_v7_1mlp_nops",
-        "load_bf16": False,
-        "project_to_dim": None,
-        "reproject_vision": False,
-        "select_layer": 12,
-        "tune_llm": False,
-        "tune_visual": True,
-        "use_flash_attention": True,
-    },
-    "hidden_size": 2048,
-    "model_dtype": "float32",
-    "model_type": "gr00t_n1_5",
-    "torch_dtype": "bfloat16",
-}
+DATA = Path(__file__).parent / "data"
 
 
-def _overlay(base: JsonDict, changes: JsonDict) -> JsonDict:
-    """Return `base` with `changes` laid over it, dictionaries merged key by key."""
-    merged = copy.deepcopy(base)
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _overlay(merged[key], value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
-
-
-# Small enough to train from pixels on two CPU cores. One view is 64 tokens; the vocabulary is the tokenizer's in
-# `gr00t_agent/data/nano_tokenizer.json`. The pooling head of SigLIP is unused in GR00T and left out here.
-EAGLE_NANO: JsonDict = _overlay(
-    EAGLE_RELEASED,
-    {
-        "force_image_size": 112,
-        "image_token_index": 3,
-        "text_config": {
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-            "head_dim": 32,
-            "hidden_size": 128,
-            # 1 / sqrt(width), as the released 0.02 is for 2048.
-            "initializer_range": 0.088,
-            "intermediate_size": 384,
-            "max_position_embeddings": 1024,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 2,
-            "num_key_value_heads": 2,
-            "rope_theta": 10000,
-            "vocab_size": 640,
-        },
-        "vision_config": {
-            "hidden_size": 128,
-            "image_size": 112,
-            "intermediate_size": 512,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 4,
-            "vision_use_head": False,
-        },
-    },
-)
-MODEL_NANO: JsonDict = _overlay(
-    MODEL_RELEASED,
-    {
-        "action_dim": 8,
-        "action_head_cfg": {
-            "action_dim": 8,
-            "backbone_embedding_dim": 128,
-            "diffusion_model_cfg": {
-                "attention_head_dim": 32,
-                "cross_attention_dim": 128,
-                "dropout": 0.0,
-                "num_attention_heads": 8,
-                "num_layers": 6,
-                "output_dim": 256,
-            },
-            "hidden_size": 256,
-            "input_embedding_dim": 256,
-            "max_action_dim": 8,
-            "max_num_embodiments": 1,
-            "max_seq_len": 16,
-            "max_state_dim": 8,
-            "num_target_vision_tokens": 8,
-            "vl_self_attention_cfg": {
-                "attention_head_dim": 32,
-                "dropout": 0.0,
-                "num_attention_heads": 4,
-                "num_layers": 1,
-            },
-        },
-        "backbone_cfg": {"eagle_path": "nano", "select_layer": 2, "tune_llm": True, "use_flash_attention": False},
-        "hidden_size": 128,
-        "torch_dtype": "float32",
-    },
-)
+def _shipped(name: PresetName) -> tuple[JsonDict, JsonDict]:
+    """Return the content of `config.json` and of the Eagle config that ship for a preset."""
+    return (
+        json.loads((DATA / f"{name}_config.json").read_text()),
+        json.loads((DATA / f"{name}_eagle_config.json").read_text()),
+    )
 
 
 def _require(data: Mapping[str, Any], key: str, where: str) -> Any:
@@ -386,7 +206,7 @@ class ModelConfig:
             KeyError: A needed key is missing.
             ValueError: A setting is inconsistent or not supported.
         """
-        eagle = copy.deepcopy(EAGLE_RELEASED if eagle_json is None else eagle_json)
+        eagle = _shipped("gr00t_n1d5")[1] if eagle_json is None else copy.deepcopy(eagle_json)
         head = ActionHeadConfig.from_json(_require(model_json, "action_head_cfg", "config.json"))
         backbone = _require(model_json, "backbone_cfg", "config.json")
         _require(backbone, "select_layer", "backbone_cfg")
@@ -437,11 +257,9 @@ class ModelConfig:
         Raises:
             ValueError: Unknown name.
         """
-        if name == "gr00t_n1d5":
-            return cls.from_json(MODEL_RELEASED, EAGLE_RELEASED)
-        if name == "nano":
-            return cls.from_json(MODEL_NANO, EAGLE_NANO)
-        raise ValueError(f"preset={name!r} is unknown (valid: nano, gr00t_n1d5)")
+        if name in get_args(PresetName):
+            return cls.from_json(*_shipped(name))
+        raise ValueError(f"preset={name!r} is unknown (valid: {', '.join(get_args(PresetName))})")
 
     def write(self, folder: Path) -> None:
         """Write `config.json` and `eagle2_hg_model/config.json` under `folder`."""

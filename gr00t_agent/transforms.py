@@ -11,16 +11,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
-from gr00t_agent.config import ModelConfig
+from gr00t_agent.config import DATA, ModelConfig
 from gr00t_agent.data_config import DataConfig, DatasetMetadata, NormalisationMode
+from gr00t_agent.files import resolve_folder
 
 Observation = Mapping[str, Any]
 PaddingMode = Literal["masked", "left", "right"]
@@ -40,113 +41,59 @@ EAGLE_TOKENS = (
     "<interval>",
     "</interval>",
 )
-# Qwen2's pre-tokeniser.
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 PAD_TOKEN = "<|endoftext|>"
-NANO_TOKENIZER = Path(__file__).parent / "data" / "nano_tokenizer.json"
+NANO_TOKENIZER = DATA / "nano_tokenizer.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json")
 
 
-class PromptTokenizer(Protocol):
-    """What the prompt needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`; nothing is added around it."""
-        ...
-
-    def token_to_id(self, token: str) -> int | None:
-        """Return the id of a special token, None if there is none."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write what `load_tokenizer` reads."""
-        ...
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int | None:
+    """Return the id of a token, None if the tokenizer does not have it."""
+    found = cast(int | None, tokenizer.convert_tokens_to_ids(token))
+    # Of a token that it does not have, a tokenizer may return the id of its unknown token.
+    return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
 
 
-class FileTokenizer:
-    """A `tokenizers` model.
-
-    Args:
-        model: The loaded tokenizer.
-    """
-
-    def __init__(self, model: Tokenizer) -> None:
-        self._model = model
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`."""
-        return self._model.encode(text, add_special_tokens=False).ids
-
-    def token_to_id(self, token: str) -> int | None:
-        """Return the id of a special token."""
-        return self._model.token_to_id(token)
-
-    def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._model.save(str(folder / "tokenizer.json"))
-
-
-def load_tokenizer(source: str | Path) -> PromptTokenizer:
-    """Load a tokenizer.
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from files; no code of theirs runs.
 
     Args:
         source: `nano` for the one that ships with this package; a `tokenizer.json`; a folder with one, or with
-            Qwen's `vocab.json` and `merges.txt`; or a hub name such as `Qwen/Qwen3-1.7B`. Eagle's image tokens are
-            appended to a plain Qwen tokenizer.
+            Qwen's `vocab.json` and `merges.txt`; or the hub name of such a folder, e.g. `Qwen/Qwen3-1.7B`. Eagle's
+            image tokens are appended to a plain Qwen tokenizer.
 
     Raises:
         FileNotFoundError: A folder holds no tokenizer, or there is neither such a file or folder nor hub name.
+        ValueError: `added_tokens.json` gives ids that do not follow those of `vocab.json`.
     """
     path = NANO_TOKENIZER if source == "nano" else Path(source)
-    if path.is_dir() and not (path / "tokenizer.json").is_file():
-        model = _qwen_tokenizer(path)
-    elif path.is_dir() or path.is_file():
-        model = Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
-    else:
-        model = _hub_tokenizer(str(source))
-    # Truncation and padding that a file may carry are the prompt's business.
-    model.no_truncation()
-    model.no_padding()
-    if model.token_to_id(IMAGE_CONTEXT) is None:
-        model.add_special_tokens(list(EAGLE_TOKENS))
-    return FileTokenizer(model)
+    if not path.is_file():
+        hint = "give a tokenizer.json, a folder with one, or for example Qwen/Qwen3-1.7B"
+        path = resolve_folder("tokenizer", source, hint, allow_patterns=list(TOKENIZER_FILES))
+    file = path / "tokenizer.json" if path.is_dir() else path
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file)) if file.is_file() else _qwen_tokenizer(path)
+    if token_id(tokenizer, IMAGE_CONTEXT) is None:
+        tokenizer.add_tokens(list(EAGLE_TOKENS), special_tokens=True)
+    return tokenizer
 
 
-def _hub_tokenizer(name: str) -> Tokenizer:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"tokenizer {name!r} is no file, no folder and no hub name (e.g. Qwen/Qwen3-1.7B)")
-    try:
-        return Tokenizer.from_pretrained(name)
-    except Exception as error:  # the hub's client raises bare ones
-        raise FileNotFoundError(
-            f"tokenizer {name!r} is no file or folder below {Path.cwd()}, and the hub does not give it: {error}"
-        ) from error
-
-
-def _qwen_tokenizer(folder: Path) -> Tokenizer:
-    """Build Qwen2's byte-level BPE from `vocab.json`, `merges.txt` and, if present, `added_tokens.json`."""
+def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Build Qwen2's byte-level BPE from `vocab.json`, `merges.txt` and, where present, what adds tokens to them."""
     absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{folder} has no tokenizer.json, and no {' and '.join(absent)}")
-    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    model = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    model.normalizer = normalizers.NFC()
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    model.decoder = decoders.ByteLevel()
+    tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
     if (folder / "added_tokens.json").is_file():
         added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text())
-        model.add_special_tokens(sorted(added, key=lambda token: added[token]))
-        wrong = [token for token, token_id in added.items() if model.token_to_id(token) != token_id]
+        wrong = [token for token, number in added.items() if token_id(tokenizer, token) != number]
         if wrong:
             raise ValueError(f"{folder}/added_tokens.json does not continue vocab.json: {', '.join(wrong)}")
-    return model
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write `tokenizer.json`, which every version of transformers reads alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def prompt_text(instruction: str, num_views: int, num_image_tokens: int) -> str:
@@ -284,7 +231,7 @@ class Preprocessor:
         config: ModelConfig,
         data_config: DataConfig,
         metadata: DatasetMetadata,
-        tokenizer: PromptTokenizer,
+        tokenizer: PreTrainedTokenizerFast,
         layout: PromptLayout,
         *,
         round_to_bf16: bool = False,
@@ -303,13 +250,13 @@ class Preprocessor:
         ):
             if dim > limit:
                 raise ValueError(f"{name} has {dim} dimensions, but the network takes at most {limit}")
-        image_id = tokenizer.token_to_id(IMAGE_CONTEXT)
+        image_id = token_id(tokenizer, IMAGE_CONTEXT)
         if image_id != config.image_token_id:
             raise ValueError(
                 f"the tokenizer gives {IMAGE_CONTEXT} the id {image_id}, the network expects {config.image_token_id}; "
                 "use the tokenizer that belongs to this checkpoint"
             )
-        pad_id = tokenizer.token_to_id(PAD_TOKEN)
+        pad_id = token_id(tokenizer, PAD_TOKEN)
         if pad_id is None:
             raise ValueError(f"the tokenizer has no {PAD_TOKEN} token, which pads prompts")
         self.pad_id = pad_id
@@ -386,7 +333,7 @@ class Preprocessor:
         """Return the token ids of the whole prompt for one instruction."""
         if instruction not in self._prompt_ids:
             text = prompt_text(instruction, len(self.data_config.video_keys), self.config.num_image_tokens)
-            self._prompt_ids[instruction] = self.tokenizer.encode(text)
+            self._prompt_ids[instruction] = self.tokenizer.encode(text, add_special_tokens=False)
         return self._prompt_ids[instruction]
 
     def tokens(self, obs: Observation, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,18 @@
 """A GR00T agent of 300,000 parameters: its whole training code runs in milliseconds."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from gr00t_agent import DatasetMetadata, Gr00tAgent, LiberoFrankaDataConfig, preset_policy
-from gr00t_agent.agent import _preprocessor  # pyright: ignore[reportPrivateUsage]
-from gr00t_agent.config import EAGLE_NANO, MODEL_NANO, ModelConfig
+from gr00t_agent.config import ModelConfig
+from gr00t_agent.loading import make_preprocessor
 
 
 def tiny_config() -> ModelConfig:
-    eagle, model = copy.deepcopy(EAGLE_NANO), copy.deepcopy(MODEL_NANO)
+    nano = ModelConfig.preset("nano")
+    eagle, model = nano.eagle_json, nano.model_json
     eagle["force_image_size"] = 28
     eagle["text_config"] |= {
         "head_dim": 8, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -37,7 +37,7 @@ def tiny_agent(metadata: DatasetMetadata, **policy_changes: Any) -> Gr00tAgent:
     """An agent whose every part is trained; its weights depend on torch's global seed."""
     policy = replace(preset_policy("nano"), value_hidden_dims=(8,), **policy_changes)
     config = tiny_config()
-    preprocessor = _preprocessor(config, policy, LiberoFrankaDataConfig(), metadata, "nano")
+    preprocessor = make_preprocessor(config, policy, LiberoFrankaDataConfig(), metadata, "nano")
     agent = Gr00tAgent(config, policy, preprocessor)
     agent.set_trainable(tune_visual=True, tune_llm=True, tune_projector=True, tune_diffusion_model=True)
     for parameter in agent.value_parameters():

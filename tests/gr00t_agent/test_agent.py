@@ -11,8 +11,8 @@ from torch import nn
 from gr00t_agent import FlowAction, Gr00tAgent, PolicyConfig, SamplingDraws, preset_policy
 from gr00t_agent.action_head import ActionHead
 from gr00t_agent.backbone import Backbone
-from gr00t_agent.checkpoint import released_name
 from gr00t_agent.config import ModelConfig
+from gr00t_agent.weights import released_name
 from tests.gr00t_agent.conftest import REFERENCE_DIR, make_observation
 
 NANO = preset_policy("nano")
@@ -228,7 +228,7 @@ def test_trainable_counts_of_the_released_size():
     nn.Module.__init__(agent)
     with torch.device("meta"):
         agent.backbone, agent.action_head = Backbone(config), ActionHead(config.action_head)
-    agent._trainable = {}
+    agent.trainable = {}
 
     def count(module):
         return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -16,7 +16,7 @@ from gr00t_agent import (
     read_metadata,
     write_metadata,
 )
-from gr00t_agent.config import EAGLE_NANO, MODEL_NANO, ModelConfig
+from gr00t_agent.config import ModelConfig
 from gr00t_agent.data_config import METADATA_PATH, embodiment_id, read_modality
 
 CUSTOM_FILE = """
@@ -137,14 +137,19 @@ def test_fine_tunes_and_runs_a_robot_of_ones_own(tmp_path):
         modalities={"video": {"head": {"resolution": [80, 60], "channels": 3, "fps": 10.0}}},
         embodiment_tag="two_arms",
     )
-    model = json.loads(json.dumps(MODEL_NANO))
+    nano = ModelConfig.preset("nano")
+    model = nano.model_json
     model["action_dim"] = model["action_head_cfg"]["action_dim"] = 14
     model["action_head_cfg"]["max_action_dim"] = 14
     model["action_head_cfg"]["max_state_dim"] = 32
     torch.manual_seed(0)
     policy = PolicyConfig(num_action_chunks=8, embodiment_id=0, value_hidden_dims=(32,))
     agent = Gr00tAgent.from_config(
-        ModelConfig.from_json(model, EAGLE_NANO), policy, data_config=data_config, metadata=metadata, tokenizer="nano"
+        ModelConfig.from_json(model, nano.eagle_json),
+        policy,
+        data_config=data_config,
+        metadata=metadata,
+        tokenizer="nano",
     )
     rng = np.random.default_rng(0)
     obs = {

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gr00t_agent.action_head import ActionHead
+from gr00t_agent.action_head import ActionHead, SplitAttention
 from gr00t_agent.backbone import Backbone, flash_attention_mask
-from gr00t_agent.checkpoint import released_shapes
-from gr00t_agent.config import EAGLE_RELEASED, MODEL_RELEASED, ModelConfig
+from gr00t_agent.config import ModelConfig, TransformerConfig
+from gr00t_agent.weights import EMBEDDINGS, OUTPUT_LAYER, released_name
 from tests.gr00t_agent.conftest import REFERENCE_DIR
 
 TOLERANCE = 1e-4
@@ -87,6 +87,20 @@ def test_training_loss(tiny_agent, forward_goldens, context):
 
 
 @torch.no_grad()
+def test_attention_equals_diffusers_own_call():
+    torch.manual_seed(0)
+    config = TransformerConfig(num_layers=1, num_attention_heads=4, attention_head_dim=8, dropout=0.0)
+    x, source = torch.randn(3, 5, 32), torch.randn(3, 7, 24)
+    mask = torch.rand(3, 1, 1, 7) > 0.3
+    mask[..., 0] = True
+    cross, own = SplitAttention(config, 24), SplitAttention(config, 32)
+    for key_mask in (None, mask):
+        expected = cross(x, encoder_hidden_states=source, attention_mask=key_mask)
+        assert torch.equal(cross.attend(x, cross.keys_values(source), key_mask), expected)
+    assert torch.equal(own.attend(x, own.keys_values(x), None), own(x))
+
+
+@torch.no_grad()
 def test_shared_embodiment_equals_gathered_weights(tiny_agent, forward_goldens):
     state = forward_goldens.tensors["state"]
     encoder = tiny_agent.action_head.state_encoder
@@ -115,8 +129,9 @@ def test_full_size_names_and_shapes():
     with torch.device("meta"):
         model.backbone = Backbone(config)
         model.action_head = ActionHead(config.action_head)
-    shapes = released_shapes(model)
-    assert {name: list(shape) for name, shape in shapes.items()} == reference["shapes"]
+    shapes = {released_name(name): list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes[OUTPUT_LAYER] = shapes[EMBEDDINGS]  # tied: the recorded module tree has both
+    assert shapes == reference["shapes"]
     total = sum(p.numel() for p in model.parameters())
     assert total == reference["parameter_counts"]["total_unique_parameters"]
 
@@ -133,11 +148,12 @@ def test_full_size_rl_only_shapes():
         assert shapes == expected, title
 
 
-def test_built_in_configuration_is_the_released_one():
+def test_shipped_configuration_is_the_released_one():
     released = json.loads((REFERENCE_DIR / "real_config.json").read_text())
     eagle = json.loads((REFERENCE_DIR / "real_eagle_config.json").read_text())
-    assert {key: released[key] for key in MODEL_RELEASED} == MODEL_RELEASED
-    for key, value in EAGLE_RELEASED.items():
+    shipped = ModelConfig.preset("gr00t_n1d5")
+    assert {key: released[key] for key in shipped.model_json} == shipped.model_json
+    for key, value in shipped.eagle_json.items():
         expected = {k: eagle[key][k] for k in value} if isinstance(value, dict) else eagle[key]
         assert value == expected, key
 
@@ -152,7 +168,7 @@ def test_built_in_configuration_is_the_released_one():
     ],
 )
 def test_inconsistent_configuration_is_refused(path, value, message):
-    changed = json.loads(json.dumps(MODEL_RELEASED))
+    changed = ModelConfig.preset("gr00t_n1d5").model_json
     section = changed
     for key in path[:-1]:
         section = section[key]

@@ -1,5 +1,7 @@
 """Preprocessing and un-normalisation against recorded values of the reference transforms."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ import torch
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, PolicyConfig, SamplingDraws, read_metadata
 from gr00t_agent.data_config import METADATA_PATH, DatasetMetadata
 from gr00t_agent.transforms import (
+    EAGLE_TOKENS,
+    NANO_TOKENIZER,
     Normaliser,
     Preprocessor,
     PromptLayout,
@@ -14,8 +18,10 @@ from gr00t_agent.transforms import (
     pixels_from_bytes,
     prompt_text,
     resize_views,
+    save_tokenizer,
+    token_id,
 )
-from tests.gr00t_agent.conftest import make_observation
+from tests.gr00t_agent.conftest import REFERENCE_DIR, make_observation
 
 CPU = torch.device("cpu")
 
@@ -179,19 +185,89 @@ def test_whole_policy_call_equals_the_recorded_one(rlinf_agent, transform_golden
     assert (actions - t["e2e/eval/libero_actions"]).abs().max() <= 1e-4
 
 
+def encode(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def test_nano_tokenizer_covers_the_prompt():
     tokenizer = load_tokenizer("nano")
-    ids = tokenizer.encode(prompt_text("put the bowl on the plate", 2, 3))
-    assert ids.count(tokenizer.token_to_id("<IMG_CONTEXT>")) == 6
+    ids = encode(tokenizer, prompt_text("put the bowl on the plate", 2, 3))
+    assert ids.count(token_id(tokenizer, "<IMG_CONTEXT>")) == 6
     assert len(ids) < 60
-    assert tokenizer.encode("Zürich 42") == tokenizer.encode("Zürich 42")
+    assert encode(tokenizer, "open the middle drawer of the cabinet") == [436, 264, 449, 351, 309, 264, 341]
+
+
+ADDED_TOKENS = json.loads((REFERENCE_DIR / "tiny_checkpoint" / "eagle2_hg_model" / "added_tokens.json").read_text())
+TOKENIZER_CONFIG = "eagle2_hg_model/tokenizer_config.json"
+
+
+def write_released_vocabulary(folder, *, with_config=True, eagle=True):
+    """Nano's merges in the form of the released files: plain tokens first, added ones after them.
+
+    Returns the id of each token and the number of nano's special tokens, which come first there.
+    """
+    nano = json.loads(NANO_TOKENIZER.read_text())
+    special = [entry["content"] for entry in nano["added_tokens"]]
+    plain = [token for token in sorted(nano["model"]["vocab"], key=nano["model"]["vocab"].get) if token not in special]
+    added = {token: len(plain) + i for i, token in enumerate(ADDED_TOKENS) if eagle or token not in EAGLE_TOKENS}
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(plain)}))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in nano["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    if with_config:
+        config = json.loads((REFERENCE_DIR / "tiny_checkpoint" / TOKENIZER_CONFIG).read_text())
+        entries = {e["content"]: e for e in config["added_tokens_decoder"].values()}
+        config["added_tokens_decoder"] = {str(number): entries[token] for token, number in added.items()}
+        names = "additional_special_tokens"
+        config[names] = [token for token in config[names] if token in added]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return {token: i for i, token in enumerate(plain)} | added, len(special)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_released_vocabulary_gives_the_ids_of_its_files(tmp_path, with_config):
+    ids, num_special = write_released_vocabulary(tmp_path, with_config=with_config)
+    tokenizer, nano = load_tokenizer(tmp_path), load_tokenizer("nano")
+    for text in ("open the drawer", "it's  12 Bowls,\n\n\tput 'em: a-b", "日本 🙂", " leading and trailing ", ""):
+        assert encode(tokenizer, text) == [number - num_special for number in encode(nano, text)]
+    image = ["<img>", "<IMG_CONTEXT>", "<IMG_CONTEXT>", "</img>"]
+    assert encode(tokenizer, "".join(image)) == [ids[token] for token in image]
+    for token in ADDED_TOKENS:
+        assert encode(tokenizer, f"a {token} b") == [*encode(tokenizer, "a "), ids[token], *encode(tokenizer, " b")]
+    # Qwen's normaliser composes accents; nano's vocabulary has none.
+    assert encode(tokenizer, "Zu\u0308rich") == encode(tokenizer, "Z\u00fcrich") != encode(tokenizer, "Zurich")
+    assert token_id(tokenizer, "<|nothing|>") is None
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    text = prompt_text("put the bowl on the plate", 2, 3)
+    assert encode(again, text) == encode(tokenizer, text)
 
 
 def test_image_tokens_are_appended_to_a_plain_tokenizer(tmp_path):
-    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    ids, _ = write_released_vocabulary(tmp_path, eagle=False)
     tokenizer = load_tokenizer(tmp_path)
-    assert [tokenizer.token_to_id(token) for token in ("<IMG_CONTEXT>", "<img>", "</img>")] == [2, 3, 4]
+    assert [token_id(tokenizer, token) for token in EAGLE_TOKENS] == [len(ids) + i for i in range(len(EAGLE_TOKENS))]
+
+
+def test_added_tokens_that_leave_a_gap_are_refused(tmp_path):
+    ids, _ = write_released_vocabulary(tmp_path, with_config=False)
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({token: ids[token] for token in ADDED_TOKENS} | {"<img>": 999})
+    )
+    with pytest.raises(ValueError, match=r"added_tokens\.json does not continue vocab\.json: <img>"):
+        load_tokenizer(tmp_path)
+
+
+def test_padding_and_truncation_of_a_file_do_not_act(tmp_path):
+    nano = load_tokenizer("nano")
+    model = nano.backend_tokenizer
+    text = "open the middle drawer of the cabinet"
+    expected = encode(nano, text)
+    model.enable_truncation(3)
+    model.enable_padding(length=20)
+    model.save(str(tmp_path / "tokenizer.json"))
+    assert encode(load_tokenizer(tmp_path), text) == expected
 
 
 def changed(observation, **entries):

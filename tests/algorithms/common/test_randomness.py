@@ -6,7 +6,7 @@ import torch
 
 from algorithms.common.randomness import deal, generators_of, seed_of
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
-from gr00t_agent.agent import NANO_METADATA
+from gr00t_agent.loading import NANO_METADATA
 from tests.algorithms.tiny_agent import tiny_agent
 
 

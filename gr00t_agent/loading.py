@@ -1,0 +1,312 @@
+"""Building a `Gr00tAgent` from sizes, from a preset or from a checkpoint's folder, and saving it to one."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from gr00t_agent.action_head import ActionHead
+from gr00t_agent.backbone import Backbone
+from gr00t_agent.config import DATA, EAGLE_FOLDER, ModelConfig, PresetName
+from gr00t_agent.data_config import (
+    METADATA_PATH,
+    DataConfig,
+    DatasetMetadata,
+    LiberoFrankaDataConfig,
+    read_metadata,
+    write_metadata,
+)
+from gr00t_agent.files import resolve_folder
+from gr00t_agent.policy import PolicyConfig, preset_policy
+from gr00t_agent.transforms import Preprocessor, PromptLayout, load_tokenizer, prompt_text, save_tokenizer
+from gr00t_agent.weights import RL_ONLY, load_weights, read_weights, write_weights
+
+logger = logging.getLogger(__name__)
+
+POLICY_FILE = "policy_config.json"
+NANO_METADATA = DATA / "nano_metadata.json"
+RELEASED_TOKENIZER = "Qwen/Qwen3-1.7B"
+# Room for the instruction in a prompt of default length; the longest of LIBERO has 25 tokens with Qwen's tokenizer.
+INSTRUCTION_TOKENS = 32
+
+
+class Pretrained(nn.Module):
+    """How an agent is built, loaded and saved: the part of `Gr00tAgent`, its one subclass, that is about files.
+
+    Args:
+        config: Network sizes.
+        policy: How the network is used.
+        preprocessor: Observations to inputs, outputs to actions.
+    """
+
+    # What `Gr00tAgent` adds and this class needs.
+    backbone: Backbone
+    action_head: ActionHead
+    set_trainable: Callable[..., None]
+
+    def __init__(self, config: ModelConfig, policy: PolicyConfig, preprocessor: Preprocessor) -> None:
+        super().__init__()
+        self.config = config
+        self.policy = policy
+        self.preprocessor = preprocessor
+        self.trainable: dict[str, bool] = {}
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        policy: PolicyConfig,
+        *,
+        data_config: DataConfig,
+        metadata: DatasetMetadata,
+        tokenizer: PreTrainedTokenizerFast | str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Build a network with random weights, all of it trainable.
+
+        Args:
+            config: Network sizes.
+            policy: Settings.
+            data_config: The robot.
+            metadata: Statistics.
+            tokenizer: Tokenizer, or what `load_tokenizer` takes.
+            device: Where to build.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: The parts do not fit together.
+            KeyError: The statistics do not cover the data config.
+        """
+        preprocessor = make_preprocessor(config, policy, data_config, metadata, tokenizer)
+        with torch.device(device):
+            agent = cls(config, policy, preprocessor)
+        agent.backbone.reset_position_table()
+        agent.set_trainable(tune_visual=True, tune_llm=True)
+        _cast(agent, dtype)
+        return agent
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: PresetName,
+        *,
+        policy: PolicyConfig | None = None,
+        data_config: DataConfig | None = None,
+        metadata: DatasetMetadata | None = None,
+        tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Build a network of a named size with random weights, all of it trainable.
+
+        Args:
+            name: `nano`, which ships with a tokenizer and LIBERO workspace statistics, or `gr00t_n1d5`.
+            policy: Settings; None takes `preset_policy(name)`.
+            data_config: The robot; None takes LIBERO's Franka.
+            metadata: Statistics; None takes the ones that ship with `nano` (LIBERO's Franka only).
+            tokenizer: Tokenizer, or what `load_tokenizer` takes; None takes the preset's own.
+            device: Where to build.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: Unknown preset.
+            KeyError: The statistics do not cover the data config.
+        """
+        data_config = LiberoFrankaDataConfig() if data_config is None else data_config
+        if metadata is None:
+            metadata = read_metadata(NANO_METADATA, data_config.embodiment_tag)
+        if tokenizer is None:
+            tokenizer = "nano" if name == "nano" else RELEASED_TOKENIZER
+        return cls.from_config(
+            ModelConfig.preset(name),
+            preset_policy(name) if policy is None else policy,
+            data_config=data_config,
+            metadata=metadata,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        policy: PolicyConfig | None = None,
+        data_config: DataConfig | None = None,
+        metadata: DatasetMetadata | None = None,
+        tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
+        eagle_folder: Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load a released checkpoint, or one that `save_pretrained` wrote.
+
+        Args:
+            path_or_hub_id: Folder, or hub name such as `nvidia/GR00T-N1.5-3B`.
+            policy: Settings; None takes the saved ones, or the defaults where there are none.
+            data_config: The robot; None takes the saved one, or LIBERO's Franka.
+            metadata: Statistics; None reads `experiment_cfg/metadata.json`.
+            tokenizer: Tokenizer, or what `load_tokenizer` takes; None takes the checkpoint's, or Qwen3's.
+            eagle_folder: Folder with the Eagle `config.json`, if not inside the checkpoint and not the released one.
+            device: Where to put the weights.
+            dtype: Type of the parameters.
+
+        Raises:
+            FileNotFoundError: No such checkpoint, or a file of it is missing.
+            ValueError: Tensors are unknown, missing or misshapen (all are listed), or not finite.
+        """
+        folder = resolve_checkpoint(path_or_hub_id)
+        config = ModelConfig.from_folder(folder, eagle_folder)
+        saved: dict[str, Any] = {}
+        if (folder / POLICY_FILE).is_file():
+            saved = json.loads((folder / POLICY_FILE).read_text())
+        if policy is None:
+            policy = saved_policy(folder)
+        if data_config is None:
+            data_config = DataConfig.from_json(saved["data_config"]) if saved else LiberoFrankaDataConfig()
+        if metadata is None:
+            metadata = read_metadata(folder / METADATA_PATH, data_config.embodiment_tag)
+        if tokenizer is None:
+            own = folder / EAGLE_FOLDER
+            has_own = any((own / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+            tokenizer = own if has_own else RELEASED_TOKENIZER
+        preprocessor = make_preprocessor(config, policy, data_config, metadata, tokenizer)
+        with torch.device("meta"):
+            agent = cls(config, policy, preprocessor)
+        device = torch.device(device)
+        absent = load_weights(agent, read_weights(folder), dtype, device)
+        _materialise(agent, absent, device, dtype)
+        if saved:
+            agent.set_trainable(**saved["trainable"])
+        return agent
+
+    @classmethod
+    def load(cls, source: str | Path, *, train_backbone: bool | None = None, **changes: Any) -> Self:
+        """Build from a preset's name, a checkpoint folder or a hub name, with some settings changed.
+
+        Args:
+            source: `nano`, `gr00t_n1d5`, or what `from_pretrained` takes.
+            train_backbone: Train vision tower, connector and language model; None leaves it as it is.
+            changes: Fields of `PolicyConfig`; None leaves a field as it is.
+
+        Raises:
+            TypeError: A field that `PolicyConfig` does not have.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        preset = next((name for name in get_args(PresetName) if name == str(source)), None)
+        if preset is not None:
+            agent = cls.from_preset(preset, policy=replace(preset_policy(preset), **given))
+        else:
+            policy = saved_policy(resolve_checkpoint(source))
+            agent = cls.from_pretrained(source, policy=replace(policy, **given))
+        if train_backbone is not None:
+            agent.set_trainable(**(agent.trainable | {"tune_visual": train_backbone, "tune_llm": train_backbone}))
+        return agent
+
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write a checkpoint in the released format, with this policy's settings beside it.
+
+        Files: `config.json`, `model.safetensors` (or shards with an index), `experiment_cfg/metadata.json`,
+        `eagle2_hg_model/` (sizes and tokenizer) and `policy_config.json`.
+
+        Args:
+            folder: Made if need be.
+            state_dict: The weights, where this process holds only shards of them (`accelerator.get_state_dict`).
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.write(folder)
+        save_tokenizer(self.preprocessor.tokenizer, folder / EAGLE_FOLDER)
+        # Under the tag that loading looks for; statistics of a dataset come with the tag of its own data config.
+        tag = self.preprocessor.data_config.embodiment_tag
+        write_metadata(folder / METADATA_PATH, replace(self.preprocessor.metadata, embodiment_tag=tag))
+        write_weights(self, folder, state_dict=state_dict)
+        saved = {
+            "policy": asdict(self.policy),
+            "data_config": self.preprocessor.data_config.to_json(),
+            "trainable": self.trainable,
+        }
+        (folder / POLICY_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+
+
+def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
+    """Return the folder of a checkpoint, downloaded if it is a hub name.
+
+    Raises:
+        FileNotFoundError: Neither a folder nor of the form `owner/name`, or the hub does not give it.
+    """
+    patterns = ["*.json", "*.safetensors", "*.txt"]
+    return resolve_folder("checkpoint", path_or_hub_id, "for example nvidia/GR00T-N1.5-3B", allow_patterns=patterns)
+
+
+def saved_policy(folder: Path) -> PolicyConfig:
+    """Return the settings saved with a checkpoint, or the defaults for one that has none."""
+    path = folder / POLICY_FILE
+    return PolicyConfig.from_json(json.loads(path.read_text())["policy"]) if path.is_file() else PolicyConfig()
+
+
+def make_preprocessor(
+    config: ModelConfig,
+    policy: PolicyConfig,
+    data_config: DataConfig,
+    metadata: DatasetMetadata,
+    tokenizer: PreTrainedTokenizerFast | str | Path,
+) -> Preprocessor:
+    """Return the preprocessor of a network of these sizes, used as `policy` says.
+
+    Args:
+        config: Network sizes.
+        policy: Settings.
+        data_config: The robot.
+        metadata: Statistics.
+        tokenizer: Tokenizer, or what `load_tokenizer` takes.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    length = policy.prompt_length
+    if length is None:
+        empty = prompt_text("", len(data_config.video_keys), config.num_image_tokens)
+        # Rows of a multiple of 8 suit the matrix units.
+        length = -(-(len(tokenizer.encode(empty, add_special_tokens=False)) + INSTRUCTION_TOKENS) // 8) * 8
+    return Preprocessor(
+        config,
+        data_config,
+        metadata,
+        tokenizer,
+        PromptLayout(padding=policy.padding, length=length),
+        round_to_bf16=policy.round_to_bf16,
+    )
+
+
+def _materialise(agent: Pretrained, absent: list[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Finish a network that was built on the meta device: buffers, and RL-only modules without weights."""
+    eagle, head = agent.backbone.eagle_model, agent.action_head
+    embeddings = eagle.vision_core.embeddings
+    with torch.device(device):
+        embeddings.position_ids = torch.arange(embeddings.num_positions).expand((1, -1))
+        llm = eagle.language_model.model
+        llm.rotary_emb = type(llm.rotary_emb)(config=llm.config)
+        for prefix in absent:
+            name = prefix.split(".")[1]
+            fresh = head.build_value_head() if name == "value_head" else head.build_noise_net()
+            setattr(head, name, fresh.to(dtype))
+            logger.warning("the checkpoint has no %s; it is initialised at random", RL_ONLY[prefix])
+    _cast(agent, dtype)
+    agent.set_trainable(**agent.trainable)
+    for name, tensor in agent.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} is not finite after loading")
+
+
+def _cast(agent: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters, not the buffers: rotary frequencies and noise bounds stay float32."""
+    for parameter in agent.parameters():
+        parameter.data = parameter.data.to(dtype)
