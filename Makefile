@@ -50,7 +50,7 @@ quick: $(VENV)/.installed
 	$(IN_PARALLEL) $(BIN)/python -m pytest $(XDIST) -m "not slow and not network"
 
 test-installs: $(VENV)/.installed
-	TORCH='$(TORCH)' $(BIN)/python -m pytest -m network
+	TORCH='$(TORCH)' $(BIN)/python -m pytest --numprocesses $(JOBS) -m network tests/test_installs.py
 
 $(MUJOCO33_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(MUJOCO33_VENV)

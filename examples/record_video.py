@@ -20,7 +20,7 @@ import libero_gym  # noqa: F401 - registers the ids
 from libero_gym.experts import HUMAN_LIKE, make_expert
 
 
-def record(suite: str, task_id: int, num_episodes: int, image_size: int, output: Path, max_steps: int) -> list[bool]:
+def record(suite: str, task_id: int, *, num_episodes: int, image_size: int, output: Path, max_steps: int) -> list[bool]:
     """Films episodes from initial states 0, 1, ... and returns which of them succeeded."""
     env = gym.make(
         f"libero_gym/{suite}-v0",
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> list[bool]:
     parser.add_argument("--max-steps", type=int, default=0, help="cut episodes there; 0: at the suite's horizon")
     parser.add_argument("--output", type=Path, default=Path("runs/record_video"), help="folder of the films")
     args = parser.parse_args(arguments)
-    return record(args.suite, args.task_id, args.num_episodes, args.image_size, args.output, args.max_steps)
+    return record(**vars(args))
 
 
 if __name__ == "__main__":

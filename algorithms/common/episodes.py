@@ -10,7 +10,6 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 # The metric of a task is this and its id.
 SUCCESS_OF_TASK = "env/success_once_task_"
@@ -85,5 +84,7 @@ def success_by_task(episodes: Sequence[Episode]) -> dict[int, float]:
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """Returns Wilson's 95 % interval of a success probability; raises ValueError unless 0 <= successes <= episodes."""
+    from scipy.stats import binomtest  # an eighth of what a trainer imports, which each of its processes would wait for
+
     interval = binomtest(successes, episodes).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
