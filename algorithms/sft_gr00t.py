@@ -587,7 +587,8 @@ def main(
             torch.manual_seed(seed_of(args.seed, step, 1 + rank))  # dropout
 
             # --- loss: each micro-batch's share of the mean over the whole batch ---
-            num_valid = accelerator.reduce(batch.step_mask.sum().to(device), "sum")
+            num_valid = batch.step_mask.sum().to(device)
+            num_valid = cast(Tensor, accelerator.reduce(num_valid, "sum"))
             losses: list[Tensor] = []
             for micro in range(num_micro_batches):
                 rows = slice(micro * micro_size, (micro + 1) * micro_size)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from safetensors import torch as safetensors_torch
+import safetensors.torch
 
 CHANGES = ("replace", "rename", "mkdir", "unlink", "remove", "rmdir", "fsync")
 
@@ -67,7 +67,8 @@ def killed_at(number: int | None) -> Generator[Kill]:
     with pytest.MonkeyPatch.context() as patch:
         for name in CHANGES:
             patch.setattr(os, name, kill.before(getattr(os, name)))
-        patch.setattr(safetensors_torch, "serialize_file", kill.before(safetensors_torch.serialize_file))
+        serialize_file = getattr(safetensors.torch, "serialize_file")  # noqa: B009 (a name of its own)
+        patch.setattr(safetensors.torch, "serialize_file", kill.before(serialize_file))
         for module in (builtins, io):
             patch.setattr(module, "open", kill.opening(open))
         yield kill

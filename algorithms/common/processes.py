@@ -129,8 +129,7 @@ def _check_launch(accelerator: Accelerator) -> None:
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched, but Accelerate runs {accelerator.num_processes} here: each would "
-            "make the whole run by itself. On a CPU set ACCELERATE_USE_CPU=true, or launch with `accelerate launch "
-            f"--cpu --num_processes {launched}`; with GPUs see that PyTorch finds them"
+            "make the whole run by itself. On a CPU set ACCELERATE_USE_CPU=true; with GPUs see that PyTorch finds them"
         )
 
 

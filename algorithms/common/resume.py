@@ -170,8 +170,7 @@ def _choose(args: Any, num_iterations: int, free_args: Collection[str]) -> tuple
     lock(path)
     for folder in (path, *(folder for folder in path.iterdir() if folder.is_dir())):
         clean_up(folder)
-    found = checkpoints_in(path)
-    done, newest = found[-1]
+    done, newest = checkpoints_in(path)[-1]
     if done > num_iterations:
         raise ValueError(
             f"num_iterations={num_iterations}, but {path} has done {done}: give {done} or more, or start a new "
@@ -202,6 +201,8 @@ def _newest_run(output_dir: Path, name: str) -> Path | None:
 
 def _had_name(path: Path, name: str) -> bool:
     """Returns whether a run was given this name; `demo-2` may be the second `demo`, or a name of its own."""
+    if not (path / "args.json").is_file():
+        return False
     args = json.loads((path / "args.json").read_text("utf-8"))
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
     return args["run_name"].format(**fields) == name

@@ -111,6 +111,7 @@ class Watch:
             for key, _ in selector.select(timeout=BEAT_S / 10):
                 if not self._hear(key.data):
                     selector.unregister(key.fileobj)
+                    key.data.connection.close()
             if time.monotonic() - beat > BEAT_S:
                 self._send(self._BEAT)
                 beat = time.monotonic()

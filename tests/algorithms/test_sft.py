@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from algorithms import sft_gr00t
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment, hue_rotation, jitter
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
+from algorithms.common.resume import checkpoints_in
 from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_rate_at, make_average
 from gr00t_agent import Gr00tAgent, read_metadata
 from gr00t_agent.lerobot import LeRobotDataset
@@ -279,6 +282,69 @@ def test_a_resumed_run_equals_an_uninterrupted_one(demonstrations, tmp_path, mon
         sft_gr00t.main(sft_args(tmp_path, demonstrations, **options, resume=run, batch_size=16), make_tiny)
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint to go on from"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations, resume=tmp_path), make_tiny)
+
+
+def test_what_was_not_logged_is_kept_over_a_stop(demonstrations, tmp_path, monkeypatch):
+    """Means since the last log, whatever step the run was stopped after, are those of an uninterrupted run."""
+    options = dict(log_interval=4, save_interval=0, keep_best=0)
+    sft_gr00t.main(sft_args(tmp_path / "whole", demonstrations, **options), make_tiny)
+
+    def request_stop(step: int, args: Args) -> float:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate_at(step, args)
+
+    stopped = sft_args(tmp_path / "parts", demonstrations, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_gr00t, "learning_rate_at", request_stop)
+        with pytest.raises(SystemExit) as caught:
+            sft_gr00t.main(stopped, make_tiny)
+    assert caught.value.code == 0
+    run = tmp_path / "parts" / "run"
+    assert [done for done, _ in checkpoints_in(run)] == [3]
+    assert not (run / "metrics.jsonl").exists()
+    sft_gr00t.main(replace(stopped, resume=Path("auto")), make_tiny)
+    assert losses(run) == losses(tmp_path / "whole" / "run")
+    assert len(losses(run)) == 2
+
+
+def test_a_stop_during_an_evaluation_keeps_the_step(demonstrations, tmp_path, monkeypatch, capsys):
+    def evaluate_into(path: Path, step: int, agent: Gr00tAgent, make_envs: Any, args: Args) -> float:
+        envs = make_envs(2)
+        envs.reset(seed=0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            envs.step(np.zeros((2, 2, 7), np.float32))
+
+    args = sft_args(tmp_path, demonstrations, num_steps=4, eval_interval=2, eval_episodes_per_task=1, ema_decay=0.9)
+    weights: list[torch.Tensor] = []
+
+    def make_agent(args: Args, metadata: Any) -> Gr00tAgent:
+        agent = make_tiny(args, metadata)
+        weights.append(agent.action_head.action_decoder.layer1.W)
+        return agent
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_gr00t, "evaluate_into", evaluate_into)
+        with pytest.raises(SystemExit):
+            sft_gr00t.main(args, make_agent, lambda args, num_envs, size: LineVectorEnv(num_envs, image_size=size))
+    ((done, folder),) = checkpoints_in(tmp_path / "run")
+    assert done == 2 == len(losses(tmp_path / "run"))
+    # It was stopped with averaged weights in their place; the trained ones are back and saved.
+    state = load_file(folder / "training_state" / "weights.safetensors")
+    assert torch.equal(state["action_head.action_decoder.layer1.W"], weights[0])
+    assert not torch.equal(load_file(folder / "model.safetensors")["action_head.action_decoder.layer1.W"], weights[0])
+    monkeypatch.setattr(sft_gr00t, "evaluate_into", lambda *inputs: 0.5)
+    sft_gr00t.main(replace(args, resume=Path("auto")), make_tiny)
+    assert "the evaluation of" in capsys.readouterr().out
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(demonstrations, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.5, 0.1])
+    monkeypatch.setattr(sft_gr00t, "evaluate_into", lambda *inputs: next(scores))
+    args = sft_args(tmp_path, demonstrations, save_interval=1, keep_last=1, eval_interval=2, eval_episodes_per_task=1)
+    sft_gr00t.main(args, make_tiny)
+    assert [done for done, _ in checkpoints_in(tmp_path / "run")] == [2, 6]
 
 
 def test_micro_batches_and_frame_caches_do_not_change_the_result(demonstrations, tmp_path):
