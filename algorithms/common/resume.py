@@ -367,7 +367,7 @@ class Checkpoints:
     def restore(self, folder: Path) -> RestoredState:
         """Puts weights, optimiser state, step sizes and generators back, and returns what else the checkpoint says.
 
-        Metrics of later iterations, which are about to be written again, are dropped.
+        Metrics of later iterations, which are about to be written again, are dropped, and old checkpoints deleted.
 
         Raises:
             ValueError: the checkpoint is of another network.
@@ -389,6 +389,7 @@ class Checkpoints:
         if self._accelerator.is_main_process:
             print("\n".join(notes))
             self._run.forget_after(content["iteration"])
+            self._delete_old()
         env_file = state_folder / "envs.npz"
         return RestoredState(
             iteration=content["iteration"],
@@ -428,12 +429,14 @@ class Checkpoints:
             name, _, key = label.rpartition("/")
             states.setdefault(name, {})[key] = value
         if states:
-            groups = get_optimizer_state_dict(self._model, self._optimizer)["param_groups"]
-            options = StateDictOptions(full_state_dict=True, strict=False)
-            whole = cast(Any, {"state": states, "param_groups": groups})
+            whole = cast(Any, get_optimizer_state_dict(self._model, self._optimizer))
+            for name, state in whole["state"].items():  # of zeros, and in shards where the weights are
+                zeros = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()}
+                whole["state"][name] = states.get(name, zeros)
+            options = StateDictOptions(full_state_dict=True)
             set_optimizer_state_dict(self._model, self._optimizer, whole, options=options)
         for name, parameter in self._agent.named_parameters():
-            if name not in states:  # had no gradient yet; it was given a state of zeros
+            if name not in states:  # had no gradient yet
                 self._optimizer.state.pop(parameter, None)
         for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate

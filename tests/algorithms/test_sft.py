@@ -25,6 +25,7 @@ from gr00t_agent import Gr00tAgent, read_metadata
 from gr00t_agent.lerobot import LeRobotDataset
 from gr00t_agent.transforms import resize_views
 from tests.algorithms.line_env import LineVectorEnv
+from tests.algorithms.sft_trainer import make_tiny, sft_args
 from tests.algorithms.tiny_agent import tiny_agent
 from tests.gr00t_agent.lerobot_data import write_dataset
 
@@ -210,19 +211,6 @@ def test_adapters_train_alone_in_their_part_and_merge_into_the_plain_network(dem
 # -- the trainer -------------------------------------------------------------------------------------------------------
 
 
-def make_tiny(args: Args, metadata: Any) -> Gr00tAgent:
-    return tiny_agent(metadata)
-
-
-def sft_args(folder: Path, demonstrations: Path, **changes: Any) -> Args:
-    defaults: dict[str, Any] = dict(
-        dataset=str(demonstrations), output_dir=folder, run_name="run", cache_dir=folder / "cache", num_steps=6,
-        batch_size=8, micro_batch_size=8, learning_rate=2e-3, warmup_fraction=0.0, eval_episodes_per_task=0,
-        save_interval=3, log_interval=1, log_with=(), compute_dtype="float32", num_loader_threads=2,
-    )  # fmt: skip
-    return Args(**(defaults | changes))
-
-
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["train/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -321,7 +309,7 @@ def test_two_processes_equal_one(demonstrations, tmp_path):
     program = tmp_path / "two.py"
     program.write_text(
         "import torch\nfrom pathlib import Path\nfrom algorithms import sft_gr00t\n"
-        "from tests.algorithms.test_sft import make_tiny, sft_args\ntorch.set_num_threads(1)\n"
+        "from tests.algorithms.sft_trainer import make_tiny, sft_args\ntorch.set_num_threads(1)\n"
         f"args = sft_args(Path({str(tmp_path / 'two')!r}), Path({str(demonstrations)!r}), **{options!r})\n"
         "sft_gr00t.main(args, make_tiny)\n"
     )
