@@ -102,7 +102,10 @@ class Args:
 
 
 def make_envs(
-    args: Args, num_envs: int, num_action_chunks: int, image_size: int
+    args: Args,
+    num_envs: int,
+    num_action_chunks: int,
+    image_size: int,
 ) -> ModalityVectorObservation:
     """Returns the environments, ours or LIBERO's own, with GR00T's modality keys."""
     options: dict[str, Any] = dict(
@@ -139,7 +142,10 @@ def weights_digest(checkpoint: str) -> str | None:
 
 
 def make_protocol(
-    args: Args, agent: Gr00tAgent, envs: gym.vector.VectorEnv, jobs: Sequence[Job]
+    args: Args,
+    agent: Gr00tAgent,
+    envs: gym.vector.VectorEnv,
+    jobs: Sequence[Job],
 ) -> dict[str, Any]:
     """Returns all that decides the outcomes, apart from package versions and hardware."""
     policy = agent.policy

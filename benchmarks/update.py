@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from algorithms.common.batch import concatenate, index
-from algorithms.common.feature_store import FeatureStore, Placement
+from algorithms.common.features import FeatureStore, Placement
 from algorithms.common.frozen import store_frozen_as
 from algorithms.ppo_gr00t import policy_loss, value_loss
 from benchmarks.policy import make_agent, make_observation, seconds

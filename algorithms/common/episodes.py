@@ -54,6 +54,14 @@ def finished_episodes(infos: Mapping[str, Any], ended_mask: NDArray[np.bool_]) -
     ]
 
 
+def played_episodes(starts: NDArray[np.int64], success: NDArray[np.bool_], length: NDArray[np.int64]) -> list[Episode]:
+    """Returns the episodes that were played from `starts` [E, 2] (task id, initial state id) to their end."""
+    return [
+        Episode(task_id=int(task_id), init_state_id=int(state_id), success=bool(s), length=int(n))
+        for (task_id, state_id), s, n in zip(starts, success, length, strict=True)
+    ]
+
+
 def episode_metrics(episodes: Sequence[Episode], accelerator: Accelerator) -> dict[str, float]:
     """Returns `env/*` means over the episodes of all processes; empty if none ended."""
     everywhere: list[Episode] = gather_object(list(episodes)) if accelerator.num_processes > 1 else list(episodes)

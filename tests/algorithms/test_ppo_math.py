@@ -8,10 +8,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from algorithms.common.arguments import share_of_process
-from algorithms.common.batch import concatenate, index
-from algorithms.common.distributed import explained_variance, mean_and_variance
+from algorithms.common.args import share_of_process
+from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.episodes import Episode, finished_episodes, wilson_interval
+from algorithms.common.processes import explained_variance, mean_and_variance
 from algorithms.ppo_gr00t import (
     Args,
     compute_gae,
@@ -250,6 +250,11 @@ def test_index_and_concatenate_keep_the_nesting():
     np.testing.assert_array_equal(rows["video"], [11, 1])
     np.testing.assert_array_equal(rows["text"], ["b", "b"])
     torch.testing.assert_close(rows["pair"].right, torch.tensor([11, 1]))
+
+
+def test_means_are_taken_by_name():
+    stats = [{"a": torch.tensor(1.0), "b": torch.tensor(5.0)}, {"a": torch.tensor(3.0), "b": torch.tensor(5.0)}]
+    assert {name: x.item() for name, x in mean_of(stats).items()} == {"a": 2.0, "b": 5.0}
 
 
 def test_finished_episodes_reads_only_the_ended_rows():

@@ -29,7 +29,7 @@ import atexit, sys
 from pathlib import Path
 from types import SimpleNamespace
 from torch import distributed, nn
-from algorithms.common.run_folder import RunFolder
+from algorithms.common.run import RunFolder
 from tests.algorithms.line_trainer import print_gloo_threads
 
 def main():

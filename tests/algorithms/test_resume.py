@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from algorithms import ppo_gr00t
-from algorithms.common import checkpoints
-from algorithms.common.checkpoints import checkpoints_in, generator_states, restore_generators
+from algorithms.common import resume
+from algorithms.common.resume import checkpoints_in, generator_states, restore_generators
 from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"algorithms.common.checkpoints.{failing}", full)
+        patch.setattr(f"algorithms.common.resume.{failing}", full)
         with pytest.raises(OSError, match="No space left") as caught:
             train("ppo", tmp_path, num_iterations=2, resume=run)
     assert f"the newest checkpoint is {run / 'checkpoints' / 'iteration_1'}" in " ".join(caught.value.__notes__)
@@ -187,20 +187,21 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path, monkeypatc
         train("ppo", tmp_path, keep_last=0)
 
 
-def test_a_stop_keeps_the_score_of_what_was_saved(tmp_path: Path):
+def test_a_stop_keeps_what_was_saved_and_its_score(tmp_path: Path):
     class Breaks(LineVectorEnv):
         def step(self, actions: Any) -> Any:
             raise ZeroDivisionError
 
     train("ppo", tmp_path, num_iterations=2, save_interval=1)
     run = run_folder(tmp_path)
-    state_file = run / "checkpoints" / "iteration_2" / checkpoints.STATE_FOLDER / checkpoints.STATE_FILE
-    score, saved_at = json.loads(state_file.read_text())["score"], state_file.stat().st_mtime_ns
-    assert score == logged(run)[-1]["env/success_once"]
-    with pytest.raises(ZeroDivisionError):
+    state_file = run / "checkpoints" / "iteration_2" / resume.STATE_FOLDER / resume.STATE_FILE
+    saved, inode = state_file.read_bytes(), state_file.stat().st_ino
+    assert json.loads(saved)["score"] == logged(run)[-1]["env/success_once"]
+    with pytest.raises(ZeroDivisionError) as caught:
         train("ppo", tmp_path, num_iterations=3, save_interval=1, resume=run, env=Breaks)
-    assert state_file.stat().st_mtime_ns > saved_at
-    assert json.loads(state_file.read_text())["score"] == score
+    assert f"the state before this rollout is in {state_file.parents[1]}" in " ".join(caught.value.__notes__)
+    # What is there is whole and the same, so it is not replaced.
+    assert (state_file.read_bytes(), state_file.stat().st_ino) == (saved, inode)
 
 
 def test_evaluated_iterations_are_saved_while_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -214,7 +215,7 @@ def test_a_checkpoint_is_what_from_pretrained_loads(tmp_path: Path):
     train("ppo", tmp_path, make_agent=make_tiny_agent, num_iterations=1, num_steps=4, update_epochs=1)
     folder = run_folder(tmp_path) / "checkpoints" / "iteration_1"
     agent = Gr00tAgent.from_pretrained(folder)
-    trained = load_file(folder / checkpoints.STATE_FOLDER / "weights.safetensors")
+    trained = load_file(folder / resume.STATE_FOLDER / "weights.safetensors")
     assert any(name.startswith("action_head") for name in trained)
     assert not any(name.startswith("backbone") and name in dict(agent.named_parameters()) for name in trained)
     assert all(torch.equal(agent.state_dict()[name], value) for name, value in trained.items())

@@ -18,18 +18,18 @@ from torch import nn
 
 from algorithms import sft_gr00t
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment, hue_rotation, jitter
-from algorithms.common.ema import WeightAverage
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
-from algorithms.common.training_state import load_state, save_state, trained_parameters
-from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_rate_at
+from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_rate_at, make_average
 from gr00t_agent import Gr00tAgent, read_metadata
 from gr00t_agent.lerobot import LeRobotDataset
 from gr00t_agent.transforms import resize_views
+from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.tiny_agent import tiny_agent
 from tests.gr00t_agent.lerobot_data import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
+STATE = "checkpoints/step_6/training_state"
 PLAIN = Augmentation(random_crop=False, brightness=0, contrast=0, saturation=0, hue=0)
 
 
@@ -151,16 +151,28 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
 
 def test_average_of_weights_by_hand():
     parameter = nn.Parameter(torch.zeros(2))
-    average = WeightAverage([parameter], decay=0.5)
+    average = make_average([parameter], decay=0.5)
     parameter.data.fill_(1.0)
-    average.update(1)  # decay 2/11
-    assert average.averages[0].tolist() == pytest.approx([9 / 11] * 2)
-    average.update(100)  # decay 0.5
-    with average.applied():
-        assert parameter.tolist() == pytest.approx([10 / 11] * 2)
+    average.step([parameter])  # decay 2/11
+    assert average.shadow_params[0].tolist() == pytest.approx([9 / 11] * 2)
+    average.optimization_step = 99
+    average.step([parameter])  # decay 0.5
+    average.store([parameter])
+    average.copy_to([parameter])
+    assert parameter.tolist() == pytest.approx([10 / 11] * 2)
+    average.restore([parameter])
     assert parameter.tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match=r"decay=1.0 is not in"):
-        WeightAverage([parameter], decay=1.0)
+
+
+def test_the_average_of_rounded_weights_is_kept_in_float32():
+    parameter = nn.Parameter(torch.full((1,), 1.0, dtype=torch.bfloat16))
+    average = make_average([parameter], decay=0.999)
+    average.optimization_step = 100_000
+    parameter.data.fill_(2.0)
+    for _ in range(10):
+        average.step([parameter])
+    # In bfloat16 a step of 0.001 from 1 would be lost.
+    assert average.shadow_params[0].tolist() == pytest.approx([2 - 0.999**10], abs=1e-6)
 
 
 def test_adapters_train_alone_in_their_part_and_merge_into_the_plain_network(demonstrations):
@@ -174,7 +186,7 @@ def test_adapters_train_alone_in_their_part_and_merge_into_the_plain_network(dem
     assert add_lora(agent, LoraSettings(rank=2, dropout=0.0)) == 9  # 3 in each of 2 DiT blocks and 1 VL block
     agent.eval()
     torch.testing.assert_close(agent.predict_chunk(obs, noise=noise), before)
-    trained = set(trained_parameters(agent))
+    trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
     assert not any("action_head.model." in name and ".lora_" not in name for name in trained)
     assert any(name.startswith("action_head.state_encoder") for name in trained)
     assert not any("value_head" in name for name in trained)
@@ -260,20 +272,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(demonstrations, tmp_path, mon
     sft_gr00t.main(resumed, make_tiny)
     whole = tmp_path / "whole" / "run"
     assert losses(run) == losses(whole)
-    for file in ("checkpoints/step_6/model.safetensors", "state/weights.safetensors", "state/optimizer.safetensors"):
+    for file in (
+        "checkpoints/step_6/model.safetensors",
+        f"{STATE}/weights.safetensors",
+        f"{STATE}/optimizer.safetensors",
+    ):
         ours, theirs = load_file(run / file), load_file(whole / file)
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert torch.equal(value, theirs[name]), (file, name)
     # With averaged weights the checkpoint is not the state.
     exported, state = (
-        load_file(whole / f) for f in ("checkpoints/step_6/model.safetensors", "state/weights.safetensors")
+        load_file(whole / f) for f in ("checkpoints/step_6/model.safetensors", f"{STATE}/weights.safetensors")
     )
     name = "action_head.action_decoder.layer1.W"
     assert not torch.equal(exported[name], state[name])
     with pytest.raises(ValueError, match=r"cannot go on with other arguments: batch_size=16 \(was 8\)"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations, **options, resume=run, batch_size=16), make_tiny)
-    with pytest.raises(FileNotFoundError, match=r"holds no args.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint to go on from"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations, resume=tmp_path), make_tiny)
 
 
@@ -319,7 +335,7 @@ def test_two_processes_equal_one(demonstrations, tmp_path):
     assert result.stdout.count("step 4/4") == result.stdout.count("checkpoint   ") == 1
     one, two = (tmp_path / name / "run" for name in ("one", "two"))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    for file in ("checkpoints/step_4/model.safetensors", "state/weights.safetensors"):
+    for file in ("checkpoints/step_4/model.safetensors", "checkpoints/step_4/training_state/weights.safetensors"):
         weights, expected = load_file(two / file), load_file(one / file)
         assert weights.keys() == expected.keys()
         # Adam makes a gradient that is all rounding as large as any. That of a key's bias always is: it moves no
@@ -334,13 +350,14 @@ def test_exports_statistics_and_flags(demonstrations, tmp_path, monkeypatch):
     calls: list[Any] = []
 
     def evaluate_into(path: Path, step: int, agent: Gr00tAgent, make_envs: Any, args: Args) -> float:
-        calls.append((step, agent.training, make_envs(3)))
+        envs = make_envs(3)
+        calls.append((step, agent.training, envs.num_envs, envs.unwrapped.image_size))
         return 0.25
 
     monkeypatch.setattr(sft_gr00t, "evaluate_into", evaluate_into)
     args = sft_args(tmp_path, demonstrations, num_steps=4, eval_interval=2, eval_episodes_per_task=1)
-    metrics = sft_gr00t.main(args, make_tiny, lambda args, num_envs, image_size: (num_envs, image_size))  # pyright: ignore
-    assert calls == [(2, False, (3, 32)), (4, False, (3, 32))]
+    metrics = sft_gr00t.main(args, make_tiny, lambda args, num_envs, size: LineVectorEnv(num_envs, image_size=size))
+    assert calls == [(2, False, 3, 32), (4, False, 3, 32)]
     assert metrics["eval/success_once"] == 0.25
     folder = tmp_path / "run" / "checkpoints" / "step_4"
     assert read_metadata(folder / "experiment_cfg" / "metadata.json", "libero_franka") == metadata
@@ -371,6 +388,8 @@ def test_bad_arguments_and_numbers_stop_the_run(demonstrations, tmp_path):
         agent.action_head.vlln.weight.data.fill_(float("nan"))
         return agent
 
+    with pytest.raises(ValueError, match=r"ema_decay=1.0 is not in \[0, 1\)"):
+        sft_gr00t.main(sft_args(tmp_path, demonstrations, ema_decay=1.0), make_tiny)
     with pytest.raises(FloatingPointError, match="gradient norm is nan in iteration 1"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations), make_broken)
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -400,12 +419,3 @@ def test_a_checkpoint_of_other_data_is_refused(demonstrations, tmp_path):
         train(lambda content: content["statistics"]["action"].pop("gripper"))
     with pytest.raises(ValueError, match=r"video.image is \(64, 48\) pixels in the policy's metadata, \(32, 32\) in"):
         train(lambda content: content["modalities"]["video"]["image"].update(resolution=[48, 64]))
-
-
-def test_a_state_of_another_network_is_refused(tmp_path):
-    small, large = nn.Linear(2, 2), nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(small.parameters())
-    save_state(tmp_path / "state", small, optimizer, 7, {})
-    assert load_state(tmp_path / "state", nn.Linear(2, 2), optimizer)[0] == 7
-    with pytest.raises(ValueError, match="of another network or other tune flags"):
-        load_state(tmp_path / "state", large, torch.optim.AdamW(large.parameters()))

@@ -25,7 +25,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from algorithms.common.distributed import same_cuda_device
+from algorithms.common.processes import same_cuda_device
 
 EnvState = Mapping[str, NDArray[Any]]
 
@@ -90,8 +90,17 @@ class EnvStage:
         """Starts episodes; see `VectorEnv.reset`. `seed` has one entry per environment."""
         self.obs, _ = self._call(lambda: self.envs.reset(seed=cast(Any, list(seed)), options=options))
 
-    def send(self, actions: NDArray[np.float32]) -> None:
-        """Starts a step with `actions`, shaped as the environments' action space."""
+    def send(self, actions: NDArray[np.float32], rows: NDArray[np.intp] | None = None) -> None:
+        """Starts a step with `actions`, shaped as the environments' action space.
+
+        Args:
+            actions: one for each environment, or for those in `rows`.
+            rows: [M] which environments act; the others, whose episodes have ended, are given zeros.
+        """
+        if rows is not None:
+            given, actions = actions, np.zeros((len(self.env_ids), *actions.shape[1:]), dtype=np.float32)
+            actions[rows] = given
+            actions = actions.reshape(self.envs.action_space.shape or ())
         self._actions = actions
         self.waits = True
         self._tasks.put(self._step)

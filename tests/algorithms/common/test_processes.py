@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from algorithms.common import distributed
-from algorithms.common.distributed import make_accelerator
+from algorithms.common import processes
+from algorithms.common.processes import make_accelerator
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path):
@@ -26,8 +26,8 @@ def test_launches_that_would_train_wrongly_are_refused(
     kind: str, is_fsdp2: bool, precision: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     launched = SimpleNamespace(
-        distributed_type=distributed.DistributedType[kind], is_fsdp2=is_fsdp2, mixed_precision=precision
+        distributed_type=processes.DistributedType[kind], is_fsdp2=is_fsdp2, mixed_precision=precision
     )
-    monkeypatch.setattr(distributed, "Accelerator", lambda **_: launched)
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: launched)
     with pytest.raises(ValueError, match=message):
         make_accelerator((), tmp_path)

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import fcntl
 import gc
 import json
 import os
-import shutil
+import platform
+import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -34,69 +36,96 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from algorithms.common.processes import leave
 from algorithms.common.provenance import describe_environment
 from algorithms.common.report import REPORT_NAME, write_report
+from algorithms.common.stages import EnvStages
+from gr00t_agent.files import whole_file, write_json, write_text
 
-MAX_NAME_SUFFIX = 10_000
-
-
-class SavesPretrained(Protocol):
-    """An agent that writes itself as a folder."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes the agent's files into `folder`."""
-        ...
-
-
-def json_ready(value: Any) -> Any:
-    """Returns a dataclass, path, tuple or mapping as what JSON can hold."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return json_ready(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {str(name): json_ready(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_ready(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, replacing `path` in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(json_ready(value), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+# Of the runs that this process works on; closed files would unlock them.
+_LOCKS: dict[Path, TextIO] = {}
 
 
 def base_name(args: Any) -> str:
-    """Returns `args.run_name` with the fields in braces filled in."""
-    return args.run_name.format(**{f.name: getattr(args, f.name) for f in dataclasses.fields(args)})
+    """Returns `args.run_name` with the fields in braces filled in.
+
+    Raises:
+        ValueError: it has unknown fields, or is none of a folder.
+    """
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+    try:
+        name = args.run_name.format(**fields)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"run_name={args.run_name!r} cannot be filled in ({error!r}); fields in braces are names of arguments: "
+            f"{', '.join(fields)}"
+        ) from None
+    if not name or name.startswith(".") or Path(name).name != name or "\0" in name:
+        raise ValueError(
+            f"run_name={name!r} is no name of a folder: it must not be empty, begin with a dot or hold a slash; give "
+            "the place by --output-dir"
+        )
+    return name
+
+
+def choose_folder(args: Any) -> Path:
+    """Makes `args.output_dir/args.run_name` (numbered if it exists), locks it, and writes its first files."""
+    path = _make_new_folder(Path(args.output_dir), base_name(args))
+    unlock(path)  # if it was there before and was deleted
+    lock(path)
+    write_args(path, args)
+    write_json(path / "environment.json", describe_environment())
+    return path
+
+
+def write_args(path: Path, args: Any) -> None:
+    """Writes the arguments of the run in `path`."""
+    write_json(path / "args.json", args)
+
+
+def lock(path: Path) -> None:
+    """Makes this process the only one that works on the run in `path`, until it ends or unlocks.
+
+    Raises:
+        RuntimeError: another process does.
+    """
+    place = path.resolve()
+    if place in _LOCKS:
+        return
+    file = (path / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RuntimeError(
+            f"{path} is in use by {holder}; wait for its end, stop it, or start a new run under another run_name"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _LOCKS[place] = file
+
+
+def unlock(path: Path) -> None:
+    """Lets other processes work on the run again."""
+    if file := _LOCKS.pop(path.resolve(), None):
+        file.close()
 
 
 class RunFolder:
-    """A run's folder; make it with `create`."""
+    """A run's folder; get it from `algorithms.common.resume.open_run`."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path = path
         self._accelerator = accelerator
 
     @classmethod
-    def create(cls, args: Any, accelerator: Accelerator) -> RunFolder:
-        """Makes `args.output_dir/args.run_name` (numbered if it exists), writes its first files, starts trackers.
-
-        Args:
-            args: a dataclass with `output_dir` and `run_name`; fields in braces in the name are filled in.
-            accelerator: its trackers log into the folder.
-        """
-        names: list[str | None] = [None]
-        if accelerator.is_main_process:
-            names = [_make_new_folder(args.output_dir, base_name(args))]
-        if accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(names, src=0)
-        path = Path(args.output_dir) / str(names[0])
+    def open(cls, path: Path, accelerator: Accelerator) -> RunFolder:
+        """Returns the run's folder, in which the accelerator's trackers log from now on."""
         accelerator.project_configuration.logging_dir = str(path)
         accelerator.init_trackers("logs")
-        if accelerator.is_main_process:
-            write_json(path / "args.json", args)
-            write_json(path / "environment.json", describe_environment())
         return cls(path, accelerator)
 
     def log(self, metrics: dict[str, float], global_step: int, iteration: int) -> None:
@@ -106,40 +135,32 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"iteration": iteration, "global_step": global_step, **metrics}) + "\n")
 
-    @contextmanager
-    def written_whole(self, folder: Path) -> Generator[Path]:
-        """Gives a folder to write into, which becomes `folder` if all goes well and is deleted otherwise."""
-        temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            _flush(temporary)
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                folder.replace(old)
-            temporary.replace(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-    def save_agent(self, agent: SavesPretrained, name: str) -> Path:
-        """Writes the agent to checkpoints/<name>, whole or not at all, and returns the folder."""
-        folder = self.path / "checkpoints" / name
-        if self._accelerator.is_main_process:
-            with self.written_whole(folder) as temporary:
-                agent.save_pretrained(temporary)
-        self._accelerator.wait_for_everyone()
-        return folder
+    def forget_after(self, iteration: int) -> None:
+        """Drops lines of metrics.jsonl that a resumed run is about to write again, and one that was not ended."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            ended = [line for line in path.read_text("utf-8").split("\n")[:-1] if line]
+            kept = [line for line in ended if json.loads(line)["iteration"] <= iteration]
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def dump(self, name: str, arrays: Mapping[str, Any]) -> Path:
         """Writes tensors and number arrays to faults/<name>_rank_<r>.safetensors, and returns the file."""
         path = self.path / "faults" / f"{name}_rank_{self._accelerator.process_index}.safetensors"
-        path.parent.mkdir(exist_ok=True)
         tensors = {key: torch.as_tensor(value).detach().cpu().contiguous().clone() for key, value in arrays.items()}
-        save_file(tensors, path)
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary)
         return path
+
+    @contextmanager
+    def dumps_failed_actions(self, stages: EnvStages) -> Generator[None]:
+        """Dumps the actions of an environment step that failed, if one did, and says so in the error."""
+        try:
+            yield
+        except Exception as error:
+            if stages.failed_actions:
+                path = self.dump("failed_actions", stages.failed_actions)
+                error.add_note(f"the actions of the step that failed are in {path}")
+            raise
 
     def check_finite(self, grad_norm: Tensor, iteration: int, **batch: Tensor) -> None:
         """Raises FloatingPointError, and dumps `batch`, if the gradient's norm or a loss in `batch` is not finite.
@@ -197,11 +218,13 @@ class RunFolder:
 
     def finish(self) -> None:
         """Writes the report and closes the trackers and the process group, whose threads end when the program does."""
+        leave(farewell=True)
         if self._accelerator.is_main_process:
             write_report(self.path)
         if torch.distributed.is_initialized():
             atexit.register(_destroy, [torch.distributed.group.WORLD])
         self._accelerator.end_training()
+        unlock(self.path)
 
 
 def _destroy(process_groups: list[Any]) -> None:
@@ -216,23 +239,16 @@ def _destroy(process_groups: list[Any]) -> None:
     process_groups.clear()
 
 
-def _flush(folder: Path) -> None:
-    """Makes a folder's files survive a loss of power."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
+def _make_new_folder(parent: Path, base: str) -> Path:
+    """Makes and returns parent/base, or parent/base-2, -3, ..., the first number after those that are there."""
+    pattern = re.compile(re.escape(base) + r"(?:-(\d+))?")
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        matches = [match for path in parent.iterdir() if (match := pattern.fullmatch(path.name))]
+        number = 1 + max((int(match[1] or 1) for match in matches), default=0)
+        path = parent / (base if number == 1 else f"{base}-{number}")
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _make_new_folder(parent: Path, base: str) -> str:
-    """Makes parent/base, or the first free parent/base-2, -3, ..., and returns its name."""
-    for number in range(1, MAX_NAME_SUFFIX):
-        name = base if number == 1 else f"{base}-{number}"
-        try:
-            (Path(parent) / name).mkdir(parents=True)
-        except FileExistsError:
+            path.mkdir()
+        except FileExistsError:  # another process was faster
             continue
-        return name
-    raise FileExistsError(f"{parent}/{base} and {MAX_NAME_SUFFIX} numbered copies exist: give another run_name")
+        return path

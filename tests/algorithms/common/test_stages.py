@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from algorithms.common.checkpoints import checkpoints_in
-from algorithms.common.overlap import EnvStages
+from algorithms.common.resume import checkpoints_in
+from algorithms.common.stages import EnvStages
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged, make_mlp_agent, train, without_time
 

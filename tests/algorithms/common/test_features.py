@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms.common.feature_store import FeatureStore
+from algorithms.common.features import FeatureStore
 from tests.algorithms.line_trainer import make_mlp_agent, make_tiny_agent, train, without_time
 
 CPU = torch.device("cpu")
