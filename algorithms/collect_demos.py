@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import mujoco
 import numpy as np
@@ -45,16 +45,16 @@ from gr00t_agent.lerobot_writer import (
     stage_episode,
 )
 from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ, STATE_DIM, gripper_to_data
-from libero_gym.env import DEFAULT_CAMERAS
 from libero_gym.experts import ExpertConfig, make_expert
+from libero_gym.options import DEFAULT_CAMERAS
 from libero_gym.physics.simulation import (
     NUM_SETTLING_STEPS,
     SETTLING_ACTION,
     PhysicsError,
-    RenderState,
     Simulation,
 )
-from libero_gym.rendering.renderers import Renderer, make_renderer
+from libero_gym.rendering.protocol import Renderer, RenderState
+from libero_gym.rendering.renderers import make_renderer
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scenes import Scene, load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states
@@ -318,7 +318,7 @@ def render(renderer: Renderer, trajectory: Trajectory, batch_size: int) -> NDArr
         poses = views[0].fixture_poses
         model.body_pos[fixtures], model.body_quat[fixtures] = poses[:, :3], poses[:, 3:]
         worlds = [RecordedWorld(scene, model, view) for view in views]
-        parts.append(renderer.render(cast("list[Simulation]", worlds)))  # [n, K, H, W, 3]
+        parts.append(renderer.render(worlds))  # [n, K, H, W, 3]
     return np.moveaxis(np.concatenate(parts), 1, 0)
 
 
@@ -387,7 +387,8 @@ class Staging:
         ]
         if changed:
             listing = ", ".join(changed)
-            raise ValueError(f"{folder} was recorded otherwise ({listing}); remove it or give another output")
+            remedy = "remove it or give another output"
+            raise ValueError(f"{folder} was recorded otherwise ({listing}); {remedy}")
 
     def outcome(self, attempt: Attempt) -> bool | None:
         """Returns True if the attempt is staged, False if it failed, None if it was not made."""

@@ -44,7 +44,7 @@ from gr00t_agent import Gr00tAgent
 from gr00t_agent.checkpoint import resolve_checkpoint
 from gr00t_agent.config import PresetName
 from libero_gym.adapters import ModalityVectorObservation
-from libero_gym.physics.simulation import InitStates, check_init_states
+from libero_gym.tasks.initial_states import InitStates, check_init_states
 from libero_gym.tasks.suites import get_task, horizon
 
 

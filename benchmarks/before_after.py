@@ -30,9 +30,9 @@ from algorithms.eval_gr00t import Args, make_envs, weights_digest
 from benchmarks.publish import publish
 from gr00t_agent import Gr00tAgent
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
-from libero_gym.env import DEFAULT_CAMERAS
-from libero_gym.physics.simulation import InitStates, check_init_states
+from libero_gym.options import DEFAULT_CAMERAS
 from libero_gym.rendering.renderers import make_renderer
+from libero_gym.tasks.initial_states import InitStates, check_init_states
 
 # Environment steps from one picture to the next, the film's speed by the robot's, and how long its last picture stays.
 STRIDE, SPEED, FINAL_SECONDS = 5, 2, 2

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.publish import Table, judge, make_parser, publish
-from libero_gym.physics.simulation import InitStates, Simulation
-from libero_gym.tasks.initial_states import has_recorded_states
+from libero_gym.physics.simulation import Simulation
+from libero_gym.tasks.initial_states import InitStates, has_recorded_states
 from libero_gym.tasks.scene_builder import reference_env
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states

@@ -20,7 +20,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,11 @@ import warp as wp
 from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.experts import ExpertEpisode, run_expert
 from libero_gym.physics.simulation import Simulation
-from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds, WorldStart
+from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds
+from libero_gym.tasks.initial_states import EpisodeStart
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, list_tasks
-from libero_gym.warp_vector import LiberoWarpEnv
+from libero_gym.vector import LiberoVectorEnv
 
 CHUNK = 5
 EXTRA_STEPS = 5
@@ -45,16 +46,17 @@ NO_IMAGES, WITH_IMAGES = "env_steps_per_s", "env_steps_per_s_with_images"
 def measure_rate(args: argparse.Namespace, num_worlds: int, *, has_images: bool) -> dict[str, float]:
     """Return env-steps/s under random actions, seconds to open and to run the first chunk, and GPU memory in GiB."""
     start = time.perf_counter()
-    env = LiberoWarpEnv(
+    env = LiberoVectorEnv(
         args.suite,
         num_worlds,
+        physics="warp",
         num_action_chunks=CHUNK,
         observe_images=has_images,
         images_as_torch=has_images,
         image_size=args.image_size,
         warp_options=WarpOptions(solver_iterations=args.solver_iterations),
     )
-    device = env.worlds.device
+    device = cast(WarpWorlds, env.worlds).device
     env.reset(seed=0)
     rng = np.random.default_rng(0)
     shape = (num_worlds, CHUNK, 7)
@@ -102,7 +104,7 @@ def replay(episodes: Sequence[ExpertEpisode], options: WarpOptions) -> list[bool
     count = len(episodes)
     tasks = sorted({episode.task for episode in episodes}, key=lambda task: task.task_id)
     worlds = WarpWorlds(load_scene(tasks[0]), tasks, count, options=options)
-    starts = [WorldStart(task=e.task, init_state_id=e.init_state_id, placement_seed=e.seed) for e in episodes]
+    starts = [EpisodeStart(task=e.task, init_state_id=e.init_state_id, placement_seed=e.seed) for e in episodes]
     worlds.reset(np.arange(count), starts, init_states="settled")
     actions = [extend_actions(episode) for episode in episodes]
     steps_left = np.array([len(sequence) for sequence in actions])

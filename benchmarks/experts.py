@@ -19,7 +19,8 @@ import numpy as np
 
 from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.experts import HUMAN_LIKE, ExpertConfig, run_expert
-from libero_gym.physics.simulation import Simulation, check_init_states
+from libero_gym.physics.simulation import Simulation
+from libero_gym.tasks.initial_states import check_init_states
 from libero_gym.tasks.scenes import load_scene, load_scenes
 from libero_gym.tasks.suites import get_task, horizon, list_tasks, load_init_states
 

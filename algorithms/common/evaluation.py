@@ -45,7 +45,7 @@ from algorithms.common.video import (
 )
 from gr00t_agent.files import write_json
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
-from libero_gym.physics.simulation import InitStates, check_init_states, count_init_states
+from libero_gym.tasks.initial_states import InitStates, check_init_states, count_init_states
 from libero_gym.tasks.suites import get_task, horizon, list_tasks
 
 # Beside the videos of single episodes.

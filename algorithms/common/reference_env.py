@@ -36,18 +36,23 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from libero_gym.env import DEFAULT_CAMERAS, OBSERVATION_KEYS, check_horizon, make_action_space, make_observation_space
+from libero_gym.conventions import ACTION_DIM
+from libero_gym.options import (
+    DEFAULT_CAMERAS,
+    OBSERVATION_KEYS,
+    check_horizon,
+    make_action_space,
+    make_observation_space,
+)
 from libero_gym.physics.controller import axis_angle_from_quat
-from libero_gym.physics.simulation import (
-    ACTION_DIM,
-    NUM_SETTLING_STEPS,
-    SETTLING_ACTION,
+from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError
+from libero_gym.tasks.initial_states import (
     InitStates,
-    PhysicsError,
+    RecordedKind,
     check_init_states,
     count_init_states,
+    load_recorded_states,
 )
-from libero_gym.tasks.initial_states import RecordedKind, load_recorded_states
 from libero_gym.tasks.scene_builder import import_libero, make_reference_env
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states

@@ -26,16 +26,13 @@ import numpy.typing as npt
 import warp as wp
 
 from libero_gym.rendering import ray_kernels
+from libero_gym.rendering.protocol import Drawable, Images, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import RayScene, build_ray_scene
-from libero_gym.rendering.renderers import Images, RendererKind, RendererUnavailableError
 from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.scenes import Scene
 
 if TYPE_CHECKING:
     import torch
-
-    from libero_gym.physics.simulation import Simulation
-
 
 # Worlds drawn by one kernel launch; bounds the memory for intermediate results (9 MB a world of 256 pixels).
 _MAX_LAUNCH_WORLDS = 256
@@ -328,7 +325,7 @@ class WarpRenderer:
         """Whether drawing occupies all cores."""
         return self._device == "cpu"
 
-    def render(self, simulations: Sequence[Simulation]) -> Images:
+    def render(self, simulations: Sequence[Drawable]) -> Images:
         """Draws the last observed state of each simulation; see `Renderer`.
 
         Raises:
@@ -336,7 +333,7 @@ class WarpRenderer:
         """
         return self._collect(len(simulations), self._draw(simulations))
 
-    def render_torch(self, simulations: Sequence[Simulation]) -> torch.Tensor:
+    def render_torch(self, simulations: Sequence[Drawable]) -> torch.Tensor:
         """Like `render`, as a torch tensor on the renderer's device; images on a GPU do not leave it."""
         return self._collect_torch(len(simulations), self._draw(simulations))
 
@@ -373,7 +370,7 @@ class WarpRenderer:
             images[:, torch.as_tensor(indices, device=self._device)] = part
         return images.movedim(0, 1)
 
-    def _draw(self, simulations: Sequence[Simulation]) -> Iterator[tuple[list[int], Any]]:
+    def _draw(self, simulations: Sequence[Drawable]) -> Iterator[tuple[list[int], Any]]:
         """Yields (indices of simulations, Warp array [K * num, H, W, 3]) scene by scene."""
         by_scene: dict[str, list[int]] = {}
         for index, simulation in enumerate(simulations):
@@ -399,7 +396,7 @@ class WarpRenderer:
             )
         return self._casters[scene.key]
 
-    def _draw_scene(self, simulations: list[Simulation]) -> Any:
+    def _draw_scene(self, simulations: list[Drawable]) -> Any:
         scene = simulations[0].scene
         caster = self._caster(scene)
         if scene.key not in self._scratch:

@@ -25,22 +25,14 @@ import sys
 import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, get_args
 
 import mujoco
 import numpy as np
-import numpy.typing as npt
 
+from libero_gym.rendering.protocol import Drawable, Images, Renderer, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import VISIBLE_GROUPS
 from libero_gym.tasks.scenes import Scene
-
-if TYPE_CHECKING:
-    from libero_gym.physics.simulation import Simulation
-
-RendererKind = Literal["egl", "osmesa", "warp"]
-RENDERER_KINDS = ("egl", "osmesa", "warp")
-
-Images = npt.NDArray[np.uint8]
 
 logger = logging.getLogger(__name__)
 
@@ -56,32 +48,6 @@ _REMEDIES = {
     "osmesa": "install OSMesa (Debian: libosmesa6), or use renderer='warp'",
     "warp": "install it with `pip install warp-lang`, or use renderer='egl' or 'osmesa'",
 }
-
-
-class RendererUnavailableError(RuntimeError):
-    """A renderer that was asked for cannot be used on this machine."""
-
-
-class Renderer(Protocol):
-    """What draws simulations."""
-
-    @property
-    def name(self) -> RendererKind:
-        """Kind of renderer."""
-        ...
-
-    @property
-    def uses_all_cores(self) -> bool:
-        """Whether drawing occupies all cores, so that nothing else should run beside it."""
-        ...
-
-    def render(self, simulations: Sequence[Simulation]) -> Images:
-        """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls."""
-        ...
-
-    def close(self) -> None:
-        """Releases contexts and buffers; a second call does nothing."""
-        ...
 
 
 def make_renderer(
@@ -113,7 +79,7 @@ def make_renderer(
         ValueError: An unknown kind, or a size or number that is not positive.
         RendererUnavailableError: The renderer cannot be used here; the message says what to install.
     """
-    if kind is not None and kind not in RENDERER_KINDS:
+    if kind is not None and kind not in get_args(RendererKind):
         raise ValueError(f"renderer={kind!r} is unknown (valid: None, 'egl', 'osmesa', 'warp')")
     if image_size < 1:
         raise ValueError(f"image_size={image_size} is not a positive number of pixels")
@@ -310,7 +276,7 @@ class GlRenderer:
 
         return GL.glGetString(GL.GL_RENDERER).decode()
 
-    def render(self, simulations: Sequence[Simulation]) -> Images:
+    def render(self, simulations: Sequence[Drawable]) -> Images:
         """Draws the last observed state of each simulation; see `Renderer`.
 
         Raises:
@@ -376,7 +342,7 @@ class _GlScene:
         self._drawing = mujoco.MjvScene(model, maxgeom=_MAX_SCENE_GEOMS)
         self._drawing.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = reflections
 
-    def render(self, simulation: Simulation, out: Images) -> None:
+    def render(self, simulation: Drawable, out: Images) -> None:
         """Draws all cameras of one world into `out` [K, H, W, 3]."""
         state, model, data = simulation.render_state(), self._model, self._data
         fixtures = self._scene.fixture_body_ids

@@ -19,15 +19,13 @@ import sys
 import warnings
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mujoco
 import numpy as np
 
 from libero_gym.tasks.cache import cache_dir
-
-if TYPE_CHECKING:
-    from libero_gym.tasks.suites import TaskSpec
+from libero_gym.tasks.suites import TaskSpec, libero_root
 
 _ASSET = re.compile(r'file="([^"]+)"')
 
@@ -84,8 +82,6 @@ def _accept_either_inertia_call() -> None:
 
 def _write_libero_config() -> Path:
     """Write the configuration that LIBERO's own distributions would otherwise prompt for."""
-    from libero_gym.tasks.suites import libero_root
-
     folder = cache_dir() / "libero_config"
     folder.mkdir(exist_ok=True)
     root = libero_root()

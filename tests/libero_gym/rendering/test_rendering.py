@@ -13,11 +13,12 @@ import mujoco
 import numpy as np
 import pytest
 
-from libero_gym.physics.simulation import RenderState, Simulation
+from libero_gym.physics.simulation import Simulation
 from libero_gym.rendering import renderers as rendering
+from libero_gym.rendering.protocol import RendererUnavailableError, RenderState
 from libero_gym.rendering.ray_scene import build_ray_scene
 from libero_gym.rendering.raycast import DeviceScene, SceneCaster, WarpRenderer
-from libero_gym.rendering.renderers import GlRenderer, RendererUnavailableError, choose_egl_device, make_renderer
+from libero_gym.rendering.renderers import GlRenderer, choose_egl_device, make_renderer
 from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
@@ -351,7 +352,10 @@ print("differing bytes:", int((np.stack(images) != ours).sum()))
 
 def gl_kind(kinds=("osmesa", "egl")):
     for kind in kinds:
-        probe = f"from libero_gym.rendering.renderers import GlRenderer; print(GlRenderer({kind!r}, (), 8).describe_device())"
+        probe = (
+            "from libero_gym.rendering.renderers import GlRenderer; "
+            f"print(GlRenderer({kind!r}, (), 8).describe_device())"
+        )
         process = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False)
         if process.returncode == 0:
             return kind

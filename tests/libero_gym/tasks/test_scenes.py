@@ -11,6 +11,8 @@ import mujoco
 import numpy as np
 import pytest
 
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ
+from libero_gym.physics.controller import SUBSTEPS
 from libero_gym.tasks import scenes
 from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.scenes import load_scene, load_scenes
@@ -90,6 +92,11 @@ def test_data_of_the_scene(built_scene):
     assert all(name.startswith("akita_black_bowl_1_") for name in touched)
 
 
+def test_rates_are_those_of_the_scene(built_scene):
+    step = SUBSTEPS * built_scene.physics_model.opt.timestep
+    assert step * CONTROL_FREQUENCY_HZ == pytest.approx(1.0)
+
+
 def test_scene_is_read_from_the_cache(fresh_cache):
     task = get_task("libero_spatial", 0)
     first = load_scene(task)
@@ -142,7 +149,9 @@ def test_two_processes_build_once(built_scene, tmp_path):
     code = textwrap.dedent(
         f"""
         import pathlib, shutil, sys, time
-        from libero_gym.tasks import scenes
+        from libero_gym.conventions import CONTROL_FREQUENCY_HZ
+from libero_gym.physics.controller import SUBSTEPS
+from libero_gym.tasks import scenes
         from libero_gym.tasks.suites import get_task
         def build(requests, _):
             pathlib.Path({str(tmp_path)!r}, 'builds.txt').open('a').write('x')
