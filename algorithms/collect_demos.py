@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import mujoco
 import numpy as np
@@ -254,7 +254,9 @@ def simulation_of(scene: Scene) -> Simulation:
 
 
 def record(
-    attempt: Attempt, config: ExpertConfig, make_demonstrator: MakeDemonstrator = make_expert
+    attempt: Attempt,
+    config: ExpertConfig,
+    make_demonstrator: MakeDemonstrator = make_expert,
 ) -> Trajectory:
     """Simulates an attempt until it succeeds or its horizon is reached."""
     task = get_task(attempt.suite, attempt.task_id)
@@ -316,12 +318,15 @@ def render(renderer: Renderer, trajectory: Trajectory, batch_size: int) -> NDArr
         poses = views[0].fixture_poses
         model.body_pos[fixtures], model.body_quat[fixtures] = poses[:, :3], poses[:, 3:]
         worlds = [RecordedWorld(scene, model, view) for view in views]
-        parts.append(renderer.render(cast("list[Simulation]", worlds)))  # [n, K, H, W, 3]
+        parts.append(renderer.render(worlds))  # [n, K, H, W, 3]
     return np.moveaxis(np.concatenate(parts), 1, 0)
 
 
 def to_episode(
-    trajectory: Trajectory, images: NDArray[np.uint8], cameras: Sequence[str], language: str
+    trajectory: Trajectory,
+    images: NDArray[np.uint8],
+    cameras: Sequence[str],
+    language: str,
 ) -> Episode:
     """Returns a trajectory as it is written: the gripper in the convention of data sets."""
     attempt, actions = trajectory.attempt, trajectory.actions.copy()
@@ -381,10 +386,9 @@ class Staging:
             if found.get(name) != value
         ]
         if changed:
-            raise ValueError(
-                f"{folder} was recorded otherwise ({', '.join(changed)}); "
-                "remove it or give another output"
-            )
+            listing = ", ".join(changed)
+            remedy = "remove it or give another output"
+            raise ValueError(f"{folder} was recorded otherwise ({listing}); {remedy}")
 
     def outcome(self, attempt: Attempt) -> bool | None:
         """Returns True if the attempt is staged, False if it failed, None if it was not made."""
@@ -509,7 +513,10 @@ def make_recording(args: Args) -> Recording:
 
 
 def count_outcomes(
-    args: Args, task: TaskSpec, staging: Staging, kept: Sequence[Attempt]
+    args: Args,
+    task: TaskSpec,
+    staging: Staging,
+    kept: Sequence[Attempt],
 ) -> dict[str, Any]:
     """Returns how many attempts were kept and discarded, and why, and the kept ones' lengths."""
     is_complete = len(kept) == args.episodes_per_task
@@ -545,9 +552,7 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
         RuntimeError: a task has too few successful attempts.
     """
     if args.output.exists() and any(args.output.iterdir()):
-        raise FileExistsError(
-            f"{args.output} exists; give another output, or remove it to write it anew"
-        )
+        raise FileExistsError(f"{args.output} exists; give another output, or remove it first")
     if args.episodes_per_task < 1:
         raise ValueError(f"episodes_per_task={args.episodes_per_task} must be at least 1")
 
@@ -570,9 +575,9 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
 
     # --- count ---
     kept = {task.task_id: plan(args, task, staging)[0] for task in tasks}
-    report = {
-        task.task_id: count_outcomes(args, task, staging, kept[task.task_id]) for task in tasks
-    }
+    report: dict[int, dict[str, Any]] = {}
+    for task in tasks:
+        report[task.task_id] = count_outcomes(args, task, staging, kept[task.task_id])
     print_report(report)
     wanted = args.episodes_per_task
     short = {task_id: len(found) for task_id, found in kept.items() if len(found) < wanted}
