@@ -10,8 +10,10 @@ from gr00t_agent.data_config import (
     write_metadata,
 )
 from gr00t_agent.policy import FlowAction, PolicyConfig, SamplingDraws, preset_policy
+from gr00t_agent.protocol import Agent, check_agent
 
 __all__ = [
+    "Agent",
     "DataConfig",
     "DatasetMetadata",
     "FlowAction",
@@ -19,6 +21,7 @@ __all__ = [
     "LiberoFrankaDataConfig",
     "PolicyConfig",
     "SamplingDraws",
+    "check_agent",
     "load_data_config",
     "preset_policy",
     "read_metadata",

@@ -327,7 +327,7 @@ class Gr00tAgent(Pretrained):
 
         Args:
             obs: Observation, or `encode`'s result.
-            actions: [B, H, a] in the data convention: environment units, gripper 1 open, 0 close.
+            actions: [B, H, a] as in the data: environment units, the gripper as `DataConfig.gripper_key` says.
             step_mask: bool [B, H], True at steps that count (False past the end of an episode).
             generator: Source of noise and time.
             draws: Noise [B, H, A] and time [B] from outside.
@@ -443,8 +443,7 @@ class Gr00tAgent(Pretrained):
     def _predict(
         self, context: HeadContext, x: Tensor, step: Tensor, noise_anneal: float, *, learned_std: bool = True
     ) -> Prediction:
-        num_buckets, num_steps = self.config.action_head.num_timestep_buckets, self.policy.denoising_steps
-        bucket = step * num_buckets // num_steps
+        bucket = step * self.config.action_head.num_timestep_buckets // self.policy.denoising_steps
         with self._autocast():
             velocity, hidden = self._run_velocity(context, x.to(context.state_features.dtype), bucket)
             net = self.action_head.reinflow_explore_noise_net
@@ -475,13 +474,14 @@ class Gr00tAgent(Pretrained):
         """Return what each row draws from a generator of its own."""
         if len(generators) != batch:
             raise ValueError(f"{len(generators)} generators were given for {batch} rows; give one per row")
-        head, sampler, num_steps = self.config.action_head, self.sampler, self.policy.denoising_steps
-        shape = (1 + (num_steps if sampler.is_joint else 1), head.action_horizon, head.action_dim)
+        head, sampler, denoising_steps = self.config.action_head, self.sampler, self.policy.denoising_steps
+        shape = (1 + (denoising_steps if sampler.is_joint else 1), head.action_horizon, head.action_dim)
         rows = [torch.randn(shape, generator=one, device=one.device) for one in generators]
         index = [sampler.draw_index(1, one.device, one) for one in generators]
         normal = torch.stack(rows, dim=1).to(self.device)  # [1 + draws, B, H, A]
         # A chain with one stochastic step uses one draw, whichever step that is.
-        return SamplingDraws(normal[0], torch.cat(index).to(self.device), normal[1:].expand(num_steps, -1, -1, -1))
+        steps = normal[1:].expand(denoising_steps, -1, -1, -1)
+        return SamplingDraws(normal[0], torch.cat(index).to(self.device), steps)
 
     def _training_time(self, batch: int, generator: torch.Generator | None) -> Tensor:
         """Draw tau = (s - b) / s, b ~ Beta(alpha, beta), float32 [B]."""

@@ -55,19 +55,6 @@ def embodiment_id(tag: str, table: str = "rlinf") -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModalityConfig:
-    """One modality: which keys are read, in this order, and at which time offsets.
-
-    Attributes:
-        modality_keys: Full keys, e.g. `state.x`.
-        delta_indices: Offsets in steps from the present one (actions: 0 to horizon - 1).
-    """
-
-    modality_keys: tuple[str, ...]
-    delta_indices: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a policy reads and writes for one robot. Subclass or instantiate it for a robot of your own.
 
@@ -79,8 +66,9 @@ class DataConfig:
         language_key: Key of the instruction.
         state_modes: Normalisation per state key; keys not named use `min_max`.
         action_modes: Normalisation per action key; keys not named use `min_max`.
-        gripper_key: Action part in the data convention (1 open, 0 close) that the environment wants as
-            -1 open, +1 close; None: actions go to the environment as they are.
+        gripper_key: Action part that is 1 open, 0 close in the data and -1 open, +1 close in the environment:
+            sign(1 - 2 g), as in NVIDIA's and RLinf's LIBERO clients, in which g = 0.5 becomes 0 and moves neither way.
+            None: actions go to the environment as they are.
         crop_scale: Fraction of each side that the centre crop keeps; 1 for no crop.
         action_horizon: Steps of one action chunk.
     """
@@ -113,15 +101,6 @@ class DataConfig:
             raise ValueError(f"gripper_key={self.gripper_key!r} is not among {', '.join(self.action_keys)}")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"crop_scale={self.crop_scale} is not in (0, 1]")
-
-    def modality_configs(self) -> dict[str, ModalityConfig]:
-        """Return the four modalities under NVIDIA's names."""
-        return {
-            "video": ModalityConfig(modality_keys=self.video_keys),
-            "state": ModalityConfig(modality_keys=self.state_keys),
-            "action": ModalityConfig(modality_keys=self.action_keys, delta_indices=tuple(range(self.action_horizon))),
-            "language": ModalityConfig(modality_keys=(self.language_key,)),
-        }
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON data."""

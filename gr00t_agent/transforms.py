@@ -384,14 +384,7 @@ class Preprocessor:
         return self.action_normaliser.inverse(actions[..., : self.action_dim].to(torch.float32))
 
     def to_env(self, actions: Tensor) -> Tensor:
-        """Map data actions to environment actions: the gripper from 1 open / 0 close to -1 open / +1 close."""
+        """Map data actions to environment actions; the gripper changes its convention (`DataConfig.gripper_key`)."""
         if self._gripper is None:
             return actions
-        # sign(0) stays 0: a gripper command exactly in the middle means neither.
         return torch.where(self._gripper.to(actions.device), torch.sign(1 - 2 * actions), actions)
-
-    def from_env(self, actions: Tensor) -> Tensor:
-        """Map environment actions to data actions, the inverse of `to_env` for grippers at -1 or +1."""
-        if self._gripper is None:
-            return actions
-        return torch.where(self._gripper.to(actions.device), (1 - actions) / 2, actions)

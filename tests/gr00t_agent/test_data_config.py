@@ -33,13 +33,6 @@ TwoArms = DataConfig(
 """
 
 
-def test_modality_configs_of_libero():
-    configs = LiberoFrankaDataConfig().modality_configs()
-    assert configs["video"].modality_keys == ("video.image", "video.wrist_image")
-    assert configs["action"].delta_indices == tuple(range(16))
-    assert configs["language"].modality_keys == ("annotation.human.action.task_description",)
-
-
 def test_embodiment_tables():
     assert embodiment_id("libero_franka") == 31
     assert embodiment_id("new_embodiment", "rlinf") == 10
