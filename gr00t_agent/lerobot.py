@@ -335,6 +335,10 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         self._modality = self._read_modality(modality_file)
         self.cameras = [self._camera_column(key) for key in self.data_config.video_keys]
         self._features = {column: feature_of(self.folder, self.info, column) for column in self.cameras}
+        self._axes = {
+            column: image_axes(feature, f"{self.folder / INFO_FILE}: features[{column!r}]")
+            for column, feature in self._features.items()
+        }
         stored_size = self._check_resolutions(image_size)
         self.image_size = stored_size if image_size is None else (image_size, image_size)
         videos = [column for column in self.cameras if self._features[column]["dtype"] == "video"]
@@ -389,13 +393,10 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"{key} is column {name!r}, which holds no images")
         return name
 
-    def _axes(self, column: str) -> tuple[int, int, int]:
-        return image_axes(self._features[column], f"{self.folder / INFO_FILE}: features[{column!r}]")
-
     def _check_resolutions(self, image_size: int | None) -> tuple[int, int]:
         sizes: dict[str, tuple[int, int]] = {}
         for key, column in zip(self.data_config.video_keys, self.cameras, strict=True):
-            shape, axes = self._features[column]["shape"], self._axes(column)
+            shape, axes = self._features[column]["shape"], self._axes[column]
             sizes[key] = (shape[axes[0]], shape[axes[1]])
         if len(set(sizes.values())) > 1 and image_size is None:
             listing = ", ".join(f"{key} {height}x{width}" for key, (height, width) in sizes.items())
@@ -641,7 +642,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         shapes = {picture.shape for picture in images if picture is not None}
         if len(shapes) > 1 or any(len(shape) != 3 for shape in shapes):
             raise ValueError(f"{column} of {self.folder} mixes resolutions: {sorted(shapes)}")
-        stated = tuple(feature["shape"][axis] for axis in self._axes(column))
+        stated = tuple(feature["shape"][axis] for axis in self._axes[column])
         for shape in shapes:
             if shape != stated:
                 raise ValueError(
@@ -687,7 +688,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
             group = bisect.bisect_right(starts, row) - 1
             cell = self._local.images((file, column, group))[int(row - starts[group])]
             where = f"{file}: image {row} of {column!r}"
-            images.append(decode_image(cell, self._features[column]["shape"], self._axes(column), self.folder, where))
+            images.append(decode_image(cell, self._features[column]["shape"], self._axes[column], self.folder, where))
         return images
 
     # -- frame cache -----------------------------------------------------------------------------------------------
