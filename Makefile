@@ -11,12 +11,19 @@ OLD_VENV := $(VENV)-mujoco33
 SLOWEST_PHYSICS_TEST := tests/libero_gym/tasks/test_initial_states.py::test_every_tasks_premise_holds_and_lasts[settled-libero_90]
 PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py test_env.py test_vector.py)
 
-.PHONY: help demo test test-mujoco33 quick lint format clean
+# lerobot pins other versions of torch and so has an environment of its own. 0.6.1 knows layout v3.0; for v2.1:
+# make test-lerobot LEROBOT=lerobot==0.3.3 LEROBOT_VENV=.venv-lerobot03
+LEROBOT ?= lerobot[dataset]==0.6.1
+LEROBOT_PYTHON ?= python3.12
+LEROBOT_VENV ?= $(VENV)-lerobot
+
+.PHONY: help demo test test-mujoco33 test-lerobot quick lint format clean
 
 help:
 	@echo "make demo    train the nano policy by PPO on LIBERO-Spatial for a few iterations, evaluate it, leave a run folder"
 	@echo "make test    lint-free, network-free test suite (10 minutes on 2 cores)"
 	@echo "make test-mujoco33  the tests of physics and environments under MuJoCo 3.3 (3 minutes on 2 cores)"
+	@echo "make test-lerobot  compares our LeRobot datasets with the public lerobot package (needs Python 3.12)"
 	@echo "make quick   the tests that take under ten seconds each"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  apply ruff's formatter and its safe fixes"
@@ -44,6 +51,15 @@ $(OLD_VENV)/.installed: pyproject.toml
 test-mujoco33: $(OLD_VENV)/.installed
 	$(OLD_VENV)/bin/python -m pytest $(PHYSICS_TESTS) --deselect '$(SLOWEST_PHYSICS_TEST)'
 
+$(LEROBOT_VENV)/.installed:
+	$(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV)
+	$(LEROBOT_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(LEROBOT_VENV)/bin/python -m pip install --quiet '$(LEROBOT)'
+	@touch $@
+
+test-lerobot: $(VENV)/.installed $(LEROBOT_VENV)/.installed
+	$(BIN)/python -m tools.lerobot_interop --peer $(LEROBOT_VENV)/bin/python
+
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -57,4 +73,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(OLD_VENV) runs dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD_VENV) $(LEROBOT_VENV) runs dist build .pytest_cache .ruff_cache

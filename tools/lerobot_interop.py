@@ -153,37 +153,72 @@ def is_recorded(images: NDArray[np.uint8], expected: Arrays, storage: str) -> bo
 class Peer:
     """lerobot in its own environment, with caches of its own and without a network."""
 
-    def __init__(self, python: Path, cache: Path) -> None:
-        self.python = python
-        self.environment = dict(os.environ, HF_HOME=str(cache), HF_HUB_OFFLINE="1", PYTHONPATH="", SVT_LOG="1")
-        self.version = self("version").split()[-1]
+    def __init__(self, python: Path, base: Path) -> None:
+        self.python, self.base = python, base
+        self.environment = dict(os.environ, HF_HOME=str(base / "hub"), HF_HUB_OFFLINE="1", PYTHONPATH="", SVT_LOG="1")
+        self.version = self._run("-c", "import importlib.metadata as m; print(m.version('lerobot'))").strip()
         self.layout: Version = "v2.1" if self.version.startswith("0.3.") else "v3.0"
 
-    def __call__(self, command: str, *arguments: Path | str) -> str:
-        """Runs a command of lerobot_peer.py and returns what it prints."""
-        call = [str(self.python), str(PEER_SCRIPT), command, *map(str, arguments)]
+    def _run(self, *arguments: str) -> str:
+        call = [str(self.python), *arguments]
         done = subprocess.run(call, env=self.environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"lerobot failed: {' '.join(call)}\n{done.stderr}")
         return done.stdout
 
-    def read(self, folder: Path) -> Arrays:
-        """Returns what lerobot reads of every frame."""
-        target = folder.with_name(f"{folder.name}.npz")
-        self("read", folder, target)
-        with np.load(target, allow_pickle=False) as file:
-            return dict(file)
+    def run(self, commands: list[list[str]]) -> None:
+        """Runs commands of lerobot_peer.py in one process: importing lerobot takes longer than most of them."""
+        file = self.base / "commands.json"
+        file.write_text(json.dumps(commands))
+        self._run(str(PEER_SCRIPT), str(file))
 
 
-def compare(peer: Peer, folder: Path, expected: Arrays, storage: str) -> dict[str, Any]:
-    """Reads a dataset by both packages and returns what differs."""
-    ours, theirs = read_ours(folder), peer.read(folder)
+@dataclass(frozen=True)
+class Case:
+    """A dataset to be read by both packages, and which rows of the recording it holds."""
+
+    name: str
+    storage: str
+    folder: Path
+    rows: NDArray[np.intp]
+
+    @property
+    def read_by_peer(self) -> Path:
+        """Where lerobot's reading of it is kept."""
+        return self.folder.with_name(f"{self.folder.name}.npz")
+
+
+def plan(base: Path, layout: Version, recorded: Arrays) -> tuple[list[Case], list[list[str]]]:
+    """Returns the datasets to compare, and what lerobot has to do for them once ours are written."""
+    everything, without = np.arange(len(recorded["episode"])), np.flatnonzero(recorded["episode"] != 1)
+    cases: list[Case] = []
+    commands: list[list[str]] = []
+    for storage in ("video", "image"):
+        ours, theirs = base / f"ours_{storage}", base / f"lerobot_{storage}"
+        commands.append(["write", str(base / "recording.npz"), str(theirs), storage])
+        cases += [Case("written by us", storage, ours, everything), Case("by lerobot", storage, theirs, everything)]
+        for folder in (ours, theirs) if layout == "v3.0" else ():
+            deleted = folder.with_name(f"{folder.name}_deleted")
+            commands.append(["delete", str(folder), str(deleted), "1"])
+            cases.append(Case(f"{folder.name}, an episode deleted by lerobot", storage, deleted, without))
+        if layout == "v3.0":
+            merged = base / f"merged_{storage}"
+            commands.append(["merge", str(ours), f"{ours}_deleted", str(merged)])
+            cases.append(Case("both of ours merged by lerobot", storage, merged, np.concatenate([everything, without])))
+    return cases, commands + [["read", str(case.folder), str(case.read_by_peer)] for case in cases]
+
+
+def compare(case: Case, expected: Arrays) -> dict[str, Any]:
+    """Reads a dataset, and returns what differs from lerobot's reading or from what it should hold."""
+    ours = read_ours(case.folder)
+    with np.load(case.read_by_peer, allow_pickle=False) as file:
+        theirs = dict(file)
     pixels = np.abs(ours["images"].astype(int) - theirs["images"].astype(int))
-    allowed = 0 if storage == "image" else PIXEL_TOLERANCE
+    allowed = 0 if case.storage == "image" else PIXEL_TOLERANCE
     wrong = [f"ours: {name}" for name in differences(ours, expected)]
     wrong += [f"lerobot: {name}" for name in differences(theirs, expected)]
     wrong += ["pixels between readers"] if pixels.max() > allowed else []
-    wrong += [] if is_recorded(ours["images"], expected, storage) else ["pixels against the recording"]
+    wrong += [] if is_recorded(ours["images"], expected, case.storage) else ["pixels against the recording"]
     return dict(frames=len(ours["images"]), largest_pixel_difference=int(pixels.max()), wrong=wrong)
 
 
@@ -192,26 +227,14 @@ def main(args: Args) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary) if args.output is None else args.output
         base.mkdir(parents=True, exist_ok=True)
-        peer = Peer(args.peer, base / "hub")
+        peer = Peer(args.peer, base)
         recorded = recording()
         np.savez(base / "recording.npz", **recorded)
-        everything = np.arange(len(recorded["episode"]))
-        without = np.flatnonzero(recorded["episode"] != 1)
-        results: dict[str, dict[str, Any]] = {}
         for storage in ("video", "image"):
-            ours, theirs = base / f"ours_{storage}", base / f"lerobot_{storage}"
-            write_ours(ours, recorded, storage, peer.layout)
-            peer("write", base / "recording.npz", theirs, storage)
-            made = {"written by us": (ours, everything), "written by lerobot": (theirs, everything)}
-            if peer.layout == "v3.0":
-                for name, folder in (("ours", ours), ("lerobot's", theirs)):
-                    peer("delete", folder, folder.with_name(f"{folder.name}_deleted"), "1")
-                    made[f"{name}, an episode deleted"] = (folder.with_name(f"{folder.name}_deleted"), without)
-                both = base / f"merged_{storage}"
-                peer("merge", ours, ours.with_name(f"{ours.name}_deleted"), both)
-                made["ours, merged with the deleted"] = (both, np.concatenate([everything, without]))
-            for name, (folder, rows) in made.items():
-                results[f"{storage}, {name}"] = compare(peer, folder, expected_of(recorded, rows, everything), storage)
+            write_ours(base / f"ours_{storage}", recorded, storage, peer.layout)
+        cases, commands = plan(base, peer.layout, recorded)
+        peer.run(commands)
+        results = {f"{case.storage}, {case.name}": compare(case, expected_of(recorded, case.rows)) for case in cases}
     table = Table(f"lerobot {peer.version}, {peer.layout}", "frames", "largest difference of a pixel", "wrong")
     for name, row in results.items():
         table.add_row(name, str(row["frames"]), str(row["largest_pixel_difference"]), ", ".join(row["wrong"]) or "-")
@@ -220,11 +243,12 @@ def main(args: Args) -> bool:
     return not any(row["wrong"] for row in results.values())
 
 
-def expected_of(recorded: Arrays, rows: NDArray[np.intp], everything: NDArray[np.intp]) -> Arrays:
-    """Returns what is to be read of a dataset with these rows, which may hold the whole recording and more."""
-    if len(rows) <= len(everything):
+def expected_of(recorded: Arrays, rows: NDArray[np.intp]) -> Arrays:
+    """Returns what is to be read of a dataset with these rows: one part of the recording, or all of it and a part."""
+    total = len(recorded["episode"])
+    if len(rows) <= total:
         return chunks(recorded, rows)
-    first, second = chunks(recorded, everything), chunks(recorded, rows[len(everything) :])
+    first, second = chunks(recorded, rows[:total]), chunks(recorded, rows[total:])
     second["episode"] += len(LENGTHS)
     return {name: np.concatenate([values, second[name]]) for name, values in first.items()}
 

@@ -1,13 +1,12 @@
 """The side of `lerobot_interop.py` that runs in an environment with lerobot, and without this project.
 
-python tools/lerobot_peer.py version
-python tools/lerobot_peer.py write  recording.npz FOLDER video
-python tools/lerobot_peer.py read   FOLDER frames.npz
-python tools/lerobot_peer.py delete FOLDER NEW_FOLDER 1
-python tools/lerobot_peer.py merge  FOLDER OTHER_FOLDER NEW_FOLDER
+    python tools/lerobot_peer.py commands.json
+
+A command is the name of a function below and its arguments.
 """
 
 import importlib.metadata
+import json
 import sys
 from pathlib import Path
 
@@ -86,8 +85,6 @@ def merge(folder: str, other: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    command, *arguments = sys.argv[1:]
-    if command == "version":
-        print(VERSION)
-    else:
-        {"write": write, "read": read, "delete": delete, "merge": merge}[command](*arguments)
+    functions = {"write": write, "read": read, "delete": delete, "merge": merge}
+    for command, *arguments in json.loads(Path(sys.argv[1]).read_text()):
+        functions[command](*arguments)
