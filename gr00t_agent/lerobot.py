@@ -62,6 +62,7 @@ from gr00t_agent.lerobot_values import (
     decode_image,
     existing_file,
     holds_text,
+    is_no_text,
     read_indices,
     read_numbers,
     read_scalars,
@@ -531,28 +532,25 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         else:
             values = read_indices(column, where)
         distinct, ids = np.unique(values, return_inverse=True)
-        for label in distinct.tolist():
-            if isinstance(label, str) and label.strip().replace(".", "", 1).isdigit():
-                raise ValueError(
-                    f"{where} has the text {label!r}; it must hold instructions, or tasks' numbers as numbers"
-                )
         return distinct.tolist(), ids.reshape(-1).astype(np.int32)
 
     def _with_instructions(self, rows: _Rows) -> tuple[list[EpisodeEntry], list[str], NDArray[np.int32]]:
         """Return the episodes with their instructions, all instructions in order, and each frame's [F]."""
         tasks = {} if all(isinstance(label, str) for label in rows.labels) else read_tasks(self.folder, self.info)
-        unknown = [label for label in rows.labels if not isinstance(label, str) and label not in tasks]
-        if unknown:
-            frame = np.flatnonzero(rows.label_id == rows.labels.index(unknown[0]))[0]
+        texts = [label if isinstance(label, str) else tasks.get(label) for label in rows.labels]
+        bad = next((i for i, text in enumerate(texts) if text is None or is_no_text(text)), None)
+        if bad is not None:
             ends = np.cumsum([entry.length for entry in self.episodes])
+            frame = np.flatnonzero(rows.label_id == bad)[0]
             file = self.episodes[np.searchsorted(ends, frame, "right")].data_file
-            raise ValueError(
-                f"{file}: column {self._language_column()!r} names tasks {sorted(unknown)}, which meta/ does not list "
-                f"(it lists {', '.join(map(str, sorted(tasks)))})"
-            )
-        texts = [label if isinstance(label, str) else tasks[label] for label in rows.labels]
-        instructions = sorted(set(texts))
-        ids = np.array([instructions.index(text) for text in texts], np.int32)[rows.label_id]
+            wrong = f"has the instruction {texts[bad]!r}; it must be a sentence, or name a task by number"
+            if texts[bad] is None:
+                unknown = sorted(label for label in rows.labels if isinstance(label, int) and label not in tasks)
+                listed = ", ".join(map(str, sorted(tasks)))
+                wrong = f"names tasks {unknown}, which meta/ does not list (it lists {listed})"
+            raise ValueError(f"{file}: column {self._language_column()!r} {wrong}")
+        instructions = sorted(set(cast("list[str]", texts)))
+        ids = np.array([instructions.index(cast(str, text)) for text in texts], np.int32)[rows.label_id]
         starts = [0, *itertools.accumulate(entry.length for entry in self.episodes)]
         episodes = [
             replace(entry, instruction=instructions[ids[start]])

@@ -329,8 +329,10 @@ def test_instructions_in_a_column_of_their_own(dtype, make, tmp_path):
     [
         ([None] * 12, r"is null in row 0"),
         (["pick up the bowl", None] * 6, r"is null in row 1"),
-        (["0"] * 12, r"has the text '0'; it must hold instructions, or tasks' numbers as numbers"),
-        (["1.0"] * 12, r"has the text '1.0'"),
+        (["0"] * 12, r"has the instruction '0'; it must be a sentence, or name a task by number"),
+        (["1.0"] * 12, r"has the instruction '1.0'"),
+        (["nan"] * 12, r"has the instruction 'nan'"),
+        (["None"] * 12, r"has the instruction 'None'"),
         ([["a", "b"]] * 12, r"holds list<.*string.*>; it must hold one text a row"),
         ([b"pick"] * 12, r"holds binary; it must hold numbers"),
         ([5] * 12, r"names tasks \[5\], which meta/ does not list \(it lists 0, 1\)"),
@@ -340,6 +342,12 @@ def test_instructions_that_are_none(cells, message, tmp_path):
     foreign = Foreign(lengths=(12,))
     foreign.columns[0]["task_index"] = pa.array(cells, pa.string() if cells[0] is None else None)
     refused(foreign.write(tmp_path / "d"), rf"episode_000000.parquet: column 'task_index' {message}")
+
+
+def test_a_task_that_is_a_missing_value(tmp_path):
+    foreign = Foreign()
+    foreign.tasks[1]["task"] = "nan"
+    refused(foreign.write(tmp_path / "d"), r"episode_000001.parquet: column 'task_index' has the instruction 'nan'")
 
 
 def rows_of(width: int):
@@ -754,6 +762,10 @@ CELLS = {
     "bytes": (lambda image, *_: png(image), None),
     "large bytes": (lambda image, *_: png(image), pa.large_binary()),
     "only bytes in a struct": (lambda image, *_: {"bytes": png(image)}, None),
+    "bytes in a list in a struct": (
+        lambda image, *_: {"bytes": list(png(image)), "path": None},
+        pa.struct([("bytes", pa.list_(pa.uint8())), ("path", pa.string())]),
+    ),
     "bytes in a list": (lambda image, *_: list(png(image)), pa.list_(pa.uint8())),
     "path": (file_cell, None),
     "path in a struct": (lambda *a: {"bytes": None, "path": file_cell(*a)}, None),
@@ -826,22 +838,29 @@ DEPTH = np.full((HEIGHT, WIDTH), 3000, np.uint16)
         (png(TRANSPARENT), None, r"mode 'RGBA' that is partly transparent; it must be opaque and RGB"),
         (png(DEPTH), None, r"is an image of mode 'I;16'; it must be opaque and RGB"),
         ("../outside.png", None, r"is '../outside.png', which is not inside .*; a dataset's files lie in its folder"),
+        ("A" * 100000, None, r"is in .*AAA, which is no file"),
         ("/etc/hostname", None, r"is '/etc/hostname', which is not inside"),
         ({"path": "images/../../outside.png"}, None, r"which is not inside"),
     ],
 )
 def test_image_cells_that_are_none(cell, kind, message, tmp_path):
+    error = FileNotFoundError if "no file" in message else ValueError
     foreign = Foreign(storage="image", lengths=(2,))
     foreign.columns[0][CAMERAS[1]] = pa.array([cell] * 2, kind)
     folder = foreign.write(tmp_path / "d")
     (tmp_path / "outside.png").write_bytes(png(picture(0, 0)))
-    refused(folder, rf"episode_000000.parquet: image 1 of 'observation.images.wrist_image' .*{message}", frame=1)
+    refused(
+        folder,
+        rf"episode_000000.parquet: image 1 of 'observation.images.wrist_image' .*{message}",
+        frame=1,
+        error=error,
+    )
 
 
 def test_image_files_and_columns_that_are_absent(tmp_path):
     foreign = Foreign(storage="image", lengths=(2,))
     foreign.columns[0][CAMERAS[1]] = pa.array(["images/0.png"] * 2)
-    message = r"image 0 of .* is in .*images/0.png, which does not exist; the dataset is incomplete"
+    message = r"image 0 of .* is in .*images/0.png, which is no file; the dataset is incomplete"
     refused(foreign.write(tmp_path / "d"), message, error=FileNotFoundError, frame=0)
     del foreign.columns[0][CAMERAS[1]]
     refused(foreign.write(tmp_path / "e"), r"has no column 'observation.images.wrist_image', whose images", frame=0)
