@@ -79,6 +79,8 @@ MAX_OPEN_FILES = 16
 GRIPPER_TOLERANCE = 1e-3
 # How far a row's timestamp may be from its frame's, in intervals between frames: the next frame is three times as far.
 FRAME_TOLERANCE = 0.25
+# By how much rates that are stated and measured may differ.
+RATE_TOLERANCE = 0.05
 # How much earlier to look for a frame when seeking to its time arrives behind it, as it does in files that seek by when
 # frames are decoded.
 SEEK_BACK_S = (0.0, 1.0, 10.0, float("inf"))
@@ -186,7 +188,12 @@ class VideoFile:
         missing = np.ones(len(times_s), bool)
         if len(stamps):
             missing = np.abs(shown_s[places] - times_s) > FRAME_TOLERANCE * interval_s
+        rate = self._stream.average_rate
+        rates = f"it has {float(rate or 0):.5g} frames a second, the dataset's info.json says fps={self.fps:g}"
         if not missing.any():
+            # Rows cannot follow each other faster than the frames.
+            if len(stamps) > 2 and np.diff(shown_s).min() * self.fps > 1 + RATE_TOLERANCE:
+                raise ValueError(f"{self.path} is not of its rows' rate: {rates}")
             return stamps[places]
         first, last = int(np.flatnonzero(missing)[0]), len(times_s) - 1
         if is_end and missing[last] and times_s[last] > max(shown_s, default=-math.inf) + interval_s / 2:
@@ -195,9 +202,8 @@ class VideoFile:
             message = f"{self.path} has no frame {first} ({times_s[first]:.3f} s)"
             if len(stamps):
                 message += f", the nearest is at {shown_s[places[first]]:.3f} s"
-        rate = self._stream.average_rate
         if rate is not None and abs(float(rate) - self.fps) > 1e-3 * self.fps:
-            message += f"; it has {float(rate):.5g} frames a second, the dataset's info.json says fps={self.fps:g}"
+            message += f"; {rates}"
         raise ValueError(message)
 
     def _stamps(self, start_s: float, end_s: float) -> tuple[NDArray[np.int64], bool]:
@@ -391,7 +397,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
     def _camera_column(self, key: str) -> str:
         name = self._column(cast(str, self._modality[key]), key)
         if feature_of(self.folder, self.info, name)["dtype"] not in ("video", "image"):
-            raise ValueError(f"{key} is column {name!r}, which holds no images")
+            raise ValueError(f"{key} is column {name!r}, which holds no images by {self.folder / INFO_FILE}")
         return name
 
     def _check_resolutions(self, image_size: int | None) -> tuple[int, int]:
@@ -413,7 +419,8 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
             width = self._width(self._column(name, key))
             if not 0 <= entry.start < entry.end <= width:
                 raise ValueError(
-                    f"{key} is [{entry.start}, {entry.end}) of column {name!r}, which has {width} elements"
+                    f"{key} is [{entry.start}, {entry.end}) of column {name!r}, which has {width} elements by "
+                    f"{self.folder / INFO_FILE}"
                 )
             result[key] = (name, slice(entry.start, entry.end))
         return result
@@ -476,7 +483,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
                 )
             )  # fmt: skip
             if has_times:
-                _check_times(entry, parts[-1])
+                self._check_times(entry, parts[-1])
         return _Rows(
             columns={name: np.concatenate([part.columns[name] for part in parts]) for name in widths},
             labels=list(known),
@@ -557,6 +564,29 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
             for entry, start in zip(self.episodes, starts, strict=False)
         ]
         return episodes, instructions, ids
+
+    def _check_times(self, entry: EpisodeEntry, rows: _Rows) -> None:
+        """Check that an episode's timestamps can say which frames belong to its rows."""
+        where, times_s = f"{entry.data_file}: column 'timestamp'", rows.time_s
+        if not np.isfinite(times_s).all():
+            raise ValueError(
+                f"{where} is not finite in row {rows.row[~np.isfinite(times_s)][0]}; it must be in seconds"
+            )
+        steps_s = np.diff(times_s)
+        falls = np.flatnonzero(steps_s <= 0)
+        if len(falls):
+            k = falls[0]
+            raise ValueError(
+                f"{where} goes from {times_s[k]:.3f} to {times_s[k + 1]:.3f} s in rows {rows.row[k]} and "
+                f"{rows.row[k + 1]} of episode {entry.episode_id}; it must increase with frame_index, for videos' "
+                "frames are found by it"
+            )
+        # Rows may have been left out, but none can be between two others.
+        if len(steps_s) > 1 and np.median(steps_s) * self.fps < 1 - RATE_TOLERANCE:
+            raise ValueError(
+                f"{where} has a row every {np.median(steps_s):.4g} s in episode {entry.episode_id}, "
+                f"{self.folder / INFO_FILE} says fps={self.fps:g}"
+            )
 
     def _check_gripper(self, actions: Mapping[str, NDArray[Any]]) -> None:
         """Check that the gripper is 1 open, 0 close: a policy learns any other convention without complaint."""
@@ -869,20 +899,6 @@ def first_of_each_task(episodes: Sequence[EpisodeEntry], count: int) -> list[Epi
         )
     chosen = {entry.episode_id for entries in by_task.values() for entry in entries[:count]}
     return [entry for entry in episodes if entry.episode_id in chosen]
-
-
-def _check_times(entry: EpisodeEntry, rows: _Rows) -> None:
-    """Check that an episode's timestamps can say which frames belong to its rows."""
-    where, times_s = f"{entry.data_file}: column 'timestamp'", rows.time_s
-    if not np.isfinite(times_s).all():
-        raise ValueError(f"{where} is not finite in row {rows.row[~np.isfinite(times_s)][0]}; it must be in seconds")
-    falls = np.flatnonzero(np.diff(times_s) <= 0)
-    if len(falls):
-        k = falls[0]
-        raise ValueError(
-            f"{where} goes from {times_s[k]:.3f} to {times_s[k + 1]:.3f} s in rows {rows.row[k]} and {rows.row[k + 1]} "
-            f"of episode {entry.episode_id}; it must increase with frame_index, for videos' frames are found by it"
-        )
 
 
 def _row_group_starts(file: Path) -> list[int]:

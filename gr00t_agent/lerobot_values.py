@@ -90,30 +90,24 @@ def path_inside(folder: Path, given: str, where: str) -> Path:
 
 
 def to_whole(value: Any, where: str) -> int:
-    """Return a whole number, which may be given as a float or in a list of one element.
+    """Return a whole number, which may be given as a float.
 
     Raises:
         ValueError: it is none.
     """
-    found = value
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(cast("Sequence[Any]", value)) == 1:
-        value = cast("Sequence[Any]", value)[0]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
-        raise ValueError(f"{where} is {found!r}; it must be a whole number")
+        raise ValueError(f"{where} is {value!r}; it must be a whole number")
     return int(value)
 
 
 def to_number(value: Any, where: str) -> float:
-    """Return a finite number, which may be given in a list of one element.
+    """Return a finite number.
 
     Raises:
         ValueError: it is none.
     """
-    found = value
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(cast("Sequence[Any]", value)) == 1:
-        value = cast("Sequence[Any]", value)[0]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where} is {found!r}; it must be a finite number")
+        raise ValueError(f"{where} is {value!r}; it must be a finite number")
     return float(value)
 
 

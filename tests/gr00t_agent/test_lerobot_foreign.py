@@ -97,6 +97,21 @@ def test_rates_that_disagree_are_both_named(fps, video_fps, lengths, tmp_path):
         refused(folder, rf"episode_000000.mp4 .* it has {video_fps} frames a second, .* fps={fps}", frame=frame)
 
 
+@pytest.mark.parametrize(
+    ("fps", "message"),
+    [
+        (7, r"'timestamp' has a row every 0.05 s in episode 0, .*info.json says fps=7"),
+        (15, r"'timestamp' has a row every 0.05 s in episode 0, .*info.json says fps=15"),
+        (25, r"mp4 is not of its rows' rate: it has 20 frames a second, the dataset's info.json says fps=25"),
+        (40, r"mp4 is not of its rows' rate: it has 20 frames a second, the dataset's info.json says fps=40"),
+    ],
+)
+def test_a_rate_that_is_neither_that_of_the_rows_nor_of_the_video(fps, message, tmp_path):
+    foreign = Foreign()
+    foreign.info["fps"] = fps
+    refused(foreign.write(tmp_path / "d"), message, frame=0)
+
+
 def test_rows_and_frames_at_uneven_times(tmp_path):
     foreign = Foreign()
     foreign.ticks = np.cumsum([0, 1, 3, 1, 2, 5, 1, 1, 4, 2, 1, 3]).tolist()
@@ -448,6 +463,15 @@ def test_an_episode_that_is_listed_in_two_files(tmp_path):
     assert shown(LeRobotDataset(folder)) == EVERY_ROW
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_list_of_episodes_that_was_cut(version, tmp_path):
+    foreign = Foreign(version)
+    del foreign.episodes[1]
+    refused(foreign.write(tmp_path / "d"), r"/meta lists 1 episodes, .*info.json says total_episodes=2")
+    foreign.info["total_episodes"] = 1
+    assert shown(LeRobotDataset(foreign.write(tmp_path / "e"))) == EVERY_ROW[:1]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -615,6 +639,7 @@ STATE = ("features", "observation.state")
         ("v2.1", change("fps", to=-20), r"fps is -20; it must be above 0"),
         ("v2.1", change("fps", to=float("nan")), r"fps is nan; it must be a finite number"),
         ("v2.1", change("fps", to="20"), r"fps is '20'; it must be a finite number"),
+        ("v2.1", change("fps", to=[20]), r"fps is \[20\]; it must be a finite number"),
         ("v2.1", change("fps", to=True), r"fps is True; it must be a finite number"),
         ("v2.1", change("features", to=["action"]), r"features is a list; it must map columns to their types"),
         ("v2.1", change(*CAMERA, to="video"), r"features\['observation.images.image'\] is 'video'; it must have dtype"),
