@@ -20,7 +20,13 @@ SLOWEST_PHYSICS_TEST := tests/libero_gym/tasks/test_initial_states.py::test_ever
 PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py test_env.py test_vector.py)
 WARP_TESTS := $(addprefix tests/libero_gym/,physics/test_warp_worlds.py rendering/test_rendering.py)
 
-.PHONY: help demo test test-mujoco33 test-mujoco4 test-installs quick lint format clean
+# lerobot pins other versions of torch and so has an environment of its own. 0.6.1 knows layout v3.0; for v2.1:
+# make test-lerobot LEROBOT=lerobot==0.3.3 LEROBOT_VENV=.venv-lerobot03
+LEROBOT ?= lerobot[dataset]==0.6.1
+LEROBOT_PYTHON ?= python3.12
+LEROBOT_VENV ?= $(VENV)-lerobot
+
+.PHONY: help demo test test-mujoco33 test-mujoco4 test-installs test-lerobot quick lint format clean
 
 help:
 	@echo "make demo           train the nano policy by PPO on LIBERO-Spatial for a few iterations, evaluate it, leave a run folder"
@@ -28,6 +34,7 @@ help:
 	@echo "make test-mujoco33  the tests of physics and environments under MuJoCo 3.3"
 	@echo "make test-mujoco4   those and the tests of renderers and GPU physics under MuJoCo 4"
 	@echo "make test-installs  the wheel alone and with each extra, in fresh virtual environments (needs a package index)"
+	@echo "make test-lerobot   compares our LeRobot data sets with the public lerobot package (needs Python 3.12)"
 	@echo "make quick          the tests that take under ten seconds each"
 	@echo "make lint           ruff and pyright"
 	@echo "make format         apply ruff's formatter and its safe fixes"
@@ -45,6 +52,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(IN_PARALLEL) $(BIN)/python -m pytest $(XDIST)
+
+$(LEROBOT_VENV)/.installed:
+	$(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV)
+	$(LEROBOT_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(LEROBOT_VENV)/bin/python -m pip install --quiet '$(LEROBOT)'
+	@touch $@
+
+test-lerobot: $(VENV)/.installed $(LEROBOT_VENV)/.installed
+	$(BIN)/python -m tools.lerobot_interop --peer $(LEROBOT_VENV)/bin/python
 
 quick: $(VENV)/.installed
 	$(IN_PARALLEL) $(BIN)/python -m pytest $(XDIST) -m "not slow and not network"
@@ -83,3 +99,4 @@ format: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) $(MUJOCO33_VENV) $(MUJOCO4_VENV) runs dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD_VENV) $(LEROBOT_VENV) runs dist build .pytest_cache .ruff_cache

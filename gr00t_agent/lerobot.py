@@ -62,6 +62,7 @@ from gr00t_agent.lerobot_values import (
     decode_image,
     existing_file,
     holds_text,
+    is_no_text,
     read_indices,
     read_numbers,
     read_scalars,
@@ -78,6 +79,8 @@ MAX_OPEN_FILES = 16
 GRIPPER_TOLERANCE = 1e-3
 # How far a row's timestamp may be from its frame's, in intervals between frames: the next frame is three times as far.
 FRAME_TOLERANCE = 0.25
+# By how much rates that are stated and measured may differ.
+RATE_TOLERANCE = 0.05
 # How much earlier to look for a frame when seeking to its time arrives behind it, as it does in files that seek by when
 # frames are decoded.
 SEEK_BACK_S = (0.0, 1.0, 10.0, float("inf"))
@@ -185,7 +188,12 @@ class VideoFile:
         missing = np.ones(len(times_s), bool)
         if len(stamps):
             missing = np.abs(shown_s[places] - times_s) > FRAME_TOLERANCE * interval_s
+        rate = self._stream.average_rate
+        rates = f"it has {float(rate or 0):.5g} frames a second, the dataset's info.json says fps={self.fps:g}"
         if not missing.any():
+            # Rows cannot follow each other faster than the frames.
+            if len(stamps) > 2 and np.diff(shown_s).min() * self.fps > 1 + RATE_TOLERANCE:
+                raise ValueError(f"{self.path} is not of its rows' rate: {rates}")
             return stamps[places]
         first, last = int(np.flatnonzero(missing)[0]), len(times_s) - 1
         if is_end and missing[last] and times_s[last] > max(shown_s, default=-math.inf) + interval_s / 2:
@@ -194,9 +202,8 @@ class VideoFile:
             message = f"{self.path} has no frame {first} ({times_s[first]:.3f} s)"
             if len(stamps):
                 message += f", the nearest is at {shown_s[places[first]]:.3f} s"
-        rate = self._stream.average_rate
         if rate is not None and abs(float(rate) - self.fps) > 1e-3 * self.fps:
-            message += f"; it has {float(rate):.5g} frames a second, the dataset's info.json says fps={self.fps:g}"
+            message += f"; {rates}"
         raise ValueError(message)
 
     def _stamps(self, start_s: float, end_s: float) -> tuple[NDArray[np.int64], bool]:
@@ -335,6 +342,10 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         self._modality = self._read_modality(modality_file)
         self.cameras = [self._camera_column(key) for key in self.data_config.video_keys]
         self._features = {column: feature_of(self.folder, self.info, column) for column in self.cameras}
+        self._axes = {
+            column: image_axes(feature, f"{self.folder / INFO_FILE}: features[{column!r}]")
+            for column, feature in self._features.items()
+        }
         stored_size = self._check_resolutions(image_size)
         self.image_size = stored_size if image_size is None else (image_size, image_size)
         videos = [column for column in self.cameras if self._features[column]["dtype"] == "video"]
@@ -386,16 +397,13 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
     def _camera_column(self, key: str) -> str:
         name = self._column(cast(str, self._modality[key]), key)
         if feature_of(self.folder, self.info, name)["dtype"] not in ("video", "image"):
-            raise ValueError(f"{key} is column {name!r}, which holds no images")
+            raise ValueError(f"{key} is column {name!r}, which holds no images by {self.folder / INFO_FILE}")
         return name
-
-    def _axes(self, column: str) -> tuple[int, int, int]:
-        return image_axes(self._features[column], f"{self.folder / INFO_FILE}: features[{column!r}]")
 
     def _check_resolutions(self, image_size: int | None) -> tuple[int, int]:
         sizes: dict[str, tuple[int, int]] = {}
         for key, column in zip(self.data_config.video_keys, self.cameras, strict=True):
-            shape, axes = self._features[column]["shape"], self._axes(column)
+            shape, axes = self._features[column]["shape"], self._axes[column]
             sizes[key] = (shape[axes[0]], shape[axes[1]])
         if len(set(sizes.values())) > 1 and image_size is None:
             listing = ", ".join(f"{key} {height}x{width}" for key, (height, width) in sizes.items())
@@ -411,7 +419,8 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
             width = self._width(self._column(name, key))
             if not 0 <= entry.start < entry.end <= width:
                 raise ValueError(
-                    f"{key} is [{entry.start}, {entry.end}) of column {name!r}, which has {width} elements"
+                    f"{key} is [{entry.start}, {entry.end}) of column {name!r}, which has {width} elements by "
+                    f"{self.folder / INFO_FILE}"
                 )
             result[key] = (name, slice(entry.start, entry.end))
         return result
@@ -474,7 +483,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
                 )
             )  # fmt: skip
             if has_times:
-                _check_times(entry, parts[-1])
+                self._check_times(entry, parts[-1])
         return _Rows(
             columns={name: np.concatenate([part.columns[name] for part in parts]) for name in widths},
             labels=list(known),
@@ -530,34 +539,54 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         else:
             values = read_indices(column, where)
         distinct, ids = np.unique(values, return_inverse=True)
-        for label in distinct.tolist():
-            if isinstance(label, str) and label.strip().replace(".", "", 1).isdigit():
-                raise ValueError(
-                    f"{where} has the text {label!r}; it must hold instructions, or tasks' numbers as numbers"
-                )
         return distinct.tolist(), ids.reshape(-1).astype(np.int32)
 
     def _with_instructions(self, rows: _Rows) -> tuple[list[EpisodeEntry], list[str], NDArray[np.int32]]:
         """Return the episodes with their instructions, all instructions in order, and each frame's [F]."""
         tasks = {} if all(isinstance(label, str) for label in rows.labels) else read_tasks(self.folder, self.info)
-        unknown = [label for label in rows.labels if not isinstance(label, str) and label not in tasks]
-        if unknown:
-            frame = np.flatnonzero(rows.label_id == rows.labels.index(unknown[0]))[0]
+        texts = [label if isinstance(label, str) else tasks.get(label) for label in rows.labels]
+        bad = next((i for i, text in enumerate(texts) if text is None or is_no_text(text)), None)
+        if bad is not None:
             ends = np.cumsum([entry.length for entry in self.episodes])
+            frame = np.flatnonzero(rows.label_id == bad)[0]
             file = self.episodes[np.searchsorted(ends, frame, "right")].data_file
-            raise ValueError(
-                f"{file}: column {self._language_column()!r} names tasks {sorted(unknown)}, which meta/ does not list "
-                f"(it lists {', '.join(map(str, sorted(tasks)))})"
-            )
-        texts = [label if isinstance(label, str) else tasks[label] for label in rows.labels]
-        instructions = sorted(set(texts))
-        ids = np.array([instructions.index(text) for text in texts], np.int32)[rows.label_id]
+            wrong = f"has the instruction {texts[bad]!r}; it must be a sentence, or name a task by number"
+            if texts[bad] is None:
+                unknown = sorted(label for label in rows.labels if isinstance(label, int) and label not in tasks)
+                listed = ", ".join(map(str, sorted(tasks)))
+                wrong = f"names tasks {unknown}, which meta/ does not list (it lists {listed})"
+            raise ValueError(f"{file}: column {self._language_column()!r} {wrong}")
+        instructions = sorted(set(cast("list[str]", texts)))
+        ids = np.array([instructions.index(cast(str, text)) for text in texts], np.int32)[rows.label_id]
         starts = [0, *itertools.accumulate(entry.length for entry in self.episodes)]
         episodes = [
             replace(entry, instruction=instructions[ids[start]])
             for entry, start in zip(self.episodes, starts, strict=False)
         ]
         return episodes, instructions, ids
+
+    def _check_times(self, entry: EpisodeEntry, rows: _Rows) -> None:
+        """Check that an episode's timestamps can say which frames belong to its rows."""
+        where, times_s = f"{entry.data_file}: column 'timestamp'", rows.time_s
+        if not np.isfinite(times_s).all():
+            raise ValueError(
+                f"{where} is not finite in row {rows.row[~np.isfinite(times_s)][0]}; it must be in seconds"
+            )
+        steps_s = np.diff(times_s)
+        falls = np.flatnonzero(steps_s <= 0)
+        if len(falls):
+            k = falls[0]
+            raise ValueError(
+                f"{where} goes from {times_s[k]:.3f} to {times_s[k + 1]:.3f} s in rows {rows.row[k]} and "
+                f"{rows.row[k + 1]} of episode {entry.episode_id}; it must increase with frame_index, for videos' "
+                "frames are found by it"
+            )
+        # Rows may have been left out, but none can be between two others.
+        if len(steps_s) > 1 and np.median(steps_s) * self.fps < 1 - RATE_TOLERANCE:
+            raise ValueError(
+                f"{where} has a row every {np.median(steps_s):.4g} s in episode {entry.episode_id}, "
+                f"{self.folder / INFO_FILE} says fps={self.fps:g}"
+            )
 
     def _check_gripper(self, actions: Mapping[str, NDArray[Any]]) -> None:
         """Check that the gripper is 1 open, 0 close: a policy learns any other convention without complaint."""
@@ -641,7 +670,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         shapes = {picture.shape for picture in images if picture is not None}
         if len(shapes) > 1 or any(len(shape) != 3 for shape in shapes):
             raise ValueError(f"{column} of {self.folder} mixes resolutions: {sorted(shapes)}")
-        stated = tuple(feature["shape"][axis] for axis in self._axes(column))
+        stated = tuple(feature["shape"][axis] for axis in self._axes[column])
         for shape in shapes:
             if shape != stated:
                 raise ValueError(
@@ -687,7 +716,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
             group = bisect.bisect_right(starts, row) - 1
             cell = self._local.images((file, column, group))[int(row - starts[group])]
             where = f"{file}: image {row} of {column!r}"
-            images.append(decode_image(cell, self._features[column]["shape"], self._axes(column), self.folder, where))
+            images.append(decode_image(cell, self._features[column]["shape"], self._axes[column], self.folder, where))
         return images
 
     # -- frame cache -----------------------------------------------------------------------------------------------
@@ -870,20 +899,6 @@ def first_of_each_task(episodes: Sequence[EpisodeEntry], count: int) -> list[Epi
         )
     chosen = {entry.episode_id for entries in by_task.values() for entry in entries[:count]}
     return [entry for entry in episodes if entry.episode_id in chosen]
-
-
-def _check_times(entry: EpisodeEntry, rows: _Rows) -> None:
-    """Check that an episode's timestamps can say which frames belong to its rows."""
-    where, times_s = f"{entry.data_file}: column 'timestamp'", rows.time_s
-    if not np.isfinite(times_s).all():
-        raise ValueError(f"{where} is not finite in row {rows.row[~np.isfinite(times_s)][0]}; it must be in seconds")
-    falls = np.flatnonzero(np.diff(times_s) <= 0)
-    if len(falls):
-        k = falls[0]
-        raise ValueError(
-            f"{where} goes from {times_s[k]:.3f} to {times_s[k + 1]:.3f} s in rows {rows.row[k]} and {rows.row[k + 1]} "
-            f"of episode {entry.episode_id}; it must increase with frame_index, for videos' frames are found by it"
-        )
 
 
 def _row_group_starts(file: Path) -> list[int]:

@@ -153,8 +153,8 @@ def read_episodes(folder: Path, info: Mapping[str, Any], cameras: Sequence[str] 
 
     Raises:
         FileNotFoundError: a file of `meta/` is missing.
-        ValueError: a file of `meta/` is damaged or lacks a field, an episode is listed with two lengths or places, or
-            two episodes or cameras share frames.
+        ValueError: a file of `meta/` is damaged or lacks a field, an episode is missing or listed with two lengths or
+            places, or two episodes or cameras share frames.
     """
     is_v3 = str(info["codebase_version"]).startswith("v3")
     if cameras is None:
@@ -165,6 +165,12 @@ def read_episodes(folder: Path, info: Mapping[str, Any], cameras: Sequence[str] 
         entry = _episode(folder, info, cameras, where, row)
         if entries.setdefault(entry.episode_id, entry) != entry:
             raise ValueError(f"{where} lists episode {entry.episode_id} again, with other values; keep one of them")
+    total = info.get("total_episodes")
+    if isinstance(total, int) and 0 < len(entries) < total:
+        raise ValueError(
+            f"{folder}/meta lists {len(entries)} episodes, {INFO_FILE} says total_episodes={total}; download or write it "
+            "again, or correct the number"
+        )
     result = sorted(entries.values(), key=lambda entry: entry.episode_id)
     return _separated(folder, result, float(info["fps"]), is_v3=is_v3) if cameras else result
 
@@ -175,7 +181,10 @@ def _episode(
     def field(name: str, read: Callable[[Any, str], Any] = to_whole) -> Any:
         if name not in row:
             raise ValueError(f"{where} has no {name!r} (present: {', '.join(row)})")
-        return read(row[name], f"{where}: {name}")
+        value = row[name]
+        # Some writers keep numbers as arrays of shape [1].
+        single = isinstance(value, list) and len(cast("list[Any]", value)) == 1
+        return read(value[0] if single else value, f"{where}: {name}")
 
     is_v3 = str(info["codebase_version"]).startswith("v3")
     episode_id, length = field("episode_index"), field("length")

@@ -25,6 +25,8 @@ from PIL import Image
 
 # How a file starts that was checked out without its content.
 LFS_POINTER = b"version https://git-lfs"
+# Characters of an image's path; no file system has longer names.
+MAX_PATH = 1000
 # Modes of image files whose conversion to RGB loses nothing.
 IMAGE_MODES = ("RGB", "L", "P")
 
@@ -88,30 +90,24 @@ def path_inside(folder: Path, given: str, where: str) -> Path:
 
 
 def to_whole(value: Any, where: str) -> int:
-    """Return a whole number, which may be given as a float or in a list of one element.
+    """Return a whole number, which may be given as a float.
 
     Raises:
         ValueError: it is none.
     """
-    found = value
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(cast("Sequence[Any]", value)) == 1:
-        value = cast("Sequence[Any]", value)[0]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
-        raise ValueError(f"{where} is {found!r}; it must be a whole number")
+        raise ValueError(f"{where} is {value!r}; it must be a whole number")
     return int(value)
 
 
 def to_number(value: Any, where: str) -> float:
-    """Return a finite number, which may be given in a list of one element.
+    """Return a finite number.
 
     Raises:
         ValueError: it is none.
     """
-    found = value
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(cast("Sequence[Any]", value)) == 1:
-        value = cast("Sequence[Any]", value)[0]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where} is {found!r}; it must be a finite number")
+        raise ValueError(f"{where} is {value!r}; it must be a finite number")
     return float(value)
 
 
@@ -124,6 +120,15 @@ def to_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where} is {value!r}; it must be a text")
     return value
+
+
+def is_no_text(value: str) -> bool:
+    """Return whether a text is what programs print of a number or of a missing value."""
+    try:
+        float(value)
+    except ValueError:
+        return value.strip().lower() in ("none", "null", "<na>")
+    return True
 
 
 # -- columns of tables -------------------------------------------------------------------------------------------------
@@ -260,14 +265,18 @@ def decode_image(
         if isinstance(value, Mapping):
             fields = cast("Mapping[str, Any]", value)
             value = fields.get("bytes") or fields.get("path")
+            if isinstance(value, list) and pa.types.is_uint8(cell.type.field("bytes").type.value_type):
+                value = bytes(cast("list[int]", value))
     if not value or not isinstance(value, str | bytes):
         raise ValueError(
             f"{where} is {'null' if value is None else cell.type}; it must hold an encoded image, a path or pixels"
         )
     if isinstance(value, str):
         path = path_inside(folder, value, where)
-        if not path.is_file():
-            raise FileNotFoundError(f"{where} is in {path}, which does not exist; the dataset is incomplete")
+        if len(value) > MAX_PATH or not path.is_file():
+            raise FileNotFoundError(
+                f"{where} is in {str(path)[:MAX_PATH]}, which is no file; the dataset is incomplete"
+            )
         return _decode_file(path, where)
     return _decode_file(io.BytesIO(value), where)
 

@@ -97,6 +97,21 @@ def test_rates_that_disagree_are_both_named(fps, video_fps, lengths, tmp_path):
         refused(folder, rf"episode_000000.mp4 .* it has {video_fps} frames a second, .* fps={fps}", frame=frame)
 
 
+@pytest.mark.parametrize(
+    ("fps", "message"),
+    [
+        (7, r"'timestamp' has a row every 0.05 s in episode 0, .*info.json says fps=7"),
+        (15, r"'timestamp' has a row every 0.05 s in episode 0, .*info.json says fps=15"),
+        (25, r"mp4 is not of its rows' rate: it has 20 frames a second, the dataset's info.json says fps=25"),
+        (40, r"mp4 is not of its rows' rate: it has 20 frames a second, the dataset's info.json says fps=40"),
+    ],
+)
+def test_a_rate_that_is_neither_that_of_the_rows_nor_of_the_video(fps, message, tmp_path):
+    foreign = Foreign()
+    foreign.info["fps"] = fps
+    refused(foreign.write(tmp_path / "d"), message, frame=0)
+
+
 def test_rows_and_frames_at_uneven_times(tmp_path):
     foreign = Foreign()
     foreign.ticks = np.cumsum([0, 1, 3, 1, 2, 5, 1, 1, 4, 2, 1, 3]).tolist()
@@ -329,8 +344,10 @@ def test_instructions_in_a_column_of_their_own(dtype, make, tmp_path):
     [
         ([None] * 12, r"is null in row 0"),
         (["pick up the bowl", None] * 6, r"is null in row 1"),
-        (["0"] * 12, r"has the text '0'; it must hold instructions, or tasks' numbers as numbers"),
-        (["1.0"] * 12, r"has the text '1.0'"),
+        (["0"] * 12, r"has the instruction '0'; it must be a sentence, or name a task by number"),
+        (["1.0"] * 12, r"has the instruction '1.0'"),
+        (["nan"] * 12, r"has the instruction 'nan'"),
+        (["None"] * 12, r"has the instruction 'None'"),
         ([["a", "b"]] * 12, r"holds list<.*string.*>; it must hold one text a row"),
         ([b"pick"] * 12, r"holds binary; it must hold numbers"),
         ([5] * 12, r"names tasks \[5\], which meta/ does not list \(it lists 0, 1\)"),
@@ -340,6 +357,12 @@ def test_instructions_that_are_none(cells, message, tmp_path):
     foreign = Foreign(lengths=(12,))
     foreign.columns[0]["task_index"] = pa.array(cells, pa.string() if cells[0] is None else None)
     refused(foreign.write(tmp_path / "d"), rf"episode_000000.parquet: column 'task_index' {message}")
+
+
+def test_a_task_that_is_a_missing_value(tmp_path):
+    foreign = Foreign()
+    foreign.tasks[1]["task"] = "nan"
+    refused(foreign.write(tmp_path / "d"), r"episode_000001.parquet: column 'task_index' has the instruction 'nan'")
 
 
 def rows_of(width: int):
@@ -438,6 +461,15 @@ def test_an_episode_that_is_listed_in_two_files(tmp_path):
     file = folder / "meta/episodes/chunk-000/file-000.parquet"
     shutil.copyfile(file, file.with_name("file-001.parquet"))
     assert shown(LeRobotDataset(folder)) == EVERY_ROW
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_list_of_episodes_that_was_cut(version, tmp_path):
+    foreign = Foreign(version)
+    del foreign.episodes[1]
+    refused(foreign.write(tmp_path / "d"), r"/meta lists 1 episodes, .*info.json says total_episodes=2")
+    foreign.info["total_episodes"] = 1
+    assert shown(LeRobotDataset(foreign.write(tmp_path / "e"))) == EVERY_ROW[:1]
 
 
 @pytest.mark.parametrize(
@@ -607,6 +639,7 @@ STATE = ("features", "observation.state")
         ("v2.1", change("fps", to=-20), r"fps is -20; it must be above 0"),
         ("v2.1", change("fps", to=float("nan")), r"fps is nan; it must be a finite number"),
         ("v2.1", change("fps", to="20"), r"fps is '20'; it must be a finite number"),
+        ("v2.1", change("fps", to=[20]), r"fps is \[20\]; it must be a finite number"),
         ("v2.1", change("fps", to=True), r"fps is True; it must be a finite number"),
         ("v2.1", change("features", to=["action"]), r"features is a list; it must map columns to their types"),
         ("v2.1", change(*CAMERA, to="video"), r"features\['observation.images.image'\] is 'video'; it must have dtype"),
@@ -754,6 +787,10 @@ CELLS = {
     "bytes": (lambda image, *_: png(image), None),
     "large bytes": (lambda image, *_: png(image), pa.large_binary()),
     "only bytes in a struct": (lambda image, *_: {"bytes": png(image)}, None),
+    "bytes in a list in a struct": (
+        lambda image, *_: {"bytes": list(png(image)), "path": None},
+        pa.struct([("bytes", pa.list_(pa.uint8())), ("path", pa.string())]),
+    ),
     "bytes in a list": (lambda image, *_: list(png(image)), pa.list_(pa.uint8())),
     "path": (file_cell, None),
     "path in a struct": (lambda *a: {"bytes": None, "path": file_cell(*a)}, None),
@@ -826,22 +863,29 @@ DEPTH = np.full((HEIGHT, WIDTH), 3000, np.uint16)
         (png(TRANSPARENT), None, r"mode 'RGBA' that is partly transparent; it must be opaque and RGB"),
         (png(DEPTH), None, r"is an image of mode 'I;16'; it must be opaque and RGB"),
         ("../outside.png", None, r"is '../outside.png', which is not inside .*; a dataset's files lie in its folder"),
+        ("A" * 100000, None, r"is in .*AAA, which is no file"),
         ("/etc/hostname", None, r"is '/etc/hostname', which is not inside"),
         ({"path": "images/../../outside.png"}, None, r"which is not inside"),
     ],
 )
 def test_image_cells_that_are_none(cell, kind, message, tmp_path):
+    error = FileNotFoundError if "no file" in message else ValueError
     foreign = Foreign(storage="image", lengths=(2,))
     foreign.columns[0][CAMERAS[1]] = pa.array([cell] * 2, kind)
     folder = foreign.write(tmp_path / "d")
     (tmp_path / "outside.png").write_bytes(png(picture(0, 0)))
-    refused(folder, rf"episode_000000.parquet: image 1 of 'observation.images.wrist_image' .*{message}", frame=1)
+    refused(
+        folder,
+        rf"episode_000000.parquet: image 1 of 'observation.images.wrist_image' .*{message}",
+        frame=1,
+        error=error,
+    )
 
 
 def test_image_files_and_columns_that_are_absent(tmp_path):
     foreign = Foreign(storage="image", lengths=(2,))
     foreign.columns[0][CAMERAS[1]] = pa.array(["images/0.png"] * 2)
-    message = r"image 0 of .* is in .*images/0.png, which does not exist; the dataset is incomplete"
+    message = r"image 0 of .* is in .*images/0.png, which is no file; the dataset is incomplete"
     refused(foreign.write(tmp_path / "d"), message, error=FileNotFoundError, frame=0)
     del foreign.columns[0][CAMERAS[1]]
     refused(foreign.write(tmp_path / "e"), r"has no column 'observation.images.wrist_image', whose images", frame=0)
