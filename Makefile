@@ -9,14 +9,14 @@ DEMO_ARGS ?=
 # The version whose contacts LIBERO's stored states were made for, in an environment without torch.
 OLD_VENV := $(VENV)-mujoco33
 SLOWEST_PHYSICS_TEST := tests/libero_gym/tasks/test_initial_states.py::test_every_tasks_premise_holds_and_lasts[settled-libero_90]
-PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py test_env.py test_vector.py)
+PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py rendering/test_textures.py test_env.py test_vector.py)
 
 .PHONY: help demo test test-mujoco33 quick lint format clean
 
 help:
 	@echo "make demo    train the nano policy by PPO on LIBERO-Spatial for a few iterations, evaluate it, leave a run folder"
 	@echo "make test    lint-free, network-free test suite (10 minutes on 2 cores)"
-	@echo "make test-mujoco33  the tests of physics and environments under MuJoCo 3.3 (3 minutes on 2 cores)"
+	@echo "make test-mujoco33  the tests of physics, pictures and environments under MuJoCo 3.3 (4 minutes on 2 cores)"
 	@echo "make quick   the tests that take under ten seconds each"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  apply ruff's formatter and its safe fixes"

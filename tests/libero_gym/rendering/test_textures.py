@@ -108,8 +108,8 @@ def test_the_ray_caster_looks_like_the_installed_mujoco_where_asked(recorded):
     simulation, expected = recorded("libero_object/0", "3.17.0")
     renderer = WarpRenderer(CAMERAS, 128, num_threads=1, texture_colorspace="auto")
     image = renderer.render([simulation])[0]
-    assert psnr(image[0], expected[0]) >= 28.5
-    assert psnr(image[1], expected[1]) >= 31
+    assert psnr(image[0], expected[0]) >= 30.4
+    assert psnr(image[1], expected[1]) >= 32.6
     renderer.close()
 
 
@@ -160,9 +160,9 @@ def test_environments_have_the_public_look_by_default():
         "libero_gym/libero_object-v0", num_envs=1, vectorization_mode="vector_entry_point", **options
     )
     assert vector.unwrapped.texture_colorspace == "linear"
-    # MuJoCo 3.3.2's own pictures have means of 139.0 and 140.2 at 128 pixels.
-    assert means(single) == pytest.approx([139, 140], abs=3)
-    assert means(vector) == pytest.approx([139, 140], abs=3)
+    # OpenGL's pictures of this size have means of 142.7 and 141.4.
+    assert means(single) == pytest.approx([143, 141], abs=2)
+    assert means(vector) == pytest.approx([143, 141], abs=2)
 
 
 @needs_tags
@@ -173,9 +173,9 @@ def test_environments_have_the_installed_look_where_asked():
         "libero_gym/libero_object-v0", num_envs=1, vectorization_mode="vector_entry_point", **options
     )
     assert vector.unwrapped.texture_colorspace == "auto"
-    # MuJoCo 3.17's have 103.3 and 100.3.
-    assert means(single) == pytest.approx([103, 100], abs=3)
-    assert means(vector) == pytest.approx([103, 100], abs=3)
+    # OpenGL's have 110.8 and 102.7.
+    assert means(single) == pytest.approx([111, 103], abs=2)
+    assert means(vector) == pytest.approx([111, 103], abs=2)
 
 
 @pytest.mark.parametrize("has_images", [True, False])
