@@ -198,7 +198,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             raise ValueError("render_mode='rgb_array' needs observe_images=True")
         if stepping not in ("exact", "fast", "numpy"):
             raise ValueError(f"stepping={stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
-        self._texture_colorspace = check_texture_colorspace(texture_colorspace)
+        self._texture_colorspace: TextureColorspace = check_texture_colorspace(texture_colorspace)
         self.observation_space = make_observation_space(image_size, has_images=observe_images)
         self.action_space = make_action_space()
         self.render_mode = render_mode

@@ -220,7 +220,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         if min(threads, self.num_envs) > 1:
             self._pool = ThreadPoolExecutor(min(threads, self.num_envs), "libero-step")
         self._as_torch = images_as_torch
-        self._texture_colorspace = check_texture_colorspace(texture_colorspace)
+        self._texture_colorspace: TextureColorspace = check_texture_colorspace(texture_colorspace)
         self._renderer: Any = None
         if observe_images:
             self._renderer = self._open_renderer(renderer, tuple(camera_names), int(image_size), threads)
