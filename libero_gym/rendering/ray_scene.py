@@ -414,7 +414,7 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
         pixels = data[..., :3].reshape(count, height // count, width, 3)
         while max(pixels.shape[1:3]) > max_size:
             pixels = np.rint(_halve(pixels)).astype(np.uint8)
-        values = pixels.astype(np.float32)
+        values: Any = pixels.astype(np.float32)
         if is_decoded[texture]:
             values = _srgb_to_linear(values / 255) * 255
         kinds.append(TEXTURE_2D if is_2d else TEXTURE_CUBE)
@@ -447,7 +447,7 @@ def _halve(pixels: NDArray[np.uint8] | FloatArray) -> FloatArray:
 
     An even size is thereby averaged in pairs; of an odd one no row is dropped.
     """
-    values = pixels.astype(np.float32)
+    values: Any = pixels.astype(np.float32)
     for axis in (1, 2):
         size = values.shape[axis]
         if size == 1:
