@@ -414,7 +414,7 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
         pixels = data[..., :3].reshape(count, height // count, width, 3)
         while max(pixels.shape[1:3]) > max_size:
             pixels = np.rint(_halve(pixels)).astype(np.uint8)
-        values: Any = pixels.astype(np.float32)
+        values = pixels.astype(np.float32)
         if is_decoded[texture]:
             values = _srgb_to_linear(values / 255) * 255
         kinds.append(TEXTURE_2D if is_2d else TEXTURE_CUBE)

@@ -82,6 +82,17 @@ def test_textures_are_uploaded_as_asked_and_the_model_stays_as_compiled():
     assert model.tex_colorspace.tolist() == [LINEAR, SRGB]
 
 
+def test_mipmaps_of_odd_sizes_sample_between_texels():
+    model = mujoco.MjModel.from_xml_string(GREY.replace('width="8" height="8"', 'width="5" height="5"'))
+    columns = np.array([0, 40, 80, 120, 160], np.uint8)
+    model.tex_data[-75:] = np.tile(columns[:, None], (5, 1, 3)).ravel()
+    scene = build_ray_scene(model, ("top",))
+    first = scene.texture_offset[1, 1]
+    red = (scene.texels[first : first + 4] & 255).reshape(2, 2)
+    # Two texels over five: their centres lie at 0.75 and 3.25, counted from the centre of the first.
+    assert red.tolist() == [[30, 130]] * 2
+
+
 # Thresholds are 1 dB below what was measured under MuJoCo 3.17; OpenGL itself agrees to 51 dB and more.
 @pytest.mark.parametrize(
     ("scene", "agentview_db", "wrist_db"),
