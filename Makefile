@@ -17,7 +17,7 @@ MUJOCO33_VENV := $(VENV)-mujoco33
 MUJOCO4_VENV := $(VENV)-mujoco4
 WITHOUT_TORCH := pytest pytest-timeout pytest-xdist
 SLOWEST_PHYSICS_TEST := tests/libero_gym/tasks/test_initial_states.py::test_every_tasks_premise_holds_and_lasts[settled-libero_90]
-PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py test_env.py test_vector.py)
+PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py rendering/test_textures.py test_env.py test_vector.py)
 WARP_TESTS := $(addprefix tests/libero_gym/,physics/test_warp_worlds.py rendering/test_rendering.py)
 
 # lerobot pins other versions of torch and so has an environment of its own. 0.6.1 knows layout v3.0; for v2.1:
@@ -98,5 +98,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(MUJOCO33_VENV) $(MUJOCO4_VENV) runs dist build .pytest_cache .ruff_cache
-	rm -rf $(VENV) $(OLD_VENV) $(LEROBOT_VENV) runs dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MUJOCO33_VENV) $(MUJOCO4_VENV) $(LEROBOT_VENV) runs dist build .pytest_cache .ruff_cache

@@ -447,7 +447,7 @@ def _halve(pixels: NDArray[np.uint8] | FloatArray) -> FloatArray:
 
     An even size is thereby averaged in pairs; of an odd one no row is dropped.
     """
-    values = pixels.astype(np.float32)
+    values: Any = pixels.astype(np.float32)
     for axis in (1, 2):
         size = values.shape[axis]
         if size == 1:

@@ -330,7 +330,7 @@ class WarpRenderer:
             RendererUnavailableError: Warp has no such device.
             RuntimeError: The device is a GPU, and this process was forked from one that had started Warp.
         """
-        self._texture_colorspace = check_texture_colorspace(texture_colorspace)
+        self._texture_colorspace: TextureColorspace = check_texture_colorspace(texture_colorspace)
         self._owner = Owner("the renderer 'warp'")
         self._device = default_device() if device is None else device
         if self._device not in list_devices():

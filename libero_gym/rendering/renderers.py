@@ -314,7 +314,7 @@ class GlRenderer:
             RendererUnavailableError: There is no such OpenGL platform.
         """
         self._kind: Any = kind
-        self._texture_colorspace = check_texture_colorspace(texture_colorspace)
+        self._texture_colorspace: TextureColorspace = check_texture_colorspace(texture_colorspace)
         self._owner = Owner(f"the renderer {kind!r}")
         self._camera_names = tuple(camera_names)
         self._size = image_size

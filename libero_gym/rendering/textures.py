@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from typing import Literal, cast
+from typing import Literal
 
 import mujoco
 import numpy as np
@@ -44,7 +44,7 @@ def check_texture_colorspace(value: str) -> TextureColorspace:
             f"texture_colorspace={value!r} is unknown (valid: 'linear', as in public data sets; 'auto', as the "
             "installed MuJoCo draws)"
         )
-    return cast("TextureColorspace", value)
+    return value
 
 
 def installed_colorspace() -> TextureColorspace:

@@ -82,6 +82,17 @@ def test_textures_are_uploaded_as_asked_and_the_model_stays_as_compiled():
     assert model.tex_colorspace.tolist() == [LINEAR, SRGB]
 
 
+def test_mipmaps_of_odd_sizes_sample_between_texels():
+    model = mujoco.MjModel.from_xml_string(GREY.replace('width="8" height="8"', 'width="5" height="5"'))
+    columns = np.array([0, 40, 80, 120, 160], np.uint8)
+    model.tex_data[-75:] = np.tile(columns[:, None], (5, 1, 3)).ravel()
+    scene = build_ray_scene(model, ("top",))
+    first = scene.texture_offset[1, 1]
+    red = (scene.texels[first : first + 4] & 255).reshape(2, 2)
+    # Two texels over five: their centres lie at 0.75 and 3.25, counted from the centre of the first.
+    assert red.tolist() == [[30, 130]] * 2
+
+
 # Thresholds are 1 dB below what was measured under MuJoCo 3.17; OpenGL itself agrees to 51 dB and more.
 @pytest.mark.parametrize(
     ("scene", "agentview_db", "wrist_db"),
@@ -108,8 +119,8 @@ def test_the_ray_caster_looks_like_the_installed_mujoco_where_asked(recorded):
     simulation, expected = recorded("libero_object/0", "3.17.0")
     renderer = WarpRenderer(CAMERAS, 128, num_threads=1, texture_colorspace="auto")
     image = renderer.render([simulation])[0]
-    assert psnr(image[0], expected[0]) >= 28.5
-    assert psnr(image[1], expected[1]) >= 31
+    assert psnr(image[0], expected[0]) >= 30.4
+    assert psnr(image[1], expected[1]) >= 32.6
     renderer.close()
 
 
@@ -160,9 +171,9 @@ def test_environments_have_the_public_look_by_default():
         "libero_gym/libero_object-v0", num_envs=1, vectorization_mode="vector_entry_point", **options
     )
     assert vector.unwrapped.texture_colorspace == "linear"
-    # MuJoCo 3.3.2's own pictures have means of 139.0 and 140.2 at 128 pixels.
-    assert means(single) == pytest.approx([139, 140], abs=3)
-    assert means(vector) == pytest.approx([139, 140], abs=3)
+    # OpenGL's pictures of this size have means of 142.7 and 141.4.
+    assert means(single) == pytest.approx([143, 141], abs=2)
+    assert means(vector) == pytest.approx([143, 141], abs=2)
 
 
 @needs_tags
@@ -173,9 +184,9 @@ def test_environments_have_the_installed_look_where_asked():
         "libero_gym/libero_object-v0", num_envs=1, vectorization_mode="vector_entry_point", **options
     )
     assert vector.unwrapped.texture_colorspace == "auto"
-    # MuJoCo 3.17's have 103.3 and 100.3.
-    assert means(single) == pytest.approx([103, 100], abs=3)
-    assert means(vector) == pytest.approx([103, 100], abs=3)
+    # OpenGL's have 110.8 and 102.7.
+    assert means(single) == pytest.approx([111, 103], abs=2)
+    assert means(vector) == pytest.approx([111, 103], abs=2)
 
 
 @pytest.mark.parametrize("has_images", [True, False])
