@@ -206,8 +206,8 @@ class Args:
 
     # --- loss ---
     loss_weighting: Literal["decision", "trajectory"] = "decision"
-    """All decisions weigh the same, or all trajectories (episodes, cut where the rollout is) do, as
-    in RLinf."""
+    """All decisions weigh the same, or all episodes do, as in RLinf: a decision's weight is one over
+    the decisions of its whole episode."""
     clip_coef: float = 0.2
     """Lower clip of the ratio: 1 - clip_coef."""
     clip_coef_high: float = 0.28
