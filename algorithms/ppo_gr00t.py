@@ -513,11 +513,8 @@ def main(
     """Trains, evaluates, and returns the last iteration's metrics.
 
     `make_agent` and `make_envs` are the two places to plug in something else. An agent is a module
-    with `forward(obs, action=None, *, generator=None)` -> action, logprob, entropy, value, where
-    `generator` is one generator per row, `get_value`, `predict`, `param_groups` (the value head's
-    named "value"), `image_size`, `save_pretrained`, and `encode`, which turns an observation into
-    what is stored of it (a frozen backbone's features); with --compile `compile_network` too. Its
-    action is a NamedTuple of tensors that has an `env_action`.
+    with the methods of `gr00t_agent.protocol.Agent`, where the shape of every argument and result
+    is said; `gr00t_agent.check_agent` tries one out. With --compile it has `compile_network` too.
     """
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
