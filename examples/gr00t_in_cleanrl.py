@@ -145,6 +145,7 @@ def main(args: Args) -> tuple[Gr00tAgent, dict[str, float]]:
 
         # update
         clipfracs, approx_kl, first_ratio = [], torch.zeros(()), torch.ones(())
+        pg_loss, v_loss = torch.zeros(()), torch.zeros(())
         for epoch in range(args.update_epochs):
             b_inds = torch.from_numpy(rng.permutation(batch_size))
             for minibatch, mb_inds in enumerate(b_inds.chunk(args.num_minibatches)):

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -229,7 +229,7 @@ def main(args: Args) -> bool:
         base.mkdir(parents=True, exist_ok=True)
         peer = Peer(args.peer, base)
         recorded = recording()
-        np.savez(base / "recording.npz", **recorded)
+        np.savez(base / "recording.npz", **cast("dict[str, Any]", recorded))
         for storage in ("video", "image"):
             write_ours(base / f"ours_{storage}", recorded, storage, peer.layout)
         cases, commands = plan(base, peer.layout, recorded)

@@ -78,7 +78,8 @@ _warp_owner: Owner | None = None
 @functools.lru_cache(maxsize=16)
 def _load_kernels(device: str) -> Future[None]:
     """Begins to compile the ray caster's kernels side by side, once for each device; wait for it before launching."""
-    modules = [kernel.module for kernel in ray_kernels.KERNELS]
+    kernels: Any = ray_kernels.KERNELS
+    modules = [kernel.module for kernel in kernels]
     pool = ThreadPoolExecutor(1, "warp-compile")
     loading = pool.submit(wp.force_load, device=device, modules=modules, max_workers=len(modules))
     pool.shutdown(wait=False)
