@@ -226,7 +226,9 @@ CASES = {
         r"get_value\(obs\) differs from the value of forward.* by 0\.1",
     ),
     "encode nothing": (
-        lambda: broken(encode=lambda self, obs: {}, forward=encodes_itself, get_value=values_itself),
+        lambda: broken(
+            encode=lambda self, obs: obs if "state" in obs else {}, forward=encodes_itself, get_value=values_itself
+        ),
         TypeError,
         r"encode\(obs\) returns a dict; return a dict of tensors, not empty",
     ),

@@ -149,9 +149,7 @@ def test_two_processes_build_once(built_scene, tmp_path):
     code = textwrap.dedent(
         f"""
         import pathlib, shutil, sys, time
-        from libero_gym.conventions import CONTROL_FREQUENCY_HZ
-from libero_gym.physics.controller import SUBSTEPS
-from libero_gym.tasks import scenes
+        from libero_gym.tasks import scenes
         from libero_gym.tasks.suites import get_task
         def build(requests, _):
             pathlib.Path({str(tmp_path)!r}, 'builds.txt').open('a').write('x')
