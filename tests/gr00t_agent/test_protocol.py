@@ -84,6 +84,10 @@ def with_action(action_type: Callable[[Tensor], Any]) -> MLPAgent:
     return forward_with(change)
 
 
+def encodes_nothing(self, obs):
+    return obs if "state" in obs else {}
+
+
 def encodes_itself(self, obs, action=None, *, generator=None):
     return MLPAgent.forward(self, MLPAgent.encode(self, obs), action, generator=generator)
 
