@@ -27,7 +27,8 @@ from PIL import Image
 LFS_POINTER = b"version https://git-lfs"
 # Characters of an image's path; no file system has longer names.
 MAX_PATH = 1000
-# Modes of image files whose conversion to RGB loses nothing.
+# Formats of image files that tables hold, and their modes whose conversion to RGB loses nothing.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 IMAGE_MODES = ("RGB", "L", "P")
 
 
@@ -301,7 +302,7 @@ def _pixels(cell: pa.Scalar, where: str) -> NDArray[np.uint8]:
 
 def _decode_file(source: Path | io.BytesIO, where: str) -> NDArray[np.uint8]:
     try:
-        with Image.open(source) as opened:
+        with Image.open(source, formats=IMAGE_FORMATS) as opened:
             mode, is_opaque = opened.mode, True
             if mode == "RGBA":
                 is_opaque = opened.getchannel("A").getextrema() == (255, 255)
