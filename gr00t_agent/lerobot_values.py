@@ -174,10 +174,13 @@ def read_indices(column: pa.ChunkedArray, where: str) -> NDArray[np.int64]:
         ValueError: nulls, fractions, more or fewer numbers a row, or none.
     """
     values = read_scalars(column, where)
+    # Beyond, floats are no longer exact, and unsigned numbers would turn negative.
+    good = values <= 2**53
     if values.dtype.kind == "f":
-        bad = np.flatnonzero(~np.isfinite(values) | (values != np.floor(values)))
-        if len(bad):
-            raise ValueError(f"{where} is {values[bad[0]]} in row {bad[0]}; it must be a whole number")
+        good &= values == np.floor(values)
+    if not good.all():
+        row = np.flatnonzero(~good)[0]
+        raise ValueError(f"{where} is {values[row]} in row {row}; it must be a whole number")
     return values.astype(np.int64)
 
 
