@@ -171,16 +171,16 @@ def read_indices(column: pa.ChunkedArray, where: str) -> NDArray[np.int64]:
     """Return a column of whole numbers, which may be given as floats or booleans or in lists of one, as [rows].
 
     Raises:
-        ValueError: nulls, fractions, more or fewer numbers a row, or none.
+        ValueError: nulls, fractions, negative numbers, more or fewer numbers a row, or none.
     """
     values = read_scalars(column, where)
     # Beyond, floats are no longer exact, and unsigned numbers would turn negative.
-    good = values <= 2**53
+    good = (values >= 0) & (values <= 2**53)
     if values.dtype.kind == "f":
         good &= values == np.floor(values)
     if not good.all():
         row = np.flatnonzero(~good)[0]
-        raise ValueError(f"{where} is {values[row]} in row {row}; it must be a whole number")
+        raise ValueError(f"{where} is {values[row]} in row {row}; it must be a whole number of at least 0")
     return values.astype(np.int64)
 
 

@@ -301,6 +301,8 @@ def test_booleans_as_indices(tmp_path):
         (lambda rows: pa.array([row + 0.5 for row in rows]), "is .*5 in row 0; it must be a whole number"),
         (lambda rows: pa.array([float("nan"), *map(float, rows[1:])]), "is nan in row 0; it must be a whole number"),
         (lambda rows: pa.array([1e30, *map(float, rows[1:])]), r"is 1e\+30 in row 0; it must be a whole number"),
+        (lambda rows: pa.array([float("-inf"), *map(float, rows[1:])]), "is -inf in row 0; it must be a whole number"),
+        (lambda rows: pa.array([-1, *rows[1:]]), "is -1 in row 0; it must be a whole number of at least 0"),
         (lambda rows: pa.array([2**63, *rows[1:]], pa.uint64()), "is 9223372036854775808 in row 0; it must be"),
         (lambda rows: pa.array([[row, row] for row in rows]), "has 2 elements a row; it must have 1"),
         (lambda rows: pa.array([[row] * (1 + (i == 4)) for i, row in enumerate(rows)]), "2 elements in row 4, 1 in"),
