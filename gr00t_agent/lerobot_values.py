@@ -174,6 +174,8 @@ def read_indices(column: pa.ChunkedArray, where: str) -> NDArray[np.int64]:
         ValueError: nulls, fractions, negative numbers, more or fewer numbers a row, or none.
     """
     values = read_scalars(column, where)
+    if values.dtype.kind == "f":
+        values = values.astype(np.float64)
     # Beyond, floats are no longer exact, and unsigned numbers would turn negative.
     good = (values >= 0) & (values <= 2**53)
     if values.dtype.kind == "f":
