@@ -183,28 +183,32 @@ class VideoFile:
         except av.error.FFmpegError as error:
             raise damaged_file(self.path, error) from error
         shown_s = stamps * self._tick_s
-        interval_s = min(1 / self.fps, float(np.median(np.diff(shown_s)))) if len(stamps) > 1 else 1 / self.fps
+        steps_s = np.diff(shown_s)
+        interval_s = min(1 / self.fps, float(np.median(steps_s))) if len(steps_s) else 1 / self.fps
         places = _nearest(shown_s, times_s)
         missing = np.ones(len(times_s), bool)
         if len(stamps):
             missing = np.abs(shown_s[places] - times_s) > FRAME_TOLERANCE * interval_s
-        rate = self._stream.average_rate
-        rates = f"it has {float(rate or 0):.5g} frames a second, the dataset's info.json says fps={self.fps:g}"
-        if not missing.any():
-            # Rows cannot follow each other faster than the frames.
-            if len(stamps) > 2 and np.diff(shown_s).min() * self.fps > 1 + RATE_TOLERANCE:
-                raise ValueError(f"{self.path} is not of its rows' rate: {rates}")
-            return stamps[places]
-        first, last = int(np.flatnonzero(missing)[0]), len(times_s) - 1
+        again = np.flatnonzero(np.diff(places) == 0)
+        last = len(times_s) - 1
         if is_end and missing[last] and times_s[last] > max(shown_s, default=-math.inf) + interval_s / 2:
-            message = f"{self.path} ends before frame {last} ({times_s[last]:.3f} s)"
+            wrong = f"ends before frame {last} ({times_s[last]:.3f} s)"
+        elif missing.any():
+            first = int(np.flatnonzero(missing)[0])
+            wrong = f"has no frame {first} ({times_s[first]:.3f} s)"
+            wrong += f", the nearest is at {shown_s[places[first]]:.3f} s" if len(stamps) else ""
+        elif len(again):
+            times = f"{times_s[again[0]]:.3f} and {times_s[again[0] + 1]:.3f} s"
+            wrong = f"shows one picture for frames {again[0]} and {again[0] + 1} ({times})"
+        elif len(steps_s) > 1 and steps_s.min() * self.fps > 1 + RATE_TOLERANCE:
+            # Rows cannot follow each other faster than the frames.
+            wrong = "has not the rate of its rows"
         else:
-            message = f"{self.path} has no frame {first} ({times_s[first]:.3f} s)"
-            if len(stamps):
-                message += f", the nearest is at {shown_s[places[first]]:.3f} s"
+            return stamps[places]
+        rate = self._stream.average_rate
         if rate is not None and abs(float(rate) - self.fps) > 1e-3 * self.fps:
-            message += f"; {rates}"
-        raise ValueError(message)
+            wrong += f"; it has {float(rate):.5g} frames a second, the dataset's info.json says fps={self.fps:g}"
+        raise ValueError(f"{self.path} {wrong}")
 
     def _stamps(self, start_s: float, end_s: float) -> tuple[NDArray[np.int64], bool]:
         """Return the stamps of the frames shown from `start_s` to `end_s`, and whether the file has none after that."""

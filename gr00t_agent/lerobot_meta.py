@@ -169,7 +169,7 @@ def read_episodes(folder: Path, info: Mapping[str, Any], cameras: Sequence[str] 
     if isinstance(total, int) and 0 < len(entries) < total:
         raise ValueError(
             f"{folder}/meta lists {len(entries)} episodes, {INFO_FILE} says total_episodes={total}; download or write "
-            "it again, or correct the number"
+            "the list again, or correct the number"
         )
     result = sorted(entries.values(), key=lambda entry: entry.episode_id)
     return _separated(folder, result, float(info["fps"]), is_v3=is_v3) if cameras else result

@@ -27,7 +27,8 @@ from PIL import Image
 LFS_POINTER = b"version https://git-lfs"
 # Characters of an image's path; no file system has longer names.
 MAX_PATH = 1000
-# Modes of image files whose conversion to RGB loses nothing.
+# Formats of image files that tables hold, and their modes whose conversion to RGB loses nothing.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 IMAGE_MODES = ("RGB", "L", "P")
 
 
@@ -170,13 +171,18 @@ def read_indices(column: pa.ChunkedArray, where: str) -> NDArray[np.int64]:
     """Return a column of whole numbers, which may be given as floats or booleans or in lists of one, as [rows].
 
     Raises:
-        ValueError: nulls, fractions, more or fewer numbers a row, or none.
+        ValueError: nulls, fractions, negative numbers, more or fewer numbers a row, or none.
     """
     values = read_scalars(column, where)
     if values.dtype.kind == "f":
-        bad = np.flatnonzero(~np.isfinite(values) | (values != np.floor(values)))
-        if len(bad):
-            raise ValueError(f"{where} is {values[bad[0]]} in row {bad[0]}; it must be a whole number")
+        values = values.astype(np.float64)
+    # Beyond, floats are no longer exact, and unsigned numbers would turn negative.
+    good = (values >= 0) & (values <= 2**53)
+    if values.dtype.kind == "f":
+        good &= values == np.floor(values)
+    if not good.all():
+        row = np.flatnonzero(~good)[0]
+        raise ValueError(f"{where} is {values[row]} in row {row}; it must be a whole number of at least 0")
     return values.astype(np.int64)
 
 
@@ -301,7 +307,7 @@ def _pixels(cell: pa.Scalar, where: str) -> NDArray[np.uint8]:
 
 def _decode_file(source: Path | io.BytesIO, where: str) -> NDArray[np.uint8]:
     try:
-        with Image.open(source) as opened:
+        with Image.open(source, formats=IMAGE_FORMATS) as opened:
             mode, is_opaque = opened.mode, True
             if mode == "RGBA":
                 is_opaque = opened.getchannel("A").getextrema() == (255, 255)

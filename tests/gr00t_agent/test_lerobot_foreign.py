@@ -102,8 +102,8 @@ def test_rates_that_disagree_are_both_named(fps, video_fps, lengths, tmp_path):
     [
         (7, r"'timestamp' has a row every 0.05 s in episode 0, .*info.json says fps=7"),
         (15, r"'timestamp' has a row every 0.05 s in episode 0, .*info.json says fps=15"),
-        (25, r"mp4 is not of its rows' rate: it has 20 frames a second, the dataset's info.json says fps=25"),
-        (40, r"mp4 is not of its rows' rate: it has 20 frames a second, the dataset's info.json says fps=40"),
+        (25, r"mp4 has not the rate of its rows; it has 20 frames a second, the dataset's info.json says fps=25"),
+        (40, r"mp4 has not the rate of its rows; it has 20 frames a second, the dataset's info.json says fps=40"),
     ],
 )
 def test_a_rate_that_is_neither_that_of_the_rows_nor_of_the_video(fps, message, tmp_path):
@@ -149,6 +149,7 @@ def test_a_video_that_starts_late(tmp_path):
         (lambda t: pa.array([[x, x] for x in t]), r"'timestamp' has 2 elements a row; it must have 1"),
         (lambda t: pa.array([int(x * 1e6) for x in t], pa.timestamp("us")), r"'timestamp' holds timestamp\[us\]"),
         (lambda t: pa.array([1000 * x for x in t]), r"mp4 ends before frame 11 \(550.000 s\)"),
+        (lambda t: pa.array([0, 0.01, *t[2:]]), r"shows one picture for frames 0 and 1 \(0.000 and 0.010 s\)"),
         (lambda t: pa.array([x - 0.3 for x in t]), r"'timestamp' is -0.300 s in row 0, which is at -0.300 s of"),
     ],
 )
@@ -299,6 +300,10 @@ def test_booleans_as_indices(tmp_path):
         ),
         (lambda rows: pa.array([row + 0.5 for row in rows]), "is .*5 in row 0; it must be a whole number"),
         (lambda rows: pa.array([float("nan"), *map(float, rows[1:])]), "is nan in row 0; it must be a whole number"),
+        (lambda rows: pa.array([1e30, *map(float, rows[1:])]), r"is 1e\+30 in row 0; it must be a whole number"),
+        (lambda rows: pa.array([float("-inf"), *map(float, rows[1:])]), "is -inf in row 0; it must be a whole number"),
+        (lambda rows: pa.array([-1, *rows[1:]]), "is -1 in row 0; it must be a whole number of at least 0"),
+        (lambda rows: pa.array([2**63, *rows[1:]], pa.uint64()), "is 9223372036854775808 in row 0; it must be"),
         (lambda rows: pa.array([[row, row] for row in rows]), "has 2 elements a row; it must have 1"),
         (lambda rows: pa.array([[row] * (1 + (i == 4)) for i, row in enumerate(rows)]), "2 elements in row 4, 1 in"),
     ],
