@@ -79,10 +79,20 @@ from algorithms.common.processes import (
     over_processes,
     prepare,
 )
-from algorithms.common.randomness import EPISODES, MINIBATCHES, NOISE, deal, generators_of, seed_of
+from algorithms.common.randomness import (
+    EPISODES,
+    FLOW,
+    MINIBATCHES,
+    NOISE,
+    deal,
+    flow_draws,
+    generators_of,
+    seed_of,
+)
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
 from algorithms.common.step_sizes import StepSizes
+from algorithms.common.task_sampling import TaskSampler
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
 from gr00t_agent import Gr00tAgent
 from libero_gym import horizon
@@ -113,6 +123,9 @@ class Args:
     """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
     task_ids: tuple[int, ...] | None = None
     """Tasks to train on, each drawn as often as it is named; all of the suite if not given."""
+    task_sampling: Literal["uniform", "adaptive"] = "uniform"
+    """`adaptive` plays most the tasks that succeed about half of the time, and solved and hopeless ones now and
+    then."""
     num_envs: int = 64
     """Parallel environments over all processes."""
     num_action_chunks: int = 5
@@ -210,6 +223,9 @@ class Args:
     critic_warmup_iterations: int = 0
     """First iterations, in which only the value head moves. The policy's gradients already enter
     AdamW's moments, so that its first real step is no larger than the next ones."""
+    policy_warmup_iterations: int = 0
+    """Iterations after those over which the policy's step size rises from 0, update by update: while
+    weights rest, gradients agree with each other, and AdamW's first steps all go the same way."""
     update_epochs: int = 4
     """Passes over each iteration's decisions."""
     minibatch_size: int = 1024
@@ -238,6 +254,12 @@ class Args:
     ent_coef: float = 0.0
     """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
     follow it."""
+    imitation_coef: float = 0.0
+    """Weight of flow matching on what the rollout's successful episodes did (self-imitation)."""
+    proto_weight: str = "success"
+    """x"""
+    proto_noise: str = "fresh"
+    """x"""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
@@ -434,6 +456,21 @@ def trajectory_weights(ended: Tensor, lengths: Tensor, horizon: int) -> Tensor:
     return weights
 
 
+def won_decisions(ended: Tensor, success: Tensor) -> Tensor:
+    """Returns 1 for each decision [K, N] of an episode that ends in success within the rollout, else 0.
+
+    Args:
+        ended: [K, N] bool, True where the episode ended.
+        success: [K, N] bool, True where it ended in success.
+    """
+    won = torch.zeros(ended.shape, device=ended.device)
+    carried = torch.zeros(ended.shape[1:], device=ended.device)
+    for k in reversed(range(len(ended))):
+        carried = torch.where(ended[k], success[k].float(), carried)
+        won[k] = carried
+    return won
+
+
 def policy_loss(
     logratio: Tensor,
     advantages: Tensor,
@@ -597,28 +634,46 @@ def main(
             num_iterations=args.num_iterations,
             decisions=args.num_steps,
             updates=args.update_epochs * num_minibatches,
+            longest_episode=horizon_decisions,
+            num_action_chunks=args.num_action_chunks,
             recorder=recorder,
         ) as monitor,
     ):
         # --- start, or go on where a checkpoint was taken ---
+        task_sampler = None
+        if args.task_sampling == "adaptive":
+            task_sampler = TaskSampler(stages.stages[0].task_ids)
         done, global_step = 0, 0
         env_states = None
         if checkpoint is not None:
             restored = checkpoints.restore(checkpoint)
             done, global_step = restored.iteration, restored.global_step
             env_states = restored.env_states
-            if env_states is None and is_main:
+            if env_states is not None:
+                monitor.load_state_dict(restored.tensors["episodes"])
+            elif is_main:
                 print(f"{checkpoint} holds no environment states: new episodes begin")
+            if task_sampler is not None:
+                task_sampler.load_state_dict(restored.tensors["episodes"])
             if args.evaluates(done) and not evaluation_file(run.path, done).is_file() and is_main:
                 print(missing_evaluation(checkpoint))
         for stage in stages:
+            if task_sampler is not None:
+                stage.set_task_weights(task_sampler.weights)
             if env_states is None:
                 key = (args.seed, EPISODES, done)
                 stage.reset([seed_of(*key, int(env_id)) for env_id in stage.env_ids])
             else:
                 stage.restore(env_states)
         next_obs = [encode(stage.obs) for stage in stages]
-        checkpoints.take(done, global_step, stages.states())
+
+        def take_boundary(iteration: int) -> None:
+            tallies = monitor.state_dict()
+            if task_sampler is not None:
+                tallies |= task_sampler.state_dict()
+            checkpoints.take(iteration, global_step, stages.states(), {"episodes": tallies})
+
+        take_boundary(done)
         monitor.start(done)
 
         for iteration in range(done + 1, args.num_iterations + 1):
@@ -636,11 +691,13 @@ def main(
             values = torch.zeros((args.num_steps, num_envs), device=device)
             rewards = torch.zeros((args.num_steps, num_envs))
             terminated = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
+            succeeded = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
             ended = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
             executed_steps = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
             episode_lengths = torch.zeros(
                 (args.num_steps, num_envs), dtype=torch.long
             )  # at its end
+            tasks = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
             final_obs: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
 
             for step in range(args.num_steps + 1):
@@ -653,6 +710,7 @@ def main(
                             is_terminal = is_end
                         rewards[step - 1, stage.rows] = torch.from_numpy(outcome.reward).float()
                         terminated[step - 1, stage.rows] = torch.from_numpy(is_terminal)
+                        succeeded[step - 1, stage.rows] = torch.from_numpy(outcome.terminated)
                         ended[step - 1, stage.rows] = torch.from_numpy(is_end)
                         num_executed = torch.from_numpy(outcome.infos["num_steps"])
                         executed_steps[step - 1, stage.rows] = num_executed
@@ -667,6 +725,10 @@ def main(
                             cut_obs = index(outcome.infos["final_obs"], cut)
                             final_obs.append((step - 1, stage.offset + cut, cut_obs))
 
+                        task = outcome.infos["task_id"].copy()
+                        if is_end.any():
+                            task = np.where(is_end, outcome.infos["final_info"]["task_id"], task)
+                        tasks[step - 1, stage.rows] = torch.from_numpy(task)
                         next_obs[i] = encode(outcome.obs)
                         monitor.add_step(stage, outcome)
 
@@ -745,6 +807,18 @@ def main(
             b_advantages = advantages.flatten()
             b_returns = returns.flatten()
             b_weights = weights.flatten()
+            b_won = won_decisions(ended, succeeded.to(device))
+            if args.proto_weight == "learn":
+                tallies = monitor.tallies()
+                rate = np.full(64, 0.5)
+                rate[: len(tallies)] = (tallies[:, 1] + 1) / (tallies[:, 0] + 2)
+                b_won = b_won * torch.from_numpy(1.02 - rate).float().to(device)[tasks.to(device)]
+            elif args.proto_weight == "adv":
+                b_won = b_won * advantages.clamp(min=0)
+            elif args.proto_weight == "awr":
+                b_won = (advantages / 0.5).exp().clamp(max=20)
+            b_won = b_won.flatten()
+            b_won = b_won / mean_and_variance(accelerator, b_won)[0].clamp(min=1e-6)
             b_start_logprobs = b_logprobs
             if start_policy is not None:
                 with accelerator.autocast():
@@ -762,10 +836,24 @@ def main(
             monitor.begin_update()
             step_sizes.begin(progress)
             history: list[dict[str, Tensor]] = []  # means of each minibatch
+            warmup_done = iteration - 1 - args.critic_warmup_iterations
             ratio_deviation = 0.0
             kl_exceeded = False
 
             for epoch in range(args.update_epochs):
+                if args.imitation_coef:
+                    key = (args.seed, FLOW, iteration, epoch)
+                    b_flow_noise, b_flow_steps = flow_draws(
+                        key,
+                        env_ids,
+                        args.num_steps,
+                        args.denoising_steps,
+                        tuple(b_actions.chain.shape[2:]),
+                    )
+                    b_flow_noise = b_flow_noise.to(device)
+                    b_flow_steps = b_flow_steps.to(device)
+                    if args.proto_noise == "own":
+                        b_flow_noise = b_actions.chain[:, 0]
                 key = (args.seed, MINIBATCHES, iteration, epoch)
                 for mb_inds in deal(b_groups, num_minibatches, key):
                     stats: list[dict[str, Tensor]] = []  # means of each micro-batch
@@ -814,12 +902,23 @@ def main(
                             # At every level these weigh against the policy loss alike.
                             loss = loss - args.ent_coef * mean_of_executed(entropy, executed)
                             loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+                            imitation_loss = torch.zeros_like(loss)
+                            if args.imitation_coef:
+                                with accelerator.autocast():
+                                    flow_error = model(
+                                        store.get(b_obs[inds]),
+                                        index(b_actions, inds),
+                                        flow_draws=(b_flow_noise[at], b_flow_steps[at]),
+                                    )
+                                imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
                             loss = (b_weights[at] * loss).mean()
+                            loss = loss + args.imitation_coef * imitation_loss.mean()
                             accelerator.backward(loss / num_micro_batches)
 
                         terms = {
                             "actor/loss": pg_loss,
                             "actor/value_loss": v_loss,
+                            "actor/imitation_loss": imitation_loss,
                             "actor/entropy": sum_per_decision(entropy),
                             "actor/reference_kl": sum_per_decision(start_kl),
                             "actor/approx_kl": sum_per_decision(approx_kl),
@@ -846,8 +945,10 @@ def main(
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, **dump)
-                    is_warmup = iteration <= args.critic_warmup_iterations
-                    with step_sizes.policy_at_rest() if is_warmup else nullcontext():
+                    # From 0, where only the critic learns, to 1.
+                    warmup = warmup_done + (len(history) + 1) / (args.update_epochs * num_minibatches)
+                    warmup = warmup / max(args.policy_warmup_iterations, 1e-9)
+                    with step_sizes.policy_scaled(min(max(warmup, 0.0), 1.0)):
                         optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     monitor.end_minibatch()
@@ -876,7 +977,12 @@ def main(
             metrics |= monitor.metrics()
             if iteration > args.critic_warmup_iterations:
                 step_sizes.follow(history[-1]["actor/approx_kl"])
-            checkpoints.take(iteration, global_step, stages.states())
+            if task_sampler is not None:
+                metrics |= task_sampler.metrics()
+                task_sampler.update(monitor.tallies())
+                for stage in stages:
+                    stage.set_task_weights(task_sampler.weights)
+            take_boundary(iteration)
 
             try:
                 if args.evaluates(iteration):

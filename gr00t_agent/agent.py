@@ -210,14 +210,23 @@ class Gr00tAgent(Pretrained):
         return encoded
 
     def forward(
-        self, obs: Observation, action: FlowAction | None = None, *, sft_actions: Tensor | None = None, **options: Any
+        self,
+        obs: Observation,
+        action: FlowAction | None = None,
+        *,
+        sft_actions: Tensor | None = None,
+        flow_draws: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
     ) -> Any:
-        """Dispatch to `get_action_and_value`, or to `sft_loss` if `sft_actions` is given.
+        """Dispatch to `get_action_and_value`, to `sft_loss` if `sft_actions` is given, or to `flow_error` if
+        `flow_draws` are.
 
         DistributedDataParallel synchronises gradients only for calls through the wrapper, that is, through here.
         """
         if sft_actions is not None:
             return self.sft_loss(obs, sft_actions, **options)
+        if flow_draws is not None:
+            return self.flow_error(obs, cast(FlowAction, action), flow_draws)
         return self.get_action_and_value(obs, action, **options)
 
     def get_action_and_value(
@@ -340,6 +349,26 @@ class Gr00tAgent(Pretrained):
         if draws is None:
             draws = self._initial_noise(len(target), generator), self._training_time(len(target), generator)
         return self.flow_matching_loss(self._context(obs), target, mask, draws)
+
+    def flow_error(self, obs: Observation, action: FlowAction, draws: tuple[Tensor, Tensor]) -> Tensor:
+        """Return by how much the flow misses decided actions: flow matching's squared error, float32 [B, C, a].
+
+        The error of the velocity on the straight line from fresh noise to the chain's end, at the times at which the
+        policy denoises. Its gradient makes what was decided more likely, whichever step was noised.
+
+        Args:
+            obs: Observation, or `encode`'s result.
+            action: Decided in it.
+            draws: Standard normal noise [B, H, A] and denoising steps int64 [B] in 0 to N - 1.
+        """
+        noise, step = draws
+        target = action.chain[:, -1]
+        tau = (step.float() / self.policy.denoising_steps)[:, None, None]
+        point = (1 - tau) * noise + tau * target
+        with self._without_dropout():
+            velocity = self._predict(self._context(obs), point, step, 1.0, learned_std=False).velocity
+        error = (velocity - (target - noise)).square()
+        return error[:, : self.policy.num_action_chunks, : self.preprocessor.action_dim]
 
     def flow_matching_loss(
         self, context: HeadContext, target: Tensor, mask: Tensor, draws: tuple[Tensor, Tensor]

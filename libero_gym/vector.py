@@ -153,7 +153,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     ## Reset
     `reset(seed, options)`. `seed`: an int (environment i gets `seed + i`) or a list of N. Options, each optional:
     `task_id` and `init_state_id` (an int or int [N]), `reset_mask` (bool [N], True = reset). What is not chosen is
-    sampled from the environment's own generator; so it is at automatic resets.
+    sampled from the environment's own generator; so it is at automatic resets. Tasks are sampled alike, or as
+    `set_task_weights` says.
 
     Environments given the same `task_id`, `init_state_id` and seed start in the same state to the last bit, and stay
     in it under the same actions. A group of G for GRPO is `task_id=numpy.repeat(tasks, G)`,
@@ -271,6 +272,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
                 options=warp_options,
             )
         self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
+        self._task_probabilities: npt.NDArray[np.float64] | None = None
         self._episodes = Episodes(self.num_envs, horizon=self.options.horizon, reward=reward)
         self._rewards = np.zeros((self.num_envs, self._num_chunks), np.float32)  # of the last chunk
         self._num_steps = np.zeros(self.num_envs, np.int64)  # of the last chunk
@@ -349,6 +351,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
                 self.options.init_states,
                 task=None if task_ids is None else self._known_task(int(task_ids[i])),
                 init_state_id=None if init_state_ids is None else int(init_state_ids[i]),
+                probabilities=self._task_probabilities,
             )
             for i, rng in rngs.items()
         ]
@@ -386,6 +389,32 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             self._begin_sampled(np.flatnonzero(ended))
             observation = self._observe()
         return observation, rewards, terminations, truncations, self._infos() | final
+
+    @property
+    def task_ids(self) -> tuple[int, ...]:
+        """Tasks that episodes are sampled from."""
+        return tuple(task.task_id for task in self._tasks)
+
+    def set_task_weights(self, weights: Sequence[float] | None) -> None:
+        """Say how often the episodes that start from now on are of which task.
+
+        The weights are no part of `get_state`.
+
+        Args:
+            weights: one for each of `task_ids`, not negative; None samples all alike, as at first.
+
+        Raises:
+            ValueError: they are not as many as the tasks, negative, not finite, or all 0.
+        """
+        if weights is None:
+            self._task_probabilities = None
+            return
+        values = np.asarray(weights, dtype=np.float64)
+        if values.shape != (len(self._tasks),):
+            raise ValueError(f"weights have shape {values.shape}; give one for each of the tasks {list(self.task_ids)}")
+        if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
+            raise ValueError(f"weights={values.tolist()}: they must be finite, not negative, and not all 0")
+        self._task_probabilities = values / values.sum()
 
     def observe(self) -> dict[str, Any]:
         """Return the current observation of all environments, for instance after `set_state`.
@@ -472,7 +501,9 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     def _begin_sampled(self, env_ids: IntArray) -> None:
         """Start episodes of which the environments' own generators decide."""
         kind = self.options.init_states
-        self._begin(env_ids, [sample_start(self._rngs[i], self._tasks, kind) for i in env_ids])
+        probabilities = self._task_probabilities
+        starts = [sample_start(self._rngs[i], self._tasks, kind, probabilities=probabilities) for i in env_ids]
+        self._begin(env_ids, starts)
 
     def _run(self, chunks: npt.NDArray[np.float64], is_active: BoolArray) -> tuple[BoolArray, BoolArray]:
         """Run chunks [N, C, 7] and book them; return which episodes terminated and which were truncated.

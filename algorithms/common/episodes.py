@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+import torch
 from numpy.typing import NDArray
 
 # The metric of a task is this and its id.
@@ -61,25 +60,71 @@ def played_episodes(starts: NDArray[np.int64], success: NDArray[np.bool_], lengt
     ]
 
 
-def episode_metrics(episodes: Sequence[Episode], accelerator: Accelerator) -> dict[str, float]:
-    """Returns `env/*` means over the episodes of all processes; empty if none ended."""
-    everywhere: list[Episode] = gather_object(list(episodes)) if accelerator.num_processes > 1 else list(episodes)
-    if not everywhere:
+class Cohorts:
+    """Episodes by the iteration in which they began: what a rollout shorter than a horizon says of success.
+
+    Successes end early. Of the episodes that end within an iteration they are too large a part, in a run's first
+    iterations all. A cohort, the episodes that began in one iteration, is complete `lag` iterations later, and then
+    tells the success of that iteration's policy and those that played on.
+
+    Args:
+        decisions: decisions per environment in an iteration.
+        longest_episode: decisions of the longest episode; 0 if iterations play whole episodes.
+
+    Attributes:
+        lag: iterations after which all episodes that began in one have ended.
+    """
+
+    def __init__(self, decisions: int, longest_episode: int) -> None:
+        self._decisions = decisions
+        self.lag = -(-(longest_episode - 1) // decisions) if longest_episode else 0
+        # [lag + 1, T, 3]: episodes, successes and steps of the T tasks; the oldest cohort first.
+        self._tallies = np.zeros((self.lag + 1, 1, 3))
+
+    def begin_iteration(self) -> None:
+        """Begins a cohort, which the oldest one makes room for."""
+        self._tallies = np.concatenate([self._tallies[1:], np.zeros_like(self._tallies[:1])])
+
+    def add(self, ended: Sequence[tuple[Episode, int]]) -> None:
+        """Counts episodes that ended in this iteration, each with the number of iterations ago in which it began."""
+        for episode, age in ended:
+            if episode.task_id >= self._tallies.shape[1]:
+                added = episode.task_id + 1 - self._tallies.shape[1]
+                self._tallies = np.pad(self._tallies, ((0, 0), (0, added), (0, 0)))
+            cohort = self.lag - age
+            if cohort >= 0:  # what was under way when training began belongs to none
+                self._tallies[cohort, episode.task_id] += 1, episode.success, episode.length
+
+    def complete(self) -> NDArray[np.float64]:
+        """Returns episodes, successes and steps by task [T, 3] of the newest complete cohort; none in the first."""
+        return self._tallies[0]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Returns what `load_state_dict` takes."""
+        return {"tallies": torch.from_numpy(self._tallies.copy())}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Goes on where another one was."""
+        self._tallies = state["tallies"].numpy().copy()
+
+
+def cohort_metrics(tallies: NDArray[np.float64]) -> dict[str, float]:
+    """Returns `env/*` of a cohort's episodes, tallies [T, 3]; empty if it has none.
+
+    Success and length are means over tasks of each task's mean, so that how often a task is played does not show.
+    """
+    tasks = np.flatnonzero(tallies[:, 0])
+    if not len(tasks):
         return {}
+    episodes, successes, steps = tallies[tasks].T
     metrics = {
-        "env/success_once": float(np.mean([e.success for e in everywhere])),
-        "env/episode_len": float(np.mean([e.length for e in everywhere])),
-        "env/num_episodes": float(len(everywhere)),
+        "env/success_once": np.mean(successes / episodes),
+        "env/episode_len": np.mean(steps / episodes),
+        "env/num_episodes": episodes.sum(),
     }
-    return metrics | {f"{SUCCESS_OF_TASK}{task}": rate for task, rate in success_by_task(everywhere).items()}
-
-
-def success_by_task(episodes: Sequence[Episode]) -> dict[int, float]:
-    """Returns the success rate of each task that has episodes, by task id in rising order."""
-    outcomes: dict[int, list[bool]] = {}
-    for episode in episodes:
-        outcomes.setdefault(episode.task_id, []).append(episode.success)
-    return {task_id: sum(outcomes[task_id]) / len(outcomes[task_id]) for task_id in sorted(outcomes)}
+    for task_id, rate in zip(tasks, successes / episodes, strict=True):
+        metrics[f"{SUCCESS_OF_TASK}{task_id}"] = rate
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+from torch import Tensor
 
-from algorithms.common.episodes import SUCCESS_OF_TASK, Episode, episode_metrics, finished_episodes, success_by_task
+from algorithms.common.episodes import SUCCESS_OF_TASK, Cohorts, Episode, cohort_metrics, finished_episodes
 from algorithms.common.processes import over_processes
 from algorithms.common.stages import EnvStage, EnvStages, EnvStep
 from algorithms.common.video import RolloutRecorder
@@ -44,6 +48,8 @@ class Monitor:
         num_iterations: iterations of the run.
         decisions: decisions per environment in a rollout.
         updates: optimiser steps in an iteration.
+        longest_episode: decisions of the longest episode; 0 if a rollout is whole episodes.
+        num_action_chunks: environment steps of a decision.
         recorder: films rollouts; None films none.
     """
 
@@ -55,12 +61,17 @@ class Monitor:
         num_iterations: int,
         decisions: int,
         updates: int,
+        longest_episode: int = 0,
+        num_action_chunks: int = 1,
         recorder: RolloutRecorder | None = None,
     ) -> None:
         self._accelerator, self._stages, self._recorder = accelerator, stages, recorder
         self._progress = TrainingProgress(num_iterations, decisions, updates, enabled=accelerator.is_main_process)
+        self._cohorts = Cohorts(decisions, longest_episode)
+        self._decisions, self._num_action_chunks = decisions, num_action_chunks
         self._iteration = 0
-        self._episodes: list[Episode] = []
+        self._decision = 0
+        self._ended: list[tuple[Episode, int]] = []  # and how many iterations ago it began
         self._env_steps = 0
         self._busy_s, self._wait_s = 0.0, 0.0
         self._rollout_start, self._update_start, self._update_end = 0.0, 0.0, 0.0
@@ -81,27 +92,31 @@ class Monitor:
     def begin_rollout(self, iteration: int) -> None:
         """Starts the clocks of an iteration (from 1)."""
         self._iteration = iteration
-        self._episodes, self._env_steps = [], 0
+        self._decision, self._ended, self._env_steps = 0, [], 0
+        self._cohorts.begin_iteration()
         self._busy_s, self._wait_s = self._stages.busy_s, self._stages.wait_s
         self._rollout_start = time.perf_counter()
 
     def add_step(self, stage: EnvStage, step: EnvStep) -> None:
         """Takes in a step of environments that reset themselves: finished episodes, frames of the first stage."""
         ended = step.terminated | step.truncated
-        self._episodes += finished_episodes(step.infos, ended)
+        for episode in finished_episodes(step.infos, ended):
+            decisions_before = -(-episode.length // self._num_action_chunks) - (self._decision + 1)
+            self._ended.append((episode, max(0, -(-decisions_before // self._decisions))))
         self._env_steps += int(step.infos["num_steps"].sum())
         if self._recorder is not None and stage.offset == 0:
             self._recorder.add(self._iteration, step.obs, step.infos, ended)
 
     def add_episodes(self, episodes: Sequence[Episode]) -> None:
         """Takes in whole episodes."""
-        self._episodes += episodes
+        self._ended += [(episode, 0) for episode in episodes]
         self._env_steps += sum(episode.length for episode in episodes)
 
     def end_decision(self) -> None:
         """Counts one decision of every environment (or one rollout of whole episodes) in the terminal."""
+        self._decision += 1
         elapsed = time.perf_counter() - self._rollout_start
-        self._progress.decision(self._episodes, self._env_steps / elapsed)
+        self._progress.decision(self._env_steps / elapsed)
 
     def begin_update(self) -> None:
         """Ends the rollout, whose film is written."""
@@ -121,7 +136,14 @@ class Monitor:
         return self._env_steps
 
     def metrics(self) -> dict[str, float]:
-        """Returns `time/*`, `charts/SPS` and `env/*` of the iteration, after `end_update`; collective."""
+        """Returns `time/*` and `charts/SPS` of the iteration and `env/*` of the newest complete cohort; collective.
+
+        Once an iteration, after `end_update`.
+        """
+        ended = self._ended
+        if self._accelerator.num_processes > 1:
+            ended = gather_object(ended)
+        self._cohorts.add(ended)
         total_s = self._update_end - self._rollout_start
         waited_s = self._stages.wait_s - self._wait_s
         return {
@@ -131,7 +153,19 @@ class Monitor:
             "time/update_s": self._update_end - self._update_start,
             "time/total_s": total_s,
             "charts/SPS": self._env_steps / total_s,
-        } | episode_metrics(self._episodes, self._accelerator)
+        } | cohort_metrics(self._cohorts.complete())
+
+    def tallies(self) -> NDArray[np.float64]:
+        """Returns episodes, successes and steps by task [T, 3] of the newest complete cohort."""
+        return self._cohorts.complete()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns what a continued run needs to count on."""
+        return self._cohorts.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Counts on from `state_dict`."""
+        self._cohorts.load_state_dict(state)
 
     def end_iteration(self, metrics: Mapping[str, float]) -> None:
         """Prints what an iteration has come to."""
@@ -145,8 +179,8 @@ class Monitor:
 class TrainingProgress:
     """A progress bar over a whole training run; a silent one if not `enabled`.
 
-    Each finished iteration prints two lines, what was achieved and success by task. While one is going on, the same is
-    shown in and below the bar, of this process's episodes so far. Where standard output is no terminal there is no bar.
+    Each finished iteration prints two lines, what was achieved and success by task. While the next one is going on,
+    the same is shown in and below the bar. Where standard output is no terminal there is no bar.
 
     Args:
         num_iterations: iterations of the run.
@@ -190,17 +224,9 @@ class TrainingProgress:
         self._iteration = iterations
         self._bar.update(self._task, completed=iterations * self._units)
 
-    def decision(self, episodes: Sequence[Episode], sps: float) -> None:
-        """Counts one decision of every environment.
-
-        Args:
-            episodes: those that ended in this iteration so far.
-            sps: environment steps per second in this rollout.
-        """
+    def decision(self, sps: float) -> None:
+        """Counts one decision of every environment; `sps` is environment steps per second in this rollout."""
         self._sps = sps
-        if episodes:
-            self._success = f"{sum(e.success for e in episodes) / len(episodes):.0%}"
-            self._bar.by_task = describe_tasks(success_by_task(episodes))
         self._advance("rollout")
 
     def update(self) -> None:
@@ -216,7 +242,9 @@ class TrainingProgress:
         names = [name for name in metrics if name.startswith(SUCCESS_OF_TASK)]
         rates = {int(name.removeprefix(SUCCESS_OF_TASK)): metrics[name] for name in names}
         if rates:
-            self.print(f"  {describe_tasks(rates)}")
+            self._success = f"{metrics['env/success_once']:.1%}"
+            self._bar.by_task = describe_tasks(rates)
+            self.print(f"  {self._bar.by_task}")
 
     def print(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -249,7 +277,7 @@ def describe_tasks(rates: Mapping[int, float]) -> str:
 def describe_iteration(metrics: Mapping[str, float]) -> str:
     """Returns an iteration's success, losses and speed in a line."""
     success = metrics.get("env/success_once")
-    parts = ["success - (no episode ended)" if success is None else f"success {success:.1%}"]
+    parts = ["success - (no cohort of episodes has ended)" if success is None else f"success {success:.1%}"]
     if "rollout/groups_kept" in metrics:
         parts.append(f"groups kept {metrics['rollout/groups_kept']:.0%}")
     parts.append(f"loss {metrics['actor/loss']:.4f}" if "actor/loss" in metrics else "no update")

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 # What a draw is for: the second part of a key, after the run's seed.
-EPISODES, NOISE, MINIBATCHES, GROUPS = range(4)
+EPISODES, NOISE, MINIBATCHES, GROUPS, FLOW = range(5)
 
 
 def seed_of(*key: int) -> int:
@@ -24,6 +24,25 @@ def seed_of(*key: int) -> int:
 def generators_of(key: tuple[int, ...], env_ids: Iterable[int]) -> list[torch.Generator]:
     """Returns a generator for each environment, decided by `key` and its number among those of all processes."""
     return [torch.Generator().manual_seed(seed_of(*key, int(env_id))) for env_id in env_ids]
+
+
+def flow_draws(
+    key: tuple[int, ...], env_ids: Iterable[int], num_decisions: int, num_steps: int, chunk_shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns noise float32 [K * N, H, A] and denoising steps int64 [K * N], 0 to `num_steps` - 1, for flow matching.
+
+    Args:
+        key: decides the draws together with an environment's number.
+        env_ids: [N] numbers of this process's environments among those of all.
+        num_decisions: K, decisions of each environment.
+        num_steps: denoising steps.
+        chunk_shape: H, A.
+    """
+    noise, steps = [], []
+    for generator in generators_of(key, env_ids):
+        noise.append(torch.randn((num_decisions, *chunk_shape), generator=generator))
+        steps.append(torch.randint(num_steps, (num_decisions,), generator=generator))
+    return torch.stack(noise, dim=1).flatten(0, 1), torch.stack(steps, dim=1).flatten()
 
 
 def deal(strata: NDArray[np.integer], num_parts: int, key: tuple[int, ...]) -> list[NDArray[np.intp]]:

@@ -159,6 +159,25 @@ class EnvStage:
 
         self.obs = self._call(put_back)
 
+    @property
+    def task_ids(self) -> Sequence[int]:
+        """Tasks that the environments sample from.
+
+        Raises:
+            TypeError: tasks cannot be weighted in these environments.
+        """
+        base = cast(Any, self.envs.unwrapped)
+        if not hasattr(base, "set_task_weights"):
+            raise TypeError(
+                f"task_sampling='adaptive' needs environments with task_ids and set_task_weights, as LiberoVectorEnv "
+                f"has them; {type(base).__name__} lacks them: take task_sampling='uniform'"
+            )
+        return base.task_ids
+
+    def set_task_weights(self, weights: NDArray[np.float64]) -> None:
+        """Says how often the episodes that start from now on are of each of `task_ids`; not between send and receive."""
+        cast(Any, self.envs.unwrapped).set_task_weights(weights)
+
     def close(self) -> None:
         """Closes the environments and ends the thread, unless a step never ended; a second call does nothing."""
         if self.waits:

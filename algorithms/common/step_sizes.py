@@ -41,12 +41,15 @@ class StepSizes:
                 group["lr"] = start * (1 - progress)
 
     @contextmanager
-    def policy_at_rest(self) -> Generator[None]:
-        """Within it the policy's step sizes are 0: AdamW's moments go on, and nothing but the value head moves."""
+    def policy_scaled(self, factor: float) -> Generator[None]:
+        """Within it the policy's step sizes are `factor` times as large.
+
+        At 0 nothing but the value head moves, and AdamW's moments form all the same.
+        """
         groups = [group for group in self._optimizer.param_groups if group.get("name") != "value"]
         rates = [group["lr"] for group in groups]
         for group in groups:
-            group["lr"] = 0.0
+            group["lr"] *= factor
         try:
             yield
         finally:

@@ -89,15 +89,25 @@ def sample_start(
     *,
     task: TaskSpec | None = None,
     init_state_id: int | None = None,
+    probabilities: npt.NDArray[np.float64] | None = None,
 ) -> EpisodeStart:
     """Sample what is not chosen, in this order: the task among `tasks`, the initial state, the seed of the fixtures.
+
+    Args:
+        rng: source of randomness.
+        tasks: to choose from.
+        kind: kind of initial states.
+        task: the task, if it is chosen already.
+        init_state_id: the initial state, if it is chosen already.
+        probabilities: of each of `tasks`; None draws all alike.
 
     Raises:
         ValueError: `init_state_id` is out of range.
         FileNotFoundError: states of this kind are not recorded for the task's suite.
     """
     if task is None:
-        task = tasks[int(rng.integers(len(tasks)))]
+        number = rng.integers(len(tasks)) if probabilities is None else rng.choice(len(tasks), p=probabilities)
+        task = tasks[int(number)]
     if init_state_id is None:
         init_state_id = int(rng.integers(count_init_states(task, kind)))
     check_init_state_id(init_state_id, task, kind)

@@ -62,7 +62,7 @@ def test_moments_form_while_the_policy_rests_and_its_first_step_is_no_larger_tha
 
     noise = torch.Generator().manual_seed(0)
     for _ in range(20):
-        with sizes.policy_at_rest():
+        with sizes.policy_scaled(0.0):
             assert step() == 0
     assert value.item() != 0
     assert groups[0]["lr"] == RATES["policy"]
