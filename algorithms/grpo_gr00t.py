@@ -784,7 +784,8 @@ def main(
                 "rollout/advantages_mean": (advantages_sum / num_decisions.clamp(min=1)).item(),
             }
             metrics |= monitor.metrics()
-            metrics["rollout/returns_mean"] = metrics["env/success_once"]
+            num_episodes, num_successes, _ = monitor.tallies().sum(axis=0)
+            metrics["rollout/returns_mean"] = num_successes / num_episodes
             if history:
                 step_sizes.follow(history[-1]["actor/approx_kl"])
             checkpoints.take(iteration, global_step)

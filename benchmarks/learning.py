@@ -291,6 +291,7 @@ def main() -> dict[str, Any]:
             with TemporaryDirectory() as folder:
                 start, cpu = time.perf_counter(), time.process_time()
                 lines = train(algorithm, seed, Path(folder), **changes)
+                lines = [line for line in lines if "env/success_once" in line]
                 wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
             good = (line["iteration"] for line in lines if line["env/success_once"] >= 0.9)
             results.append(

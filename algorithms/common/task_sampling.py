@@ -37,7 +37,7 @@ class TaskSampler:
         """
         if not tallies[:, 0].any():
             return
-        episodes, successes = np.zeros((2, self._task_ids.max() + 1))
+        episodes, successes = np.zeros((2, max(len(tallies), self._task_ids.max() + 1)))
         episodes[: len(tallies)], successes[: len(tallies)] = tallies[:, 0], tallies[:, 1]
         success = (successes + 1) / (episodes + 2)  # one success and one failure seen beforehand
         weights = (success * (1 - success) + FLOOR)[self._task_ids]

@@ -45,7 +45,8 @@ def test_a_bandit_is_solved(tmp_path: Path, algorithm: str, seed: int):
         options |= dict(num_steps=4)
     train(algorithm, tmp_path, **options)
     (file,) = tmp_path.glob("*/metrics.jsonl")
-    success = [json.loads(line)["env/success_once"] for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    success = [line["env/success_once"] for line in lines if "env/success_once" in line]
     assert success[0] <= 0.75
     assert np.mean(success[-5:]) >= 0.98
 
@@ -55,6 +56,7 @@ def test_a_bandit_is_solved(tmp_path: Path, algorithm: str, seed: int):
 def test_a_libero_task_that_begins_near_its_end_is_solved(tmp_path: Path, algorithm: Any):
     """One seed of `benchmarks/learning.py`, shortened: opening a drawer whose handle the hand holds already."""
     lines = learning.train(algorithm, 1, tmp_path, num_iterations=24)
+    lines = [line for line in lines if "env/success_once" in line]
     before, after = (learning.success_of(part) for part in (lines[:1], lines[-3:]))
     assert before[0] / before[1] <= 0.5
     assert after[0] / after[1] >= 0.9

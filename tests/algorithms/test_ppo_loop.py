@@ -205,7 +205,6 @@ def test_late_episodes_are_failures_on_request_and_lookahead_is_bounded(tmp_path
     discounts = np.mean([0.5**n for n in range(1, 7)])
     for changes, value in (({}, 5), ({"value_bounds": (0.0, 1.0)}, 1), ({"truncation": "failure"}, 0)):
         metrics = train("ppo", tmp_path, **options, **changes)
-        assert metrics["env/success_once"] == 0
         assert metrics["rollout/returns_mean"] == pytest.approx(value * discounts, abs=1e-5)
 
 
