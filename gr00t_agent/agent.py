@@ -487,10 +487,8 @@ class Gr00tAgent(Pretrained):
         """Draw tau = (s - b) / s, b ~ Beta(alpha, beta), float32 [B]."""
         head = self.config.action_head
         source = self.device if generator is None else generator.device
-        # torch.distributions takes no generator. With beta = 1, the inverse of the distribution function is
-        # u^(1/alpha); the released configuration has no other beta.
-        if head.noise_beta_beta != 1.0:
-            raise ValueError(f"noise_beta_beta={head.noise_beta_beta} is not supported (supported: 1.0)")
+        # torch.distributions takes no generator. With beta = 1, which is all that `config` lets through, the inverse of
+        # the distribution function is u^(1/alpha).
         uniform = torch.rand(batch, generator=generator, device=source).to(self.device)
         return (head.noise_s - uniform ** (1 / head.noise_beta_alpha)) / head.noise_s
 

@@ -7,7 +7,6 @@ truncation to 8 bits, (x - 127.5) / 127.5; state parts normalised one by one and
 image placeholder per view.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast  # pyright:
 
 from gr00t_agent.config import DATA, ModelConfig
 from gr00t_agent.data_config import DataConfig, DatasetMetadata, NormalisationMode
-from gr00t_agent.files import resolve_folder
+from gr00t_agent.files import read_json, refuse_lfs_pointer, resolve_folder, typed
 
 Observation = Mapping[str, Any]
 PaddingMode = Literal["masked", "left", "right"]
@@ -43,7 +42,7 @@ EAGLE_TOKENS = (
 )
 PAD_TOKEN = "<|endoftext|>"
 NANO_TOKENIZER = DATA / "nano_tokenizer.json"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int | None:
@@ -63,17 +62,25 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
     Raises:
         FileNotFoundError: A folder holds no tokenizer, or there is neither such a file or folder nor hub name.
-        ValueError: `added_tokens.json` gives ids that do not follow those of `vocab.json`.
+        ValueError: A file is damaged, or `added_tokens.json` gives ids that do not follow those of `vocab.json`.
     """
     path = NANO_TOKENIZER if source == "nano" else Path(source)
     if not path.is_file():
         hint = "give a tokenizer.json, a folder with one, or for example Qwen/Qwen3-1.7B"
-        path = resolve_folder("tokenizer", source, hint, allow_patterns=list(TOKENIZER_FILES))
+        path = resolve_folder("tokenizer", source, hint, allow_patterns=[*TOKENIZER_FILES, "merges.txt"])
     file = path / "tokenizer.json" if path.is_dir() else path
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file)) if file.is_file() else _qwen_tokenizer(path)
+    tokenizer = _file_tokenizer(file) if file.is_file() else _qwen_tokenizer(path)
     if token_id(tokenizer, IMAGE_CONTEXT) is None:
         tokenizer.add_tokens(list(EAGLE_TOKENS), special_tokens=True)
     return tokenizer
+
+
+def _file_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    read_json(path)  # names a damaged file, which the library does not
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # the library raises bare ones
+        raise ValueError(f"{path} is no tokenizer.json ({error}); download or write it again") from error
 
 
 def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -81,12 +88,16 @@ def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{folder} has no tokenizer.json, and no {' and '.join(absent)}")
-    tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-    if (folder / "added_tokens.json").is_file():
-        added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text())
-        wrong = [token for token, number in added.items() if token_id(tokenizer, token) != number]
-        if wrong:
-            raise ValueError(f"{folder}/added_tokens.json does not continue vocab.json: {', '.join(wrong)}")
+    refuse_lfs_pointer(folder / "merges.txt")
+    given = {name: read_json(folder / name) for name in TOKENIZER_FILES[1:] if (folder / name).is_file()}
+    try:
+        tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises bare ones
+        raise ValueError(f"{folder} holds no tokenizer of Qwen2's kind ({error}); download its files again") from error
+    added = typed(given.get("added_tokens.json", {}), Mapping[str, int], f"{folder}/added_tokens.json")
+    wrong = [token for token, number in added.items() if token_id(tokenizer, token) != number]
+    if wrong:
+        raise ValueError(f"{folder}/added_tokens.json does not continue vocab.json: {', '.join(wrong)}")
     return tokenizer
 
 
@@ -250,6 +261,12 @@ class Preprocessor:
         ):
             if dim > limit:
                 raise ValueError(f"{name} has {dim} dimensions, but the network takes at most {limit}")
+        horizon = config.action_head.action_horizon
+        if data_config.action_horizon != horizon:
+            raise ValueError(
+                f"the data config has action_horizon={data_config.action_horizon}, the network {horizon}; give a data "
+                f"config with action_horizon={horizon}"
+            )
         image_id = token_id(tokenizer, IMAGE_CONTEXT)
         if image_id != config.image_token_id:
             raise ValueError(
@@ -315,13 +332,16 @@ class Preprocessor:
 
         Raises:
             KeyError: A part is missing.
-            ValueError: A part is not [B, width].
+            ValueError: A part is not [B, width], or not finite.
         """
         parts: list[Tensor] = []
         for key, width in self.state_normaliser.widths.items():
             value = torch.as_tensor(self._entry(obs, key)).to(torch.float32)
             if value.ndim != 2 or value.shape[1] != width:
                 raise ValueError(f"{key} is {tuple(value.shape)}; it must be [batch, {width}]")
+            if not bool(torch.isfinite(value).all()):
+                row = int((~torch.isfinite(value)).any(dim=1).nonzero()[0])
+                raise ValueError(f"{key} of row {row} is {value[row].tolist()}; states must be finite")
             parts.append(value)
         raw = torch.cat(parts, dim=1).to(device, non_blocking=True)
         if self.round_to_bf16:
@@ -330,24 +350,43 @@ class Preprocessor:
         return F.pad(normalised, (0, self.config.action_head.max_state_dim - normalised.shape[1]))[:, None]
 
     def prompt_ids(self, instruction: str) -> list[int]:
-        """Return the token ids of the whole prompt for one instruction."""
+        """Return the token ids of the whole prompt for one instruction.
+
+        Raises:
+            ValueError: The instruction holds a token with a meaning of its own, such as `<IMG_CONTEXT>`.
+        """
         if instruction not in self._prompt_ids:
+            if special := [token for token in self.tokenizer.get_added_vocab() if token in instruction]:
+                raise ValueError(
+                    f"the instruction {instruction!r} holds {', '.join(special)}, which the tokenizer takes for more "
+                    "than text; leave it out"
+                )
             text = prompt_text(instruction, len(self.data_config.video_keys), self.config.num_image_tokens)
             self._prompt_ids[instruction] = self.tokenizer.encode(text, add_special_tokens=False)
         return self._prompt_ids[instruction]
+
+    def _instructions(self, obs: Observation) -> list[str]:
+        """Return the instruction of each row."""
+        key = self.data_config.language_key
+        value = self._entry(obs, key)
+        if isinstance(value, str | bytes):
+            raise ValueError(f"{key} is one string; it must be a sequence with one instruction per row")
+        rows: list[Any] = list(value.reshape(-1)) if isinstance(value, np.ndarray) else list(value)
+        # NVIDIA's clients wrap the instruction of a row in a list.
+        rows = [row[0] if isinstance(row, list | tuple | np.ndarray) and len(row) == 1 else row for row in rows]
+        for i, text in enumerate(rows):
+            if not isinstance(text, str):
+                raise ValueError(f"{key} of row {i} is {text!r}, a {type(text).__name__}; it must be a str")
+        return [str(text) for text in rows]
 
     def tokens(self, obs: Observation, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return token ids, int64 [B, L], and bool [B, L], True at real tokens.
 
         Raises:
             KeyError: The instruction is missing.
-            ValueError: A prompt is longer than the layout's length.
+            ValueError: An instruction is no text of its own, or a prompt is longer than the layout's length.
         """
-        key = self.data_config.language_key
-        value = self._entry(obs, key)
-        if isinstance(value, str):
-            raise ValueError(f"{key} is one string; it must be a sequence with one instruction per row")
-        instructions = [str(text) for text in np.asarray(value).reshape(-1)]
+        instructions = self._instructions(obs)
         unique = sorted(set(instructions))
         rows = [self.prompt_ids(text) for text in unique]
         longest = max(len(row) for row in rows)
@@ -373,9 +412,17 @@ class Preprocessor:
         )
 
     def normalise_actions(self, actions: Tensor) -> Tensor:
-        """Map data actions float32 [B, H, a] to network actions [B, H, A], zero-padded."""
-        if actions.shape[-1] != self.action_dim:
-            raise ValueError(f"actions have width {actions.shape[-1]}, the data config says {self.action_dim}")
+        """Map data actions float32 [B, H, a] to network actions [B, H, A], zero-padded.
+
+        Raises:
+            ValueError: They are of another shape.
+        """
+        shape = (self.config.action_head.action_horizon, self.action_dim)
+        if actions.ndim != 3 or tuple(actions.shape[1:]) != shape:
+            raise ValueError(
+                f"actions are {list(actions.shape)}; they must be [batch, {shape[0]}, {shape[1]}]: the network's "
+                "action_horizon, which a dataset's data config must have too, and the width of the action parts"
+            )
         normalised = self.action_normaliser.forward(actions.to(torch.float32))
         return F.pad(normalised, (0, self.config.action_head.action_dim - self.action_dim))
 
