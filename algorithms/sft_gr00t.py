@@ -65,7 +65,7 @@ from algorithms.common.training_state import (
 from algorithms.eval_gr00t import evaluate_into
 from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
-from gr00t_agent.loading import resolve_checkpoint, saved_policy
+from gr00t_agent.loading import resolve_checkpoint, saved_data_config, saved_policy
 from libero_gym.adapters import ModalityVectorObservation
 
 # What may differ between a run and its continuation.
@@ -208,8 +208,8 @@ def make_dataset(args: Args) -> LeRobotDataset:
     if not args.dataset:
         raise ValueError("dataset is not given: name a LeRobot dataset with --dataset")
     return LeRobotDataset(
-        args.dataset, modality_file=args.modality_file, image_size=args.train_image_size,
-        episodes_per_task=args.episodes_per_task,
+        args.dataset, data_config=saved_data_config(args.model), modality_file=args.modality_file,
+        image_size=args.train_image_size, episodes_per_task=args.episodes_per_task,
     )  # fmt: skip
 
 

@@ -334,7 +334,7 @@ class ModelConfig:
         for key in ("image_token_index", "select_layer"):
             typed(require(eagle, key, "eagle config"), int, f"eagle config {key}")
         text = _eagle_section(eagle, "text_config", TEXT_FIELDS, "qwen3")
-        supported = {"hidden_act": "silu", "use_sliding_window": False}
+        supported: JsonDict = {"hidden_act": "silu", "use_sliding_window": False}
         supported |= dict.fromkeys(("rope_parameters", "rope_scaling", "sliding_window"))
         for key, allowed in supported.items():
             _only(eagle["text_config"], key, allowed, "eagle config text_config")

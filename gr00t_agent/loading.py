@@ -185,8 +185,10 @@ class Pretrained(nn.Module):
         with torch.device("meta"):
             agent = cls(config, policy, preprocessor)
         device = torch.device(device)
-        absent = load_weights(agent, read_weights(folder), dtype, device)
-        _materialise(agent, absent, device, dtype)
+        tensors = read_weights(folder)
+        with naming(folder):
+            absent = load_weights(agent, tensors, dtype, device)
+            _materialise(agent, absent, device, dtype)
         if saved is not None:
             agent.set_trainable(**saved.trainable)
         return agent

@@ -342,6 +342,9 @@ class Preprocessor:
             if not bool(torch.isfinite(value).all()):
                 row = int((~torch.isfinite(value)).any(dim=1).nonzero()[0])
                 raise ValueError(f"{key} of row {row} is {value[row].tolist()}; states must be finite")
+            if parts and len(value) != len(parts[0]):
+                first = next(iter(self.state_normaliser.widths))
+                raise ValueError(f"{key} has {len(value)} rows, {first} {len(parts[0])}; they must have equally many")
             parts.append(value)
         raw = torch.cat(parts, dim=1).to(device, non_blocking=True)
         if self.round_to_bf16:
