@@ -1,15 +1,17 @@
 """Demonstrations of LIBERO tasks by scripted experts, as a LeRobot dataset.
 
-Episodes are simulated without images, in parallel processes. Only those that succeed are rendered, all frames of an
-episode in batches, and staged one by one beside the output; at the end the staged episodes become a dataset. A
-collection that was broken off goes on where it was when the same command runs again.
+Episodes are simulated without images, in parallel processes. Only those that succeed are rendered,
+all frames of an episode in batches, and staged one by one beside the output; at the end the staged
+episodes become a dataset. A collection that was broken off goes on where it was when the same
+command runs again.
 
-Episode k of a task is decided by (seed, task, k) alone: neither the number of processes nor the batch size changes
-the data. A task's dataset is its first `episodes_per_task` successful attempts. Every frame holds what the policy
-observes before an action, and that action, gripper 1 open / 0 close; an episode ends with the action that succeeds.
-Its `task_id`, `init_state_id`, `seed` and `object_shift` are kept in `meta/`, so it can be simulated again.
+Episode k of a task is decided by (seed, task, k) alone: neither the number of processes nor the
+batch size changes the data. A task's dataset is its first `episodes_per_task` successful attempts.
+Every frame holds what the policy observes before an action, and that action, gripper 1 open /
+0 close; an episode ends with the action that succeeds. Its `task_id`, `init_state_id`, `seed` and
+`object_shift` are kept in `meta/`, so it can be simulated again.
 
-    python algorithms/collect_demos.py --output runs/data/libero_spatial --suite libero_spatial --episodes-per-task 50
+    python algorithms/collect_demos.py --output runs/data/libero_spatial --suite libero_spatial
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import mujoco
 import numpy as np
@@ -34,29 +36,35 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from algorithms.common.run_folder import json_ready, write_json
-from gr00t_agent.lerobot_writer import EPISODE_FILE, Episode, Recording, assemble_dataset, stage_episode
-from libero_gym.env import DEFAULT_CAMERAS
+from gr00t_agent.files import json_ready, write_json
+from gr00t_agent.lerobot_writer import (
+    EPISODE_FILE,
+    Episode,
+    Recording,
+    assemble_dataset,
+    stage_episode,
+)
+from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ, STATE_DIM, gripper_to_data
 from libero_gym.experts import ExpertConfig, make_expert
-from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, RenderState, Simulation
-from libero_gym.rendering.renderers import Renderer, make_renderer
+from libero_gym.options import DEFAULT_CAMERAS
+from libero_gym.physics.simulation import (
+    NUM_SETTLING_STEPS,
+    SETTLING_ACTION,
+    PhysicsError,
+    Simulation,
+)
+from libero_gym.rendering.protocol import Renderer, RenderState
+from libero_gym.rendering.renderers import make_renderer
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scenes import Scene, load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states
-
-FPS = 20
-SETTINGS_FILE = "settings.json"
-# What may differ between a collection and its continuation.
-FREE_SETTINGS = {
-    "output", "episodes_per_task", "task_ids", "max_attempts_per_task", "allow_fewer", "num_workers", "renderer",
-    "render_batch_size", "num_writers", "version", "keep_staged",
-}  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Args:
     """Command-line arguments; each one's help follows it."""
 
+    # --- what is recorded ---
     output: Path
     """Folder of the new dataset; episodes are staged in `<output>.staged` first."""
     suite: str = "libero_spatial"
@@ -69,50 +77,81 @@ class Args:
     """Attempts after which a task counts as too hard; 3 * episodes_per_task if not given."""
     allow_fewer: bool = False
     """Write the dataset even if a task has fewer episodes than asked for."""
+
+    # --- what decides an episode ---
+    seed: int = 0
+    """Seed of fixture poses, object shifts and the expert's variety."""
     init_state_ids: tuple[int, ...] | None = None
     """Stored initial states that attempts take in turn; all if not given."""
     object_shift: float = 0.0
-    """Metres by which objects may be moved along x and y from their stored places (0.02 varies the scene)."""
+    """Metres by which objects may be moved along x and y from their stored places (0.02 varies the
+    scene)."""
     horizon: int | None = None
     """Environment steps before an attempt counts as failed; the suite's own if not given."""
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     """How the expert moves."""
-    seed: int = 0
-    """Seed of fixture poses, object shifts and the expert's variety."""
+
+    # --- images ---
     image_size: int = 256
     """Height and width of both views, pixels."""
-    storage: Literal["video", "image"] = "video"
-    """H.264 mp4 files, or lossless PNGs in the parquet files."""
-    crf: int = 18
-    """Quality of the videos, 0 (lossless) to 51."""
-    version: Literal["v2.1", "v3.0"] = "v2.1"
-    """Layout of the dataset; GR00T's own tools read v2.1."""
-    num_workers: int = 0
-    """Simulating processes; 0 simulates, and encodes, in this one."""
     renderer: Literal["egl", "osmesa", "warp"] | None = None
     """Renderer; if not given, the best that the machine has."""
     render_batch_size: int = 128
     """Frames that are rendered at once."""
-    num_writers: int = 4
-    """Processes that encode episodes; threads if num_workers is 0."""
+
+    # --- dataset ---
+    version: Literal["v2.1", "v3.0"] = "v2.1"
+    """Layout of the dataset; GR00T's own tools read v2.1."""
+    storage: Literal["video", "image"] = "video"
+    """H.264 mp4 files, or lossless PNGs in the parquet files."""
+    crf: int = 18
+    """Quality of the videos, 0 (lossless) to 51."""
     keep_staged: bool = False
     """Keep the staged episodes, to write another version or to add episodes later."""
+
+    # --- processes ---
+    num_workers: int = 0
+    """Simulating processes; 0 simulates, and encodes, in this one."""
+    num_writers: int = 4
+    """Processes that encode episodes; threads if num_workers is 0."""
 
     @property
     def max_attempts(self) -> int:
         """Attempts per task at most."""
-        return 3 * self.episodes_per_task if self.max_attempts_per_task is None else self.max_attempts_per_task
+        if self.max_attempts_per_task is None:
+            return 3 * self.episodes_per_task
+        return self.max_attempts_per_task
+
+
+SETTINGS_FILE = "settings.json"
+# What may differ between a collection and its continuation.
+FREE_SETTINGS = {
+    "output",
+    "task_ids",
+    "episodes_per_task",
+    "max_attempts_per_task",
+    "allow_fewer",
+    "renderer",
+    "render_batch_size",
+    "version",
+    "keep_staged",
+    "num_workers",
+    "num_writers",
+}
+
+
+# --- attempts ---
 
 
 class Demonstrator(Protocol):
     """What acts: `libero_gym.experts.Expert`, or one's own."""
 
     def reset(self, sim: Simulation, rng: np.random.Generator) -> None:
-        """Start an episode."""
+        """Starts an episode."""
         ...
 
     def act(self, sim: Simulation) -> NDArray[np.float32]:
-        """Return the next environment action, float32 [7], gripper -1 open, +1 close."""
+        """Returns the next environment action, float32 [7], gripper -1 open, +1 close."""
         ...
 
 
@@ -159,16 +198,20 @@ class Trajectory:
 def make_attempt(args: Args, task: TaskSpec, attempt_id: int) -> Attempt:
     """Returns attempt number `attempt_id` at a task."""
     stored = args.init_state_ids or tuple(range(len(load_init_states(task))))
-    seed = np.random.SeedSequence((args.seed, task.task_id, attempt_id)).generate_state(1)[0]
+    entropy = (args.seed, task.task_id, attempt_id)
     return Attempt(
-        suite=args.suite, task_id=task.task_id, attempt_id=attempt_id, seed=int(seed),
-        init_state_id=stored[attempt_id % len(stored)], object_shift=args.object_shift,
+        suite=args.suite,
+        task_id=task.task_id,
+        attempt_id=attempt_id,
+        init_state_id=stored[attempt_id % len(stored)],
+        seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+        object_shift=args.object_shift,
         horizon=args.horizon or horizon(args.suite),
-    )  # fmt: skip
+    )
 
 
 def start_episode(sim: Simulation, task: TaskSpec, attempt: Attempt) -> None:
-    """Brings `sim` to the attempt's initial state: a stored one, its objects moved by up to `object_shift`."""
+    """Brings `sim` to the attempt's stored initial state, objects moved by up to `object_shift`."""
     random_state = np.random.RandomState(attempt.seed)
     if attempt.object_shift == 0:
         sim.reset(task, attempt.init_state_id, random_state)
@@ -185,11 +228,13 @@ def start_episode(sim: Simulation, task: TaskSpec, attempt: Attempt) -> None:
 def object_shifts(scene: Scene, task: TaskSpec, attempt: Attempt) -> dict[str, NDArray[np.float64]]:
     """Returns by how much each movable object is moved along x and y, float64 [2] in metres.
 
-    What stands on another movable object moves with it, and what is inside a fixture stays where it is.
+    What stands on another movable object moves with it, and what is inside a fixture stays where it
+    is.
     """
     rng = np.random.default_rng((attempt.seed, 1))
+    limit = attempt.object_shift
     movable = [name for name, thing in scene.objects.items() if not thing.is_fixture]
-    shifts = {name: rng.uniform(-attempt.object_shift, attempt.object_shift, 2) for name in movable}
+    shifts = {name: rng.uniform(-limit, limit, 2) for name in movable}
     for relation, *names in read_problem(task.bddl_file).init:
         if len(names) != 2 or names[0] not in shifts:
             continue
@@ -208,7 +253,11 @@ def simulation_of(scene: Scene) -> Simulation:
     return Simulation(scene)
 
 
-def record(attempt: Attempt, config: ExpertConfig, make_demonstrator: MakeDemonstrator = make_expert) -> Trajectory:
+def record(
+    attempt: Attempt,
+    config: ExpertConfig,
+    make_demonstrator: MakeDemonstrator = make_expert,
+) -> Trajectory:
     """Simulates an attempt until it succeeds or its horizon is reached."""
     task = get_task(attempt.suite, attempt.task_id)
     sim = simulation_of(load_scene(task))
@@ -222,26 +271,34 @@ def record(attempt: Attempt, config: ExpertConfig, make_demonstrator: MakeDemons
             failure = "solved before the first action"
         else:
             demonstrator = make_demonstrator(task, config)
-            demonstrator.reset(sim, np.random.default_rng((attempt.seed, task.task_id, attempt.init_state_id)))
+            rng = np.random.default_rng((attempt.seed, task.task_id, attempt.init_state_id))
+            demonstrator.reset(sim, rng)
             while not sim.success() and len(actions) < attempt.horizon:
                 states.append(sim.states())
                 views.append(sim.render_state())
                 # What is recorded is exactly what is executed.
                 actions.append(np.clip(demonstrator.act(sim), -1.0, 1.0).astype(np.float32))
                 sim.step(actions[-1])
-            failure = None if sim.success() else f"not solved within {attempt.horizon} steps"
+            if not sim.success():
+                failure = f"not solved within {attempt.horizon} steps"
     except PhysicsError as error:
         failure = f"physics: {error}"
     if failure is not None:
         states, actions, views = [], [], []
     return Trajectory(
-        attempt=attempt, failure=failure, views=views, states=np.array(states, np.float32).reshape(-1, 8),
-        actions=np.array(actions, np.float32).reshape(-1, 7),
-    )  # fmt: skip
+        attempt=attempt,
+        failure=failure,
+        states=np.array(states, np.float32).reshape(-1, STATE_DIM),
+        actions=np.array(actions, np.float32).reshape(-1, ACTION_DIM),
+        views=views,
+    )
+
+
+# --- images ---
 
 
 class RecordedWorld:
-    """A moment of a trajectory, as renderers read a simulation: `scene`, `model` and `render_state()`."""
+    """A moment of a trajectory, as renderers read a simulation."""
 
     def __init__(self, scene: Scene, model: mujoco.MjModel, view: RenderState) -> None:
         self.scene, self.model, self._view = scene, model, view
@@ -254,30 +311,52 @@ class RecordedWorld:
 def render(renderer: Renderer, trajectory: Trajectory, batch_size: int) -> NDArray[np.uint8]:
     """Returns the images of a trajectory, uint8 [K, T, H, W, 3] for K cameras."""
     scene = load_scene(get_task(trajectory.attempt.suite, trajectory.attempt.task_id))
-    sim = simulation_of(scene)
+    model, fixtures = simulation_of(scene).model, scene.fixture_body_ids
     parts: list[NDArray[np.uint8]] = []
     for start in range(0, len(trajectory.views), batch_size):
         views = trajectory.views[start : start + batch_size]
-        fixtures = scene.fixture_body_ids
-        sim.model.body_pos[fixtures], sim.model.body_quat[fixtures] = (
-            views[0].fixture_poses[:, :3],
-            views[0].fixture_poses[:, 3:],
-        )
-        worlds = [RecordedWorld(scene, sim.model, view) for view in views]
-        parts.append(renderer.render(cast("list[Simulation]", worlds)))  # [n, K, H, W, 3]
+        poses = views[0].fixture_poses
+        model.body_pos[fixtures], model.body_quat[fixtures] = poses[:, :3], poses[:, 3:]
+        worlds = [RecordedWorld(scene, model, view) for view in views]
+        parts.append(renderer.render(worlds))  # [n, K, H, W, 3]
     return np.moveaxis(np.concatenate(parts), 1, 0)
 
 
-def to_episode(trajectory: Trajectory, images: NDArray[np.uint8], cameras: Sequence[str], language: str) -> Episode:
-    """Returns a trajectory as it is written: gripper 1 open, 0 close."""
-    actions = trajectory.actions.copy()
-    actions[:, 6] = (1.0 - actions[:, 6]) / 2.0
-    attempt = trajectory.attempt
-    info = {name: getattr(attempt, name) for name in ("task_id", "init_state_id", "seed", "object_shift")}
+def to_episode(
+    trajectory: Trajectory,
+    images: NDArray[np.uint8],
+    cameras: Sequence[str],
+    language: str,
+) -> Episode:
+    """Returns a trajectory as it is written: the gripper in the convention of data sets."""
+    attempt, actions = trajectory.attempt, trajectory.actions.copy()
+    actions[:, -1] = gripper_to_data(actions[:, -1])
     return Episode(
-        frames=dict(zip(cameras, images, strict=True)), states=trajectory.states, actions=actions,
-        instruction=language, info={**info, "suite": attempt.suite},
-    )  # fmt: skip
+        frames=dict(zip(cameras, images, strict=True)),
+        states=trajectory.states,
+        actions=actions,
+        instruction=language,
+        info={
+            "task_id": attempt.task_id,
+            "init_state_id": attempt.init_state_id,
+            "seed": attempt.seed,
+            "object_shift": attempt.object_shift,
+            "suite": attempt.suite,
+        },
+    )
+
+
+def libero_modality() -> dict[str, Any]:
+    """Returns the content of LIBERO's `modality.json`."""
+    return json.loads((resources.files("libero_gym") / "data" / "modality.json").read_text("utf-8"))
+
+
+def camera_columns() -> list[str]:
+    """Returns the columns of the cameras, in the order of `DEFAULT_CAMERAS`."""
+    return [entry["original_key"] for entry in libero_modality()["video"].values()]
+
+
+# --- staged episodes ---
 
 
 class Staging:
@@ -293,40 +372,55 @@ class Staging:
 
     def __init__(self, folder: Path, args: Args) -> None:
         self.folder = folder
-        settings = {k: v for k, v in json_ready(dataclasses.asdict(args)).items() if k not in FREE_SETTINGS}
+        given = json_ready(dataclasses.asdict(args))
+        settings = {name: value for name, value in given.items() if name not in FREE_SETTINGS}
         path = folder / SETTINGS_FILE
-        if path.is_file():
-            found = json.loads(path.read_text("utf-8"))
-            changed = {k: (found.get(k), v) for k, v in settings.items() if found.get(k) != v}
-            if changed:
-                listing = ", ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
-                raise ValueError(f"{folder} was recorded otherwise ({listing}); remove it or give another output")
-        else:
+        if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, settings)
+            return
+        found = json.loads(path.read_text("utf-8"))
+        changed = [
+            f"{name} was {found.get(name)!r}, now {value!r}"
+            for name, value in settings.items()
+            if found.get(name) != value
+        ]
+        if changed:
+            listing = ", ".join(changed)
+            remedy = "remove it or give another output"
+            raise ValueError(f"{folder} was recorded otherwise ({listing}); {remedy}")
 
     def outcome(self, attempt: Attempt) -> bool | None:
-        """Returns True if the attempt is staged, False if it failed, None if it was not made yet."""
+        """Returns True if the attempt is staged, False if it failed, None if it was not made."""
         if (self.folder / attempt.name / EPISODE_FILE).is_file():
             return True
-        return False if (self.folder / f"{attempt.name}.json").is_file() else None
+        return False if self._failure_file(attempt).is_file() else None
 
     def add_failure(self, trajectory: Trajectory) -> None:
         """Notes that an attempt failed."""
-        content = {**dataclasses.asdict(trajectory.attempt), "failure": trajectory.failure}
-        write_json(self.folder / f"{trajectory.attempt.name}.json", content)
+        attempt = trajectory.attempt
+        content = dataclasses.asdict(attempt) | {"failure": trajectory.failure}
+        write_json(self._failure_file(attempt), content)
 
     def failures(self, attempts: Iterable[Attempt]) -> list[str]:
         """Returns the reasons of those attempts that failed."""
-        paths = [self.folder / f"{attempt.name}.json" for attempt in attempts]
-        return [json.loads(path.read_text("utf-8"))["failure"] for path in paths if path.is_file()]
+        files = [self._failure_file(attempt) for attempt in attempts]
+        return [json.loads(file.read_text("utf-8"))["failure"] for file in files if file.is_file()]
+
+    def length(self, attempt: Attempt) -> int:
+        """Returns the steps of a staged attempt."""
+        file = self.folder / attempt.name / EPISODE_FILE
+        return json.loads(file.read_text("utf-8"))["length"]
+
+    def _failure_file(self, attempt: Attempt) -> Path:
+        return self.folder / f"{attempt.name}.json"
 
 
 def plan(args: Args, task: TaskSpec, staging: Staging) -> tuple[list[Attempt], list[Attempt]]:
     """Returns a task's successful attempts so far, and those to make next.
 
-    As many are made next as successes are missing. Attempts are numbered without gaps, so what is kept does not
-    depend on the order in which they end.
+    As many are made next as successes are missing. Attempts are numbered without gaps, so what is
+    kept does not depend on the order in which they end.
     """
     kept: list[Attempt] = []
     missing: list[Attempt] = []
@@ -342,50 +436,68 @@ def plan(args: Args, task: TaskSpec, staging: Staging) -> tuple[list[Attempt], l
     return kept, missing
 
 
+# --- collecting ---
+
+
 def simulate(
-    attempts: Sequence[Attempt], args: Args, make_demonstrator: MakeDemonstrator, pool: ProcessPoolExecutor | None
+    attempts: Sequence[Attempt],
+    args: Args,
+    make_demonstrator: MakeDemonstrator,
+    pool: ProcessPoolExecutor | None,
 ) -> Iterator[Trajectory]:
-    """Yields the trajectories of attempts as they are simulated."""
+    """Yields the trajectories of attempts, in their order, as they are simulated."""
     if pool is None:
         for attempt in attempts:
             yield record(attempt, args.expert, make_demonstrator)
     else:
-        yield from pool.map(
-            record, attempts, [args.expert] * len(attempts), [make_demonstrator] * len(attempts), chunksize=1
-        )
+        count = len(attempts)
+        yield from pool.map(record, attempts, [args.expert] * count, [make_demonstrator] * count)
 
 
 def collect(
-    args: Args, tasks: Sequence[TaskSpec], staging: Staging, renderer: Renderer, make_demonstrator: MakeDemonstrator
+    args: Args,
+    tasks: Sequence[TaskSpec],
+    staging: Staging,
+    renderer: Renderer,
+    make_demonstrator: MakeDemonstrator,
 ) -> None:
     """Makes attempts until every task has its episodes, or no attempts are left."""
-    console, start, frames = Console(), time.perf_counter(), 0
-    recording = make_recording(args)
-    cameras = camera_columns()
+    console, start, num_frames = Console(), time.perf_counter(), 0
+    recording, cameras = make_recording(args), camera_columns()
     language = {task.task_id: task.language for task in tasks}
+
     context = get_context("spawn")  # renderers and threads do not survive a fork
-    pool = ProcessPoolExecutor(args.num_workers, mp_context=context) if args.num_workers else None
-    with (
-        ProcessPoolExecutor(args.num_writers, mp_context=context) if pool else ThreadPoolExecutor(args.num_writers)
-    ) as writers:
+    if args.num_workers:
+        pool = ProcessPoolExecutor(args.num_workers, mp_context=context)
+        writers = ProcessPoolExecutor(args.num_writers, mp_context=context)
+    else:
+        pool = None
+        writers = ThreadPoolExecutor(args.num_writers)
+
+    with writers:
         while attempts := [attempt for task in tasks for attempt in plan(args, task, staging)[1]]:
-            attempts.sort(key=lambda attempt: attempt.attempt_id)  # a collection broken off has all tasks alike
+            # A collection broken off has all tasks alike.
+            attempts.sort(key=lambda attempt: attempt.attempt_id)
             writing: list[Future[None]] = []
-            for count, trajectory in enumerate(simulate(attempts, args, make_demonstrator, pool), 1):
+            trajectories = simulate(attempts, args, make_demonstrator, pool)
+            for count, trajectory in enumerate(trajectories, 1):
                 attempt = trajectory.attempt
                 if trajectory.failure is not None:
                     staging.add_failure(trajectory)
+                    outcome = trajectory.failure
                 else:
                     images = render(renderer, trajectory, args.render_batch_size)
                     episode = to_episode(trajectory, images, cameras, language[attempt.task_id])
-                    if len(writing) >= 2 * args.num_writers:  # bounds the images that wait in memory
+                    if len(writing) >= 2 * args.num_writers:  # bounds the images in memory
                         writing.pop(0).result()
-                    writing.append(writers.submit(stage_episode, staging.folder / attempt.name, episode, recording))
-                    frames += len(episode.actions)
-                outcome = trajectory.failure or f"success after {len(trajectory.actions)} steps"
-                rate = frames / (time.perf_counter() - start)
+                    folder = staging.folder / attempt.name
+                    writing.append(writers.submit(stage_episode, folder, episode, recording))
+                    num_frames += len(episode.actions)
+                    outcome = f"success after {len(trajectory.actions)} steps"
+                rate = num_frames / (time.perf_counter() - start)
                 console.print(
-                    f"{count}/{len(attempts)}  task {attempt.task_id} attempt {attempt.attempt_id}: {outcome}   "
+                    f"{count}/{len(attempts)}  "
+                    f"task {attempt.task_id} attempt {attempt.attempt_id}: {outcome}   "
                     f"{rate:.0f} frames/s",
                     highlight=False,
                 )
@@ -397,17 +509,39 @@ def collect(
 
 def make_recording(args: Args) -> Recording:
     """Returns how the dataset stores its frames."""
-    return Recording(fps=FPS, storage=args.storage, crf=args.crf)
+    return Recording(fps=CONTROL_FREQUENCY_HZ, storage=args.storage, crf=args.crf)
 
 
-def libero_modality() -> dict[str, Any]:
-    """Returns the content of LIBERO's `modality.json`."""
-    return json.loads((resources.files("libero_gym") / "data" / "modality.json").read_text("utf-8"))
+def count_outcomes(
+    args: Args,
+    task: TaskSpec,
+    staging: Staging,
+    kept: Sequence[Attempt],
+) -> dict[str, Any]:
+    """Returns how many attempts were kept and discarded, and why, and the kept ones' lengths."""
+    is_complete = len(kept) == args.episodes_per_task
+    last = kept[-1].attempt_id if is_complete else args.max_attempts - 1
+    reasons = staging.failures(make_attempt(args, task, i) for i in range(last + 1))
+    lengths = [staging.length(attempt) for attempt in kept]
+    return {
+        "instruction": task.language,
+        "kept": len(kept),
+        "discarded": len(reasons),
+        "reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        "length_min": min(lengths, default=0),
+        "length_max": max(lengths, default=0),
+        "length_mean": float(np.mean(lengths)) if lengths else 0.0,
+    }
 
 
-def camera_columns() -> list[str]:
-    """Returns the columns of the cameras, in the order of `DEFAULT_CAMERAS`."""
-    return [entry["original_key"] for entry in libero_modality()["video"].values()]
+def print_report(report: dict[int, dict[str, Any]]) -> None:
+    """Prints a table of the tasks."""
+    table = Table("task", "instruction", "kept", "discarded", "steps (min / mean / max)")
+    for task_id, row in report.items():
+        steps = f"{row['length_min']} / {row['length_mean']:.0f} / {row['length_max']}"
+        counts = str(row["kept"]), str(row["discarded"])
+        table.add_row(str(task_id), row["instruction"], *counts, steps)
+    Console().print(table)
 
 
 def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[str, Any]:
@@ -418,58 +552,56 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
         RuntimeError: a task has too few successful attempts.
     """
     if args.output.exists() and any(args.output.iterdir()):
-        raise FileExistsError(f"{args.output} exists; give another output, or remove it to write it anew")
+        raise FileExistsError(f"{args.output} exists; give another output, or remove it first")
     if args.episodes_per_task < 1:
         raise ValueError(f"episodes_per_task={args.episodes_per_task} must be at least 1")
-    tasks = list_tasks(args.suite) if args.task_ids is None else [get_task(args.suite, i) for i in args.task_ids]
+
+    # --- simulate, render, stage ---
+    if args.task_ids is None:
+        tasks = list_tasks(args.suite)
+    else:
+        tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
     staging = Staging(args.output.with_name(f"{args.output.name}.staged"), args)
     renderer = make_renderer(
-        args.renderer, camera_names=DEFAULT_CAMERAS, image_size=args.image_size, num_worlds=args.render_batch_size
+        args.renderer,
+        camera_names=DEFAULT_CAMERAS,
+        image_size=args.image_size,
+        num_worlds=args.render_batch_size,
     )
     try:
         collect(args, tasks, staging, renderer, make_demonstrator)
     finally:
         renderer.close()
+
+    # --- count ---
     kept = {task.task_id: plan(args, task, staging)[0] for task in tasks}
-    report = {task.task_id: count_outcomes(args, task, staging, kept[task.task_id]) for task in tasks}
+    report: dict[int, dict[str, Any]] = {}
+    for task in tasks:
+        report[task.task_id] = count_outcomes(args, task, staging, kept[task.task_id])
     print_report(report)
-    short = {task_id: len(attempts) for task_id, attempts in kept.items() if len(attempts) < args.episodes_per_task}
+    wanted = args.episodes_per_task
+    short = {task_id: len(found) for task_id, found in kept.items() if len(found) < wanted}
     if short and not args.allow_fewer:
         raise RuntimeError(
-            f"tasks {sorted(short)} have only {list(short.values())} of {args.episodes_per_task} episodes after "
-            f"{args.max_attempts} attempts; raise --max-attempts-per-task, or write what there is with --allow-fewer"
+            f"tasks {sorted(short)} have only {list(short.values())} of {wanted} episodes after "
+            f"{args.max_attempts} attempts; raise --max-attempts-per-task, or write what there is "
+            "with --allow-fewer"
         )
-    staged = [staging.folder / attempt.name for attempts in kept.values() for attempt in attempts]
-    assemble_dataset(args.output, staged, make_recording(args), version=args.version, modality=libero_modality())
+
+    # --- dataset ---
+    assemble_dataset(
+        args.output,
+        [staging.folder / attempt.name for attempts in kept.values() for attempt in attempts],
+        make_recording(args),
+        version=args.version,
+        modality=libero_modality(),
+    )
     write_json(args.output / "meta" / "collection.json", {"args": args, "tasks": report})
     if not args.keep_staged:
         shutil.rmtree(staging.folder)
-    print(f"\ndataset      {args.output}\ninspect      python tools/show_dataset.py --dataset {args.output}")
+    print(f"\ndataset      {args.output}")
+    print(f"inspect      python tools/show_dataset.py --dataset {args.output}")
     return {"tasks": report}
-
-
-def count_outcomes(args: Args, task: TaskSpec, staging: Staging, kept: Sequence[Attempt]) -> dict[str, Any]:
-    """Returns how many attempts at a task were kept and discarded, and why, and the kept ones' lengths."""
-    last = kept[-1].attempt_id if len(kept) == args.episodes_per_task else args.max_attempts - 1
-    reasons = staging.failures(make_attempt(args, task, i) for i in range(last + 1))
-    lengths = [
-        json.loads((staging.folder / attempt.name / EPISODE_FILE).read_text("utf-8"))["length"] for attempt in kept
-    ]
-    return dict(
-        instruction=task.language, kept=len(kept), discarded=len(reasons),
-        reasons={reason: reasons.count(reason) for reason in sorted(set(reasons))},
-        length_min=min(lengths, default=0), length_max=max(lengths, default=0),
-        length_mean=float(np.mean(lengths)) if lengths else 0.0,
-    )  # fmt: skip
-
-
-def print_report(report: dict[int, dict[str, Any]]) -> None:
-    """Prints a table of the tasks."""
-    table = Table("task", "instruction", "kept", "discarded", "steps (min / mean / max)")
-    for task_id, row in report.items():
-        steps = f"{row['length_min']} / {row['length_mean']:.0f} / {row['length_max']}"
-        table.add_row(str(task_id), row["instruction"], str(row["kept"]), str(row["discarded"]), steps)
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,43 @@
-"""GRPO for a flow-matching vision-language-action policy on LIBERO: no critic, groups that share an initial state.
+"""GRPO for a flow-matching vision-language-action policy on LIBERO: groups instead of a critic.
 
-An iteration plays groups of G episodes, each group from one (task, stored initial state). With R_i an episode's
-return, every decision of it has the advantage (Shao et al. 2024, arXiv:2402.03300)
+An iteration plays groups of G episodes, each group from one (task, stored initial state). With R_i
+an episode's return, every decision of it has the advantage (Shao et al. 2024, arXiv:2402.03300)
 
     A_i = (R_i - mean(R_1..R_G)) / (std(R_1..R_G) + 1e-6)        (population std)
 
-and the loss is PPO's clipped surrogate on decisions (one decision is one action chunk, its log-probability that of
-the one noised denoising step; see `gr00t_agent.sampler`), minus an entropy bonus and plus a divergence from the policy
-that training started from, both on request; the divergence by GRPO's estimator r' - 1 - log r' with r' = start policy
-/ policy. A group whose success rate lies outside [min_group_success, max_group_success] says little or nothing: it is
-dropped before any update, and more groups are played until `num_groups` informative ones are there or `max_rollouts`
-are spent (dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
+and the loss is PPO's clipped surrogate on decisions (one decision is one action chunk, its
+log-probability that of the one noised denoising step; see `gr00t_agent.sampler`), minus an entropy
+bonus and plus a divergence from the policy that training started from, both on request; the
+divergence by GRPO's estimator r' - 1 - log r' with r' = start policy / policy. A group whose
+success rate lies outside [min_group_success, max_group_success] says little or nothing: it is
+dropped before any update, and more groups are played until `num_groups` informative ones are there
+or `max_rollouts` are spent (dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
 
 Launch:
     accelerate launch algorithms/grpo_gr00t.py --preset libero_spatial_nano
-    accelerate launch --num_processes 4 algorithms/grpo_gr00t.py --suite libero_goal --model <checkpoint> --resume auto
-All sizes are global: they are divided over the processes, and a size that does not divide is an error. A group lives
-on one process. Processes may keep different numbers of decisions: each epoch has the same minibatches everywhere, and
-a minibatch's loss is the mean over its decisions of all processes. Every draw is keyed by seed, iteration, rollout and
-environment, so that the result does not depend on the number of processes or stages, and a resumed run is the same
-run. Sharded weights (FSDP) are refused: episodes end at different times on different processes.
+    accelerate launch --num_processes 4 algorithms/grpo_gr00t.py --preset libero_spatial_rlinf
+    accelerate launch algorithms/grpo_gr00t.py --preset libero_spatial_nano --resume auto
+All sizes are global: they are divided over the processes, and a size that does not divide is an
+error. A group lives on one process. Processes may keep different numbers of decisions: each epoch
+has the same minibatches everywhere, and a minibatch's loss is the mean over its decisions of all
+processes. Every draw is keyed by seed, iteration, rollout and environment, so that the result does
+not depend on the number of processes or stages, and a resumed run is the same run. Sharded weights
+(FSDP) are refused: episodes end at different times on different processes.
 
-Metrics: those of `ppo_gr00t.py` that need no critic, and `rollout/groups_kept` (fraction of the groups played),
-`rollout/num_rollouts`, `rollout/group_success_std`. An iteration without an informative group updates nothing and logs
-no `actor/*` means.
+Metrics: those of `ppo_gr00t.py` that need no critic, and `rollout/groups_kept` (fraction of the
+groups played), `rollout/num_rollouts`, `rollout/group_success_std`. An iteration without an
+informative group updates nothing and logs no `actor/*` means.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
@@ -44,31 +47,123 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algorithms.common import distributed, presets
-from algorithms.common.arguments import RunArgs, check_entropy_bonus, parse_args, share_of_process
-from algorithms.common.batch import concatenate, index
-from algorithms.common.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.common.distributed import mean_and_variance, over_processes
-from algorithms.common.episodes import Episode, episode_metrics
-from algorithms.common.feature_store import FeatureStore
-from algorithms.common.frozen import frozen_copy, reference_log_probs, store_frozen_as
-from algorithms.common.overlap import EnvStages
-from algorithms.common.progress import TrainingProgress
-from algorithms.common.randomness import EPISODES, GROUPS, MINIBATCHES, NOISE, deal, generators_of, seed_of
+from algorithms.common import presets
+from algorithms.common.args import (
+    check_at_least,
+    check_entropy_bonus,
+    check_physics,
+    parse_args,
+    share_of_process,
+)
+from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.episodes import played_episodes
+from algorithms.common.evaluation import (
+    evaluate_into,
+    evaluation_file,
+    jobs_in_training,
+    stored_starts,
+)
+from algorithms.common.features import FeatureStore
+from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.monitor import Monitor
+from algorithms.common.processes import (
+    clip_grad_norm,
+    for_all,
+    make_accelerator,
+    mean_and_variance,
+    over_processes,
+    prepare,
+)
+from algorithms.common.randomness import (
+    EPISODES,
+    GROUPS,
+    MINIBATCHES,
+    NOISE,
+    deal,
+    generators_of,
+    seed_of,
+)
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
+from algorithms.common.stages import EnvStages
 from algorithms.common.step_sizes import StepSizes
-from algorithms.eval_gr00t import evaluate_into, stored_starts
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 
 
 @dataclass(kw_only=True)
-class Args(RunArgs):
-    """Command-line arguments besides those of every run; each one's help follows it."""
+class Args:
+    """Command-line arguments; each one's help follows it. Sizes are over all processes."""
 
+    # --- run ---
+    preset: str | None = None
+    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
     run_name: str = "grpo_{suite}_{seed}"
     """Name of the run's folder; may hold fields of these arguments in braces."""
+    output_dir: Path = Path("runs")
+    """Where run folders are made."""
+    resume: Path | None = None
+    """Run folder (or its newest checkpoint) to go on with, or `auto`: the newest run of this name
+    that has a checkpoint, else a new one. Give the same arguments as before."""
+    seed: int = 1
+    """Seed of the environments, the agent's initial weights and every random draw."""
+    num_iterations: int = 400
+    """Rollout-and-update rounds; schedules run over them."""
 
-    # --- rollout: one episode in every environment ---
+    # --- environment ---
+    suite: str = "libero_spatial"
+    """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
+    task_ids: tuple[int, ...] | None = None
+    """Tasks to train on, each drawn as often as it is named; all of the suite if not given."""
+    num_envs: int = 64
+    """Parallel environments over all processes."""
+    num_action_chunks: int = 5
+    """Environment steps that one decision executes (C)."""
+    horizon: int | None = None
+    """Environment steps before truncation; the suite's own if not given."""
+    renderer: Literal["egl", "osmesa", "warp"] | None = None
+    """Renderer; if not given, the best that the machine has."""
+    physics: Literal["cpu", "warp"] = "cpu"
+    """`warp` simulates on the GPU: much faster for a thousand environments and more, and not
+    bit-identical."""
+    stepping: Literal["exact", "fast"] = "exact"
+    """`exact` repeats LIBERO's simulation bit by bit; `fast` takes a fifth less time and rounds
+    differently. Without meaning for physics `warp`."""
+    pipeline_stage_num: int = 1
+    """Stages that a process's environments are split into; one simulates while another is
+    decided."""
+    env_timeout_s: float = 600.0
+    """Stop the run if a decision's environment steps take longer."""
+
+    # --- agent ---
+    model: str = "nano"
+    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a
+    checkpoint."""
+    denoising_steps: int = 4
+    """Denoising steps from noise to action."""
+    noise_method: Literal["flow_sde", "flow_cps", "reinflow", "reinflow_joint"] = "flow_sde"
+    """How the denoising chain is made stochastic for exploration."""
+    noise_level: float = 0.5
+    """Strength of the exploration noise (flow_sde and flow_cps)."""
+    final_noise: float = 1.0
+    """Part of the exploration noise that is left at the end of training; it falls linearly from
+    1."""
+    logprob_level: Literal["chunk", "action", "token"] = "chunk"
+    """What has one ratio to clip: the whole chunk (log-probabilities summed over C steps and their
+    dimensions), each of its actions (summed over dimensions), or each dimension of each action."""
+    joint_logprob: bool = False
+    """Noise at every denoising step, and one log-probability of the whole chain; otherwise one step
+    of each chain is noised and scored. With reinflow's noise and ent_coef 0.005 this is pi_RL's
+    Flow-Noise."""
+    train_backbone: bool = False
+    """Train the vision tower and the language model too; otherwise their features are computed once
+    a decision."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of matrix products; the checkpoint's own if not given. Trained weights and
+    log-probabilities are float32."""
+    compile: bool = False
+    """Compile the network with torch.compile; the first iterations then take minutes longer."""
+
+    # --- rollouts: one episode in every environment ---
     group_size: int = 8
     """Episodes per group (G)."""
     num_groups: int = 64
@@ -79,24 +174,40 @@ class Args(RunArgs):
     """Groups with a lower success rate are dropped."""
     max_group_success: float = 0.9
     """Groups with a higher success rate are dropped."""
+    feature_storage: Literal["device", "host", "mixed", "none"] = "mixed"
+    """Where encoded observations wait for the update. `device`, `host`: up to feature_memory_gb
+    there, the rest is encoded anew in every epoch. `mixed`: up to feature_memory_gb on the device,
+    the rest in host memory. `none`: all encoded anew."""
+    feature_memory_gb: float = 16.0
+    """Memory of a process for encoded observations, 10^9 bytes."""
 
     # --- optimisation ---
     learning_rate: float = 5e-6
-    """AdamW's step size."""
+    """AdamW's step size for the policy."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon: gradients much smaller than it take smaller steps."""
+    lr_schedule: Literal["constant", "linear", "adaptive"] = "constant"
+    """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow
+    target_kl: 1.5 times smaller after an update that ended above it, 1.5 times larger after one
+    that ended below half of it, up to 10 times either way."""
+    target_kl: float | None = None
+    """End an iteration's update when a minibatch's approximate KL from the rollout's policy exceeds
+    this."""
     update_epochs: int = 2
     """Passes over each iteration's decisions."""
     num_minibatches: int = 8
     """Optimiser steps per epoch."""
     micro_batch_size: int = 1024
-    """Decisions per forward pass over all processes at most; larger minibatches accumulate gradients."""
+    """Decisions per forward pass over all processes at most; smaller ones accumulate gradients."""
     max_grad_norm: float = 1.0
     """Norm to which gradients are clipped."""
 
     # --- loss ---
     loss_weighting: Literal["decision", "trajectory"] = "decision"
-    """All decisions weigh the same, or all episodes do, as in RLinf."""
+    """All decisions weigh the same, or all episodes do, as in RLinf: a decision's weight is one over
+    the decisions of its whole episode."""
     clip_coef: float = 0.2
     """Lower clip of the ratio: 1 - clip_coef."""
     clip_coef_high: float = 0.28
@@ -104,26 +215,101 @@ class Args(RunArgs):
     dual_clip: float | None = None
     """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can follow it."""
+    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
+    follow it."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
-    """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities disagree."""
+    """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities
+    disagree."""
+
+    # --- evaluation and saving ---
+    eval_interval: int = 0
+    """Iterations between evaluations; 0 evaluates only after the last."""
+    eval_episodes_per_task: int = 50
+    """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
+    save_interval: int = 50
+    """Iterations between checkpoints; the last iteration is always saved, and while keep_best is
+    not 0 every evaluated one. 0 saves no others."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Evaluated checkpoints that are kept besides for their success rate."""
+
+    # --- logging ---
+    log_with: tuple[str, ...] = ("tensorboard",)
+    """Accelerate trackers that receive the metrics."""
+
+    def evaluates(self, iteration: int) -> bool:
+        """Returns whether the policy is evaluated after `iteration`."""
+        is_last = iteration == self.num_iterations
+        is_due = self.eval_interval > 0 and iteration % self.eval_interval == 0
+        return (is_last or is_due) and self.eval_episodes_per_task > 0
+
+    def saves(self, iteration: int) -> bool:
+        """Returns whether a checkpoint is saved after `iteration`."""
+        is_last = iteration == self.num_iterations
+        is_due = self.save_interval > 0 and iteration % self.save_interval == 0
+        return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """Returns what the best checkpoints are chosen by; None where none was evaluated.
+
+        Not the success of an iteration's own episodes: where an iteration is shorter than a
+        horizon, those that end early, successes, end in it more often than others.
+        """
+        return metrics.get("eval/success_once")
 
 
 PRESETS = {name: Args(**settings) for name, settings in presets.GRPO.items()}
-METRICS = (
-    "actor/loss", "actor/entropy", "actor/reference_kl", "actor/approx_kl", "actor/pg_clipfrac", "actor/grad_norm",
-)  # fmt: skip
-APPROX_KL = METRICS.index("actor/approx_kl")
+
+
+def check_args(args: Args) -> None:
+    """Raises ValueError for arguments that would otherwise fail late."""
+    check_at_least(
+        args,
+        1,
+        "num_iterations",
+        "num_action_chunks",
+        "pipeline_stage_num",
+        "denoising_steps",
+        "num_groups",
+        "max_rollouts",
+        "update_epochs",
+        "num_minibatches",
+        "keep_last",
+    )
+    check_at_least(args, 0, "eval_interval", "eval_episodes_per_task", "save_interval", "keep_best")
+    if not 0 < args.final_noise <= 1:
+        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
+    check_physics(args)
+    if args.eval_episodes_per_task > 0:
+        jobs_in_training(args)
 
 
 def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
-    """Returns `num_envs` environments with GR00T's modality keys that rest when their episode has ended."""
+    """Returns `num_envs` environments with GR00T's modality keys that rest after their episode."""
+    options: dict[str, Any] = dict(
+        task_ids=args.task_ids,
+        num_action_chunks=args.num_action_chunks,
+        horizon=args.horizon,
+        image_size=image_size,
+        renderer=args.renderer,
+        autoreset_mode=AutoresetMode.DISABLED,
+    )
+    if args.physics == "warp":
+        options |= dict(physics="warp")
+    else:
+        options |= dict(stepping=args.stepping)
+        if args.pipeline_stage_num > 1:
+            # Decisions need a core of their own, to launch what a GPU computes.
+            options |= dict(num_threads=max(1, len(os.sched_getaffinity(0)) - 1))
     envs = gym.make_vec(
-        f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
-        task_ids=args.task_ids, image_size=image_size, autoreset_mode=AutoresetMode.DISABLED, **args.simulation,
-    )  # fmt: skip
+        f"libero_gym/{args.suite}-v0",
+        num_envs=num_envs,
+        vectorization_mode="vector_entry_point",
+        **options,
+    )
     return ModalityVectorObservation(envs)
 
 
@@ -131,17 +317,25 @@ def make_agent(args: Args) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU."""
     check_entropy_bonus(args)
     agent = Gr00tAgent.load(
-        args.model, num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
-        noise_method=args.noise_method, noise_level=args.noise_level, logprob_level=args.logprob_level,
-        train_backbone=args.train_backbone, compute_dtype=args.compute_dtype,
-    )  # fmt: skip
+        args.model,
+        num_action_chunks=args.num_action_chunks,
+        denoising_steps=args.denoising_steps,
+        noise_method=args.noise_method,
+        noise_level=args.noise_level,
+        joint_logprob=args.joint_logprob,
+        # Chunks are summed up here, where it is known which of their actions were executed.
+        logprob_level="token" if args.logprob_level == "token" else "action",
+        train_backbone=args.train_backbone,
+        compute_dtype=args.compute_dtype,
+    )
     return store_frozen_as(agent, agent.policy.torch_dtype)
 
 
 def group_advantages(returns: Tensor, group_size: int) -> Tensor:
-    """Returns the group-normalised advantage of each episode [E]; episodes of a group are adjacent in `returns` [E].
+    """Returns the group-normalised advantage of each episode [E].
 
-    The advantages of a group whose returns are all equal are exactly zero.
+    Episodes of a group are adjacent in `returns` [E]. The advantages of a group whose returns are
+    all equal are exactly zero.
     """
     groups = returns.unflatten(0, (-1, group_size))
     centred = groups - groups.mean(1, keepdim=True)
@@ -149,17 +343,22 @@ def group_advantages(returns: Tensor, group_size: int) -> Tensor:
 
 
 def informative_groups(success: Tensor, group_size: int, lowest: float, highest: float) -> Tensor:
-    """Returns a bool mask over groups [E / G], True where the group's success rate lies in [lowest, highest]."""
+    """Returns a bool mask over groups [E / G], True where success lies in [lowest, highest]."""
     rate = success.float().unflatten(0, (-1, group_size)).mean(1)
     return (rate >= lowest) & (rate <= highest)
 
 
 def policy_loss(
-    logratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+    logratio: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the clipped surrogate loss of each element and a bool mask, True where the clip was active.
+    """Returns the clipped surrogate loss of each element and a mask, True where clipping acts.
 
-    `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens; advantages are [B].
+    `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens;
+    `advantages` are [B].
     """
     advantages = advantages.reshape(-1, *[1] * (logratio.ndim - 1))
     ratio = logratio.exp()
@@ -172,106 +371,124 @@ def policy_loss(
 
 
 def divergence(logratio: Tensor) -> Tensor:
-    """Returns r - 1 - log r of each element, an estimate of KL(p || q) if r = q / p at draws from p."""
+    """Returns r - 1 - log r of each element: estimates KL(p || q) if r = q / p at draws from p."""
     return logratio.exp() - 1 - logratio
 
 
-def per_decision(reduce: Callable[..., Tensor], *elements: Tensor) -> list[Tensor]:
-    """Returns each of `elements` [B, ...] reduced to one number per decision [B]."""
-    return [reduce(x.float().reshape(len(x), -1), dim=1) for x in elements]
+def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+    """Returns log-probabilities or entropies of the actions that were executed, at `level`.
+
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
+    consequence, and are 0 here.
+
+    Args:
+        elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
+        executed: [B, C] bool, True where an action was executed.
+        level: "chunk" sums over all actions to [B], "action" and "token" keep the shape.
+    """
+    if elements.ndim == 1:
+        return elements
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2))
+    elements = torch.where(mask, elements, 0.0)
+    return elements.flatten(1).sum(dim=1) if level == "chunk" else elements
+
+
+def mean_of_executed(elements: Tensor, executed: Tensor) -> Tensor:
+    """Returns the mean of each decision's elements [B], [B, C] or [B, C, a] that count, [B]."""
+    if elements.ndim == 1:
+        return elements.float()
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2)).expand_as(elements)
+    total = torch.where(mask, elements.float(), 0.0).flatten(1).sum(dim=1)
+    return total / mask.flatten(1).sum(dim=1).clamp(min=1)
+
+
+def sum_per_decision(elements: Tensor) -> Tensor:
+    """Returns the sum of each decision's elements [B, ...], [B]."""
+    return elements.float().reshape(len(elements), -1).sum(dim=1)
 
 
 def sample_groups(
     key: tuple[int, ...], jobs: Sequence[tuple[int, int]], num_groups: int, group_size: int
 ) -> NDArray[np.int64]:
-    """Returns task id, initial state id and seed [num_groups * group_size, 3] of episodes, those of a group adjacent.
+    """Returns task id, initial state id and seed of episodes, those of a group adjacent.
 
-    Groups' (task, state) are drawn from `jobs`, without replacement while they last. A group has one seed: fixtures
-    stand alike, and only the policy's noise differs.
+    Groups' (task, state) are drawn from `jobs`, without replacement while they last. A group has
+    one seed: fixtures stand alike, and only the policy's noise differs.
+
+    Returns:
+        [num_groups * group_size, 3].
     """
     rng = np.random.default_rng(key)
     rounds = math.ceil(num_groups / len(jobs))
     order = np.concatenate([rng.permutation(len(jobs)) for _ in range(rounds)])[:num_groups]
     seeds = [seed_of(*key, EPISODES, group) for group in range(num_groups)]
-    groups = np.array([(*jobs[job], seed) for job, seed in zip(order, seeds, strict=True)], dtype=np.int64)
-    return np.repeat(groups, group_size, axis=0)
-
-
-def play(
-    decide: Callable[..., dict[str, Any]], stages: EnvStages, starts: NDArray[np.int64]
-) -> tuple[dict[str, Any], NDArray[np.bool_], NDArray[np.int64]]:
-    """Plays one episode in every environment, one stage simulating while another is decided.
-
-    Args:
-        decide: from observations of some environments and their rows [M] among this process's to `env_action` [M, C, a]
-            and whatever else is kept of the decisions.
-        stages: the environments.
-        starts: [N, 3] task id, initial state id and seed of each.
-
-    Returns:
-        What was kept of all decisions, joined, with `episode`, the row of each one's environment; success [N]; length
-        [N] in environment steps.
-    """
-    for stage in stages:
-        tasks, states, seeds = starts[stage.rows].T
-        mask = np.ones(len(seeds), dtype=bool)
-        stage.reset(seeds.tolist(), {"reset_mask": mask, "task_id": tasks, "init_state_id": states})
-    live = [np.arange(len(stage.env_ids)) for stage in stages]
-    success, length = np.zeros(len(starts), dtype=bool), np.zeros(len(starts), dtype=np.int64)
-    decisions: list[dict[str, Any]] = []
-    while any(len(rows) for rows in live):
-        for i, stage in enumerate(stages):
-            if stage.waits:  # what the last decision led to
-                step, rows = stage.receive(), live[i]
-                success[stage.offset + rows] |= step.infos["success"][rows]
-                length[stage.offset + rows] = step.infos["episode_length"][rows]
-                live[i] = rows[~(step.terminated | step.truncated)[rows]]
-            if len(live[i]):
-                chosen = decide(index(stage.obs, live[i]), stage.offset + live[i])
-                env_action = np.zeros((len(stage.env_ids), *chosen["env_action"].shape[1:]), dtype=np.float32)
-                env_action[live[i]] = chosen.pop("env_action")
-                stage.send(env_action.reshape(stage.envs.action_space.shape or ()))
-                decisions.append(chosen | dict(episode=stage.offset + live[i]))
-    return concatenate(decisions), success, length
+    groups = [(*jobs[job], seed) for job, seed in zip(order, seeds, strict=True)]
+    return np.repeat(np.array(groups, dtype=np.int64), group_size, axis=0)
 
 
 def main(
-    args: Args, make_agent: Callable[..., Any] = make_agent, make_envs: Callable[..., Any] = make_envs
+    args: Args,
+    make_agent: Callable[..., Any] = make_agent,
+    make_envs: Callable[..., Any] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last iteration's metrics.
 
-    `make_agent` and `make_envs` are the two places to plug in something else, on the terms of `ppo_gr00t.main`.
+    `make_agent` and `make_envs` are the two places to plug in something else, on the terms of
+    `ppo_gr00t.main`.
     """
-    accelerator = distributed.make_accelerator(args.log_with, args.output_dir)
-    device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    num_envs, micro_size = (share_of_process(args, n, num_processes) for n in ("num_envs", "micro_batch_size"))
+    check_args(args)
+    accelerator = make_accelerator(args.log_with, args.output_dir)
+    device, num_processes = accelerator.device, accelerator.num_processes
+    is_main = accelerator.is_main_process
+    num_envs = share_of_process(args, "num_envs", num_processes)
+    micro_batch_size = share_of_process(args, "micro_batch_size", num_processes)
     if args.group_size < 2 or num_envs % args.group_size:
         raise ValueError(
-            f"group_size={args.group_size} must be at least 2 and divide the {num_envs} environments of a process "
-            f"(num_envs={args.num_envs} over {num_processes} process(es))"
+            f"group_size={args.group_size} must be at least 2 and divide the {num_envs} "
+            f"environments of a process (num_envs={args.num_envs} over {num_processes} process(es))"
         )
     if accelerator.is_fsdp2:
-        raise ValueError("FSDP cannot be used: episodes end at different times on different processes; use DDP")
-    env_ids = rank * num_envs + np.arange(num_envs)
-    run, checkpoint = open_run(args, accelerator)
-    set_seed(args.seed)
+        raise ValueError("FSDP cannot be used: processes end episodes at different times; use DDP")
+    run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
+
+    # Environments are numbered over all processes; adjacent ones are a group.
+    env_ids = accelerator.process_index * num_envs + np.arange(num_envs)
+    groups_per_rollout = args.num_envs // args.group_size
+    all_starts = stored_starts(args.suite, args.task_ids)
+    action_numbers = np.arange(args.num_action_chunks)
+
+    # --- agent and optimiser ---
+    set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval()
-    groups = agent.param_groups(args.learning_rate, 0.0)
-    for parameter in (p for group in groups if group.get("name") == "value" for p in group["params"]):
-        parameter.requires_grad_(False)  # no critic
-    groups = [group for group in groups if group.get("name") != "value"]
-    reference = frozen_copy(agent, share_frozen=True) if args.kl_coef else None
-    if args.compile:  # the copy is not: a copied compiled network would keep the weights of this one
+    param_groups = agent.param_groups(args.learning_rate, 0.0)
+    for group in param_groups:
+        if group.get("name") == "value":  # there is no critic
+            for parameter in group["params"]:
+                parameter.requires_grad_(False)
+    param_groups = [group for group in param_groups if group.get("name") != "value"]
+    start_policy = None
+    if args.kl_coef:
+        start_policy = StartPolicy(agent, share_frozen=True)
+    if args.compile:  # after the copy, which would go on computing with this network's weights
         agent.compile_network()
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
-    model, optimizer = distributed.prepare(accelerator, agent, optimizer)
+
+    optimizer = torch.optim.AdamW(
+        param_groups,
+        betas=(0.9, 0.95),
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+    )
+    model, optimizer = prepare(accelerator, agent, optimizer)
     step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
     set_seed(args.seed, device_specific=True)
-    frozen = distributed.without_gradients(accelerator)
-    store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
-    num_updates, show = args.update_epochs * args.num_minibatches, accelerator.is_main_process
-    jobs = stored_starts(args.suite, args.task_ids)
-    metrics: dict[str, float] = {}
+
+    # --- observations: encoded once a decision, and kept for all epochs ---
+    @torch.no_grad()
+    def encode(obs: dict[str, Any]) -> dict[str, Tensor]:
+        with accelerator.autocast():
+            return agent.encode(obs)
+
+    store = FeatureStore(encode, device, args.feature_storage, args.feature_memory_gb)
 
     def make_stage(num_envs: int) -> gym.vector.VectorEnv:
         return make_envs(args, num_envs, agent.image_size)
@@ -279,161 +496,320 @@ def main(
     def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
         return stop.watched(make_stage(num_envs))
 
-    def decide(
-        generators: Sequence[torch.Generator], iteration: int, obs: dict[str, Any], rows: NDArray[np.intp]
-    ) -> dict[str, Any]:
-        stop.check()
-        encoded = frozen(agent.encode, obs)
-        own, noise = [generators[row] for row in rows], args.noise_options(iteration)
-        action, logprob, *_ = frozen(agent, encoded, generator=own, **noise)
-        env_action = action.env_action.cpu().numpy()
-        run.check_actions(env_action, iteration, logprob=logprob)
-        return dict(row=store.put(obs, encoded), action=action, logprob=logprob, env_action=env_action)
-
+    metrics: dict[str, float] = {}
     with (
         StopSignal(accelerator) as stop,
-        EnvStages(make_stage, env_ids, num_stages=args.pipeline_stage_num, timeout_s=args.env_timeout_s) as stages,
-        Checkpoints(run, accelerator, model, optimizer, stages, args, episodes_go_on=False) as checkpoints,
-        TrainingProgress(args.num_iterations, args.max_rollouts, num_updates, enabled=show) as progress,
+        EnvStages(
+            make_stage,
+            env_ids,
+            num_stages=args.pipeline_stage_num,
+            timeout_s=args.env_timeout_s,
+        ) as stages,
+        run.dumps_failed_actions(stages),
+        Checkpoints(
+            run,
+            accelerator,
+            model,
+            optimizer,
+            keep_last=args.keep_last,
+            keep_best=args.keep_best,
+        ) as checkpoints,
+        Monitor(
+            accelerator,
+            stages,
+            num_iterations=args.num_iterations,
+            decisions=args.max_rollouts,
+            updates=args.update_epochs * args.num_minibatches,
+        ) as monitor,
     ):
-        done, global_step = checkpoints.start(checkpoint)
-        progress.skip(done)
+        # --- start, or go on where a checkpoint was taken ---
+        done, global_step = 0, 0
+        if checkpoint is not None:
+            restored = checkpoints.restore(checkpoint)
+            done, global_step = restored.iteration, restored.global_step
+            if args.evaluates(done) and not evaluation_file(run.path, done).is_file() and is_main:
+                print(missing_evaluation(checkpoint))
+        checkpoints.take(done, global_step)
+        monitor.start(done)
+
         for iteration in range(done + 1, args.num_iterations + 1):
+            progress = (iteration - 1) / args.num_iterations
+            noise: dict[str, float] = {}
+            if args.final_noise < 1:
+                noise["noise_anneal"] = 1 - (1 - args.final_noise) * progress
+
             # --- rollouts until there are enough informative groups ---
-            rollout_start, busy_s, wait_s = time.perf_counter(), stages.busy_s, stages.wait_s
-            noise, env_steps, num_kept, num_rollouts = args.noise_options(iteration), 0, 0, 0
-            episodes, kept, group_stds = list[Episode](), list[dict[str, Any]](), list[Tensor]()
-            spare: dict[str, Any] = {}
+            monitor.begin_rollout(iteration)
             store.clear()
+            num_rollouts, num_kept = 0, 0
+            kept: list[dict[str, Any]] = []
+            spare: dict[str, Any] = {}
+            group_stds: list[Tensor] = []
+
             while num_rollouts < args.max_rollouts and num_kept < args.num_groups:
                 key = (args.seed, GROUPS, iteration, num_rollouts)
-                starts = sample_groups(key, jobs, args.num_envs // args.group_size, args.group_size)[env_ids]
+                starts = sample_groups(key, all_starts, groups_per_rollout, args.group_size)
+                starts = starts[env_ids]  # this process's
                 generators = generators_of((args.seed, NOISE, iteration, num_rollouts), env_ids)
-                played, success, length = play(partial(decide, generators, iteration), stages, starts)
+                for stage in stages:
+                    task_id, init_state_id, seed = starts[stage.rows].T
+                    options = {
+                        "reset_mask": np.ones(len(seed), dtype=bool),
+                        "task_id": task_id,
+                        "init_state_id": init_state_id,
+                    }
+                    stage.reset(seed.tolist(), options)
+
+                # One episode in every environment: where it has ended, the environment rests. One
+                # stage of environments simulates while another is decided.
+                live = [np.arange(len(stage.env_ids)) for stage in stages]
+                success = np.zeros(num_envs, dtype=bool)
+                length = np.zeros(num_envs, dtype=np.int64)  # environment steps
+                decisions: list[dict[str, Any]] = []
+                latest: dict[int, dict[str, Any]] = {}  # the last decision of each stage
+
+                while any(len(rows) for rows in live):
+                    for i, stage in enumerate(stages):
+                        if stage.waits:  # what the decision before has led to
+                            outcome = stage.receive()
+                            rows = live[i]
+                            num_executed = outcome.infos["num_steps"][rows]
+                            latest[i]["executed"] = num_executed[:, None] > action_numbers
+                            is_end = outcome.terminated | outcome.truncated
+                            success[stage.offset + rows] |= outcome.infos["success"][rows]
+                            length[stage.offset + rows] = outcome.infos["episode_length"][rows]
+                            live[i] = rows[~is_end[rows]]
+
+                        rows = live[i]
+                        if len(rows):  # the next decision
+                            stop.check()
+                            obs = index(stage.obs, rows)
+                            features = encode(obs)
+                            episode = stage.offset + rows
+                            with torch.no_grad(), accelerator.autocast():
+                                action, logprob, *_ = agent(
+                                    features,
+                                    generator=[generators[e] for e in episode],
+                                    **noise,
+                                )
+                            env_action = action.env_action.cpu().numpy()
+                            run.check_actions(env_action, iteration, logprob=logprob)
+                            stage.send(env_action, rows)
+
+                            row = store.put(obs, features)
+                            latest[i] = dict(
+                                obs=row,
+                                action=action,
+                                logprob=logprob,
+                                episode=episode,
+                            )
+                            decisions.append(latest[i])
+
                 num_rollouts += 1
-                env_steps += int(length.sum())
-                episodes += [
-                    Episode(task_id=int(t), init_state_id=int(i), success=bool(s), length=int(n))
-                    for (t, i, _), s, n in zip(starts, success, length, strict=True)
-                ]
+                monitor.add_episodes(played_episodes(starts[:, :2], success, length))
+                monitor.end_decision()
+
+                # --- advantages, and which groups are worth an update ---
+                played = concatenate(decisions)
+                episode = played["episode"]  # of each decision
                 returns = torch.from_numpy(success).float()
-                group_stds.append(returns.unflatten(0, (-1, args.group_size)).std(1, correction=0))
-                informative = informative_groups(
-                    returns, args.group_size, args.min_group_success, args.max_group_success
+                advantages = group_advantages(returns, args.group_size)
+                weights = torch.from_numpy(1 / np.bincount(episode)).float()
+                played["advantage"] = advantages[episode].to(device)
+                played["weight"] = weights[episode].to(device)
+
+                is_informative = informative_groups(
+                    returns,
+                    args.group_size,
+                    args.min_group_success,
+                    args.max_group_success,
                 )
-                num_kept += int(over_processes(accelerator, informative.sum().to(device), "sum"))
-                is_kept = informative.repeat_interleave(args.group_size).numpy()[played["episode"]]
-                # One decision serves where a process has none in a minibatch.
-                spare = spare or index(played, np.zeros(1, dtype=np.intp))
-                store.free(np.setdiff1d(played["row"][~is_kept], spare["row"]))
-                decisions = np.bincount(played["episode"])
-                played |= dict(
-                    advantage=group_advantages(returns, args.group_size)[played["episode"]].to(device),
-                    weight=torch.from_numpy(1 / decisions[played["episode"]]).float().to(device),
-                )
+                num_kept += int(over_processes(accelerator, is_informative.sum().to(device), "sum"))
+                is_kept = is_informative.repeat_interleave(args.group_size).numpy()[episode]
                 kept.append(index(played, np.flatnonzero(is_kept)))
-                progress.decision(episodes, env_steps / (time.perf_counter() - rollout_start))
-            global_step += (
-                env_steps := int(over_processes(accelerator, torch.tensor(env_steps, device=device), "sum"))
-            )
-            # The spare decision is the last row and weighs nothing.
-            spare |= dict(advantage=torch.zeros(1, device=device), weight=torch.zeros(1, device=device))
+                if not spare:
+                    spare = index(played, np.zeros(1, dtype=np.intp))
+                store.free(np.setdiff1d(played["obs"][~is_kept], spare["obs"]))
+                group_returns = returns.unflatten(0, (-1, args.group_size))
+                group_stds.append(group_returns.std(1, correction=0))
+
+            # --- the batch: the decisions of informative groups ---
+            # The last row is a spare decision, which weighs nothing and serves where this process
+            # has none in a minibatch.
+            spare["advantage"] = torch.zeros(1, device=device)
+            spare["weight"] = torch.zeros(1, device=device)
             batch = concatenate([*kept, spare])
-            num_rows = len(batch["row"]) - 1
-            num_decisions = over_processes(accelerator, torch.tensor(float(num_rows), device=device), "sum")
+            b_obs = batch["obs"]  # row numbers in the store
+            b_actions = batch["action"]
+            b_executed = torch.from_numpy(batch["executed"]).to(device)
+            b_logprobs = of_executed(batch["logprob"], b_executed, args.logprob_level)
+            b_advantages = batch["advantage"]
+            b_weights = batch["weight"]
+            b_env_ids = env_ids[batch["episode"][:-1]]
+            spare_ind = len(b_obs) - 1
+
+            num_decisions = torch.tensor(float(spare_ind), device=device)
+            num_decisions = over_processes(accelerator, num_decisions, "sum")
             if args.loss_weighting == "decision":
-                batch["weight"][:-1] = 1.0
-            batch["weight"] *= num_decisions / over_processes(accelerator, batch["weight"].sum(), "sum").clamp(min=1e-9)
-            if reference is not None:
-                num_passes = num_rows // micro_size + 1
-                batch["reference"] = reference_log_probs(frozen, reference, store, batch, num_passes, **noise)
+                b_weights[:-1] = 1.0
+            sum_of_weights = over_processes(accelerator, b_weights.sum(), "sum")
+            b_weights *= num_decisions / sum_of_weights.clamp(min=1e-9)
+
+            b_start_logprobs = b_logprobs
+            if start_policy is not None:
+                with accelerator.autocast():
+                    b_start_logprobs = start_policy.logprobs(
+                        store,
+                        b_obs,
+                        b_actions,
+                        num_passes=spare_ind // micro_batch_size + 1,
+                        **noise,
+                    )
+                b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
 
             # --- update ---
             checkpoints.begin_update()
-            update_start, history, ratio_deviation = time.perf_counter(), list[Tensor](), 0.0
-            step_sizes.begin(args.progress(iteration))
-            strata = env_ids[batch["episode"][:-1]]
-            keys = [(args.seed, MINIBATCHES, iteration, epoch) for epoch in range(args.update_epochs)]
-            for minibatch in (part for key in keys for part in deal(strata, args.num_minibatches, key)):
-                count = over_processes(accelerator, torch.tensor(float(len(minibatch)), device=device), "sum")
-                if not count:
-                    continue
-                minibatch = minibatch if len(minibatch) else np.array([num_rows])
-                stats, b = torch.zeros(len(METRICS) - 1, device=device), dict[str, Any]()
-                parts = np.array_split(minibatch, math.ceil(len(minibatch) / micro_size))
-                for micro, part in enumerate(parts):
-                    b = index(batch, part)
-                    with nullcontext() if micro == len(parts) - 1 else accelerator.no_sync(model):
-                        with accelerator.autocast():
-                            _, logprob, entropy, _ = model(store.get(b["row"]), b["action"], **noise)
-                        logratio = logprob - b["logprob"]
-                        clips = args.clip_coef, args.clip_coef_high, args.dual_clip
-                        pg, pg_clipped = per_decision(torch.mean, *policy_loss(logratio, b["advantage"], *clips))
-                        entropy, kl = per_decision(torch.sum, entropy, divergence(logratio))
-                        from_start = divergence(b["reference"] - logprob) if reference is not None else 0 * logprob
-                        (start_kl,) = per_decision(torch.sum, from_start)
-                        total = pg - args.ent_coef * entropy + args.kl_coef * start_kl
-                        loss = (b["weight"] * total).sum() / count
-                        # DDP averages over processes, but the mean is over all decisions.
-                        accelerator.backward(loss * num_processes)
-                    b |= dict(loss=loss, logratio=logratio)
-                    is_counted = (torch.from_numpy(part) < num_rows).float().to(device)
-                    terms = (pg, entropy, start_kl, kl, pg_clipped)
-                    stats += torch.stack([(is_counted * term.detach()).sum() / count for term in terms])
+            monitor.begin_update()
+            step_sizes.begin(progress)
+            history: list[dict[str, Tensor]] = []  # means of each minibatch
+            ratio_deviation = 0.0
+            kl_exceeded = False
+
+            for epoch in range(args.update_epochs):
+                key = (args.seed, MINIBATCHES, iteration, epoch)
+                for mb_inds in deal(b_env_ids, args.num_minibatches, key):
+                    mb_size = torch.tensor(float(len(mb_inds)), device=device)
+                    mb_size = over_processes(accelerator, mb_size, "sum")
+                    if mb_size == 0:
+                        continue
+                    if len(mb_inds) == 0:
+                        mb_inds = np.array([spare_ind])
+                    num_micro_batches = math.ceil(len(mb_inds) / micro_batch_size)
+                    stats: dict[str, Tensor] = {}  # this process's part of the minibatch's means
+                    dump: dict[str, Tensor] = {}
+
+                    for micro, inds in enumerate(np.array_split(mb_inds, num_micro_batches)):
+                        # Processes exchange gradients with the last micro-batch.
+                        is_last = micro == num_micro_batches - 1
+                        at = torch.from_numpy(inds).to(device)
+                        with nullcontext() if is_last else accelerator.no_sync(model):
+                            with accelerator.autocast():
+                                _, newlogprob, entropy, _ = model(
+                                    store.get(b_obs[inds]),
+                                    index(b_actions, inds),
+                                    **noise,
+                                )
+                            executed = b_executed[at]
+                            newlogprob = of_executed(newlogprob, executed, args.logprob_level)
+                            entropy = of_executed(entropy, executed, args.logprob_level)
+                            logratio = newlogprob - b_logprobs[at]
+
+                            pg_loss, pg_clipped = policy_loss(
+                                logratio,
+                                b_advantages[at],
+                                args.clip_coef,
+                                args.clip_coef_high,
+                                args.dual_clip,
+                            )
+                            pg_loss = mean_of_executed(pg_loss, executed)
+                            pg_clipped = mean_of_executed(pg_clipped, executed)
+
+                            approx_kl = divergence(logratio)
+                            start_kl = torch.zeros_like(logratio)
+                            if start_policy is not None:
+                                start_kl = divergence(b_start_logprobs[at] - newlogprob)
+
+                            # At every level these weigh against the policy loss alike.
+                            loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
+                            loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+                            loss = (b_weights[at] * loss).sum() / mb_size
+                            # DDP averages over processes, but the mean is over all decisions.
+                            accelerator.backward(loss * num_processes)
+
+                        terms = {
+                            "actor/loss": pg_loss,
+                            "actor/entropy": sum_per_decision(entropy),
+                            "actor/reference_kl": sum_per_decision(start_kl),
+                            "actor/approx_kl": sum_per_decision(approx_kl),
+                            "actor/pg_clipfrac": pg_clipped,
+                        }
+                        is_counted = (at != spare_ind).float()
+                        for name, x in terms.items():
+                            part = (is_counted * x.detach()).sum() / mb_size
+                            stats[name] = stats.get(name, 0.0) + part
+                        dump = dict(
+                            loss=loss,
+                            logratio=logratio,
+                            logprob=b_logprobs[at],
+                            advantage=b_advantages[at],
+                            weight=b_weights[at],
+                        )
+                        if not history:  # nothing was updated since the rollout: ratios are 1
+                            deviation = (logratio.detach().exp() - 1).abs().max()
+                            ratio_deviation = max(ratio_deviation, deviation.item())
+
                     if not history:
-                        ratio_deviation = max(ratio_deviation, (logratio.detach().exp() - 1).abs().max().item())
-                deviation = over_processes(accelerator, torch.tensor(ratio_deviation, device=device), "max").item()
-                ratio_deviation = max(ratio_deviation, deviation)
-                run.check_ratio(ratio_deviation, args.max_ratio_deviation)
-                grad_norm = distributed.clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
-                run.check_finite(grad_norm, iteration, **{k: v for k, v in b.items() if isinstance(v, Tensor)})
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                history.append(torch.cat([over_processes(accelerator, stats, "sum"), grad_norm[None]]))
-                progress.update()
-                if step_sizes.exceeds(history[-1][APPROX_KL]):
+                        deviation = torch.tensor(ratio_deviation, device=device)
+                        ratio_deviation = over_processes(accelerator, deviation, "max").item()
+                        run.check_ratio(ratio_deviation, args.max_ratio_deviation)
+                    grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                    run.check_finite(grad_norm, iteration, **dump)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    monitor.end_minibatch()
+
+                    means = cast(dict[str, Tensor], accelerator.reduce(stats, "sum"))
+                    history.append(means | {"actor/grad_norm": grad_norm})
+                    kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
+                    if kl_exceeded:
+                        break
+                if kl_exceeded:
                     break
 
             # --- log, evaluate, save ---
-            total_s, waited_s = time.perf_counter() - rollout_start, stages.wait_s - wait_s
-            means = torch.stack(history).mean(0).tolist() if history else []
-            success_std = mean_and_variance(accelerator, torch.cat(group_stds).to(device))[0].item()
-            advantage = over_processes(accelerator, batch["advantage"].sum(), "sum") / num_decisions.clamp(min=1)
-            of_episodes = episode_metrics(episodes, accelerator)
-            metrics = dict(zip(METRICS, means, strict=False)) | {
-                "actor/ratio_first_minibatch_max_dev": ratio_deviation, "actor/num_updates": float(len(history)),
-                "actor/lr": optimizer.param_groups[0]["lr"], "actor/noise_anneal": noise.get("noise_anneal", 1.0),
-                "rollout/groups_kept": num_kept / (num_rollouts * (args.num_envs // args.group_size)),
-                "rollout/num_rollouts": float(num_rollouts), "rollout/group_success_std": success_std,
-                "rollout/returns_mean": of_episodes["env/success_once"], "rollout/advantages_mean": advantage.item(),
-                "time/env_s": stages.busy_s - busy_s, "time/env_wait_s": waited_s,
-                "time/policy_s": update_start - rollout_start - waited_s,
-                "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
-                "charts/SPS": env_steps / total_s,
-            } | of_episodes  # fmt: skip
+            global_step += monitor.end_update()
+            success_std, _ = mean_and_variance(accelerator, torch.cat(group_stds).to(device))
+            advantages_sum = over_processes(accelerator, b_advantages.sum(), "sum")
+            metrics = {}
             if history:
-                step_sizes.follow(history[-1][APPROX_KL])
+                metrics |= {name: x.item() for name, x in mean_of(history).items()}
+            metrics |= {
+                "actor/ratio_first_minibatch_max_dev": ratio_deviation,
+                "actor/num_updates": float(len(history)),
+                "actor/lr": optimizer.param_groups[0]["lr"],
+                "actor/noise_anneal": noise.get("noise_anneal", 1.0),
+                "rollout/groups_kept": num_kept / (num_rollouts * groups_per_rollout),
+                "rollout/num_rollouts": float(num_rollouts),
+                "rollout/group_success_std": success_std.item(),
+                "rollout/advantages_mean": (advantages_sum / num_decisions.clamp(min=1)).item(),
+            }
+            metrics |= monitor.metrics()
+            metrics["rollout/returns_mean"] = metrics["env/success_once"]
+            if history:
+                step_sizes.follow(history[-1]["actor/approx_kl"])
             checkpoints.take(iteration, global_step)
+
             try:
                 if args.evaluates(iteration):
-                    progress.print("evaluating")
-                    work = partial(frozen, evaluate_into)
-                    inputs = run.path, iteration, agent, make_eval_envs, args
-                    metrics["eval/success_once"] = distributed.for_all(accelerator, work, *inputs)
-            finally:
+                    monitor.print("evaluating")
+                    with torch.no_grad(), accelerator.autocast():
+                        metrics["eval/success_once"] = for_all(
+                            accelerator,
+                            evaluate_into,
+                            run.path,
+                            iteration,
+                            agent,
+                            make_eval_envs,
+                            args,
+                        )
+            finally:  # also if a request to stop ends the evaluation
                 run.log(metrics, global_step, iteration)
             if args.saves(iteration):
                 checkpoints.save(args.score(metrics))
-            updated = (
-                f"loss {metrics['actor/loss']:.4f}  kl {metrics['actor/approx_kl']:.2g}" if history else "no update"
-            )
-            progress.end_iteration(
-                f"success {metrics['env/success_once']:.1%}  groups kept {metrics['rollout/groups_kept']:.0%}  "
-                f"{updated}  {metrics['charts/SPS']:.0f} env-steps/s",
-                metrics,
-            )
+            monitor.end_iteration(metrics)
+
     run.finish()
-    if accelerator.is_main_process:
+    if is_main:
         print(run.summary(f"iteration_{args.num_iterations}", args.suite))
     return metrics
 

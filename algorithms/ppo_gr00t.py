@@ -1,88 +1,181 @@
 """PPO for a flow-matching vision-language-action policy on LIBERO.
 
-One decision is one chunk: the agent denoises an action chunk, the environment executes its first C actions, and the
-decision's log-probability is that of the one noised denoising step, summed over the executed actions (the policy
-is the Gaussian of that step; see `gr00t_agent.sampler`). On decisions this is PPO as published (Schulman et al.
-2017, arXiv:1707.06347):
+One decision is one chunk: the agent denoises an action chunk, the environment executes its first C
+actions, and the decision's log-probability is that of the one noised denoising step, summed over
+the executed actions (the policy is the Gaussian of that step; see `gr00t_agent.sampler`). On
+decisions this is PPO as published (Schulman et al. 2017, arXiv:1707.06347):
 
     delta_k = R_k + gamma * V(s_{k+1}) * (1 - terminated_k) - V(s_k)
     A_k     = delta_k + gamma * lambda * (1 - episode_end_k) * A_{k+1}
-    L       = -E[min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)] + vf_coef * L_V - ent_coef * H + kl_coef * KL
+    L       = -E[min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)]
+              + vf_coef * L_V - ent_coef * H + kl_coef * KL
 
-with L_V the larger of the Huber losses of the value and the clipped value, dual clipping for A < 0 on request (Ye et
-al. 2020, arXiv:1912.09729), H the entropy of the noised step in closed form, and KL that from the policy training
-started from, by the estimator r' - 1 - log r' with r' = start policy / policy on the rollout's actions ("k3", as in
-GRPO). A truncated episode bootstraps from the value of its own last observation (or counts as a failure, see
-`truncation`), a terminated one from zero, and no advantage crosses an episode's end. E is the mean over decisions, or
-over trajectories, of all processes.
+with L_V the larger of the Huber losses of the value and the clipped value, dual clipping for A < 0
+on request (Ye et al. 2020, arXiv:1912.09729), H the entropy of the noised step in closed form, and
+KL that from the policy training started from, by the estimator r' - 1 - log r' with r' = start
+policy / policy on the rollout's actions ("k3", as in GRPO). A truncated episode bootstraps from the
+value of its own last observation (or counts as a failure, see `truncation`), a terminated one from
+zero, and no advantage crosses an episode's end. E is the mean over decisions, or over trajectories,
+of all processes.
 
 Launch:
     accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_nano
-    accelerate launch --num_processes 4 --mixed_precision bf16 algorithms/ppo_gr00t.py --preset libero_spatial_rlinf
+    accelerate launch --num_processes 4 algorithms/ppo_gr00t.py --preset libero_spatial_rlinf
     accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_nano --resume auto
-All sizes are global: they are divided over the processes, and a size that does not divide is an error. Every draw is
-keyed by seed, iteration, decision and environment, and every minibatch takes equally many decisions from each group
-of environments: the result does not depend on the number of processes or stages, and a resumed run is the same run.
+All sizes are global: they are divided over the processes, and a size that does not divide is an
+error. Every draw is keyed by seed, iteration, decision and environment, and every minibatch takes
+equally many decisions from each group of environments: the result does not depend on the number of
+processes or stages, and a resumed run is the same run.
 
-What differs from RLinf's recipe for the same model: one denoising step is noised per sample instead of per batch;
-log-probabilities are fp32; an episode that ends makes room for the next; minibatches are reshuffled every epoch; a
-number that is not finite stops the run.
+What differs from RLinf's recipe for the same model: one denoising step is noised per sample instead
+of per batch; log-probabilities are fp32; an episode that ends makes room for the next; minibatches
+are reshuffled every epoch; a number that is not finite stops the run.
 
-Metrics: `actor/*` and `rollout/*` are means over an iteration's minibatches or decisions, `env/*` over the episodes
-that ended in the iteration (`env/success_once`: success at any step of the episode). `time/env_s` is spent stepping,
-`time/env_wait_s` is the part of it that decisions did not overlap, `time/policy_s` the rest of the rollout, and
-`charts/SPS` environment steps per second of the whole loop.
+Metrics: `actor/*` and `rollout/*` are means over an iteration's minibatches or decisions, `env/*`
+over the episodes that ended in the iteration (`env/success_once`: success at any step of the
+episode). `time/env_s` is spent stepping, `time/env_wait_s` is the part of it that decisions did not
+overlap, `time/policy_s` the rest of the rollout, and `charts/SPS` environment steps per second of
+the whole loop.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
 import torch
 from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from algorithms.common import distributed, presets
-from algorithms.common.arguments import RunArgs, check_entropy_bonus, exact_quotient, parse_args, share_of_process
-from algorithms.common.batch import concatenate, index
-from algorithms.common.checkpoints import Checkpoints, StopSignal, open_run
-from algorithms.common.distributed import mean_and_variance, over_processes
-from algorithms.common.episodes import Episode, episode_metrics, finished_episodes
-from algorithms.common.feature_store import FeatureStore
-from algorithms.common.frozen import frozen_copy, reference_log_probs, store_frozen_as
-from algorithms.common.overlap import EnvStages
-from algorithms.common.progress import TrainingProgress
-from algorithms.common.randomness import MINIBATCHES, NOISE, deal, generators_of
+from algorithms.common import presets
+from algorithms.common.args import (
+    check_at_least,
+    check_entropy_bonus,
+    check_physics,
+    exact_quotient,
+    parse_args,
+    share_of_process,
+)
+from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.evaluation import evaluate_into, evaluation_file, jobs_in_training
+from algorithms.common.features import FeatureStore
+from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.monitor import Monitor
+from algorithms.common.processes import (
+    clip_grad_norm,
+    explained_variance,
+    for_all,
+    make_accelerator,
+    mean_and_variance,
+    over_processes,
+    prepare,
+)
+from algorithms.common.randomness import EPISODES, MINIBATCHES, NOISE, deal, generators_of, seed_of
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
+from algorithms.common.stages import EnvStages
 from algorithms.common.step_sizes import StepSizes
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
-from algorithms.eval_gr00t import evaluate_into
 from gr00t_agent import Gr00tAgent
+from libero_gym import horizon
 from libero_gym.adapters import ModalityVectorObservation
 
 
 @dataclass(kw_only=True)
-class Args(RunArgs):
-    """Command-line arguments besides those of every run; each one's help follows it."""
+class Args:
+    """Command-line arguments; each one's help follows it. Sizes are over all processes."""
 
+    # --- run ---
+    preset: str | None = None
+    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
     run_name: str = "ppo_{suite}_{seed}"
     """Name of the run's folder; may hold fields of these arguments in braces."""
-    video_interval: int = 0
-    """Iterations between films of what four environments do in a rollout; 0 films none."""
+    output_dir: Path = Path("runs")
+    """Where run folders are made."""
+    resume: Path | None = None
+    """Run folder (or its newest checkpoint) to go on with, or `auto`: the newest run of this name
+    that has a checkpoint, else a new one. Give the same arguments as before."""
+    seed: int = 1
+    """Seed of the environments, the agent's initial weights and every random draw."""
+    num_iterations: int = 400
+    """Rollout-and-update rounds; schedules run over them."""
 
-    # --- rollout ---
-    num_steps: int = 48
-    """Decisions per environment and iteration; 48 chunks of 5 steps are one LIBERO-Spatial horizon."""
+    # --- environment ---
+    suite: str = "libero_spatial"
+    """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
+    task_ids: tuple[int, ...] | None = None
+    """Tasks to train on, each drawn as often as it is named; all of the suite if not given."""
+    num_envs: int = 64
+    """Parallel environments over all processes."""
+    num_action_chunks: int = 5
+    """Environment steps that one decision executes (C)."""
+    horizon: int | None = None
+    """Environment steps before truncation; the suite's own if not given."""
     reward: Literal["sparse", "relative"] = "sparse"
     """Sparse: 1 at success. Relative: the change of success from the step before."""
+    renderer: Literal["egl", "osmesa", "warp"] | None = None
+    """Renderer; if not given, the best that the machine has."""
+    physics: Literal["cpu", "warp"] = "cpu"
+    """`warp` simulates on the GPU: much faster for a thousand environments and more, and not
+    bit-identical."""
+    stepping: Literal["exact", "fast"] = "exact"
+    """`exact` repeats LIBERO's simulation bit by bit; `fast` takes a fifth less time and rounds
+    differently. Without meaning for physics `warp`."""
+    pipeline_stage_num: int = 1
+    """Stages that a process's environments are split into; one simulates while another is
+    decided."""
+    env_timeout_s: float = 600.0
+    """Stop the run if a decision's environment steps take longer."""
+
+    # --- agent ---
+    model: str = "nano"
+    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a
+    checkpoint."""
+    denoising_steps: int = 4
+    """Denoising steps from noise to action."""
+    noise_method: Literal["flow_sde", "flow_cps", "reinflow", "reinflow_joint"] = "flow_sde"
+    """How the denoising chain is made stochastic for exploration."""
+    noise_level: float = 0.5
+    """Strength of the exploration noise (flow_sde and flow_cps)."""
+    final_noise: float = 1.0
+    """Part of the exploration noise that is left at the end of training; it falls linearly from
+    1."""
+    logprob_level: Literal["chunk", "action", "token"] = "chunk"
+    """What has one ratio to clip: the whole chunk (log-probabilities summed over C steps and their
+    dimensions), each of its actions (summed over dimensions), or each dimension of each action."""
+    joint_logprob: bool = False
+    """Noise at every denoising step, and one log-probability of the whole chain; otherwise one step
+    of each chain is noised and scored. With reinflow's noise and ent_coef 0.005 this is pi_RL's
+    Flow-Noise."""
+    critic_detach: bool = True
+    """Keep the value loss's gradient out of the policy's trunk."""
+    train_backbone: bool = False
+    """Train the vision tower and the language model too; otherwise their features are computed once
+    a decision."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of matrix products; the checkpoint's own if not given. Trained weights and
+    log-probabilities are float32."""
+    compile: bool = False
+    """Compile the network with torch.compile; the first iterations then take minutes longer."""
+
+    # --- rollout and advantages ---
+    num_steps: int = 48
+    """Decisions per environment and iteration; 48 chunks of 5 steps are one LIBERO-Spatial
+    horizon."""
+    feature_storage: Literal["device", "host", "mixed", "none"] = "mixed"
+    """Where encoded observations wait for the update. `device`, `host`: up to feature_memory_gb
+    there, the rest is encoded anew in every epoch. `mixed`: up to feature_memory_gb on the device,
+    the rest in host memory. `none`: all encoded anew."""
+    feature_memory_gb: float = 16.0
+    """Memory of a process for encoded observations, 10^9 bytes."""
     reward_scale: float = 1.0
     """Factor on rewards before advantages are computed."""
     gamma: float = 0.99
@@ -90,10 +183,11 @@ class Args(RunArgs):
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
     truncation: Literal["bootstrap", "failure"] = "bootstrap"
-    """An episode cut at the horizon has the value of its last observation left, or 0: being late is a failure."""
+    """An episode cut at the horizon has the value of its last observation left, or 0: being late is
+    a failure."""
     value_bounds: tuple[float, float] | None = None
-    """Range of possible returns (0 and reward_scale where success ends an episode). Advantages see values clipped to
-    it, so that an overestimate cannot feed itself."""
+    """Range of possible returns (0 and reward_scale where success ends an episode). Advantages see
+    values clipped to it, so that an overestimate cannot feed itself."""
     norm_adv: bool = True
     """Normalise advantages over the iteration's decisions of all processes."""
 
@@ -104,22 +198,31 @@ class Args(RunArgs):
     """AdamW's step size for the value head."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon: gradients much smaller than it take smaller steps."""
+    lr_schedule: Literal["constant", "linear", "adaptive"] = "constant"
+    """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow
+    target_kl: 1.5 times smaller after an update that ended above it, 1.5 times larger after one
+    that ended below half of it, up to 10 times either way."""
+    target_kl: float | None = None
+    """End an iteration's update when a minibatch's approximate KL from the rollout's policy exceeds
+    this."""
     critic_warmup_iterations: int = 0
-    """First iterations, in which only the value head is trained."""
-    critic_detach: bool = True
-    """Keep the value loss's gradient out of the policy's trunk."""
+    """First iterations, in which only the value head moves. The policy's gradients already enter
+    AdamW's moments, so that its first real step is no larger than the next ones."""
     update_epochs: int = 4
     """Passes over each iteration's decisions."""
     minibatch_size: int = 1024
     """Decisions per optimiser step over all processes."""
     micro_batch_size: int = 1024
-    """Decisions per forward pass over all processes; smaller ones accumulate gradients."""
+    """Decisions per forward pass over all processes at most; smaller ones accumulate gradients."""
     max_grad_norm: float = 1.0
     """Norm to which gradients are clipped."""
 
     # --- loss ---
     loss_weighting: Literal["decision", "trajectory"] = "decision"
-    """All decisions weigh the same, or all trajectories (episodes, cut where the rollout is) do, as in RLinf."""
+    """All decisions weigh the same, or all episodes do, as in RLinf: a decision's weight is one over
+    the decisions of its whole episode."""
     clip_coef: float = 0.2
     """Lower clip of the ratio: 1 - clip_coef."""
     clip_coef_high: float = 0.2
@@ -133,11 +236,32 @@ class Args(RunArgs):
     vf_coef: float = 1.0
     """Weight of the value loss."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can follow it."""
+    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
+    follow it."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
-    """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities disagree."""
+    """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities
+    disagree."""
+
+    # --- evaluation and saving ---
+    eval_interval: int = 0
+    """Iterations between evaluations; 0 evaluates only after the last."""
+    eval_episodes_per_task: int = 50
+    """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
+    save_interval: int = 50
+    """Iterations between checkpoints; the last iteration is always saved, and while keep_best is
+    not 0 every evaluated one. 0 saves no others."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Evaluated checkpoints that are kept besides for their success rate."""
+
+    # --- logging ---
+    log_with: tuple[str, ...] = ("tensorboard",)
+    """Accelerate trackers that receive the metrics."""
+    video_interval: int = 0
+    """Iterations between films of what four environments do in a rollout; 0 films none."""
 
     @property
     def num_decisions(self) -> int:
@@ -154,24 +278,91 @@ class Args(RunArgs):
         """Forward passes per optimiser step."""
         return exact_quotient(self, "minibatch_size", "micro_batch_size")
 
+    def evaluates(self, iteration: int) -> bool:
+        """Returns whether the policy is evaluated after `iteration`."""
+        is_last = iteration == self.num_iterations
+        is_due = self.eval_interval > 0 and iteration % self.eval_interval == 0
+        return (is_last or is_due) and self.eval_episodes_per_task > 0
+
+    def saves(self, iteration: int) -> bool:
+        """Returns whether a checkpoint is saved after `iteration`."""
+        is_last = iteration == self.num_iterations
+        is_due = self.save_interval > 0 and iteration % self.save_interval == 0
+        return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """Returns what the best checkpoints are chosen by; None where none was evaluated.
+
+        Not the success of an iteration's own episodes: where an iteration is shorter than a
+        horizon, those that end early, successes, end in it more often than others.
+        """
+        return metrics.get("eval/success_once")
+
 
 PRESETS = {name: Args(**settings) for name, settings in presets.PPO.items()}
-METRICS = (
-    "actor/loss", "actor/value_loss", "actor/entropy", "actor/reference_kl", "actor/approx_kl", "actor/pg_clipfrac",
-    "actor/value_clip_ratio", "actor/grad_norm",
-)  # fmt: skip
-APPROX_KL = METRICS.index("actor/approx_kl")
+
+
+def check_args(args: Args) -> None:
+    """Raises ValueError for arguments that would otherwise fail late."""
+    check_at_least(
+        args,
+        1,
+        "num_iterations",
+        "num_action_chunks",
+        "pipeline_stage_num",
+        "denoising_steps",
+        "num_steps",
+        "update_epochs",
+        "keep_last",
+    )
+    check_at_least(
+        args,
+        0,
+        "eval_interval",
+        "eval_episodes_per_task",
+        "save_interval",
+        "keep_best",
+        "video_interval",
+    )
+    if not 0 < args.final_noise <= 1:
+        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
+    if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
+        low, high = args.value_bounds
+        raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
+    check_physics(args)
+    if args.eval_episodes_per_task > 0:
+        jobs_in_training(args)
 
 
 def make_envs(
-    args: Args, num_envs: int, image_size: int, autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP
+    args: Args,
+    num_envs: int,
+    image_size: int,
+    autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
 ) -> gym.vector.VectorEnv:
     """Returns `num_envs` environments whose observations carry GR00T's modality keys."""
+    options: dict[str, Any] = dict(
+        task_ids=args.task_ids,
+        num_action_chunks=args.num_action_chunks,
+        horizon=args.horizon,
+        reward=args.reward,
+        image_size=image_size,
+        renderer=args.renderer,
+        autoreset_mode=autoreset_mode,
+    )
+    if args.physics == "warp":
+        options |= dict(physics="warp")
+    else:
+        options |= dict(stepping=args.stepping)
+        if args.pipeline_stage_num > 1:
+            # Decisions need a core of their own, to launch what a GPU computes.
+            options |= dict(num_threads=max(1, len(os.sched_getaffinity(0)) - 1))
     envs = gym.make_vec(
-        f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
-        task_ids=args.task_ids, image_size=image_size, reward=args.reward, autoreset_mode=autoreset_mode,
-        **args.simulation,
-    )  # fmt: skip
+        f"libero_gym/{args.suite}-v0",
+        num_envs=num_envs,
+        vectorization_mode="vector_entry_point",
+        **options,
+    )
     return ModalityVectorObservation(envs)
 
 
@@ -179,23 +370,37 @@ def make_agent(args: Args) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU."""
     check_entropy_bonus(args)
     agent = Gr00tAgent.load(
-        args.model, num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
-        noise_method=args.noise_method, noise_level=args.noise_level, logprob_level=args.logprob_level,
-        critic_detach=args.critic_detach, train_backbone=args.train_backbone, compute_dtype=args.compute_dtype,
-    )  # fmt: skip
+        args.model,
+        num_action_chunks=args.num_action_chunks,
+        denoising_steps=args.denoising_steps,
+        noise_method=args.noise_method,
+        noise_level=args.noise_level,
+        joint_logprob=args.joint_logprob,
+        # Chunks are summed up here, where it is known which of their actions were executed.
+        logprob_level="token" if args.logprob_level == "token" else "action",
+        critic_detach=args.critic_detach,
+        train_backbone=args.train_backbone,
+        compute_dtype=args.compute_dtype,
+    )
     return store_frozen_as(agent, agent.policy.torch_dtype)
 
 
 def compute_gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    ended: Tensor,
+    gamma: float,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns advantages and returns, each [K, N], of K decisions in N environments.
 
     Args:
         rewards: [K, N] reward of each decision.
         values: [K, N] value of the observation that each decision saw.
-        next_values: [K, N] value of the observation that each decision led to, before any reset: at an episode's end
-            that of its own last observation.
+        next_values: [K, N] value of the observation that each decision led to, before any reset: at
+            an episode's end that of its own last observation.
         terminated: [K, N] bool, True where the episode ended in success.
         ended: [K, N] bool, True where the episode ended (terminated or truncated).
         gamma: discount per decision.
@@ -210,19 +415,36 @@ def compute_gae(
     return advantages, advantages + values
 
 
-def trajectory_weights(ended: Tensor) -> Tensor:
-    """Returns for each decision [K, N] one over the decisions of its trajectory, which ends where `ended` is True."""
-    number = ended.long().cumsum(0) - ended.long()
-    lengths = torch.zeros(ended.shape, device=ended.device).scatter_add_(0, number, torch.ones_like(number).float())
-    return 1 / lengths.gather(0, number)
+def trajectory_weights(ended: Tensor, lengths: Tensor, horizon: int) -> Tensor:
+    """Returns for each decision [K, N] one over the decisions of its whole episode.
+
+    An episode that the rollout cuts weighs no more than its part: what came before the rollout is
+    counted, and one that goes on after it is taken to last to the horizon.
+
+    Args:
+        ended: [K, N] bool, True where the episode ended.
+        lengths: [K, N] decisions of the whole episode that ended there.
+        horizon: decisions of the longest episode.
+    """
+    weights = torch.zeros(ended.shape, device=ended.device)
+    length = torch.full(ended.shape[1:], horizon, device=ended.device)
+    for k in reversed(range(len(ended))):
+        length = torch.where(ended[k], lengths[k], length)
+        weights[k] = 1 / length
+    return weights
 
 
 def policy_loss(
-    logratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+    logratio: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the clipped surrogate loss of each element and a bool mask, True where the clip was active.
+    """Returns the clipped surrogate loss of each element and a mask, True where clipping acts.
 
-    `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens; advantages are [B].
+    `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens;
+    `advantages` are [B].
     """
     advantages = advantages.reshape(-1, *[1] * (logratio.ndim - 1))
     ratio = logratio.exp()
@@ -237,60 +459,113 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float, huber_delta: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns the clipped Huber loss of each value [B] and a bool mask, True where the clipped branch was active."""
+    """Returns the clipped Huber loss of each value [B] and a mask, True where clipping acts."""
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain = nn.functional.huber_loss(values, returns, reduction="none", delta=huber_delta)
     clipped = nn.functional.huber_loss(clipped_values, returns, reduction="none", delta=huber_delta)
     # Within the clip both are the same but for rounding.
-    return torch.maximum(plain, clipped), (clipped > plain) & ((values - old_values).abs() > value_clip)
+    is_clipped = (clipped > plain) & ((values - old_values).abs() > value_clip)
+    return torch.maximum(plain, clipped), is_clipped
 
 
 def divergence(logratio: Tensor) -> Tensor:
-    """Returns r - 1 - log r of each element, an estimate of KL(p || q) if r = q / p at draws from p."""
+    """Returns r - 1 - log r of each element: estimates KL(p || q) if r = q / p at draws from p."""
     return logratio.exp() - 1 - logratio
 
 
-def per_decision(reduce: Callable[..., Tensor], *elements: Tensor) -> list[Tensor]:
-    """Returns each of `elements` [B, ...] reduced to one number per decision [B]."""
-    return [reduce(x.float().reshape(len(x), -1), dim=1) for x in elements]
+def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+    """Returns log-probabilities or entropies of the actions that were executed, at `level`.
+
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
+    consequence, and are 0 here.
+
+    Args:
+        elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
+        executed: [B, C] bool, True where an action was executed.
+        level: "chunk" sums over all actions to [B], "action" and "token" keep the shape.
+    """
+    if elements.ndim == 1:
+        return elements
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2))
+    elements = torch.where(mask, elements, 0.0)
+    return elements.flatten(1).sum(dim=1) if level == "chunk" else elements
+
+
+def mean_of_executed(elements: Tensor, executed: Tensor) -> Tensor:
+    """Returns the mean of each decision's elements [B], [B, C] or [B, C, a] that count, [B]."""
+    if elements.ndim == 1:
+        return elements.float()
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2)).expand_as(elements)
+    total = torch.where(mask, elements.float(), 0.0).flatten(1).sum(dim=1)
+    return total / mask.flatten(1).sum(dim=1).clamp(min=1)
+
+
+def sum_per_decision(elements: Tensor) -> Tensor:
+    """Returns the sum of each decision's elements [B, ...], [B]."""
+    return elements.float().reshape(len(elements), -1).sum(dim=1)
 
 
 def main(
-    args: Args, make_agent: Callable[..., Any] = make_agent, make_envs: Callable[..., Any] = make_envs
+    args: Args,
+    make_agent: Callable[..., Any] = make_agent,
+    make_envs: Callable[..., Any] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last iteration's metrics.
 
-    `make_agent` and `make_envs` are the two places to plug in something else. An agent is a module with
-    `forward(obs, action=None, *, generator=None)` -> action, logprob, entropy, value, where `generator` is one
-    generator per row, `get_value`, `predict`, `param_groups` (the value head's named "value"), `image_size`,
-    `save_pretrained`, and `encode`, which turns an observation into what is stored of it (a frozen backbone's
-    features); with --compile `compile_network` too. Its action is a NamedTuple of tensors that has an `env_action`.
+    `make_agent` and `make_envs` are the two places to plug in something else. An agent is a module
+    with the methods of `gr00t_agent.protocol.Agent`, where the shape of every argument and result
+    is said; `gr00t_agent.check_agent` tries one out. With --compile it has `compile_network` too.
     """
-    accelerator = distributed.make_accelerator(args.log_with, args.output_dir)
-    device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    num_envs, _ = (share_of_process(args, name, num_processes) for name in ("num_envs", "micro_batch_size"))
+    check_args(args)
+    accelerator = make_accelerator(args.log_with, args.output_dir)
+    device, num_processes = accelerator.device, accelerator.num_processes
+    is_main = accelerator.is_main_process
+    num_envs = share_of_process(args, "num_envs", num_processes)
+    share_of_process(args, "micro_batch_size", num_processes)
     num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
-    env_ids = rank * num_envs + np.arange(num_envs)
-    # Each of these groups of environments gives every minibatch equally many decisions.
-    strata = np.tile(env_ids // (args.num_envs // math.gcd(args.num_envs, args.minibatch_size)), args.num_steps)
-    run, checkpoint = open_run(args, accelerator)
-    set_seed(args.seed)
+    run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
+
+    # Environments are numbered over all processes. Each group of them gives every minibatch equally
+    # many decisions, and lies on one process: so minibatches do not depend on the processes.
+    env_ids = accelerator.process_index * num_envs + np.arange(num_envs)
+    envs_per_group = args.num_envs // math.gcd(args.num_envs, args.minibatch_size)
+    b_groups = np.tile(env_ids // envs_per_group, args.num_steps)
+    longest_episode = args.horizon or horizon(args.suite)
+    horizon_decisions = -(-longest_episode // args.num_action_chunks)  # rounded up
+
+    # --- agent and optimiser ---
+    set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval()
-    reference = frozen_copy(agent, share_frozen=not accelerator.is_fsdp2) if args.kl_coef else None
-    if args.compile:  # the copy is not: a copied compiled network would keep the weights of this one
+    start_policy = None
+    if args.kl_coef:
+        start_policy = StartPolicy(agent, share_frozen=not accelerator.is_fsdp2)
+    if args.compile:  # after the copy, which would go on computing with this network's weights
         agent.compile_network()
-    groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=args.weight_decay)
-    model, optimizer = distributed.prepare(accelerator, agent, optimizer)
+
+    param_groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
+    optimizer = torch.optim.AdamW(
+        param_groups,
+        betas=(0.9, 0.95),
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+    )
+    model, optimizer = prepare(accelerator, agent, optimizer)
     step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
-    policy = [p for group in optimizer.param_groups if group.get("name") != "value" for p in group["params"]]
     set_seed(args.seed, device_specific=True)
-    frozen = distributed.without_gradients(accelerator)
-    store = FeatureStore(lambda obs: frozen(agent.encode, obs), device, args.feature_storage, args.feature_memory_gb)
-    fps, film = CONTROL_FREQUENCY_HZ / args.num_action_chunks, args.video_interval if accelerator.is_main_process else 0
-    recorder = RolloutRecorder(run.path / "videos", num_envs=4, interval=film, fps=fps)
-    num_updates, show = args.update_epochs * num_minibatches, accelerator.is_main_process
-    metrics: dict[str, float] = {}
+
+    # --- observations: encoded once a decision, and kept for all epochs ---
+    @torch.no_grad()
+    def encode(obs: dict[str, Any]) -> dict[str, Tensor]:
+        with accelerator.autocast():
+            return agent.encode(obs)
+
+    store = FeatureStore(encode, device, args.feature_storage, args.feature_memory_gb)
+    recorder = RolloutRecorder(
+        run.path / "videos",
+        num_envs=4,
+        interval=args.video_interval if is_main else 0,
+        fps=CONTROL_FREQUENCY_HZ / args.num_action_chunks,
+    )
 
     def make_stage(num_envs: int) -> gym.vector.VectorEnv:
         return make_envs(args, num_envs, agent.image_size)
@@ -298,150 +573,332 @@ def main(
     def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
         return stop.watched(make_envs(args, num_envs, agent.image_size, AutoresetMode.DISABLED))
 
+    metrics: dict[str, float] = {}
     with (
         StopSignal(accelerator) as stop,
-        EnvStages(make_stage, env_ids, num_stages=args.pipeline_stage_num, timeout_s=args.env_timeout_s) as stages,
-        Checkpoints(run, accelerator, model, optimizer, stages, args, episodes_go_on=True) as checkpoints,
-        TrainingProgress(args.num_iterations, args.num_steps, num_updates, enabled=show) as progress,
+        EnvStages(
+            make_stage,
+            env_ids,
+            num_stages=args.pipeline_stage_num,
+            timeout_s=args.env_timeout_s,
+        ) as stages,
+        run.dumps_failed_actions(stages),
+        Checkpoints(
+            run,
+            accelerator,
+            model,
+            optimizer,
+            keep_last=args.keep_last,
+            keep_best=args.keep_best,
+        ) as checkpoints,
+        Monitor(
+            accelerator,
+            stages,
+            num_iterations=args.num_iterations,
+            decisions=args.num_steps,
+            updates=args.update_epochs * num_minibatches,
+            recorder=recorder,
+        ) as monitor,
     ):
-        done, global_step = checkpoints.start(checkpoint)
-        progress.skip(done)
-        encoded = [frozen(agent.encode, stage.obs) for stage in stages]
+        # --- start, or go on where a checkpoint was taken ---
+        done, global_step = 0, 0
+        env_states = None
+        if checkpoint is not None:
+            restored = checkpoints.restore(checkpoint)
+            done, global_step = restored.iteration, restored.global_step
+            env_states = restored.env_states
+            if env_states is None and is_main:
+                print(f"{checkpoint} holds no environment states: new episodes begin")
+            if args.evaluates(done) and not evaluation_file(run.path, done).is_file() and is_main:
+                print(missing_evaluation(checkpoint))
+        for stage in stages:
+            if env_states is None:
+                key = (args.seed, EPISODES, done)
+                stage.reset([seed_of(*key, int(env_id)) for env_id in stage.env_ids])
+            else:
+                stage.restore(env_states)
+        next_obs = [encode(stage.obs) for stage in stages]
+        checkpoints.take(done, global_step, stages.states())
+        monitor.start(done)
+
         for iteration in range(done + 1, args.num_iterations + 1):
-            # --- rollout: K decisions in N environments, one stage simulating while another is decided ---
-            rollout_start, busy_s, wait_s = time.perf_counter(), stages.busy_s, stages.wait_s
-            noise, env_steps, episodes = args.noise_options(iteration), 0, list[Episode]()
-            decisions, outcomes, final = list[dict[str, Any]](), list[dict[str, Any]](), list[tuple[Any, Any]]()
+            progress = (iteration - 1) / args.num_iterations
+            noise: dict[str, float] = {}
+            if args.final_noise < 1:
+                noise["noise_anneal"] = 1 - (1 - args.final_noise) * progress
+
+            # --- rollout: one stage of environments simulates while another is decided ---
+            monitor.begin_rollout(iteration)
             store.clear()
-            for k in range(args.num_steps + 1):
+            obs: list[NDArray[np.intp]] = []  # row numbers in the store
+            actions: list[Any] = []
+            logprobs: list[Tensor] = []
+            values = torch.zeros((args.num_steps, num_envs), device=device)
+            rewards = torch.zeros((args.num_steps, num_envs))
+            terminated = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
+            ended = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
+            executed_steps = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
+            episode_lengths = torch.zeros(
+                (args.num_steps, num_envs), dtype=torch.long
+            )  # at its end
+            final_obs: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
+
+            for step in range(args.num_steps + 1):
                 for i, stage in enumerate(stages):
-                    if k > 0:  # what decision k - 1 led to
-                        step = stage.receive()
-                        ended = step.terminated | step.truncated
-                        rows = np.flatnonzero(step.truncated & ~step.terminated)
-                        if args.truncation == "bootstrap" and len(rows):
-                            place = num_envs * (k - 1) + stage.offset + rows
-                            final.append((place, index(step.infos["final_obs"], rows)))
-                        worthless = ended if args.truncation == "failure" else step.terminated
-                        outcomes.append(dict(reward=step.reward, terminated=worthless, ended=ended))
-                        episodes += finished_episodes(step.infos, ended)
-                        env_steps += int(step.infos["num_steps"].sum())
-                        encoded[i] = frozen(agent.encode, step.obs)
-                        if i == 0:
-                            recorder.add(iteration, step.obs, step.infos, ended)
-                    if k < args.num_steps:
+                    if step > 0:  # what the decision before has led to
+                        outcome = stage.receive()
+                        is_end = outcome.terminated | outcome.truncated
+                        is_terminal = outcome.terminated
+                        if args.truncation == "failure":  # nothing is left of a late episode
+                            is_terminal = is_end
+                        rewards[step - 1, stage.rows] = torch.from_numpy(outcome.reward).float()
+                        terminated[step - 1, stage.rows] = torch.from_numpy(is_terminal)
+                        ended[step - 1, stage.rows] = torch.from_numpy(is_end)
+                        num_executed = torch.from_numpy(outcome.infos["num_steps"])
+                        executed_steps[step - 1, stage.rows] = num_executed
+                        if is_end.any():
+                            lengths = torch.from_numpy(
+                                outcome.infos["final_info"]["episode_length"]
+                            )
+                            episode_lengths[step - 1, stage.rows] = lengths
+
+                        cut = np.flatnonzero(outcome.truncated & ~outcome.terminated)
+                        if args.truncation == "bootstrap" and len(cut):
+                            cut_obs = index(outcome.infos["final_obs"], cut)
+                            final_obs.append((step - 1, stage.offset + cut, cut_obs))
+
+                        next_obs[i] = encode(outcome.obs)
+                        monitor.add_step(stage, outcome)
+
+                    if step < args.num_steps:  # the next decision
                         stop.check()
-                        generators = generators_of((args.seed, NOISE, iteration, k), stage.env_ids)
-                        action, logprob, _, value = frozen(agent, encoded[i], generator=generators, **noise)
+                        key = (args.seed, NOISE, iteration, step)
+                        generators = generators_of(key, stage.env_ids)
+                        with torch.no_grad(), accelerator.autocast():
+                            action, logprob, _, value = agent(
+                                next_obs[i],
+                                generator=generators,
+                                **noise,
+                            )
                         env_action = action.env_action.cpu().numpy()
                         run.check_actions(env_action, iteration, logprob=logprob, value=value)
                         stage.send(env_action)
-                        row = store.put(stage.obs, encoded[i])
-                        decisions.append(dict(row=row, action=action, logprob=logprob, value=value))
-                progress.decision(episodes, env_steps / (time.perf_counter() - rollout_start))
-            recorder.write(iteration)
+
+                        obs.append(store.put(stage.obs, next_obs[i]))
+                        actions.append(action)
+                        logprobs.append(logprob)
+                        values[step, stage.rows] = value
+                if step > 0:
+                    monitor.end_decision()
 
             # --- advantages ---
-            batch, outcome = concatenate(decisions), concatenate(outcomes)  # [K * N], decision by decision
-            grid = {name: torch.from_numpy(x).to(device).view(-1, num_envs) for name, x in outcome.items()}
-            values, rewards = batch["value"].view(-1, num_envs), grid["reward"].float() * args.reward_scale
-            last_value = torch.cat([frozen(agent.get_value, features) for features in encoded])
-            next_values = torch.cat([values[1:], last_value[None]])
-            num_final = int(over_processes(accelerator, torch.tensor(len(final), device=device), "max"))
-            nothing = (np.zeros(0, dtype=np.intp), encoded[0])  # every process makes as many calls
-            for place, obs in final + [nothing] * (num_final - len(final)):
-                next_values.view(-1)[torch.from_numpy(place).to(device)] = frozen(agent.get_value, obs)[: len(place)]
+            rewards, terminated, ended = (x.to(device) for x in (rewards, terminated, ended))
+            # A truncated episode goes on in the value of its own last observation. Every process
+            # makes as many calls, which are collective where weights are sharded.
+            num_calls = torch.tensor(len(final_obs), device=device)
+            num_calls = int(over_processes(accelerator, num_calls, "max"))
+            with torch.no_grad(), accelerator.autocast():
+                last_values = torch.cat([agent.get_value(features) for features in next_obs])
+                next_values = torch.cat([values[1:], last_values[None]])
+                for call in range(num_calls):
+                    if call < len(final_obs):
+                        k, cut, cut_obs = final_obs[call]
+                        next_values[k, cut] = agent.get_value(cut_obs)
+                    else:
+                        agent.get_value(next_obs[0])
+
+            bounded_values = values
             if args.value_bounds is not None:
-                values, next_values = values.clamp(*args.value_bounds), next_values.clamp(*args.value_bounds)
-            ends = grid["terminated"], grid["ended"]
-            advantages, returns = compute_gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
-            mean, variance = mean_and_variance(accelerator, advantages)
-            rollout_means = {"rollout/advantages_mean": mean.item()}
-            rollout_means["rollout/returns_mean"] = mean_and_variance(accelerator, returns)[0].item()
+                bounded_values = values.clamp(*args.value_bounds)
+                next_values = next_values.clamp(*args.value_bounds)
+            advantages, returns = compute_gae(
+                rewards * args.reward_scale,
+                bounded_values,
+                next_values,
+                terminated,
+                ended,
+                args.gamma,
+                args.gae_lambda,
+            )
+            returns_mean, _ = mean_and_variance(accelerator, returns)
+            advantages_mean, advantages_variance = mean_and_variance(accelerator, advantages)
             if args.norm_adv:
-                advantages = ((advantages - mean) / (variance.sqrt() + 1e-5)).float()
-            weights = trajectory_weights(ends[1]) if args.loss_weighting == "trajectory" else torch.ones_like(returns)
-            weights = (weights / mean_and_variance(accelerator, weights)[0]).float()
-            batch |= dict(advantage=advantages.flatten(), ret=returns.flatten(), weight=weights.flatten())
-            if reference is not None:
-                num_passes = num_minibatches * num_micro_batches
-                batch["reference"] = reference_log_probs(frozen, reference, store, batch, num_passes, **noise)
+                advantages_std = advantages_variance.sqrt()
+                advantages = ((advantages - advantages_mean) / (advantages_std + 1e-5)).float()
+
+            weights = torch.ones_like(returns)
+            if args.loss_weighting == "trajectory":
+                decisions = -(-episode_lengths // args.num_action_chunks)  # rounded up
+                weights = trajectory_weights(ended, decisions.to(device), horizon_decisions)
+            weights_mean, _ = mean_and_variance(accelerator, weights)
+            weights = (weights / weights_mean).float()
+
+            # --- the batch: all decisions [K * N], step by step ---
+            b_obs = np.concatenate(obs)
+            b_actions = concatenate(actions)
+            b_executed = (torch.arange(args.num_action_chunks) < executed_steps[..., None]).flatten(
+                0, 1
+            )
+            b_executed = b_executed.to(device)  # [K * N, C]
+            b_logprobs = of_executed(torch.cat(logprobs), b_executed, args.logprob_level)
+            b_values = values.flatten()
+            b_advantages = advantages.flatten()
+            b_returns = returns.flatten()
+            b_weights = weights.flatten()
+            b_start_logprobs = b_logprobs
+            if start_policy is not None:
+                with accelerator.autocast():
+                    b_start_logprobs = start_policy.logprobs(
+                        store,
+                        b_obs,
+                        b_actions,
+                        num_passes=num_minibatches * num_micro_batches,
+                        **noise,
+                    )
+                b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
 
             # --- update ---
             checkpoints.begin_update()
-            update_start, history, ratio_deviation = time.perf_counter(), list[Tensor](), 0.0
-            step_sizes.begin(args.progress(iteration))
-            keys = [(args.seed, MINIBATCHES, iteration, epoch) for epoch in range(args.update_epochs)]
-            for minibatch in (part for key in keys for part in deal(strata, num_minibatches, key)):
-                stats: list[Tensor] = []
-                b: dict[str, Any] = {}
-                for micro, part in enumerate(np.split(minibatch, num_micro_batches)):
-                    b = index(batch, part)
-                    with nullcontext() if micro == num_micro_batches - 1 else accelerator.no_sync(model):
-                        with accelerator.autocast():
-                            _, logprob, entropy, value = model(store.get(b["row"]), b["action"], **noise)
-                        logratio = logprob - b["logprob"]
-                        clips = args.clip_coef, args.clip_coef_high, args.dual_clip
-                        pg, pg_clipped = per_decision(torch.mean, *policy_loss(logratio, b["advantage"], *clips))
-                        vf, vf_clipped = value_loss(value, b["value"], b["ret"], args.value_clip, args.huber_delta)
-                        entropy, kl = per_decision(torch.sum, entropy, divergence(logratio))
-                        from_start = divergence(b["reference"] - logprob) if reference is not None else 0 * logprob
-                        (start_kl,) = per_decision(torch.sum, from_start)
-                        total = pg + args.vf_coef * vf - args.ent_coef * entropy + args.kl_coef * start_kl
-                        loss = (b["weight"] * total).mean()
-                        accelerator.backward(loss / num_micro_batches)
-                    b |= dict(loss=loss, logratio=logratio, new_value=value)
-                    terms = (pg, vf, entropy, start_kl, kl, pg_clipped, vf_clipped.float())
-                    stats.append(torch.stack([term.detach().mean() for term in terms]))
+            monitor.begin_update()
+            step_sizes.begin(progress)
+            history: list[dict[str, Tensor]] = []  # means of each minibatch
+            ratio_deviation = 0.0
+            kl_exceeded = False
+
+            for epoch in range(args.update_epochs):
+                key = (args.seed, MINIBATCHES, iteration, epoch)
+                for mb_inds in deal(b_groups, num_minibatches, key):
+                    stats: list[dict[str, Tensor]] = []  # means of each micro-batch
+                    dump: dict[str, Tensor] = {}
+
+                    for micro, inds in enumerate(np.split(mb_inds, num_micro_batches)):
+                        # Processes exchange gradients with the last micro-batch.
+                        is_last = micro == num_micro_batches - 1
+                        at = torch.from_numpy(inds).to(device)
+                        with nullcontext() if is_last else accelerator.no_sync(model):
+                            with accelerator.autocast():
+                                _, newlogprob, entropy, newvalue = model(
+                                    store.get(b_obs[inds]),
+                                    index(b_actions, inds),
+                                    **noise,
+                                )
+                            executed = b_executed[at]
+                            newlogprob = of_executed(newlogprob, executed, args.logprob_level)
+                            entropy = of_executed(entropy, executed, args.logprob_level)
+                            logratio = newlogprob - b_logprobs[at]
+
+                            pg_loss, pg_clipped = policy_loss(
+                                logratio,
+                                b_advantages[at],
+                                args.clip_coef,
+                                args.clip_coef_high,
+                                args.dual_clip,
+                            )
+                            pg_loss = mean_of_executed(pg_loss, executed)
+                            pg_clipped = mean_of_executed(pg_clipped, executed)
+
+                            v_loss, v_clipped = value_loss(
+                                newvalue,
+                                b_values[at],
+                                b_returns[at],
+                                args.value_clip,
+                                args.huber_delta,
+                            )
+
+                            approx_kl = divergence(logratio)
+                            start_kl = torch.zeros_like(logratio)
+                            if start_policy is not None:
+                                start_kl = divergence(b_start_logprobs[at] - newlogprob)
+
+                            loss = pg_loss + args.vf_coef * v_loss
+                            # At every level these weigh against the policy loss alike.
+                            loss = loss - args.ent_coef * mean_of_executed(entropy, executed)
+                            loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+                            loss = (b_weights[at] * loss).mean()
+                            accelerator.backward(loss / num_micro_batches)
+
+                        terms = {
+                            "actor/loss": pg_loss,
+                            "actor/value_loss": v_loss,
+                            "actor/entropy": sum_per_decision(entropy),
+                            "actor/reference_kl": sum_per_decision(start_kl),
+                            "actor/approx_kl": sum_per_decision(approx_kl),
+                            "actor/pg_clipfrac": pg_clipped,
+                            "actor/value_clip_ratio": v_clipped.float(),
+                        }
+                        stats.append({name: x.detach().mean() for name, x in terms.items()})
+                        dump = dict(
+                            loss=loss,
+                            logratio=logratio,
+                            logprob=b_logprobs[at],
+                            new_value=newvalue,
+                            value=b_values[at],
+                            advantage=b_advantages[at],
+                            ret=b_returns[at],
+                            weight=b_weights[at],
+                        )
+                        if not history:  # nothing was updated since the rollout: ratios are 1
+                            deviation = (logratio.detach().exp() - 1).abs().max()
+                            deviation = over_processes(accelerator, deviation, "max").item()
+                            ratio_deviation = max(ratio_deviation, deviation)
+
                     if not history:
-                        deviation = over_processes(accelerator, (logratio.detach().exp() - 1).abs().max(), "max")
-                        ratio_deviation = max(ratio_deviation, deviation.item())
-                run.check_ratio(ratio_deviation, args.max_ratio_deviation)
-                for parameter in policy if iteration <= args.critic_warmup_iterations else ():
-                    parameter.grad = None
-                grad_norm = distributed.clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
-                run.check_finite(grad_norm, iteration, **{k: v for k, v in b.items() if isinstance(v, Tensor)})
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                means = torch.cat([torch.stack(stats).mean(0), grad_norm[None]])
-                history.append(over_processes(accelerator, means, "mean"))
-                progress.update()
-                if step_sizes.exceeds(history[-1][APPROX_KL]):
+                        run.check_ratio(ratio_deviation, args.max_ratio_deviation)
+                    grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                    run.check_finite(grad_norm, iteration, **dump)
+                    is_warmup = iteration <= args.critic_warmup_iterations
+                    with step_sizes.policy_at_rest() if is_warmup else nullcontext():
+                        optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    monitor.end_minibatch()
+
+                    means = cast(dict[str, Tensor], accelerator.reduce(mean_of(stats), "mean"))
+                    history.append(means | {"actor/grad_norm": grad_norm})
+                    kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
+                    if kl_exceeded:
+                        break
+                if kl_exceeded:
                     break
 
             # --- log, evaluate, save ---
-            total_s, waited_s = time.perf_counter() - rollout_start, stages.wait_s - wait_s
-            env_steps = int(over_processes(accelerator, torch.tensor(env_steps, device=device), "sum"))
-            global_step += env_steps
-            metrics = dict(zip(METRICS, torch.stack(history).mean(0).tolist(), strict=True)) | rollout_means | {
-                "actor/ratio_first_minibatch_max_dev": ratio_deviation, "actor/num_updates": float(len(history)),
-                "actor/explained_variance": distributed.explained_variance(accelerator, values, returns),
-                "actor/lr": optimizer.param_groups[0]["lr"], "actor/noise_anneal": noise.get("noise_anneal", 1.0),
-                "time/env_s": stages.busy_s - busy_s, "time/env_wait_s": waited_s,
-                "time/policy_s": update_start - rollout_start - waited_s,
-                "time/update_s": time.perf_counter() - update_start, "time/total_s": total_s,
-                "charts/SPS": env_steps / total_s,
-            } | episode_metrics(episodes, accelerator)  # fmt: skip
+            global_step += monitor.end_update()
+            explained_var = explained_variance(accelerator, bounded_values, returns)
+            metrics = {name: x.item() for name, x in mean_of(history).items()}
+            metrics |= {
+                "actor/ratio_first_minibatch_max_dev": ratio_deviation,
+                "actor/explained_variance": explained_var,
+                "actor/num_updates": float(len(history)),
+                "actor/lr": optimizer.param_groups[0]["lr"],
+                "actor/noise_anneal": noise.get("noise_anneal", 1.0),
+                "rollout/returns_mean": returns_mean.item(),
+                "rollout/advantages_mean": advantages_mean.item(),
+            }
+            metrics |= monitor.metrics()
             if iteration > args.critic_warmup_iterations:
-                step_sizes.follow(history[-1][APPROX_KL])
-            checkpoints.take(iteration, global_step)
+                step_sizes.follow(history[-1]["actor/approx_kl"])
+            checkpoints.take(iteration, global_step, stages.states())
+
             try:
                 if args.evaluates(iteration):
-                    progress.print("evaluating")
-                    work = partial(frozen, evaluate_into)
-                    inputs = run.path, iteration, agent, make_eval_envs, args
-                    metrics["eval/success_once"] = distributed.for_all(accelerator, work, *inputs)
-            finally:
+                    monitor.print("evaluating")
+                    with torch.no_grad(), accelerator.autocast():
+                        metrics["eval/success_once"] = for_all(
+                            accelerator,
+                            evaluate_into,
+                            run.path,
+                            iteration,
+                            agent,
+                            make_eval_envs,
+                            args,
+                        )
+            finally:  # also if a request to stop ends the evaluation
                 run.log(metrics, global_step, iteration)
             if args.saves(iteration):
                 checkpoints.save(args.score(metrics))
-            success = f"{metrics['env/success_once']:.1%}" if "env/success_once" in metrics else "- (no episode ended)"
-            progress.end_iteration(
-                f"success {success}  loss {metrics['actor/loss']:.4f}  value loss {metrics['actor/value_loss']:.4f}  "
-                f"kl {metrics['actor/approx_kl']:.2g}  {metrics['charts/SPS']:.0f} env-steps/s", metrics,
-            )  # fmt: skip
+            monitor.end_iteration(metrics)
+
     run.finish()
-    if accelerator.is_main_process:
+    if is_main:
         print(run.summary(f"iteration_{args.num_iterations}", args.suite))
     return metrics
 

@@ -1,37 +1,41 @@
 """Supervised fine-tuning of a flow-matching vision-language-action policy on demonstrations.
 
-Flow matching as GR00T-N1.5 is trained (NVIDIA 2025; Lipman et al. 2023, arXiv:2210.02747). With an action chunk a,
-noise e ~ N(0, I) and a time tau between noise (0) and action (1):
+Flow matching as GR00T-N1.5 is trained (NVIDIA 2025; Lipman et al. 2023, arXiv:2210.02747). With an
+action chunk a, noise e ~ N(0, I) and a time tau between noise (0) and action (1):
 
-    tau   = (s - b) / s,  b ~ Beta(alpha, 1)                 (s = 0.999, alpha = 1.5: more weight on noisy chunks)
+    tau   = (s - b) / s,  b ~ Beta(alpha, 1)     (s = 0.999, alpha = 1.5: more noisy chunks)
     x_tau = (1 - tau) e + tau a
     L     = sum_i m_i (v(x_tau, tau, obs)_i - (a - e)_i)^2 / sum_i m_i
 
-m is 1 for the valid dimensions of steps before the episode's end. The sums run over the batch of all processes.
+m is 1 for the valid dimensions of steps before the episode's end. The sums run over the batch of
+all processes.
 
 Launch:
     accelerate launch algorithms/sft_gr00t.py --preset nano --dataset runs/data/libero_spatial
-    accelerate launch --num_processes 4 algorithms/sft_gr00t.py --preset gr00t_n1d5 --dataset runs/data/libero_spatial
-    python algorithms/sft_gr00t.py --preset nano --dataset runs/data/libero_spatial --resume runs/sft_libero_spatial_1
-All sizes are global: they are divided over the processes, and a size that does not divide is an error.
+    accelerate launch --num_processes 4 algorithms/sft_gr00t.py --dataset runs/data/libero_spatial
+    accelerate launch algorithms/sft_gr00t.py --dataset runs/data/libero_spatial --resume auto
+All sizes are global: they are divided over the processes, and a size that does not divide is an
+error.
 
-All that is random in a step (frames, augmentation, noise, times, dropout) follows from the seed and the step's number,
-so a resumed run equals an uninterrupted one, and the loss does not depend on the number of processes or micro-batches
-(dropout excepted).
+All that is random in a step (frames, augmentation, noise, times, dropout) follows from the seed and
+the step's number, so a resumed run equals an uninterrupted one, and the loss does not depend on the
+number of processes or micro-batches (dropout excepted).
 
-What differs from NVIDIA's script: steps past an episode's end do not count, where there the last action is repeated;
-one learning rate for all that is trained; augmentation as `algorithms/common/augmentation.py` says.
+What differs from NVIDIA's script: steps past an episode's end do not count, where there the last
+action is repeated; one learning rate for all that is trained; augmentation as
+`algorithms/common/augmentation.py` says.
 
-Metrics: `train/loss` and `train/grad_norm` are means since the last log, `time/data_fraction` is the part of the time
-in which training waited for data, `charts/samples_per_s` counts frames of all processes, `charts/epoch` passes over
-the data, `eval/success_once` success at any step of an episode.
+Metrics: `train/loss` and `train/grad_norm` are means since the last log, `time/data_fraction` is
+the part of the time in which training waited for data, `charts/samples_per_s` counts frames of all
+processes, `charts/epoch` passes over the data, `eval/success_once` success at any step of an
+episode.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,38 +46,48 @@ import gymnasium as gym
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from algorithms.common.arguments import check_args, exact_quotient, parse_args, share_of_process
+from algorithms.common.args import check_at_least, exact_quotient, parse_args, share_of_process
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment
-from algorithms.common.distributed import make_accelerator
-from algorithms.common.ema import WeightAverage
+from algorithms.common.evaluation import evaluate_into, evaluation_file, jobs_in_training
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
+from algorithms.common.processes import for_all, main_first, make_accelerator
 from algorithms.common.randomness import seed_of
-from algorithms.common.run_folder import RunFolder
-from algorithms.common.training_state import (
-    forget_metrics_after,
-    load_state,
-    reopen_run,
-    save_state,
-    trained_parameters,
-)
-from algorithms.eval_gr00t import evaluate_into
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
 from gr00t_agent.loading import resolve_checkpoint, saved_data_config, saved_policy
 from libero_gym.adapters import ModalityVectorObservation
 
+LoraPart = Literal["action_head", "language_model", "vision_model"]
 # What may differ between a run and its continuation.
 FREE_ARGS = {
-    "preset", "resume", "output_dir", "run_name", "save_interval", "eval_interval", "eval_episodes_per_task",
-    "log_interval", "log_with", "num_envs", "renderer", "frame_cache", "cache_dir", "num_loader_threads",
-    "num_batches_ahead", "micro_batch_size", "compile",
-}  # fmt: skip
+    "preset",
+    "resume",
+    "output_dir",
+    "run_name",
+    "save_interval",
+    "keep_last",
+    "keep_best",
+    "eval_interval",
+    "eval_episodes_per_task",
+    "log_interval",
+    "log_with",
+    "num_envs",
+    "renderer",
+    "frame_cache",
+    "cache_dir",
+    "num_loader_threads",
+    "num_batches_ahead",
+    "micro_batch_size",
+    "compile",
+}
 
 
 @dataclass(kw_only=True)
@@ -88,13 +102,19 @@ class Args:
     output_dir: Path = Path("runs")
     """Where run folders are made."""
     resume: Path | None = None
-    """Run folder to go on with; give the same arguments."""
+    """Run folder (or its newest checkpoint) to go on with, or `auto`: the newest run of this name
+    that has a checkpoint, else a new one. Give the same arguments as before."""
     seed: int = 1
     """Seed of initial weights and every random draw."""
     num_steps: int = 20_000
     """Optimiser steps."""
     save_interval: int = 5_000
-    """Steps between checkpoints; the last step is always saved; 0 saves no others."""
+    """Steps between checkpoints; the last step is always saved, and while keep_best is not 0 every
+    evaluated one. 0 saves no others."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints that are kept besides for their success rate."""
     eval_interval: int = 0
     """Steps between evaluations; 0 evaluates only after the last."""
     eval_episodes_per_task: int = 50
@@ -112,10 +132,11 @@ class Args:
     episodes_per_task: int | None = None
     """Use only the first so many episodes of each task; all if not given."""
     train_image_size: int | None = None
-    """Resize frames to this many pixels as they are read (the environment then renders that size); as stored if not
-    given."""
+    """Resize frames to this many pixels as they are read (the environment then renders that size);
+    as stored if not given."""
     frame_cache: Literal["none", "disk", "device"] = "disk"
-    """Decode every frame when it is used; or all once into a file; or that file copied to each GPU's memory."""
+    """Decode every frame when it is used; or all once into a file; or that file copied to each
+    GPU's memory."""
     cache_dir: Path = Path("runs/frame_cache")
     """Where decoded frames are kept."""
     num_loader_threads: int = 4
@@ -127,9 +148,11 @@ class Args:
 
     # --- agent ---
     model: str = "nvidia/GR00T-N1.5-3B"
-    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a checkpoint."""
+    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a
+    checkpoint."""
     statistics: Literal["data", "checkpoint"] = "data"
-    """Normalise states and actions by the dataset's statistics, or by those that the checkpoint has."""
+    """Normalise states and actions by the dataset's statistics, or by those that the checkpoint
+    has."""
     tune_visual: bool = False
     """Train the vision tower and its connector."""
     tune_llm: bool = False
@@ -144,12 +167,13 @@ class Args:
     """Adapters are scaled by alpha / rank."""
     lora_dropout: float = 0.1
     """Dropout on the adapters' inputs."""
-    lora_parts: tuple[Literal["action_head", "language_model", "vision_model"], ...] = ("action_head",)
+    lora_parts: tuple[LoraPart, ...] = ("action_head",)
     """What gets adapters."""
     dropout: bool = True
     """Train with the network's own dropout."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of matrix products in training; weights, optimiser and the saved policy's own type stay."""
+    """Type of matrix products in training; weights, optimiser and the saved policy's own type
+    stay."""
     compile: bool = False
     """Compile the network (takes minutes, then saves time)."""
 
@@ -192,15 +216,45 @@ class Args:
         """Forward passes per optimiser step."""
         return exact_quotient(self, "batch_size", "micro_batch_size")
 
+    def is_due(self, step: int, interval: int) -> bool:
+        """Returns whether what is done every `interval` steps is done after `step`."""
+        return step == self.num_steps or (interval > 0 and step % interval == 0)
+
+    def evaluates(self, step: int) -> bool:
+        """Returns whether the policy is evaluated after `step`."""
+        return self.eval_episodes_per_task > 0 and self.is_due(step, self.eval_interval)
+
+    def saves(self, step: int) -> bool:
+        """Returns whether a checkpoint is saved after `step`."""
+        is_candidate = self.keep_best > 0 and self.evaluates(step)
+        return is_candidate or self.is_due(step, self.save_interval)
+
+    def logs(self, step: int) -> bool:
+        """Returns whether metrics are logged after `step`."""
+        return self.evaluates(step) or self.is_due(step, self.log_interval)
+
 
 PRESETS: dict[str, Args] = {
     "nano": Args(
-        model="nano", tune_visual=True, tune_llm=True, dropout=False, batch_size=256, micro_batch_size=256,
-        learning_rate=5e-4, weight_decay=1e-4, betas=(0.9, 0.95), ema_decay=0.999, frame_cache="device",
+        model="nano",
+        tune_visual=True,
+        tune_llm=True,
+        dropout=False,
+        batch_size=256,
+        micro_batch_size=256,
+        learning_rate=5e-4,
+        weight_decay=1e-4,
+        betas=(0.9, 0.95),
+        ema_decay=0.999,
+        frame_cache="device",
     ),
     "gr00t_n1d5": Args(),
-    "gr00t_n1d5_lora": Args(lora_rank=64, batch_size=64, micro_batch_size=32),
-}  # fmt: skip
+    "gr00t_n1d5_lora": Args(
+        lora_rank=64,
+        batch_size=64,
+        micro_batch_size=32,
+    ),
+}
 
 
 def make_dataset(args: Args) -> LeRobotDataset:
@@ -208,47 +262,79 @@ def make_dataset(args: Args) -> LeRobotDataset:
     if not args.dataset:
         raise ValueError("dataset is not given: name a LeRobot dataset with --dataset")
     return LeRobotDataset(
-        args.dataset, data_config=saved_data_config(args.model), modality_file=args.modality_file,
-        image_size=args.train_image_size, episodes_per_task=args.episodes_per_task,
-    )  # fmt: skip
+        args.dataset,
+        data_config=saved_data_config(args.model),
+        modality_file=args.modality_file,
+        image_size=args.train_image_size,
+        episodes_per_task=args.episodes_per_task,
+    )
 
 
 def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU, with what is not trained frozen."""
     changes: dict[str, Any] = dict(
-        num_action_chunks=args.num_action_chunks, denoising_steps=args.denoising_steps,
+        num_action_chunks=args.num_action_chunks,
+        denoising_steps=args.denoising_steps,
         disable_dropout=not args.dropout,
-    )  # fmt: skip
+    )
     if args.model in ("nano", "gr00t_n1d5"):
         policy = replace(preset_policy(args.model), **changes)
         agent = Gr00tAgent.from_preset(args.model, policy=policy, metadata=metadata)
     else:
         folder = resolve_checkpoint(args.model)
-        given = metadata if args.statistics == "data" else None
         policy = replace(saved_policy(folder), **changes)
+        given = metadata if args.statistics == "data" else None
         agent = Gr00tAgent.from_pretrained(folder, policy=policy, metadata=given)
+
     agent.set_trainable(
-        tune_visual=args.tune_visual, tune_llm=args.tune_llm, tune_projector=args.tune_projector,
+        tune_visual=args.tune_visual,
+        tune_llm=args.tune_llm,
+        tune_projector=args.tune_projector,
         tune_diffusion_model=args.tune_diffusion_model,
-    )  # fmt: skip
-    # The loss reaches neither. Freezing them here leaves the saved policy's flags as reinforcement learning wants them.
+    )
+    # The loss reaches neither. Freezing them here leaves the saved policy's flags as reinforcement
+    # learning wants them.
     for part in (agent.action_head.value_head, agent.action_head.reinflow_explore_noise_net):
-        for parameter in part.parameters() if part is not None else ():
-            parameter.requires_grad_(False)
+        if part is not None:
+            part.requires_grad_(False)
+
     if args.lora_rank:
-        parts, rank = args.lora_parts, args.lora_rank
-        add_lora(agent, LoraSettings(rank=rank, alpha=args.lora_alpha, dropout=args.lora_dropout, parts=parts))
+        settings = LoraSettings(
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            parts=args.lora_parts,
+        )
+        add_lora(agent, settings)
     return agent
 
 
 def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
     """Returns `num_envs` environments for evaluation."""
     envs = gym.make_vec(
-        f"libero_gym/{args.suite}-v0", num_envs=num_envs, vectorization_mode="vector_entry_point",
-        task_ids=args.task_ids, num_action_chunks=args.num_action_chunks, image_size=image_size,
-        horizon=args.horizon, renderer=args.renderer, autoreset_mode=AutoresetMode.DISABLED,
-    )  # fmt: skip
+        f"libero_gym/{args.suite}-v0",
+        num_envs=num_envs,
+        vectorization_mode="vector_entry_point",
+        task_ids=args.task_ids,
+        num_action_chunks=args.num_action_chunks,
+        image_size=image_size,
+        horizon=args.horizon,
+        renderer=args.renderer,
+        autoreset_mode=AutoresetMode.DISABLED,
+    )
     return ModalityVectorObservation(envs)
+
+
+def make_average(parameters: Iterable[nn.Parameter], decay: float) -> EMAModel:
+    """Returns an average of `parameters` in float32 that takes them in at each `step`.
+
+    At its step n (from 1) the past has the weight min(decay, (1 + n) / (10 + n)), so that the
+    initial weights are soon forgotten.
+    """
+    # Without the shift the first step would count as step 0 and forget the start at once.
+    average = EMAModel(parameters, decay=decay, update_after_step=-1, foreach=True)
+    average.to(dtype=torch.float32)
+    return average
 
 
 def learning_rate_at(step: int, args: Args) -> float:
@@ -261,7 +347,10 @@ def learning_rate_at(step: int, args: Args) -> float:
 
 
 def frames_at(step: int, batch_size: int, num_frames: int, seed: int) -> NDArray[np.int64]:
-    """Returns the frames [batch_size] of optimiser step `step` (from 1): shuffled passes over the data, end to end."""
+    """Returns the frames [batch_size] of optimiser step `step` (from 1).
+
+    They are shuffled passes over the data, end to end.
+    """
     positions = np.arange((step - 1) * batch_size, step * batch_size)
     frames = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(positions // num_frames):
@@ -271,29 +360,57 @@ def frames_at(step: int, batch_size: int, num_frames: int, seed: int) -> NDArray
     return frames
 
 
-def flow_matching_draws(head: Any, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns noise [B, h, A] and times tau [B] for the loss above; `head` is the action head's configuration."""
+def flow_matching_draws(
+    head: Any,
+    batch_size: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Returns noise [B, h, A] and times tau [B] for the loss above.
+
+    Args:
+        head: the action head's configuration.
+        batch_size: B.
+        generator: decides the draws.
+    """
     noise = torch.randn(batch_size, head.action_horizon, head.action_dim, generator=generator)
     # The inverse of Beta(alpha, 1)'s distribution function.
     b = torch.rand(batch_size, generator=generator) ** (1 / head.noise_beta_alpha)
     return noise, (head.noise_s - b) / head.noise_s
 
 
-def encode(agent: Gr00tAgent, obs: dict[str, Any], draws: Tensor, augmentation: Augmentation) -> dict[str, Tensor]:
+def encode(
+    agent: Gr00tAgent,
+    obs: dict[str, Any],
+    draws: Tensor,
+    augmentation: Augmentation,
+) -> dict[str, Tensor]:
     """Returns an observation as the agent encodes it, but augmented; see `Gr00tAgent.encode`."""
     preprocessor, device = agent.preprocessor, agent.device
     config = preprocessor.data_config
-    images = torch.stack([obs[key].to(device, non_blocking=True) for key in config.video_keys], dim=1)
+    views = [obs[key].to(device, non_blocking=True) for key in config.video_keys]
+    images = torch.stack(views, dim=1)  # [B, V, H, W, 3]
     input_ids, valid_mask = preprocessor.tokens(obs, device)
     return {
         "pixels": augment(images, draws, augmentation, config.crop_scale, agent.config.image_size),
-        "state": preprocessor.state(obs, device), "input_ids": input_ids, "valid_mask": valid_mask,
-    }  # fmt: skip
+        "state": preprocessor.state(obs, device),
+        "input_ids": input_ids,
+        "valid_mask": valid_mask,
+    }
 
 
 def take(batch: Batch, rows: slice) -> Batch:
     """Returns some rows of a batch."""
-    return Batch({key: value[rows] for key, value in batch.obs.items()}, batch.actions[rows], batch.step_mask[rows])
+    obs = {key: value[rows] for key, value in batch.obs.items()}
+    return Batch(obs, batch.actions[rows], batch.step_mask[rows])
+
+
+def pinned(batch: Batch) -> Batch:
+    """Returns a batch in memory from which it is copied to a GPU while the program goes on."""
+    obs = dict(batch.obs)
+    for key, value in obs.items():
+        if isinstance(value, Tensor) and not value.is_cuda:
+            obs[key] = value.pin_memory()
+    return Batch(obs, batch.actions.pin_memory(), batch.step_mask.pin_memory())
 
 
 def main(
@@ -302,151 +419,265 @@ def main(
     make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last logged metrics."""
-    check_args(args)
+    check_at_least(args, 1, "num_steps", "num_action_chunks", "denoising_steps", "log_interval")
+    check_at_least(args, 0, "save_interval", "eval_interval", "eval_episodes_per_task")
+    if args.eval_episodes_per_task > 0:
+        jobs_in_training(args)
+    if not 0 <= args.ema_decay < 1:
+        raise ValueError(f"ema_decay={args.ema_decay} is not in [0, 1); 0 keeps no average")
     accelerator = make_accelerator(args.log_with, args.output_dir)
     if accelerator.is_fsdp2:
-        raise ValueError("FSDP cannot be used for fine-tuning: averaged weights and adapters need them whole; use DDP")
-    device, num_processes, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+        raise ValueError(
+            "FSDP cannot be used for fine-tuning: averages and adapters need whole weights; use DDP",
+        )
+    device, num_processes = accelerator.device, accelerator.num_processes
+    rank, is_main = accelerator.process_index, accelerator.is_main_process
+    console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+
     local_size = share_of_process(args, "batch_size", num_processes)
     micro_size = share_of_process(args, "micro_batch_size", num_processes)
     num_micro_batches = args.num_micro_batches
-    console = Console(quiet=not accelerator.is_main_process)
 
     # --- data ---
     dataset = make_dataset(args)
     metadata = dataset.metadata()
-    console.print(f"{len(dataset.episodes)} episodes, {len(dataset)} frames of {dataset.image_size} pixels")
-    if args.frame_cache != "none":
-        with accelerator.main_process_first():
-            dataset.cache_frames(
-                args.cache_dir, num_threads=args.num_loader_threads,
-                device=device if args.frame_cache == "device" else "cpu",
-                on_episode=lambda done, total: console.print(f"decoded {done}/{total}") if done % 50 == 0 else None,
-            )  # fmt: skip
+    image_size = dataset.image_size[0]
+    run, checkpoint = open_run(
+        args,
+        accelerator,
+        num_iterations=args.num_steps,
+        free_args=FREE_ARGS,
+    )
+    num_episodes = len(dataset.episodes)
+    console.print(f"{num_episodes} episodes, {len(dataset)} frames of {dataset.image_size} pixels")
 
-    # --- agent ---
-    if args.resume is None:
-        run = RunFolder.create(args, accelerator)
-    else:
-        run = reopen_run(args.resume, args, accelerator, FREE_ARGS)
-    set_seed(args.seed)
+    def show_decoding(done: int, total: int) -> None:
+        if done % 50 == 0:
+            console.print(f"decoded {done}/{total}")
+
+    if args.frame_cache != "none":
+        with main_first(accelerator):
+            dataset.cache_frames(
+                args.cache_dir,
+                num_threads=args.num_loader_threads,
+                device=device if args.frame_cache == "device" else "cpu",
+                on_episode=show_decoding,
+            )
+
+    def load(step: int) -> Batch:
+        """Returns this process's part of a step's batch."""
+        frames = frames_at(step, args.batch_size, len(dataset), args.seed)
+        batch = dataset.batch(frames[rank * local_size : (rank + 1) * local_size])
+        return pinned(batch) if device.type == "cuda" else batch
+
+    # --- agent, optimiser, average ---
+    set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args, metadata).to(device)
     check_metadata(agent.preprocessor.metadata, metadata, dataset.data_config)
     if args.compile:
         agent.compile_network()
-    parameters = trained_parameters(agent)
-    num_trained = sum(p.numel() for p in parameters.values())
-    console.print(f"{num_trained:,} of {sum(p.numel() for p in agent.parameters()):,} parameters are trained")
+
+    trained = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    num_trained = sum(p.numel() for p in trained.values())
+    num_parameters = sum(p.numel() for p in agent.parameters())
+    console.print(f"{num_trained:,} of {num_parameters:,} parameters are trained")
+
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=args.learning_rate, betas=args.betas, weight_decay=args.weight_decay
+        trained.values(),
+        lr=args.learning_rate,
+        betas=args.betas,
+        weight_decay=args.weight_decay,
     )
-    average = WeightAverage(list(parameters.values()), args.ema_decay) if args.ema_decay else None
-    first_step = 0
-    if args.resume is not None:
-        first_step, extra = load_state(run.path / "state", agent, optimizer)
-        if average is not None:
-            average.averages = [extra["ema"][name].to(device) for name in parameters]
-        if accelerator.is_main_process:
-            forget_metrics_after(run.path / "metrics.jsonl", first_step)
+    average = None
+    if args.ema_decay > 0:
+        average = make_average(trained.values(), args.ema_decay)
     model, optimizer = accelerator.prepare(agent, optimizer)
     model.train()
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.compute_dtype == "bfloat16")
+    autocast = partial(
+        torch.autocast,
+        device.type,
+        torch.bfloat16,
+        enabled=args.compute_dtype == "bfloat16",
+    )
 
     @contextmanager
-    def as_policy() -> Any:
-        """The agent as it is evaluated and saved: averaged weights, adapters merged, eval mode."""
-        with average.applied() if average is not None else nullcontext(), merged(agent):
-            agent.eval()
-            yield
-        agent.train()
-
-    def load(step: int) -> Batch:
-        """Returns this process's part of a step's batch."""
-        rows = slice(rank * local_size, (rank + 1) * local_size)
-        batch = dataset.batch(frames_at(step, args.batch_size, len(dataset), args.seed)[rows])
-        if device.type != "cuda":
-            return batch
-        obs = {k: v.pin_memory() if isinstance(v, Tensor) and not v.is_cuda else v for k, v in batch.obs.items()}
-        return Batch(obs, batch.actions.pin_memory(), batch.step_mask.pin_memory())
-
-    # --- training ---
-    metrics: dict[str, float] = {}
-    history: list[Tensor] = []
-    batches = Prefetch(
-        load, range(first_step + 1, args.num_steps + 1),
-        num_threads=args.num_loader_threads, num_ahead=args.num_batches_ahead,
-    )  # fmt: skip
-    start, logged_step, logged_wait = time.perf_counter(), first_step, 0.0
-    for step, batch in enumerate(batches, first_step + 1):
-        torch.manual_seed(seed_of(args.seed, step, 1 + rank))  # dropout
-        generator = torch.Generator().manual_seed(seed_of(args.seed, step, 0))
-        noise, tau = flow_matching_draws(agent.config.action_head, args.batch_size, generator)
-        augment_draws = torch.rand(args.batch_size, NUM_DRAWS, generator=generator)
-        num_counted = cast(Tensor, accelerator.reduce(batch.step_mask.sum().to(device), "sum"))
-        losses: list[Tensor] = []
-        for micro in range(num_micro_batches):
-            here = slice(micro * micro_size, (micro + 1) * micro_size)
-            overall = slice(rank * local_size + here.start, rank * local_size + here.stop)
-            part = take(batch, here)
-            obs = encode(agent, part.obs, augment_draws[overall], args.augmentation)
-            draws = noise[overall].to(device), tau[overall].to(device)
-            with nullcontext() if micro == num_micro_batches - 1 else accelerator.no_sync(model):
-                with autocast():
-                    loss = model(obs, sft_actions=part.actions, step_mask=part.step_mask, draws=draws)
-                # From this part's mean to its share of the mean over the whole batch.
-                share = part.step_mask.sum().to(device) / num_counted
-                accelerator.backward(loss * share * num_processes)
-            losses.append(loss.detach() * share)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, args)
-        grad_norm = cast(Tensor, accelerator.clip_grad_norm_(parameters.values(), args.max_grad_norm))
-        run.check_finite(grad_norm, step, losses=torch.stack(losses), actions=batch.actions)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def as_policy() -> Generator[None]:
+        """The agent as it is evaluated and saved: averaged, adapters merged, in eval mode."""
         if average is not None:
-            average.update(step)
-        loss_sum = cast(Tensor, accelerator.reduce(torch.stack(losses).sum(), "sum"))
-        history.append(torch.stack([loss_sum, grad_norm]))
+            average.store(trained.values())
+            average.copy_to(trained.values())
+        try:
+            with merged(agent):
+                agent.eval()
+                yield
+        finally:
+            agent.train()
+            if average is not None:
+                average.restore(trained.values())
 
-        # --- log, save, evaluate ---
-        last = step == args.num_steps
-        is_due = last or bool(args.eval_interval and step % args.eval_interval == 0)
-        evaluates = is_due and args.eval_episodes_per_task > 0
-        if last or evaluates or step % args.log_interval == 0:
-            loss_mean, norm_mean = torch.stack(history).mean(0).tolist()
-            seconds = time.perf_counter() - start
-            metrics = {
-                "train/loss": loss_mean, "train/grad_norm": norm_mean, "train/lr": learning_rate_at(step, args),
-                "time/data_fraction": (batches.wait_s - logged_wait) / seconds,
-                "charts/samples_per_s": (step - logged_step) * args.batch_size / seconds,
-                "charts/epoch": step * args.batch_size / len(dataset),
-            }  # fmt: skip
-            left_s = (args.num_steps - step) * seconds / (step - logged_step)
-            console.print(
-                f"step {step}/{args.num_steps}  loss {loss_mean:.4f}  grad norm {norm_mean:.2f}  "
-                f"{metrics['charts/samples_per_s']:.0f} samples/s  waiting for data "
-                f"{metrics['time/data_fraction']:.1%}  left {left_s:.0f} s",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
-            history = []
-        if last or (args.save_interval and step % args.save_interval == 0):
-            with as_policy():
-                run.save_agent(agent, f"step_{step}")
-            if accelerator.is_main_process:
-                ema = {} if average is None else {"ema": dict(zip(parameters, average.averages, strict=True))}
-                save_state(run.path / "state", agent, optimizer, step, ema)
-        if evaluates:
-            if accelerator.is_main_process:
-                with as_policy():
-                    metrics["eval/success_once"] = evaluate_into(
-                        run.path, step, agent, lambda n: make_envs(args, n, dataset.image_size[0]), args
-                    )
-            accelerator.wait_for_everyone()
-        if not history:
-            run.log(metrics, step, step)
-            start, logged_step, logged_wait = time.perf_counter(), step, batches.wait_s
+    def write_agent(folder: Path) -> None:
+        with as_policy():
+            agent.save_pretrained(folder)
+
+    def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
+        return stop.watched(make_envs(args, num_envs, image_size))
+
+    def evaluate(folder: Path, step: int) -> float:
+        with as_policy():
+            return evaluate_into(folder, step, agent, make_eval_envs, args)
+
+    metrics: dict[str, float] = {}
+    history: list[Tensor] = []  # loss and gradient norm of each step since the last log
+
+    def more_state() -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds besides weights and optimiser."""
+        unlogged = torch.stack(history) if history else torch.zeros(0, 2)
+        state = {"history": {"loss_and_grad_norm": unlogged}}
+        if average is not None:
+            state["ema"] = dict(zip(trained, average.shadow_params, strict=True))
+        return state
+
+    with (
+        StopSignal(accelerator, together=True) as stop,
+        Checkpoints(
+            run,
+            accelerator,
+            model,
+            optimizer,
+            keep_last=args.keep_last,
+            keep_best=args.keep_best,
+            unit="step",
+            write_agent=write_agent,
+            generators=False,
+        ) as checkpoints,
+    ):
+        # --- start, or go on where a checkpoint was taken ---
+        done = 0
+        if checkpoint is not None:
+            restored = checkpoints.restore(checkpoint)
+            done = restored.iteration
+            unlogged = restored.tensors["history"]["loss_and_grad_norm"]
+            history = list(unlogged.to(device))
+            if average is not None:
+                averages = restored.tensors["ema"]
+                average.shadow_params = [averages[name].to(device) for name in trained]
+                average.optimization_step = done
+            is_missing = args.evaluates(done) and not evaluation_file(run.path, done).is_file()
+            if is_missing and is_main:
+                print(missing_evaluation(checkpoint))
+        checkpoints.take(done, done, tensors=more_state())
+
+        batches = Prefetch(
+            load,
+            range(done + 1, args.num_steps + 1),
+            num_threads=args.num_loader_threads,
+            num_ahead=args.num_batches_ahead,
+        )
+        logged_at = time.perf_counter()
+        logged_step = done
+        logged_wait_s = 0.0
+
+        for step, batch in enumerate(batches, done + 1):
+            stop.check()
+            checkpoints.begin_update()
+
+            # --- what is random, for the batch of all processes ---
+            generator = torch.Generator().manual_seed(seed_of(args.seed, step, 0))
+            noise, tau = flow_matching_draws(agent.config.action_head, args.batch_size, generator)
+            augment_draws = torch.rand(args.batch_size, NUM_DRAWS, generator=generator)
+            torch.manual_seed(seed_of(args.seed, step, 1 + rank))  # dropout
+
+            # --- loss: each micro-batch's share of the mean over the whole batch ---
+            num_valid = batch.step_mask.sum().to(device)
+            num_valid = cast(Tensor, accelerator.reduce(num_valid, "sum"))
+            losses: list[Tensor] = []
+            for micro in range(num_micro_batches):
+                rows = slice(micro * micro_size, (micro + 1) * micro_size)
+                first = rank * local_size + rows.start
+                overall = slice(first, first + micro_size)
+
+                part = take(batch, rows)
+                obs = encode(agent, part.obs, augment_draws[overall], args.augmentation)
+                draws = noise[overall].to(device), tau[overall].to(device)
+                share = part.step_mask.sum().to(device) / num_valid
+
+                # Processes exchange gradients with the last micro-batch.
+                is_last = micro == num_micro_batches - 1
+                with nullcontext() if is_last else accelerator.no_sync(model):
+                    with autocast():
+                        loss = model(
+                            obs,
+                            sft_actions=part.actions,
+                            step_mask=part.step_mask,
+                            draws=draws,
+                        )
+                    loss = loss * share
+                    # Times their number, because processes' gradients are averaged.
+                    accelerator.backward(loss * num_processes)
+                losses.append(loss.detach())
+
+            # --- update ---
+            learning_rate = learning_rate_at(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            grad_norm = cast(
+                Tensor,
+                accelerator.clip_grad_norm_(trained.values(), args.max_grad_norm),
+            )
+            run.check_finite(grad_norm, step, losses=torch.stack(losses), actions=batch.actions)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                average.step(trained.values())
+            loss_sum = cast(Tensor, accelerator.reduce(torch.stack(losses).sum(), "sum"))
+            history.append(torch.stack([loss_sum, grad_norm]))
+
+            # --- log, evaluate, save ---
+            success = None
+            if args.logs(step):
+                seconds = time.perf_counter() - logged_at
+                num_steps = step - logged_step
+                loss_mean, norm_mean = torch.stack(history).mean(0).tolist()
+                metrics = {
+                    "train/loss": loss_mean,
+                    "train/grad_norm": norm_mean,
+                    "train/lr": learning_rate,
+                    "time/data_fraction": (batches.wait_s - logged_wait_s) / seconds,
+                    "charts/samples_per_s": num_steps * args.batch_size / seconds,
+                    "charts/epoch": step * args.batch_size / len(dataset),
+                }
+                left_s = (args.num_steps - step) * seconds / num_steps
+                console.print(
+                    f"step {step}/{args.num_steps}  loss {loss_mean:.4f}  "
+                    f"grad norm {norm_mean:.2f}  "
+                    f"{metrics['charts/samples_per_s']:.0f} samples/s  "
+                    f"waiting for data {metrics['time/data_fraction']:.1%}  left {left_s:.0f} s"
+                )
+                history = []
+            checkpoints.take(step, step, tensors=more_state())
+
+            if args.logs(step):
+                try:
+                    if args.evaluates(step):
+                        success = for_all(
+                            accelerator,
+                            evaluate,
+                            run.path,
+                            step,
+                            check=stop.check_alone,
+                        )
+                        metrics["eval/success_once"] = success
+                finally:  # also if a request to stop ends the evaluation
+                    run.log(metrics, step, step)
+            if args.saves(step):
+                checkpoints.save(success)
+            if args.logs(step):
+                logged_at = time.perf_counter()
+                logged_step = step
+                logged_wait_s = batches.wait_s
+
     run.finish()
-    if accelerator.is_main_process:
+    if is_main:
         print(run.summary(f"step_{args.num_steps}", args.suite))
     return metrics
 

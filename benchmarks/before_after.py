@@ -13,7 +13,6 @@ document on the last line.
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -25,13 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from algorithms.common.video import CONTROL_FREQUENCY_HZ, TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
-from algorithms.eval_gr00t import Args, evaluate, make_envs, weights_digest
-from benchmarks.hardware import describe_run
+from algorithms.common.evaluation import evaluate
+from algorithms.common.video import TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
+from algorithms.eval_gr00t import Args, make_envs, weights_digest
+from benchmarks.publish import publish
 from gr00t_agent import Gr00tAgent
-from libero_gym.env import DEFAULT_CAMERAS
-from libero_gym.physics.simulation import InitStates, check_init_states
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ
+from libero_gym.options import DEFAULT_CAMERAS
 from libero_gym.rendering.renderers import make_renderer
+from libero_gym.tasks.initial_states import InitStates, check_init_states
 
 # Environment steps from one picture to the next, the film's speed by the robot's, and how long its last picture stays.
 STRIDE, SPEED, FINAL_SECONDS = 5, 2, 2
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     height, width = pictures[0].shape[:2]
     print(f"{args.output}: {len(pictures)} pictures, {width} x {height}, {args.output.stat().st_size / 1e6:.2f} MB")
     protocol = settings | dict(init_state_id=args.init_state_id, seed=args.seed)
-    print(json.dumps({"benchmark": "before_after", **describe_run(), "protocol": protocol, "results": results}))
+    publish("before_after", results, settings=protocol)
 
 
 if __name__ == "__main__":

@@ -17,22 +17,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.hardware import describe_run
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.physics.simulation import Simulation
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
@@ -174,47 +171,50 @@ def efficiency(results: list[dict[str, Any]]) -> float:
     return last["env_steps_per_s"] / first["env_steps_per_s"] * first["num_threads"] / last["num_threads"]
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> dict[str, Any]:
+    """Measures, prints, returns the document."""
+    parser = make_parser(__doc__)
     parser.add_argument("--suite", default="libero_spatial")
     parser.add_argument("--num-envs", type=int, default=8)
-    parser.add_argument("--num-reference-envs", type=int, default=None, help="default: one a core, at most num-envs")
-    parser.add_argument("--num-threads", type=int, nargs="+", default=None, help="default: 1, 2, 4 .. all cores")
+    parser.add_argument("--num-reference-envs", type=int, help="default: one a core, at most num-envs")
+    parser.add_argument("--num-threads", type=int, nargs="+", help="default: 1, 2, 4 .. all cores")
     parser.add_argument("--num-chunks", type=int, default=10)
     parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--renderer", choices=("egl", "osmesa", "warp"), default=None, help="ours")
+    parser.add_argument("--renderer", choices=("egl", "osmesa", "warp"), help="ours")
     parser.add_argument("--gl", choices=("egl", "osmesa", "none"), help="LIBERO's; default: what is found")
-    parser.add_argument("--output", type=Path, default=None, help="file for the JSON line")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     args.num_reference_envs = args.num_reference_envs or min(cores, args.num_envs)
     threads = args.num_threads or sorted({2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores})
     gl = args.gl or find_gl()
-    print(f"{'environment':<34}{'threads or processes':>22}{'env-steps/s':>13}{'open + reset s':>16}", flush=True)
-    results = [measure_libero(args, gl)]
-    label = "LIBERO WITHOUT IMAGES (no OpenGL)" if gl == "none" else f"LIBERO ({gl})"
-    rows = [(label, args.num_reference_envs, results[0])]
+
+    table = Table(
+        {"environment": "<34", "threads or processes": ">22", "env-steps/s": ">13.1f", "open + reset s": ">16.1f"}
+    )
+    theirs = measure_libero(args, gl)
+    name = "LIBERO WITHOUT IMAGES (no OpenGL)" if gl == "none" else f"LIBERO ({gl})"
+    table.add(name, args.num_reference_envs, theirs["env_steps_per_s"], theirs["open_and_reset_s"])
+    ours: list[dict[str, Any]] = []
     for num_threads in threads:
-        results.append(measure_ours(args, num_threads))
-        rows.append((f"ours ({results[-1]['renderer']})", num_threads, results[-1]))
-    alone = [measure_simulations(args, num_threads) for num_threads in threads]
-    rows += [("simulations alone", result["num_threads"], result) for result in alone]
-    for name, workers, result in rows:
-        opening = f"{result['open_and_reset_s']:>16.1f}" if "open_and_reset_s" in result else ""
-        print(f"{name:<34}{workers:>22}{result['env_steps_per_s']:>13.1f}{opening}")
-    best = max(result["env_steps_per_s"] for result in results[1:])
-    ratio = best / results[0]["env_steps_per_s"]
+        ours.append(row := measure_ours(args, num_threads))
+        table.add(f"ours ({row['renderer']})", num_threads, row["env_steps_per_s"], row["open_and_reset_s"])
+    alone: list[dict[str, Any]] = []
+    for num_threads in threads:
+        alone.append(row := measure_simulations(args, num_threads))
+        table.add("simulations alone", num_threads, row["env_steps_per_s"], None)
+
+    best = max(row["env_steps_per_s"] for row in ours)
+    ratio = best / theirs["env_steps_per_s"]
     print(f"ratio: {ratio:.2f}" + (" (our images against none)" if gl == "none" else ""))
+    values = {"env_steps_per_s": best, "ratio": ratio, "thread_efficiency": efficiency(ours)}
     settings = {key: getattr(args, key) for key in ("suite", "num_envs", "num_chunks", "image_size")}
-    settings |= {"action_chunk": CHUNK, "reference_has_images": gl != "none"}
-    document = {"benchmark": "env_vector", **describe_run(), "settings": settings}
-    values = {"env_steps_per_s": best, "ratio": ratio, "thread_efficiency": efficiency(results[1:])}
-    outcome = {"rates": results + alone, **values, "machine_efficiency": efficiency(alone)}
-    line = json.dumps({**document, "results": outcome, "targets": judge(values, at_least=TARGETS)})
-    if args.output is not None:
-        args.output.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    return publish(
+        "env_vector",
+        {"rates": [theirs, *ours, *alone], **values, "machine_efficiency": efficiency(alone)},
+        settings=settings | {"action_chunk": CHUNK, "reference_has_images": gl != "none"},
+        targets=judge(values, at_least=TARGETS),
+        output=args.output,
+    )
 
 
 if __name__ == "__main__":

@@ -16,26 +16,24 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import warp as wp
 
-from benchmarks.hardware import describe_run
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.experts import ExpertEpisode, run_expert
 from libero_gym.physics.simulation import Simulation
-from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds, WorldStart
+from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds
+from libero_gym.tasks.initial_states import EpisodeStart
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, list_tasks
-from libero_gym.warp_vector import LiberoWarpEnv
+from libero_gym.vector import LiberoVectorEnv
 
 CHUNK = 5
 EXTRA_STEPS = 5
@@ -48,16 +46,17 @@ NO_IMAGES, WITH_IMAGES = "env_steps_per_s", "env_steps_per_s_with_images"
 def measure_rate(args: argparse.Namespace, num_worlds: int, *, has_images: bool) -> dict[str, float]:
     """Return env-steps/s under random actions, seconds to open and to run the first chunk, and GPU memory in GiB."""
     start = time.perf_counter()
-    env = LiberoWarpEnv(
+    env = LiberoVectorEnv(
         args.suite,
         num_worlds,
+        physics="warp",
         num_action_chunks=CHUNK,
         observe_images=has_images,
         images_as_torch=has_images,
         image_size=args.image_size,
         warp_options=WarpOptions(solver_iterations=args.solver_iterations),
     )
-    device = env.worlds.device
+    device = cast(WarpWorlds, env.worlds).device
     env.reset(seed=0)
     rng = np.random.default_rng(0)
     shape = (num_worlds, CHUNK, 7)
@@ -105,7 +104,7 @@ def replay(episodes: Sequence[ExpertEpisode], options: WarpOptions) -> list[bool
     count = len(episodes)
     tasks = sorted({episode.task for episode in episodes}, key=lambda task: task.task_id)
     worlds = WarpWorlds(load_scene(tasks[0]), tasks, count, options=options)
-    starts = [WorldStart(task=e.task, init_state_id=e.init_state_id, placement_seed=e.seed) for e in episodes]
+    starts = [EpisodeStart(task=e.task, init_state_id=e.init_state_id, placement_seed=e.seed) for e in episodes]
     worlds.reset(np.arange(count), starts, init_states="settled")
     actions = [extend_actions(episode) for episode in episodes]
     steps_left = np.array([len(sequence) for sequence in actions])
@@ -119,9 +118,30 @@ def replay(episodes: Sequence[ExpertEpisode], options: WarpOptions) -> list[bool
     return has_succeeded.tolist()
 
 
+def compare_outcomes(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns how many expert episodes succeed on the CPU's physics, on the GPU's, and on the CPU's from close by."""
+    episodes = record_episodes(list_tasks(args.suite), args.num_episodes, args.num_threads)
+    with ThreadPoolExecutor(args.num_threads) as pool:
+        num_perturbed = sum(pool.map(replay_on_cpu, episodes))
+    on_warp = replay(episodes, WarpOptions(solver_iterations=args.solver_iterations))
+    agrees = [episode.success == success for episode, success in zip(episodes, on_warp, strict=True)]
+    return {
+        "num_episodes": len(episodes),
+        "num_cpu_successes": sum(episode.success for episode in episodes),
+        "num_warp_successes": sum(on_warp),
+        "num_perturbed_cpu_successes": num_perturbed,
+        "share": round(float(np.mean(agrees)), 4),
+        "differing": [
+            {"task_id": episode.task.task_id, "init_state_id": episode.init_state_id}
+            for episode, is_same in zip(episodes, agrees, strict=True)
+            if not is_same
+        ],
+    }
+
+
 def main() -> dict[str, Any]:
-    """Measure, print, return the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measures, prints, returns the document."""
+    parser = make_parser(__doc__)
     parser.add_argument("--suite", default="libero_spatial", help="a suite of one scene: libero_spatial, libero_goal")
     parser.add_argument("--num-worlds", type=int, nargs="*", default=[512, 1024, 2048, 4096])
     parser.add_argument("--num-chunks", type=int, default=6, help="chunks of five steps that are timed")
@@ -129,15 +149,19 @@ def main() -> dict[str, Any]:
     parser.add_argument("--num-episodes", type=int, default=50, help="replayed expert episodes; 0 for none")
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)), help="to record them")
     parser.add_argument("--solver-iterations", type=int, default=WarpOptions().solver_iterations)
-    parser.add_argument("--output", type=Path, help="file for the JSON line")
     args = parser.parse_args()
 
-    results: dict[str, Any] = {"rates": [], "agreement": None}
-    print(f"{'worlds':>7}{'env-steps/s':>13}{'with images':>13}{'open s':>9}{'GPU GiB':>9}", flush=True)
+    table = Table(
+        {"worlds": ">7", "env-steps/s": ">13.0f", "with images": ">13.0f", "open s": ">9.1f", "GPU GiB": ">9.2f"}
+    )
+    rates: list[dict[str, float]] = []
     for num_worlds in args.num_worlds:
         plain = measure_rate(args, num_worlds, has_images=False)
         drawn = measure_rate(args, num_worlds, has_images=True)
-        results["rates"].append(
+        table.add(
+            num_worlds, plain["env_steps_per_s"], drawn["env_steps_per_s"], plain["open_s"], drawn["gpu_memory_gib"]
+        )
+        rates.append(
             {
                 "num_worlds": num_worlds,
                 NO_IMAGES: round(plain["env_steps_per_s"], 1),
@@ -147,48 +171,23 @@ def main() -> dict[str, Any]:
                 "gpu_memory_gib": round(drawn["gpu_memory_gib"], 2),
             }
         )
+    agreement = compare_outcomes(args) if args.num_episodes else None
+    if agreement is not None:
         print(
-            f"{num_worlds:>7}{plain['env_steps_per_s']:>13.0f}{drawn['env_steps_per_s']:>13.0f}"
-            f"{plain['open_s']:>9.1f}{drawn['gpu_memory_gib']:>9.2f}",
-            flush=True,
-        )
-    if args.num_episodes:
-        episodes = record_episodes(list_tasks(args.suite), args.num_episodes, args.num_threads)
-        with ThreadPoolExecutor(args.num_threads) as pool:
-            num_perturbed = sum(pool.map(replay_on_cpu, episodes))
-        on_warp = replay(episodes, WarpOptions(solver_iterations=args.solver_iterations))
-        agrees = [episode.success == success for episode, success in zip(episodes, on_warp, strict=True)]
-        results["agreement"] = {
-            "num_episodes": len(episodes),
-            "num_cpu_successes": sum(episode.success for episode in episodes),
-            "num_warp_successes": sum(on_warp),
-            "num_perturbed_cpu_successes": num_perturbed,
-            "share": round(float(np.mean(agrees)), 4),
-            "differing": [
-                {"task_id": episode.task.task_id, "init_state_id": episode.init_state_id}
-                for episode, is_same in zip(episodes, agrees, strict=True)
-                if not is_same
-            ],
-        }
-        counts = results["agreement"]
-        print(
-            f"expert episodes: {counts['num_episodes']}; successes on the CPU {counts['num_cpu_successes']}, "
-            f"there from {PERTURBATION} rad off {num_perturbed}, on the GPU {counts['num_warp_successes']}; "
-            f"same outcome: {counts['share']:.1%}"
+            f"expert episodes: {agreement['num_episodes']}; successes on the CPU {agreement['num_cpu_successes']}, "
+            f"there from {PERTURBATION} rad off {agreement['num_perturbed_cpu_successes']}, "
+            f"on the GPU {agreement['num_warp_successes']}; same outcome: {agreement['share']:.1%}"
         )
 
-    values = {f"env_steps_per_s_{row['num_worlds']}_with_images": row[WITH_IMAGES] for row in results["rates"]}
-    measured = {name: target for name, target in TARGETS.items() if name in values}
-    targets = judge(values, at_least=measured)
+    values = {f"env_steps_per_s_{row['num_worlds']}_with_images": row[WITH_IMAGES] for row in rates}
     settings = {key: getattr(args, key) for key in ("suite", "num_chunks", "image_size", "solver_iterations")}
-    settings |= {"action_chunk": CHUNK, "num_cameras": 2}
-    document = {"benchmark": "env_warp", **describe_run(), "settings": settings, "results": results, "targets": targets}
-    line = json.dumps(document)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(line + "\n", encoding="utf-8")
-    print(line)
-    return document
+    return publish(
+        "env_warp",
+        {"rates": rates, "agreement": agreement},
+        settings=settings | {"action_chunk": CHUNK, "num_cameras": 2},
+        targets=judge(values, at_least={name: target for name, target in TARGETS.items() if name in values}),
+        output=args.output,
+    )
 
 
 if __name__ == "__main__":

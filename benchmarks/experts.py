@@ -7,23 +7,20 @@ horizons, with the exact stepping; the seed of an episode is `--seed` plus the i
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.hardware import describe_run
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.experts import HUMAN_LIKE, ExpertConfig, run_expert
-from libero_gym.physics.simulation import Simulation, check_init_states
+from libero_gym.physics.simulation import Simulation
+from libero_gym.tasks.initial_states import check_init_states
 from libero_gym.tasks.scenes import load_scene, load_scenes
 from libero_gym.tasks.suites import get_task, horizon, list_tasks, load_init_states
 
@@ -155,29 +152,22 @@ def measure(suite: str, rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> dict[str, Any]:
-    """Parse the command line, run, print; return the document.
+    """Parses the command line, runs, prints; returns the document.
 
     Raises:
         ValueError: a task or state does not exist.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--suites", nargs="+", default=list(SUCCESS_TARGETS))
     parser.add_argument("--task-ids", nargs="+", type=int, help="tasks of each suite; all if absent")
     parser.add_argument("--states", nargs="+", type=int, help="stored initial states; all if absent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--style", choices=list(STYLES), default="plain")
     parser.add_argument("--num-workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args()
 
-    document: dict[str, Any] = {
-        "benchmark": "experts",
-        **describe_run(),
-        "seed": args.seed,
-        "style": args.style,
-        "results": {},
-        "targets": {},
-    }
+    results: dict[str, Any] = {}
+    targets: dict[str, Any] = {}
     tasks = {suite: args.task_ids or [task.task_id for task in list_tasks(suite)] for suite in args.suites}
     # Missing scenes are built here, once, and not by whichever worker comes first.
     load_scenes([get_task(suite, task_id) for suite, task_ids in tasks.items() for task_id in task_ids])
@@ -186,22 +176,21 @@ def main() -> dict[str, Any]:
             start = time.perf_counter()
             rows: list[dict[str, Any]] = []
             print(f"\n{suite}: horizon {horizon(suite)}, seed {args.seed}, style {args.style}")
-            print("| task | success | mean length | max length | failed initial states |")
-            print("|---|---|---|---|---|")
+            table = Table(
+                {"success": "<9", "mean length": ">12.1f", "max length": ">12", "  task": "<72", "failed states": "<1"}
+            )
             episodes = run_tasks(suite, task_ids, states=args.states, seed=args.seed, style=args.style, pool=pool)
             for task_id, outcomes in episodes:
-                row = summarise(suite, task_id, outcomes)
-                rows.append(row)
-                print(
-                    f"| {task_id} {row['name'].replace('_', ' ')} | {row['num_successes']}/{row['num_episodes']} "
-                    f"| {row['mean_length']} | {row['max_length']} | {row['failed_init_state_ids'] or ''} |",
-                    flush=True,
-                )
+                rows.append(row := summarise(suite, task_id, outcomes))
+                success = f"{row['num_successes']}/{row['num_episodes']}"
+                name = f"  {task_id} {row['name'].replace('_', ' ')}"
+                failed = " ".join(map(str, row["failed_init_state_ids"]))
+                table.add(success, row["mean_length"], row["max_length"], name, failed)
             num_episodes = sum(row["num_episodes"] for row in rows)
             num_successes = sum(row["num_successes"] for row in rows)
             rate = num_successes / num_episodes
-            print(f"| **all** | **{num_successes}/{num_episodes} = {100 * rate:.1f} %** | | | |", flush=True)
-            document["results"][suite] = {
+            print(f"all: {num_successes}/{num_episodes} = {100 * rate:.1f} %", flush=True)
+            results[suite] = {
                 "horizon": horizon(suite),
                 "init_states": check_init_states(None, suite),
                 "num_episodes": num_episodes,
@@ -213,12 +202,9 @@ def main() -> dict[str, Any]:
             # A target speaks of a whole suite.
             if args.states is None and args.task_ids is None and suite in SUCCESS_TARGETS:
                 values = measure(suite, rows)
-                document["targets"].update(judge(values, at_least=dict.fromkeys(values, SUCCESS_TARGETS[suite])))
-    text = json.dumps(document)
-    if args.output is not None:
-        args.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    return document
+                targets |= judge(values, at_least=dict.fromkeys(values, SUCCESS_TARGETS[suite]))
+    settings = {"seed": args.seed, "style": args.style}
+    return publish("experts", results, settings=settings, targets=targets, output=args.output)
 
 
 if __name__ == "__main__":

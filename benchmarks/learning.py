@@ -14,9 +14,7 @@ exploration noise.
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,8 +33,7 @@ from torch import Tensor, nn
 
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.common.episodes import wilson_interval
-from benchmarks.hardware import describe_run
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from gr00t_agent.sampler import FlowSampler, Prediction
 from libero_gym.experts import make_expert
 from libero_gym.physics.simulation import Simulation
@@ -54,16 +51,44 @@ AT_LEAST = {"after": 0.9}
 AT_MOST = {"before": 0.5, "cpu_minutes": 10.0}
 
 PPO_ARGS = ppo_gr00t.Args(
-    suite=SUITE, task_ids=(TASK_ID,), num_envs=16, num_steps=16, horizon=HORIZON, num_iterations=30, update_epochs=4,
-    minibatch_size=64, micro_batch_size=64, learning_rate=1e-3, value_learning_rate=3e-3, vf_coef=0.5, gamma=0.9,
-    gae_lambda=0.9, value_bounds=(0.0, 1.0), noise_level=1.0, final_noise=0.3, target_kl=0.3,
-    eval_episodes_per_task=0, log_with=(),
-)  # fmt: skip
+    suite=SUITE,
+    task_ids=(TASK_ID,),
+    num_envs=16,
+    num_steps=16,
+    horizon=HORIZON,
+    num_iterations=30,
+    update_epochs=4,
+    minibatch_size=64,
+    micro_batch_size=64,
+    learning_rate=1e-3,
+    value_learning_rate=3e-3,
+    vf_coef=0.5,
+    gamma=0.9,
+    gae_lambda=0.9,
+    value_bounds=(0.0, 1.0),
+    noise_level=1.0,
+    final_noise=0.3,
+    target_kl=0.3,
+    eval_episodes_per_task=0,
+    log_with=(),
+)
 GRPO_ARGS = grpo_gr00t.Args(
-    suite=SUITE, task_ids=(TASK_ID,), num_envs=16, group_size=8, num_groups=4, max_rollouts=4, horizon=HORIZON,
-    num_iterations=35, update_epochs=4, num_minibatches=8, learning_rate=5e-4, noise_level=1.4, final_noise=0.3,
-    eval_episodes_per_task=0, log_with=(),
-)  # fmt: skip
+    suite=SUITE,
+    task_ids=(TASK_ID,),
+    num_envs=16,
+    group_size=8,
+    num_groups=4,
+    max_rollouts=4,
+    horizon=HORIZON,
+    num_iterations=35,
+    update_epochs=4,
+    num_minibatches=8,
+    learning_rate=5e-4,
+    noise_level=1.4,
+    final_noise=0.3,
+    eval_episodes_per_task=0,
+    log_with=(),
+)
 
 
 @cache
@@ -88,9 +113,14 @@ class NearGoalEnv(gym.vector.VectorWrapper):
 
     def __init__(self, num_envs: int, num_action_chunks: int, horizon: int, autoreset_mode: AutoresetMode) -> None:
         self._base = LiberoVectorEnv(
-            SUITE, num_envs, task_ids=[TASK_ID], num_action_chunks=num_action_chunks, observe_images=False,
-            horizon=horizon, autoreset_mode=autoreset_mode,
-        )  # fmt: skip
+            SUITE,
+            num_envs,
+            task_ids=[TASK_ID],
+            num_action_chunks=num_action_chunks,
+            observe_images=False,
+            horizon=horizon,
+            autoreset_mode=autoreset_mode,
+        )
         super().__init__(self._base)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -142,9 +172,12 @@ class StateFlowAgent(nn.Module):
         self.sampler, self.chunk_shape = sampler, (num_action_chunks, ACTION_DIM)
         size, state_dim = num_action_chunks * ACTION_DIM, len(self.state_scale)
         self.velocity = nn.Sequential(
-            nn.Linear(size + state_dim + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(size + state_dim + 1, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
             nn.Linear(width, size),
-        )  # fmt: skip
+        )
         self.value = nn.Sequential(nn.Linear(state_dim, width), nn.SiLU(), nn.Linear(width, 1))
         nn.init.zeros_(cast(nn.Linear, self.velocity[-1]).weight)
         nn.init.zeros_(cast(nn.Linear, self.velocity[-1]).bias)
@@ -244,13 +277,12 @@ def worst_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
     return targets
 
 
-def main() -> None:
-    """Trains with each algorithm and seed, and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> dict[str, Any]:
+    """Trains with each algorithm and seed, prints, returns the document."""
+    parser = make_parser(__doc__)
     parser.add_argument("--algorithms", nargs="+", choices=["ppo", "grpo"], default=["ppo", "grpo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--num-iterations", type=int, help="default: 30 of PPO, 35 of GRPO")
-    parser.add_argument("--output", type=Path, help="also write the JSON line there")
     args = parser.parse_args()
     changes = {} if args.num_iterations is None else {"num_iterations": args.num_iterations}
     results: list[dict[str, Any]] = []
@@ -260,29 +292,45 @@ def main() -> None:
                 start, cpu = time.perf_counter(), time.process_time()
                 lines = train(algorithm, seed, Path(folder), **changes)
                 wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
-            before, after = success_of(lines[:1]), success_of(lines[-3:])
-            first = next((line["iteration"] for line in lines if line["env/success_once"] >= 0.9), math.nan)
+            good = (line["iteration"] for line in lines if line["env/success_once"] >= 0.9)
             results.append(
                 dict(
-                    algorithm=algorithm, seed=seed, before=before, after=after, env_steps=lines[-1]["global_step"],
-                    first_iteration_at_90_percent=first, cpu_minutes=cpu_s / 60, wall_minutes=wall_s / 60,
+                    algorithm=algorithm,
+                    seed=seed,
+                    before=success_of(lines[:1]),
+                    after=success_of(lines[-3:]),
+                    env_steps=lines[-1]["global_step"],
+                    first_iteration_at_90_percent=next(good, None),
+                    cpu_minutes=cpu_s / 60,
+                    wall_minutes=wall_s / 60,
                     curve=[round(line["env/success_once"], 3) for line in lines],
                 )
-            )  # fmt: skip
-    print(f"\n{'':6}{'seed':>5}{'before':>18}{'after':>27}{'>= 90 % at':>12}{'env-steps':>11}{'CPU min':>9}")
+            )
+    print()
+    table = Table(
+        {
+            "": "<6",
+            "seed": ">5",
+            "before": ">18",
+            "after": ">27",
+            ">= 90 % at": ">12",
+            "env-steps": ">11",
+            "CPU min": ">9.1f",
+        }
+    )
     for row in results:
         (low, high), after = wilson_interval(*row["after"]), row["after"][0] / row["after"][1]
-        before = f"{row['before'][0] / row['before'][1]:.1%} of {row['before'][1]}"
-        print(
-            f"{row['algorithm']:6}{row['seed']:5}{before:>18}{f'{after:.1%} ({low:.1%} - {high:.1%})':>27}"
-            f"{row['first_iteration_at_90_percent']:12}{row['env_steps']:11}{row['cpu_minutes']:9.1f}"
+        table.add(
+            row["algorithm"],
+            row["seed"],
+            f"{row['before'][0] / row['before'][1]:.1%} of {row['before'][1]}",
+            f"{after:.1%} ({low:.1%} - {high:.1%})",
+            row["first_iteration_at_90_percent"] or "never",
+            row["env_steps"],
+            row["cpu_minutes"],
         )
     settings = {"suite": SUITE, "task_id": TASK_ID, "steps_before_success": STEPS_BEFORE_SUCCESS, "horizon": HORIZON}
-    document = {"benchmark": "learning", **describe_run(), "settings": settings, "results": results}
-    line = json.dumps(document | {"targets": worst_seeds(results)})
-    if args.output is not None:
-        args.output.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    return publish("learning", results, settings=settings, targets=worst_seeds(results), output=args.output)
 
 
 if __name__ == "__main__":

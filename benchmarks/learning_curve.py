@@ -37,6 +37,7 @@ failed. How the mean is taken, `mean_success` says.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import re
@@ -46,13 +47,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
+from matplotlib.transforms import Bbox
 
 from algorithms.common.episodes import wilson_interval
-from algorithms.common.report import TASK_METRIC, nice_ticks, percent, read_metrics, tag, text
-
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels."""
-
+from algorithms.common.report import TASK_METRIC, percent, read_metrics
 
 # --- what was measured ---
 
@@ -218,11 +221,14 @@ def read_curve(manifest: Path) -> Curve:
     if not 1 <= len(content["runs"]) <= len(COLORS):
         raise ValueError(f"{len(content['runs'])} runs are given (1 to {len(COLORS)} have a colour)")
     return Curve(
-        title=content["title"], machine=content["machine"], notes=content["notes"],
+        title=content["title"],
+        machine=content["machine"],
+        notes=content["notes"],
         start=_read_evaluation(manifest.parent, start, steps=0.0, where="start"),
-        reference_label=reference["label"], reference_rate=reference["success_rate"],
+        reference_label=reference["label"],
+        reference_rate=reference["success_rate"],
         runs=[_read_run(manifest.parent, run) for run in content["runs"]],
-    )  # fmt: skip
+    )
 
 
 COUNTS = frozenset({"files", "successes", "episodes", "seeds"})
@@ -252,9 +258,10 @@ def _read_run(folder: Path, content: Mapping[str, Any]) -> Run:
             clock.append((steps, minutes + line["time/total_s"] / 60, episodes + line.get("env/num_episodes", 0)))
         ends[name] = [steps for steps, _, _ in clock[-length - 1 :]]
         curve = exploring_curve(
-            metrics, iterations_per_horizon=content["iterations_per_horizon"],
+            metrics,
+            iterations_per_horizon=content["iterations_per_horizon"],
             tasks_drawn=entry.get("tasks_drawn", "evenly"),
-        )  # fmt: skip
+        )
         shifted = [(start + steps, rate) for steps, rate in curve]
         stages.append(Stage(label=entry.get("label", ""), start=start, end=clock[-1][0], curve=shifted))
     evaluations: list[Evaluation] = []
@@ -273,9 +280,13 @@ def _read_evaluation(folder: Path, content: Mapping[str, Any], *, steps: float, 
     label, given = content.get("label", ""), sorted(COUNTS & content.keys())
     if given == ["episodes", "seeds", "successes"]:
         return Evaluation(
-            label=label, steps=steps, successes=content["successes"], episodes=content["episodes"],
-            num_seeds=len(content["seeds"]), by_task={},
-        )  # fmt: skip
+            label=label,
+            steps=steps,
+            successes=content["successes"],
+            episodes=content["episodes"],
+            num_seeds=len(content["seeds"]),
+            by_task={},
+        )
     if given != ["files"]:
         raise ValueError(f"{where} gives {given}: give files, or successes, episodes and seeds")
     by_task: dict[str, tuple[int, int]] = {}
@@ -290,9 +301,13 @@ def _read_evaluation(folder: Path, content: Mapping[str, Any], *, steps: float, 
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"{where} counts a seed twice: its files are of seeds {seeds}")
     return Evaluation(
-        label=label, steps=steps, successes=sum(s for s, _ in by_task.values()),
-        episodes=sum(n for _, n in by_task.values()), num_seeds=len(seeds), by_task=by_task,
-    )  # fmt: skip
+        label=label,
+        steps=steps,
+        successes=sum(s for s, _ in by_task.values()),
+        episodes=sum(n for _, n in by_task.values()),
+        num_seeds=len(seeds),
+        by_task=by_task,
+    )
 
 
 def _existing(folder: Path, name: str, where: str) -> Path:
@@ -316,160 +331,193 @@ def _check_names(content: Mapping[str, Any], where: str, required: Iterable[str]
 PAPER, INK, SOFT, LINE = "#ffffff", "#1f2328", "#59636e", "#dde2e8"
 COLORS = ("#0969da", "#bc4c00", "#8250df", "#1a7f37")
 BEFORE_COLOR = "#8c959f"
-FONT = "-apple-system, BlinkMacSystemFont, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    # The same files give the same bytes.
+    "svg.hashsalt": "learning_curve",
+    "font.size": 12.5,
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 1,
+    "xtick.color": SOFT,
+    "xtick.major.size": 5,
+    "ytick.color": SOFT,
+    "ytick.major.size": 0,
+    "ytick.major.pad": 9,
+}
+# Pixels: of the picture, of the curve's axes from its left and upper edge, and how high a point's label may reach.
 WIDTH, MARGIN = 880, 24
-LEFT, RIGHT, TOP, BOTTOM = 76, 852, 112, 452  # of the curve's axes
-LABEL_HEIGHT, LABEL_TOP = 32, 84  # of the text at a point, and how high it may reach
+LEFT, RIGHT, TOP, BOTTOM, LABEL_TOP = 76, 852, 112, 452, 78
+BARS_LEFT, BARS_RIGHT, BARS_TOP, ROW_HEIGHT, NOTE_HEIGHT = 300, 740, 604, 25, 17
 LEGEND = (
     "Points and bars: evaluations, successes/episodes, with Wilson 95 % intervals.",
     "Lines: episodes of training, which explore; each value is the mean over an episode's horizon.",
 )
-BARS_LEFT, BARS_RIGHT, ROW_HEIGHT, BAR_HEIGHT = 300, 740, 25, 8
-
-
-def write(content: Any, x: float, y: float, *, size: float = 12.5, fill: str = INK, **attributes: Any) -> str:
-    """Returns a line of text that begins (or ends, or is centred: `text_anchor`) at x, on the baseline y."""
-    return tag("text", text(content), x=round(x, 1), y=round(y, 1), font_size=size, fill=fill, **attributes)
-
-
-def rule(x1: float, y1: float, x2: float, y2: float, *, stroke: str = LINE, **attributes: Any) -> str:
-    """Returns a straight line."""
-    place = dict(x1=round(x1, 1), y1=round(y1, 1), x2=round(x2, 1), y2=round(y2, 1))
-    return tag("line", **place, stroke=stroke, **attributes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axes:
-    """Where a number of steps and a success rate stand in the picture.
-
-    Attributes:
-        steps: at the right end; the left one is 0.
-        low: rate at the bottom; the top one is 1.
-    """
-
-    steps: float
-    low: float
-
-    def x(self, steps: float) -> float:
-        """Pixels from the left."""
-        return LEFT + steps / self.steps * (RIGHT - LEFT)
-
-    def y(self, rate: float) -> float:
-        """Pixels from the top."""
-        return TOP + (1 - rate) / (1 - self.low) * (BOTTOM - TOP)
-
-
-def axes_of(curve: Curve) -> Axes:
-    """Returns axes that hold all of it, from a multiple of 10 % with room for the labels of stages."""
-    rates = [curve.start.rate, *(rate for run in curve.runs for stage in run.stages for _, rate in stage.curve)]
-    rates += [evaluation.rate for run in curve.runs for evaluation in run.evaluations]
-    steps = max(stage.end for run in curve.runs for stage in run.stages)
-    return Axes(steps=1.02 * steps, low=max(0, math.floor(10 * min(rates) - 0.5) / 10))
 
 
 def render(curve: Curve) -> str:
-    """Returns the picture."""
-    axes = axes_of(curve)
-    parts = [
-        write(curve.title, MARGIN, 38, size=19, font_weight=600),
-        *(write(line, MARGIN, 62 + 18 * row, fill=SOFT) for row, line in enumerate(LEGEND)),
-        *grid(axes, curve), *references(axes, curve), *stage_marks(axes, curve.runs[0]),
-    ]  # fmt: skip
-    for run, color in reversed(list(zip(curve.runs, COLORS, strict=False))):
-        parts += [polyline(axes, stage.curve, color) for stage in run.stages]
-    parts += [*points(axes, curve), *legend(axes, curve)]
-    bars, bottom = by_task(curve, BOTTOM + 118)
-    parts += bars
-    for note in curve.notes:
-        parts.append(write(note, MARGIN, bottom + 20, size=12, fill=SOFT))
-        bottom += 17
-    height = bottom + 24
-    paper = tag("rect", x=0.5, y=0.5, width=WIDTH - 1, height=height - 1, rx=10, fill=PAPER, stroke=LINE)
-    title = tag("title", text(curve.title))
-    frame = dict(xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {WIDTH} {height}", width=WIDTH, height=height)
-    return tag("svg", title, paper, *parts, **frame, role="img", font_family=FONT) + "\n"
+    """Returns the picture as SVG."""
+    file = io.StringIO()
+    metadata: dict[str, Any] = dict(Title=curve.title, Date=None, Creator=None)
+    with rc_context(STYLE):
+        draw(curve).savefig(file, format="svg", metadata=metadata)
+    return file.getvalue()
 
 
-def grid(axes: Axes, curve: Curve) -> list[str]:
-    """Returns the axes with their labels; minutes and episodes are those of the main run."""
-    parts: list[str] = []
-    for rate in nice_ticks(axes.low, 1.0, 6):
-        parts.append(rule(LEFT, axes.y(rate), RIGHT, axes.y(rate)))
-        parts.append(write(f"{100 * rate:.0f} %", LEFT - 9, axes.y(rate) + 4.5, fill=SOFT, text_anchor="end"))
-    middle = (TOP + BOTTOM) / 2
-    turned = f"rotate(-90 {MARGIN} {middle})"
-    name = "success rate, mean of all tasks"
-    parts.append(write(name, MARGIN, middle, fill=SOFT, text_anchor="middle", transform=turned))
+@rc_context(STYLE)
+def draw(curve: Curve) -> Figure:
+    """Returns the picture; what shows data has an id: `start`, `run-0-stage-1`, `run-0-evaluations`, `task-2-after`."""
+    num_tasks = len(curve.start.by_task)
+    height = BARS_TOP + num_tasks * ROW_HEIGHT + 58 + len(curve.notes) * NOTE_HEIGHT + 20
+    # A point is a pixel.
+    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, facecolor=PAPER, edgecolor=LINE, linewidth=2)
+
+    def place(left: float, right: float, top: float, bottom: float) -> Axes:
+        return figure.add_axes((left / WIDTH, 1 - bottom / height, (right - left) / WIDTH, (bottom - top) / height))
+
+    def write(text: str, x: float, y: float, **style: Any) -> None:
+        figure.text(x / WIDTH, 1 - y / height, text, **style)
+
+    write(curve.title, MARGIN, 38, size=19, weight="bold")
+    for row, line in enumerate(LEGEND):
+        write(line, MARGIN, 62 + 18 * row, color=SOFT)
+    draw_curves(place(LEFT, RIGHT, TOP, BOTTOM), curve)
+
+    shared = draw_tasks(place(BARS_LEFT, BARS_RIGHT, BARS_TOP, BARS_TOP + num_tasks * ROW_HEIGHT), curve)
+    write("By task", MARGIN, BARS_TOP - 34, size=15, weight="bold")
+    write(shared, MARGIN, BARS_TOP - 14, size=12, color=SOFT, style="italic")
+    write("successes/episodes", WIDTH - MARGIN, BARS_TOP - 14, size=12, color=SOFT, ha="right")
+    for row, note in enumerate(reversed(curve.notes)):
+        write(note, MARGIN, height - 22 - NOTE_HEIGHT * row, size=12, color=SOFT)
+    return figure
+
+
+def draw_curves(axes: Axes, curve: Curve) -> None:
+    """Draws success over environment steps: lines of training, points of evaluations, what they compare with."""
+    main_run = curve.runs[0]
+    rates = [curve.start.rate, *(rate for run in curve.runs for stage in run.stages for _, rate in stage.curve)]
+    rates += [evaluation.rate for run in curve.runs for evaluation in run.evaluations]
+    # From a multiple of 10 % with room for the labels of stages.
+    axes.set_ylim(max(0.0, math.floor(10 * min(rates) - 0.5) / 10), 1.0)
+    axes.set_xlim(0.0, 1.02 * max(stage.end for run in curve.runs for stage in run.stages))
+    label_axes(axes, curve)
+
+    start, published = curve.start, curve.reference_rate
+    axes.axhline(start.rate, color=BEFORE_COLOR, linewidth=1.5, dashes=(4, 2.5))
+    axes.axhline(published, color=INK, linewidth=1.5, dashes=(4, 2.5))
+    offset: dict[str, Any] = dict(textcoords="offset points", xycoords=axes.get_yaxis_transform())
+    start_text = f"{start.label}: {percent(start.rate)} ({start.fraction})"
+    axes.annotate(start_text, (1, start.rate), (0, -16), **offset, color=SOFT, ha="right")
+    published_text = f"{curve.reference_label}: {percent(published)}"
+    published_label = axes.annotate(published_text, (0, published), (8, 7), **offset)
+
+    where: dict[str, Any] = dict(textcoords="offset points", xycoords=axes.get_xaxis_transform())
+    for stage in main_run.stages:
+        if stage.start:
+            axes.axvline(stage.start, color=BEFORE_COLOR, linewidth=1, linestyle=(0, (1, 4)))
+        axes.annotate(stage.label, (stage.start, 0), (8, 10), **where, size=12, color=COLORS[0])
+
+    for number, (run, color) in reversed(list(enumerate(zip(curve.runs, COLORS, strict=False)))):
+        for stage_number, stage in enumerate(run.stages):
+            steps, success = np.reshape(stage.curve, (-1, 2)).T
+            gid = f"run-{number}-stage-{stage_number}"
+            axes.plot(steps, success, color=color, linewidth=2, alpha=0.75, solid_capstyle="round", gid=gid)
+
+    draw_points(axes, [0.0], [start], INK, "start")
+    placed: list[float] = []
+    for number, (run, color) in enumerate(zip(curve.runs, COLORS, strict=False)):
+        places = [aside(axes, evaluation.steps, placed) for evaluation in run.evaluations]
+        draw_points(axes, places, run.evaluations, color, f"run-{number}")
+        if run is main_run:
+            reference = axes.transData.transform([(0, published), (axes.get_xlim()[1], published)])
+            label_points(axes, places, run, [Bbox(reference).padded(1), published_label.get_window_extent()])
+    draw_legend(axes, curve)
+
+
+def label_axes(axes: Axes, curve: Curve) -> None:
+    """Says what the axes mean; minutes and episodes are those of the main run."""
     steps, minutes, episodes = zip(*curve.runs[0].clock, strict=True)
-    for tick in nice_ticks(0.0, axes.steps, 7):
-        x = axes.x(tick)
-        parts.append(rule(x, BOTTOM, x, BOTTOM + 5, stroke=SOFT))
-        parts.append(write(f"{tick / 1e6:g} M steps" if tick else "0", x, BOTTOM + 21, text_anchor="middle"))
-        if 0 < tick <= steps[-1]:
-            below = f"{np.interp(tick, steps, minutes):.1f} min", f"{np.interp(tick, steps, episodes):,.0f} episodes"
-            for row, content in enumerate(below):
-                parts.append(write(content, x, BOTTOM + 38 + 16 * row, fill=SOFT, size=12, text_anchor="middle"))
-    parts.append(rule(LEFT, BOTTOM, RIGHT, BOTTOM, stroke=SOFT))
-    explanation = f"environment steps; minutes of training on {curve.machine} and episodes played, both of the main run"
-    parts.append(write(explanation, (LEFT + RIGHT) / 2, BOTTOM + 76, fill=SOFT, text_anchor="middle"))
-    return parts
+
+    def describe(tick: float, _: int) -> str:
+        if not 0 < tick <= steps[-1]:
+            return f"{tick / 1e6:g} M steps" if tick else "0"
+        time = f"{np.interp(tick, steps, minutes):.1f} min"
+        return f"{tick / 1e6:g} M steps\n{time}\n{np.interp(tick, steps, episodes):,.0f} episodes"
+
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(describe))
+    axes.yaxis.set_major_locator(MultipleLocator(0.1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.grid(axis="y")
+    clock = f"minutes of training on {curve.machine} and episodes played, both of the main run"
+    axes.set_xlabel(f"environment steps; {clock}", labelpad=8)
+    axes.set_ylabel("success rate, mean of all tasks", labelpad=10)
 
 
-def references(axes: Axes, curve: Curve) -> list[str]:
-    """Returns the lines of the common start and of the published result."""
-    start, published = axes.y(curve.start.rate), axes.y(curve.reference_rate)
-    dashes = dict(stroke_width=1.5, stroke_dasharray="6 4")
-    start_text = f"{curve.start.label}: {percent(curve.start.rate)} ({curve.start.fraction})"
-    published_text = f"{curve.reference_label}: {percent(curve.reference_rate)}"
-    return [
-        rule(LEFT, start, RIGHT, start, stroke=BEFORE_COLOR, **dashes),
-        write(start_text, RIGHT, start + 16, fill=SOFT, text_anchor="end"),
-        rule(LEFT, published, RIGHT, published, stroke=INK, **dashes),
-        write(published_text, LEFT + 8, published - 7),
-    ]
+def draw_points(axes: Axes, x: Sequence[float], evaluations: Sequence[Evaluation], color: str, gid: str) -> None:
+    """Draws evaluations with their intervals."""
+    rates = np.array([evaluation.rate for evaluation in evaluations])
+    low, high = np.array([evaluation.interval for evaluation in evaluations]).reshape(-1, 2).T
+    points, _, (intervals,) = axes.errorbar(
+        x,
+        rates,
+        yerr=(rates - low, high - rates),
+        fmt="o",
+        color=color,
+        markersize=10,
+        markeredgecolor=PAPER,
+        markeredgewidth=1.5,
+        elinewidth=1.5,
+        capsize=4,
+        capthick=1.5,
+        clip_on=False,
+        zorder=3,
+    )
+    points.set_gid(f"{gid}-evaluations")
+    intervals.set_gid(f"{gid}-intervals")
 
 
-def stage_marks(axes: Axes, run: Run) -> list[str]:
-    """Returns a line between stages and their labels at the bottom."""
-    parts: list[str] = []
-    for number, stage in enumerate(run.stages):
-        x = axes.x(stage.start)
-        if number:
-            parts.append(rule(x, TOP, x, BOTTOM, stroke=BEFORE_COLOR, stroke_dasharray="1 4"))
-        parts.append(write(stage.label, x + 8, BOTTOM - 10, size=12, fill=COLORS[0]))
-    return parts
+def aside(axes: Axes, steps: float, placed: list[float]) -> float:
+    """Returns where to draw a point so that it is not on top of one in `placed`, to which it is added."""
+    pixel = axes.get_xlim()[1] / (RIGHT - LEFT)
+    while any(abs(steps - other) < 10 * pixel for other in placed):
+        steps += 11 * pixel
+    placed.append(steps)
+    return steps
 
 
-def polyline(axes: Axes, curve: Sequence[tuple[float, float]], color: str) -> str:
-    """Returns a curve."""
-    path = " ".join(f"{axes.x(steps):.1f},{axes.y(rate):.1f}" for steps, rate in curve)
-    style = dict(stroke=color, stroke_width=2, stroke_linejoin="round", stroke_linecap="round", stroke_opacity=0.75)
-    return tag("polyline", points=path, fill="none", **style)
-
-
-def points(axes: Axes, curve: Curve) -> list[str]:
-    """Returns the evaluations, those of the main run with their numbers; points on top of each other move aside."""
-    parts = point(axes.x(0), axes, curve.start, INK)
-    placed: list[tuple[float, Evaluation]] = []
-    for run, color in zip(curve.runs, COLORS, strict=False):
-        for evaluation in run.evaluations:
-            x = axes.x(evaluation.steps)
-            while any(abs(x - other) < 10 for other, _ in placed):
-                x += 11
-            placed.append((x, evaluation))
-            parts += point(x, axes, evaluation, color)
-    published = axes.y(curve.reference_rate)
-    boxes = [(LEFT, published - 1, RIGHT, published + 1), (LEFT, published - 18, LEFT + 330, published)]
-    boxes += [(x - 5, axes.y(e.interval[1]), x + 5, axes.y(e.interval[0])) for x, e in placed]
-    curves = [place for stage in curve.runs[0].stages for place in stage.curve]
-    boxes += [(axes.x(a) - 4, axes.y(b) - 4, axes.x(a) + 4, axes.y(b) + 4) for a, b in curves]
-    for x, evaluation in reversed(placed[: len(curve.runs[0].evaluations)]):  # the last one's is placed best
-        boxes.append(label_box(axes, x, evaluation, boxes))
-        left, _, right, bottom = boxes[-1]
-        x, rate = (left + right) / 2, percent(evaluation.rate)
-        parts.append(write(rate, x, bottom - 17, size=15, fill=COLORS[0], font_weight=700, text_anchor="middle"))
-        parts.append(write(caption(evaluation), x, bottom - 3, size=11.5, fill=SOFT, text_anchor="middle"))
-    return parts
+def label_points(axes: Axes, x: Sequence[float], run: Run, taken: list[Bbox]) -> None:
+    """Writes rates and counts at a run's points, above or below them, clear of its lines and of what is `taken`."""
+    to_pixels = axes.transData.transform
+    curve = [place for stage in run.stages for place in stage.curve]
+    taken += [Bbox(to_pixels([place, place])).padded(4) for place in curve]
+    points = list(zip(x, run.evaluations, strict=True))
+    for steps, evaluation in points:
+        low, high = evaluation.interval
+        taken.append(Bbox(to_pixels([(steps, low), (steps, high)])).padded(5))
+    highest = axes.bbox.y1 + TOP - LABEL_TOP
+    for steps, evaluation in reversed(points):  # the last one's is placed best
+        low, high = evaluation.interval
+        style: dict[str, Any] = dict(xycoords="data", textcoords="offset points", ha="center")
+        rate = axes.annotate(
+            percent(evaluation.rate), (steps, high), (0, 0), **style, color=COLORS[0], size=15, weight="bold"
+        )
+        counts = axes.annotate(caption(evaluation), (steps, high), (0, 0), **style, color=SOFT, size=11.5)
+        for anchor, offset in ((high, 9), (low, -33), (high, 27), (low, -51), (high, 45), (low, -69), (high, 63)):
+            counts.xy = rate.xy = (steps, anchor)
+            counts.xyann, rate.xyann = (0, offset), (0, offset + 14)
+            overhang = max(0, counts.get_window_extent().x1 - (WIDTH - 8))
+            counts.xyann, rate.xyann = (-overhang, offset), (-overhang, offset + 14)
+            box = Bbox.union([rate.get_window_extent(), counts.get_window_extent()])
+            if box.y1 <= highest and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
 
 
 def caption(evaluation: Evaluation) -> str:
@@ -477,93 +525,71 @@ def caption(evaluation: Evaluation) -> str:
     return f"{evaluation.fraction}, {evaluation.label}" if evaluation.label else evaluation.fraction
 
 
-def label_box(axes: Axes, x: float, evaluation: Evaluation, others: Sequence[Box]) -> Box:
-    """Returns where a point's label stands: above its interval, or below it, clear of the other boxes."""
-    low, high = (axes.y(rate) for rate in evaluation.interval)
-    width = max(76.0, 7.0 * len(caption(evaluation)))  # generously
-    left = min(x - width / 2, WIDTH - 8 - width)
-
-    def box_at(top: float) -> Box:
-        return left, top, left + width, top + LABEL_HEIGHT
-
-    above, below = box_at(high - 4 - LABEL_HEIGHT), box_at(low + 4)
-    while hit := next((other for other in others if overlap(above, other)), None):
-        above = box_at(hit[1] - 1 - LABEL_HEIGHT)
-    while hit := next((other for other in others if overlap(below, other)), None):
-        below = box_at(hit[3] + 1)
-    return above if above[1] >= LABEL_TOP else below
-
-
-def overlap(a: Box, b: Box) -> bool:
-    """Returns whether two boxes have an area in common."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def point(x: float, axes: Axes, evaluation: Evaluation, color: str) -> list[str]:
-    """Returns an evaluation with its interval."""
-    low, high = (axes.y(rate) for rate in evaluation.interval)
-    whisker = [rule(x - 4, y, x + 4, y, stroke=color, stroke_width=1.5) for y in (low, high)]
-    place = dict(cx=round(x, 1), cy=round(axes.y(evaluation.rate), 1), r=5)
-    circle = tag("circle", **place, fill=color, stroke=PAPER, stroke_width=1.5)
-    return [rule(x, low, x, high, stroke=color, stroke_width=1.5), *whisker, circle]
-
-
-def legend(axes: Axes, curve: Curve) -> list[str]:
-    """Returns the runs' colours and names above the line of the start, with the last evaluation of compared ones."""
-    rows = list(zip(curve.runs, COLORS, strict=False))
-    y = axes.y(curve.start.rate) - 12 - 21 * (len(rows) - 1)
-    parts: list[str] = []
-    for run, color in rows:
-        x = RIGHT - 420
-        parts.append(rule(x, y - 4, x + 34, y - 4, stroke=color, stroke_width=2))
-        parts.append(tag("circle", cx=x + 17, cy=round(y - 4, 1), r=5, fill=color, stroke=PAPER, stroke_width=1.5))
+def draw_legend(axes: Axes, curve: Curve) -> None:
+    """Names the runs above the line of the start, the compared ones with their last evaluation."""
+    handles: list[Line2D] = []
+    for run, color in zip(curve.runs, COLORS, strict=False):
         name = run.label
         if run is not curve.runs[0] and run.evaluations:
             last = run.evaluations[-1]
             name += f": {percent(last.rate)} ({caption(last)}) after {last.steps / 1e6:.2f} M steps"
-        parts.append(write(name, x + 44, y, fill=color))
-        y += 21
-    return parts
+        style: dict[str, Any] = dict(color=color, linewidth=2, marker="o", markersize=10, markeredgecolor=PAPER)
+        handles.append(Line2D([], [], label=name, **style))
+    place: dict[str, Any] = dict(
+        loc="lower left", bbox_to_anchor=(0.45, curve.start.rate), bbox_transform=axes.get_yaxis_transform()
+    )
+    axes.legend(handles=handles, **place, labelcolor="linecolor", frameon=False, fontsize=12.5)
 
 
-def by_task(curve: Curve, top: float) -> tuple[list[str], float]:
-    """Returns the bars of each task at the start and at the main run's last evaluation with files, and their bottom."""
+def draw_tasks(axes: Axes, curve: Curve) -> str:
+    """Draws each task at the start and at the main run's last evaluation with files; returns what all tasks share."""
     last = next((e for e in reversed(curve.runs[0].evaluations) if e.by_task), None)
     if last is None or last.by_task.keys() != curve.start.by_task.keys():
         raise ValueError("start and the main run's last evaluation with files must be of the same tasks")
     prefix, names, suffix = split_descriptions(list(last.by_task))
-    steps = f"{last.steps / 1e6:.2f} M steps"
-    parts = [
-        write("By task", MARGIN, top, size=15, font_weight=600),
-        tag("rect", x=BARS_LEFT, y=top - 10, width=14, height=10, fill=BEFORE_COLOR),
-        write(f"{curve.start.label}, {percent(curve.start.rate)}", BARS_LEFT + 20, top),
-        tag("rect", x=BARS_LEFT + 190, y=top - 10, width=14, height=10, fill=COLORS[0]),
-        write(f"{curve.runs[0].label}, {steps}, {percent(last.rate)}", BARS_LEFT + 210, top),
-        write(f"{prefix} … {suffix}".strip(), MARGIN, top + 20, size=12, fill=SOFT, font_style="italic"),
-        write("successes/episodes", WIDTH - MARGIN, top + 20, size=12, fill=SOFT, text_anchor="end"),
-    ]
-    top += 34
-    bottom = top + ROW_HEIGHT * len(names)
-
-    def to_x(rate: float) -> float:
-        return BARS_LEFT + rate * (BARS_RIGHT - BARS_LEFT)
-
-    for rate in nice_ticks(0.0, 1.0, 5):
-        parts.append(rule(to_x(rate), top, to_x(rate), bottom))
-        parts.append(write(f"{100 * rate:.0f} %", to_x(rate), bottom + 17, fill=SOFT, text_anchor="middle"))
-    for row, (name, description) in enumerate(zip(names, last.by_task, strict=True)):
-        y = top + ROW_HEIGHT * row
-        pair = curve.start.by_task[description], last.by_task[description]
-        parts.append(write(name, BARS_LEFT - 10, y + 17, text_anchor="end"))
-        for number, ((successes, episodes), color) in enumerate(zip(pair, (BEFORE_COLOR, COLORS[0]), strict=True)):
-            bar = y + 4 + number * (BAR_HEIGHT + 1)
-            low, high = wilson_interval(successes, episodes)
-            size = dict(width=round(to_x(successes / episodes) - BARS_LEFT, 1), height=BAR_HEIGHT, fill=color)
-            parts.append(tag("rect", x=BARS_LEFT, y=bar, **size))
-            parts.append(rule(to_x(low), bar + BAR_HEIGHT / 2, to_x(high), bar + BAR_HEIGHT / 2, stroke=INK))
-        counts = " → ".join(f"{successes}/{episodes}" for successes, episodes in pair)
-        parts.append(write(counts, WIDTH - MARGIN, y + 17, text_anchor="end"))
-    return parts, bottom + 24
+    before_text = f"{curve.start.label}, {percent(curve.start.rate)}"
+    after_text = f"{curve.runs[0].label}, {last.steps / 1e6:.2f} M steps, {percent(last.rate)}"
+    shown = ((curve.start, BEFORE_COLOR, before_text, "before"), (last, COLORS[0], after_text, "after"))
+    for number, (evaluation, color, label, gid) in enumerate(shown):
+        counts = [evaluation.by_task[description] for description in last.by_task]
+        rates = np.array([successes / episodes for successes, episodes in counts])
+        low, high = np.array([wilson_interval(*pair) for pair in counts]).T
+        bars = axes.barh(
+            np.arange(len(counts)) + 0.36 * (number - 0.5),
+            rates,
+            height=0.32,
+            color=color,
+            label=label,
+            xerr=(rates - low, high - rates),
+            error_kw=dict(ecolor=INK, elinewidth=1),
+        )
+        for task, bar in enumerate(bars):
+            bar.set_gid(f"task-{task}-{gid}")
+    for row, description in enumerate(last.by_task):
+        pair = (evaluation.by_task[description] for evaluation, *_ in shown)
+        counts_text = " → ".join(f"{successes}/{episodes}" for successes, episodes in pair)
+        at: dict[str, Any] = dict(
+            xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center", ha="right"
+        )
+        axes.annotate(counts_text, (1, row), (WIDTH - MARGIN - BARS_RIGHT, 0), **at)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), names, color=INK)
+    axes.set_xlim(0.0, 1.0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.set_xlabel("success rate, with Wilson 95 % intervals", labelpad=4)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x")
+    axes.spines["bottom"].set_visible(False)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1 + 30 / (ROW_HEIGHT * len(names))),
+        borderaxespad=0,
+        ncols=2,
+        frameon=False,
+        handlelength=1.1,
+        fontsize=12.5,
+    )
+    return f"{prefix} … {suffix}".strip()
 
 
 def split_descriptions(descriptions: Sequence[str]) -> tuple[str, list[str], str]:

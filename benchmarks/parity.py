@@ -8,19 +8,16 @@ shorter. Sequences: "contact" descends on the table, sweeps, closes the gripper 
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.hardware import describe_run
+from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.physics.controller import axis_angle_from_quat
 from libero_gym.physics.simulation import Simulation, Stepping, load_task_data
 from libero_gym.tasks.scene_builder import reference_env
@@ -243,54 +240,44 @@ def _perturb(
     qpos[address + 2] = target[2] + rng.uniform(-0.02, 0.06)
 
 
-def main() -> None:
-    """Run the comparisons that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> dict[str, Any]:
+    """Compares, prints, returns the document."""
+    parser = make_parser(__doc__)
     parser.add_argument("--suites", nargs="*", default=list(FULL_SUITES))
     parser.add_argument("--tasks", nargs="*", type=int, help="task ids (default: all)")
     parser.add_argument("--num-steps", type=int, default=200)
     parser.add_argument("--num-predicate-states", type=int, default=300, help="randomised states a task")
     parser.add_argument("--no-sample", action="store_true", help="leave out LIBERO-90 and LIBERO-PRO")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    tasks = [
-        task
-        for suite in arguments.suites
-        for task in list_tasks(suite)
-        if task.task_id in (arguments.tasks or range(99))
-    ]
-    if not arguments.no_sample:
+    args = parser.parse_args()
+    tasks = [task for suite in args.suites for task in list_tasks(suite) if task.task_id in (args.tasks or range(99))]
+    if not args.no_sample:
         tasks += [get_task(suite, task_id) for suite, task_id in SAMPLE]
+
     started = time.perf_counter()
-    print(f"{'task':28} {'sequence':8} {'qpos':>8} {'qvel':>8} {'states':>8} {'fixture':>8} {'success':>9} contacts")
+    differences = dict.fromkeys(("qpos", "qvel", "states", "fixture"), ">9.1e")
+    table = Table({"task": "<28", "sequence": "<8"} | differences | {"success": ">10", "contacts": ">9"})
     results: list[Comparison] = []
     num_states = num_mismatches = num_positives = 0
     positives_by_kind: collections.Counter[str] = collections.Counter()
     for task, scene in zip(tasks, load_scenes(tasks), strict=True):
         with reference_env(task) as env:
-            runs = [
-                compare_run(
-                    env=env, task=task, scene=scene, sequence=sequence, num_steps=arguments.num_steps, seed=seed
+            for seed, sequence in enumerate(SEQUENCES):
+                run = compare_run(
+                    env=env, task=task, scene=scene, sequence=sequence, num_steps=args.num_steps, seed=seed
                 )
-                for seed, sequence in enumerate(SEQUENCES)
-            ]
-            mismatches, positives = compare_predicates(env, task, scene, arguments.num_predicate_states, seed=7)
-        num_states += arguments.num_predicate_states
+                results.append(run)
+                success = f"{run.num_success_mismatches}/{run.num_successes}"
+                found = (run.max_qpos, run.max_qvel, run.max_states, run.max_fixture)
+                table.add(f"{run.suite}/{run.task_id}", run.sequence, *found, success, run.max_contacts)
+            mismatches, positives = compare_predicates(env, task, scene, args.num_predicate_states, seed=7)
+        num_states += args.num_predicate_states
         num_mismatches += mismatches
         num_positives += positives
         positives_by_kind.update(dict.fromkeys(predicate_kinds(scene, task), positives))
-        results += runs
-        for run in runs:
-            print(
-                f"{f'{run.suite}/{run.task_id}':28} {run.sequence:8} {run.max_qpos:8.1e} {run.max_qvel:8.1e} "
-                f"{run.max_states:8.1e} {run.max_fixture:8.1e} {run.num_success_mismatches:4d}/{run.num_successes:<4d} "
-                f"{run.max_contacts:8d}",
-                flush=True,
-            )
     print(f"{num_states} states judged, {num_positives} successes, {num_mismatches} mismatches")
-    print(
-        "successes of goals with each predicate: " + ", ".join(f"{k} {positives_by_kind[k]}" for k in PREDICATE_KINDS)
-    )
+    by_kind = ", ".join(f"{kind} {positives_by_kind[kind]}" for kind in PREDICATE_KINDS)
+    print(f"successes of goals with each predicate: {by_kind}")
+
     zero = {
         "max_qpos": max(run.max_qpos for run in results),
         "max_qvel": max(run.max_qvel for run in results),
@@ -299,29 +286,30 @@ def main() -> None:
         "num_success_mismatches": sum(run.num_success_mismatches for run in results),
         "predicate_mismatches": num_mismatches,
     }
-    enough = {
-        "predicate_states": (num_states, 5000),
-        "predicate_positives": (num_positives, 1000),
-        "predicate_kinds": (sum(positives_by_kind[kind] > 0 for kind in PREDICATE_KINDS), len(PREDICATE_KINDS)),
+    judged = {
+        "predicate_states": num_states,
+        "predicate_positives": num_positives,
+        "predicate_kinds": sum(positives_by_kind[kind] > 0 for kind in PREDICATE_KINDS),
     }
+    enough = {"predicate_states": 5000, "predicate_positives": 1000, "predicate_kinds": len(PREDICATE_KINDS)}
     outcome = {
         "num_tasks": len(tasks),
         "num_runs": len(results),
         "num_exact_runs": sum(run.is_exact() for run in results),
         "max_contacts": max(run.max_contacts for run in results),
         **zero,
-        **{name: value for name, (value, _) in enough.items()},
+        **judged,
         "predicate_positives_by_kind": {kind: positives_by_kind[kind] for kind in PREDICATE_KINDS},
         "inexact": [asdict(run) for run in results if not run.is_exact()],
         "seconds": round(time.perf_counter() - started, 1),
     }
-    targets = {name: {"value": value, "target": 0, "holds": value == 0} for name, value in zero.items()}
-    for name, (value, target) in enough.items():
-        targets[name] = {"value": value, "target": target, "holds": value >= target}
-    line = json.dumps({"benchmark": "parity", **describe_run(), "results": outcome, "targets": targets})
-    if arguments.output:
-        arguments.output.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    return publish(
+        "parity",
+        outcome,
+        settings={"num_steps": args.num_steps, "num_predicate_states": args.num_predicate_states},
+        targets=judge(zero | judged, at_most=dict.fromkeys(zero, 0), at_least=enough),
+        output=args.output,
+    )
 
 
 if __name__ == "__main__":

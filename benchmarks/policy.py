@@ -12,13 +12,10 @@ Ratios are of one run. Weights are random: the time does not depend on them. The
 with is that of a large matrix product of the same type on the same device, measured here as well.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.hardware import describe_run
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from gr00t_agent import FlowAction, Gr00tAgent, PolicyConfig, preset_policy
 from gr00t_agent.config import ModelConfig, PresetName
 from gr00t_agent.sampler import Prediction
@@ -216,15 +212,14 @@ def measure_decision(
 
 
 def main() -> dict[str, Any]:
-    """Measure, print, return the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measures, prints, returns the document."""
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=["nano", "gr00t_n1d5"], help="default: by device")
     parser.add_argument("--batch-size", type=int, help="environments of a decision (default: 64 on a GPU, else 4)")
     parser.add_argument("--update-batch-size", type=int, help="decisions of an update (default: 128 on a GPU, else 32)")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--compile-mode", default="default", help="mode of torch.compile, or `off`")
-    parser.add_argument("--output", type=Path, help="also write the document there")
     args = parser.parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -240,20 +235,18 @@ def main() -> dict[str, Any]:
     learner.backbone.to(policy.torch_dtype)
     results |= measure_update(learner, make_observation(update_batch_size, learner.image_size), device, args.repeats)
 
-    document = describe_run() | {
-        "setting": {"preset": preset, "device": args.device, "batch_size": batch_size,
-                    "compile_mode": args.compile_mode, "num_threads": torch.get_num_threads()},
-        "results": {name: round(value, 4) for name, value in results.items()},
-        "targets": judge(results, at_least=AT_LEAST, at_most=AT_MOST) if on_gpu else {},
-    }  # fmt: skip
+    table = Table({"metric": "<40", "": ">13.3f"})
     for name, value in results.items():
-        print(f"{name:40s} {value:12.3f}")
-    text = json.dumps(document)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
-    print(text)
-    return document
+        table.add(name, value)
+    settings = {"preset": preset, "device": args.device, "batch_size": batch_size}
+    settings |= {"compile_mode": args.compile_mode, "num_threads": torch.get_num_threads()}
+    return publish(
+        "policy",
+        {name: round(value, 4) for name, value in results.items()},
+        settings=settings,
+        targets=judge(results, at_least=AT_LEAST, at_most=AT_MOST) if on_gpu else None,
+        output=args.output,
+    )
 
 
 if __name__ == "__main__":

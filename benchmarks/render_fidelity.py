@@ -1,27 +1,25 @@
-"""How close the ray caster comes to MuJoCo's classic OpenGL renderer, the one behind LIBERO's data.
+"""How close the ray caster comes to MuJoCo's classic OpenGL renderer, and both to the pictures of public data sets.
 
     python -m benchmarks.render_fidelity --gl osmesa --contact-sheet sheet.png
 
 One scene of each suite, two cameras, several moments of an episode with random actions; PSNR over the pixels of all
-moments, with the mirror that the classic renderer draws and without. Needs OpenGL: OSMesa (Debian: libosmesa6) or
-EGL. Prints a table, then one JSON line. `--record FILE` instead stores a few classic images with the states they
-show, for tests on machines without OpenGL.
+moments, with the mirror that the classic renderer draws and without. Then the state that MuJoCo 3.3.2 has drawn itself
+(`tools/record_reference_pictures.py`), as both renderers draw it now. Textures are those of the environments' default,
+`--texture-colorspace auto` measures the installed MuJoCo's. Needs OpenGL: OSMesa (Debian: libosmesa6) or EGL. Prints
+two tables, then one JSON line.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from benchmarks.hardware import describe_run
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.physics.simulation import Simulation
 from libero_gym.rendering.raycast import WarpRenderer
 from libero_gym.rendering.renderers import GlRenderer
@@ -30,8 +28,16 @@ from libero_gym.tasks.suites import get_task
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 TASKS = (("libero_spatial", 0), ("libero_object", 0), ("libero_goal", 0), ("libero_10", 2), ("libero_90", 74))
+# What MuJoCo 3.3.2 draws of these scenes.
+REFERENCE = Path(__file__).parents[1] / "tests" / "libero_gym" / "rendering" / "data" / "mujoco_3.3.2.npz"
+REFERENCE_SIZE = 128
 # Of the scene that fares worst.
-TARGETS_DB = {"agentview_without_mirror": 29.0, "robot0_eye_in_hand": 30.0}
+TARGETS_DB = {
+    "agentview_without_mirror": 29.0,
+    "robot0_eye_in_hand": 30.0,
+    "opengl_against_mujoco_3_3_2": 40.0,
+    "warp_against_mujoco_3_3_2": 30.0,
+}
 
 Images = npt.NDArray[np.uint8]
 
@@ -65,20 +71,26 @@ def draw_episode(
     return {name: np.stack(values) for name, values in images.items()}, times
 
 
-def record(gl: str, path: Path) -> None:
-    """Store classic images [K, 128, 128, 3] of two scenes with `RenderState`'s arrays."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    renderer = GlRenderer(gl, CAMERAS, 128)
-    for suite, task_id in TASKS[:2]:
-        task = get_task(suite, task_id)
-        simulation = Simulation(load_scene(task))
-        simulation.reset(task, 0, np.random.RandomState(0))
-        state = simulation.render_state()
-        arrays[f"{suite}/qpos"] = state.qpos
-        arrays[f"{suite}/fixture_poses"] = state.fixture_poses
-        arrays[f"{suite}/indicator_alpha"] = state.indicator_alpha
-        arrays[f"{suite}/images"] = renderer.render([simulation])[0]
-    np.savez_compressed(path, allow_pickle=False, **arrays)
+def compare_with_reference(renderers: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """Return the PSNR (dB) of each renderer's pictures with the recorded ones, a row per scene and camera."""
+    rows: list[dict[str, Any]] = []
+    with np.load(path, allow_pickle=False) as archive:
+        for suite, task_id in TASKS:
+            name = f"{suite}/{task_id}"
+            scene = load_scene(get_task(suite, task_id))
+            simulation = Simulation(scene)
+            simulation.reset(
+                get_task(suite, task_id), int(archive[f"{name}/init_state_id"]), np.random.RandomState(0),
+                init_states="settled",
+            )  # fmt: skip
+            if not np.allclose(simulation.render_state().qpos, archive[f"{name}/qpos"], rtol=0, atol=1e-9):
+                raise RuntimeError(f"{path}: {name} shows another state than settled state 0; record it anew")
+            images = {kind: renderer.render([simulation])[0] for kind, renderer in renderers.items()}
+            for camera, camera_name in enumerate(CAMERAS):
+                reference = archive[f"{name}/images"][camera]
+                values = {f"{kind}_psnr_db": psnr(image[camera], reference) for kind, image in images.items()}
+                rows.append({"suite": suite, "task_id": task_id, "camera": camera_name, **values})
+    return rows
 
 
 def contact_sheet(images: dict[str, Images]) -> Images:
@@ -91,38 +103,34 @@ def contact_sheet(images: dict[str, Images]) -> Images:
     return np.concatenate(rows)
 
 
-def main() -> None:
-    """Compare, print, and leave the contact sheet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> dict[str, Any] | None:
+    """Compares, prints, leaves the contact sheet; returns the document, None if images were recorded."""
+    parser = make_parser(__doc__)
     parser.add_argument("--gl", choices=("egl", "osmesa"), default="osmesa")
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--num-moments", type=int, default=4)
-    parser.add_argument("--contact-sheet", type=Path, default=None, help="PNG to write")
-    parser.add_argument("--output", type=Path, default=None, help="file for the JSON line")
-    parser.add_argument("--record", type=Path, default=None, help="store reference images here and stop")
+    parser.add_argument("--contact-sheet", type=Path, help="PNG to write")
+    parser.add_argument("--texture-colorspace", choices=("linear", "auto"), default="linear")
     args = parser.parse_args()
-    if args.record is not None:
-        record(args.gl, args.record)
-        return
+    look: Any = {"texture_colorspace": args.texture_colorspace}
     renderers: dict[str, Any] = {
-        "classic": GlRenderer(args.gl, CAMERAS, args.image_size),
-        "classic_flat": GlRenderer(args.gl, CAMERAS, args.image_size, reflections=False),
-        "warp": WarpRenderer(CAMERAS, args.image_size),
-        "warp_flat": WarpRenderer(CAMERAS, args.image_size, reflections=False),
-        "warp_aliased": WarpRenderer(CAMERAS, args.image_size, antialiasing=False),
+        "classic": GlRenderer(args.gl, CAMERAS, args.image_size, **look),
+        "classic_flat": GlRenderer(args.gl, CAMERAS, args.image_size, reflections=False, **look),
+        "warp": WarpRenderer(CAMERAS, args.image_size, **look),
+        "warp_flat": WarpRenderer(CAMERAS, args.image_size, reflections=False, **look),
+        "warp_aliased": WarpRenderer(CAMERAS, args.image_size, antialiasing=False, **look),
     }
-    header = f"{'scene':<20}{'view':<20}{'mirror dB':>10}{'without':>10}{'aliased':>10}{'GL ms':>8}{'warp ms':>9}"
-    print(header + f"{'aliased':>9}")
+
+    decibels = dict.fromkeys(("mirror dB", "without", "aliased dB"), ">11.1f")
+    milliseconds = dict.fromkeys(("GL ms", "warp ms", "aliased ms"), ">11.0f")
+    table = Table({"scene": "<20", "view": "<20"} | decibels | milliseconds)
     results: list[dict[str, Any]] = []
     sheets: list[Images] = []
     for suite, task_id in TASKS:
         images, times = draw_episode(suite, task_id, renderers, args.num_moments)
         sheets.append(contact_sheet(images))
         for camera, name in enumerate(CAMERAS):
-            row: dict[str, Any] = {
-                "suite": suite,
-                "task_id": task_id,
-                "camera": name,
+            measured = {
                 "psnr_db": psnr(images["warp"][:, camera], images["classic"][:, camera]),
                 "psnr_without_mirror_db": psnr(images["warp_flat"][:, camera], images["classic_flat"][:, camera]),
                 "psnr_aliased_db": psnr(images["warp_aliased"][:, camera], images["classic"][:, camera]),
@@ -130,29 +138,37 @@ def main() -> None:
                 "warp_ms": times["warp"],
                 "warp_aliased_ms": times["warp_aliased"],
             }
-            results.append(row)
-            print(
-                f"{suite + '/' + str(task_id):<20}{name:<20}{row['psnr_db']:>10.1f}"
-                f"{row['psnr_without_mirror_db']:>10.1f}{row['psnr_aliased_db']:>10.1f}"
-                f"{row['classic_ms']:>8.0f}{row['warp_ms']:>9.0f}{row['warp_aliased_ms']:>9.0f}",
-                flush=True,
-            )
+            table.add(f"{suite}/{task_id}", name, *measured.values())
+            results.append({"suite": suite, "task_id": task_id, "camera": name} | measured)
+    small = {
+        "classic": GlRenderer(args.gl, CAMERAS, REFERENCE_SIZE, **look),
+        "warp": WarpRenderer(CAMERAS, REFERENCE_SIZE, **look),
+    }
+    reference = compare_with_reference(small, REFERENCE)
+    print()
+    against = Table({"against MuJoCo 3.3.2": "<24", "view": "<20", "GL dB": ">10.1f", "warp dB": ">10.1f"})
+    for row in reference:
+        scene = f"{row['suite']}/{row['task_id']}"
+        against.add(scene, row["camera"], row["classic_psnr_db"], row["warp_psnr_db"])
     if args.contact_sheet is not None:
-        import imageio.v3 as imageio  # only for the sheet
+        Image.fromarray(np.concatenate(sheets)).save(args.contact_sheet)
+        print(f"contact sheet (classic, ray caster, 4 x difference): {args.contact_sheet}")
 
-        imageio.imwrite(args.contact_sheet, np.concatenate(sheets))
-        print(f"contact sheet (classic, ray caster, 4 x difference): {args.contact_sheet}", file=sys.stderr)
-    settings = {"gl": args.gl, "image_size": args.image_size, "num_moments": args.num_moments}
-    settings["warp_device"] = renderers["warp"].device
-    document = {"benchmark": "render_fidelity", **describe_run(), "settings": settings}
     values = {
         "agentview_without_mirror": min(r["psnr_without_mirror_db"] for r in results if r["camera"] == CAMERAS[0]),
         "robot0_eye_in_hand": min(r["psnr_db"] for r in results if r["camera"] == CAMERAS[1]),
+        "opengl_against_mujoco_3_3_2": min(row["classic_psnr_db"] for row in reference),
+        "warp_against_mujoco_3_3_2": min(row["warp_psnr_db"] for row in reference),
     }
-    line = json.dumps({**document, "results": results, "targets": judge(values, at_least=TARGETS_DB)})
-    if args.output is not None:
-        args.output.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    settings = {"gl": args.gl, "image_size": args.image_size, "num_moments": args.num_moments}
+    settings |= {"warp_device": renderers["warp"].device, "texture_colorspace": args.texture_colorspace}
+    return publish(
+        "render_fidelity",
+        {"against_opengl": results, "against_mujoco_3_3_2": reference},
+        settings=settings,
+        targets=judge(values, at_least=TARGETS_DB),
+        output=args.output,
+    )
 
 
 if __name__ == "__main__":

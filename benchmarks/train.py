@@ -14,14 +14,13 @@ kernels and is not counted. Ratios are of one run.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -30,8 +29,7 @@ from gymnasium.vector import AutoresetMode
 
 from algorithms import ppo_gr00t
 from algorithms.ppo_gr00t import Args, make_agent
-from benchmarks.hardware import describe_run
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.adapters import ModalityVectorObservation
 from libero_gym.vector import LiberoVectorEnv
 
@@ -46,9 +44,15 @@ class ImagesEveryStep(gym.vector.VectorWrapper):
 
     def __init__(self, args: Args, num_envs: int, image_size: int) -> None:
         self._base = LiberoVectorEnv(
-            args.suite, num_envs, task_ids=args.task_ids, image_size=image_size, horizon=args.horizon,
-            reward=args.reward, renderer=args.renderer, autoreset_mode=AutoresetMode.DISABLED,
-        )  # fmt: skip
+            args.suite,
+            num_envs,
+            task_ids=args.task_ids,
+            image_size=image_size,
+            horizon=args.horizon,
+            reward=args.reward,
+            renderer=args.renderer,
+            autoreset_mode=AutoresetMode.DISABLED,
+        )
         super().__init__(self._base)
         shape = (num_envs, args.num_action_chunks, 7)
         self.action_space = gym.spaces.Box(-1.0, 1.0, shape, np.float32)
@@ -92,7 +96,7 @@ def measure(args: Args, make_envs: Any) -> list[dict[str, float]]:
 
 def main() -> dict[str, Any]:
     """Measures, prints, returns the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="nano", help="a preset's name or a checkpoint")
     parser.add_argument("--suite", default="libero_spatial")
     parser.add_argument("--num-envs", type=int, default=4)
@@ -102,16 +106,24 @@ def main() -> dict[str, Any]:
     parser.add_argument("--micro-batch-size", type=int, default=64)
     parser.add_argument("--renderer", choices=("egl", "osmesa", "warp"))
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--output", type=Path, help="also write the JSON line there")
     options = parser.parse_args()
     size = options.num_envs * options.num_steps // 2
     options.micro_batch_size = min(size, options.micro_batch_size)
     args = Args(
-        model=options.model, suite=options.suite, num_envs=options.num_envs, num_steps=options.num_steps,
-        num_iterations=options.num_iterations + 1, update_epochs=options.update_epochs, minibatch_size=size,
-        micro_batch_size=options.micro_batch_size, renderer=options.renderer, compute_dtype=options.compute_dtype,
-        eval_episodes_per_task=0, log_with=(), save_interval=10**6,
-    )  # fmt: skip
+        model=options.model,
+        suite=options.suite,
+        num_envs=options.num_envs,
+        num_steps=options.num_steps,
+        num_iterations=options.num_iterations + 1,
+        update_epochs=options.update_epochs,
+        minibatch_size=size,
+        micro_batch_size=options.micro_batch_size,
+        renderer=options.renderer,
+        compute_dtype=options.compute_dtype,
+        eval_episodes_per_task=0,
+        log_with=(),
+        save_interval=10**6,
+    )
     variants = {
         "plain": (replace(args, feature_storage="none"), make_plain_envs),
         "cached": (args, ppo_gr00t.make_envs),
@@ -126,37 +138,37 @@ def main() -> dict[str, Any]:
         row["largest_loss_difference"] = float(np.abs(np.array(losses[-1]) - losses[0]).max())
         steps = sum(line["charts/SPS"] * line["time/total_s"] for line in lines)
         results.append({"order": name, "env_steps_per_s": steps / sum(line["time/total_s"] for line in lines)} | row)
-    print(
-        f"{'order of work':<14}{'env-steps/s':>12}{'times plain':>12}{'iteration s':>12}{'env s':>8}{'wait s':>8}",
-        end="",
+    table = Table(
+        {
+            "order of work": "<14",
+            "env-steps/s": ">12.1f",
+            "times plain": ">12.2f",
+            "iteration s": ">12.2f",
+            "env s": ">8.2f",
+            "wait s": ">8.2f",
+            "policy s": ">10.2f",
+            "update s": ">10.2f",
+        }
     )
-    print(f"{'policy s':>10}{'update s':>10}")
     for row in results:
         row["speedup"] = row["env_steps_per_s"] / results[0]["env_steps_per_s"]
-        print(
-            f"{row['order']:<14}{row['env_steps_per_s']:>12.1f}{row['speedup']:>12.2f}{row['total_s']:>12.2f}", end=""
-        )
-        print(f"{row['env_s']:>8.2f}{row['env_wait_s']:>8.2f}{row['policy_s']:>10.2f}{row['update_s']:>10.2f}")
+        shown = ("env_steps_per_s", "speedup", "total_s", "env_s", "env_wait_s", "policy_s", "update_s")
+        table.add(row["order"], *(row[name] for name in shown))
     print("losses differ from plain by at most", *(f"{row['largest_loss_difference']:.2g}" for row in results[1:]))
     names = ("model", "suite", "num_envs", "num_steps", "update_epochs", "micro_batch_size", "renderer")
     settings = {name: getattr(options, name) for name in names}
     settings |= dict(
-        num_iterations=options.num_iterations, num_action_chunks=args.num_action_chunks,
+        num_iterations=options.num_iterations,
+        num_action_chunks=args.num_action_chunks,
         num_threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
     speedup = max(row["speedup"] for row in results)
     _, cached, overlapped = results
     overlap = (overlapped["total_s"] - overlapped["update_s"]) / max(cached["env_s"], cached["policy_s"])
     print(f"overlapped rollout over the longer of its phases alone: {overlap:.2f}")
     values = {"best_speedup_over_plain": speedup, "overlapped_over_longer_phase": overlap}
     targets = judge(values, at_least=TARGETS, at_most=OVERLAP_TARGETS)
-    outcome = {"orders": results, **values}
-    document = {"benchmark": "train", **describe_run(), "settings": settings, "results": outcome, "targets": targets}
-    line = json.dumps(document)
-    if options.output is not None:
-        options.output.write_text(line + "\n", encoding="utf-8")
-    print(line)
-    return cast("dict[str, Any]", document)
+    return publish("train", {"orders": results, **values}, settings=settings, targets=targets, output=options.output)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,8 @@ time does not depend on them. Ratios are of one run.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,12 +23,11 @@ import torch
 from numpy.typing import NDArray
 
 from algorithms.common.batch import concatenate, index
-from algorithms.common.feature_store import FeatureStore, Placement
+from algorithms.common.features import FeatureStore, Placement
 from algorithms.common.frozen import store_frozen_as
 from algorithms.ppo_gr00t import policy_loss, value_loss
-from benchmarks.hardware import describe_run
 from benchmarks.policy import make_agent, make_observation, seconds
-from benchmarks.targets import judge
+from benchmarks.publish import Table, judge, make_parser, publish
 from gr00t_agent import Gr00tAgent, preset_policy
 from gr00t_agent.config import PresetName
 
@@ -95,14 +91,13 @@ def make_update(agent: Gr00tAgent, rollout: Rollout, minibatch_size: int) -> tup
 
 def main() -> dict[str, Any]:
     """Measures, prints, returns the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=["nano", "gr00t_n1d5"], help="default: by device")
     parser.add_argument("--num-rows", type=int, help="decisions of the rollout (default: 1024 on a GPU, else 128)")
     parser.add_argument("--num-envs", type=int, help="environments (default: 64 on a GPU, else 8)")
     parser.add_argument("--minibatch-size", type=int, help="default: 64 on a GPU, else 32")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="also write the JSON line there")
     args = parser.parse_args()
     device, on_gpu = torch.device(args.device), args.device.startswith("cuda")
     preset: PresetName = args.preset or ("gr00t_n1d5" if on_gpu else "nano")
@@ -127,25 +122,25 @@ def main() -> dict[str, Any]:
     difference = max(
         abs(a - b) for losses in losses_of.values() for a, b in zip(losses, losses_of["none"], strict=True)
     )
-    print(f"{'features kept':<16}{'samples/s':>12}{'times none':>12}{'peak GB':>10}")
+    table = Table({"features kept": "<16", "samples/s": ">12.1f", "times none": ">12.2f", "peak GB": ">10.1f"})
     for row in results:
         row["speedup"] = row["samples_per_s"] / results[0]["samples_per_s"]
-        peak = "" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.1f}"
-        print(f"{row['placement']:<16}{row['samples_per_s']:>12.1f}{row['speedup']:>12.2f}{peak:>10}")
+        table.add(row["placement"], row["samples_per_s"], row["speedup"], row["peak_memory_gb"])
     print(f"{row_bytes / 1e6:.2f} MB a decision; losses differ by at most {difference:.2g}")
     settings = dict(
-        preset=preset, device=args.device, num_rows=num_rows, num_envs=num_envs, minibatch_size=minibatch_size,
-        compute_dtype=policy.compute_dtype, num_threads=torch.get_num_threads(), row_bytes=row_bytes,
+        preset=preset,
+        device=args.device,
+        num_rows=num_rows,
+        num_envs=num_envs,
+        minibatch_size=minibatch_size,
+        compute_dtype=policy.compute_dtype,
+        num_threads=torch.get_num_threads(),
+        row_bytes=row_bytes,
         largest_loss_difference=difference,
-    )  # fmt: skip
+    )
     speedup = {"cached_speedup": max(row["speedup"] for row in results)}
     targets = judge(speedup, at_least=TARGETS) if preset == "gr00t_n1d5" else {}
-    document = {"benchmark": "update", **describe_run(), "settings": settings, "results": results, "targets": targets}
-    line = json.dumps(document)
-    if args.output is not None:
-        args.output.write_text(line + "\n", encoding="utf-8")
-    print(line)
-    return document
+    return publish("update", results, settings=settings, targets=targets, output=args.output)
 
 
 if __name__ == "__main__":

@@ -332,22 +332,35 @@ def read_modality(path: Path) -> dict[str, ModalitySlice | str]:
     Returns:
         Full key -> slice for `state.*` and `action.*`, or -> original column for `video.*` and `annotation.*`.
 
+    What is no modality or no entry of one (a comment, say) is passed over.
+
     Raises:
         FileNotFoundError: No such file.
         KeyError: An entry has no start or end.
+        ValueError: No JSON object, or a start, end or column that is none.
     """
-    data: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())
+    data: Any = json.loads(path.read_bytes())
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; it must hold an object with video, state and action")
     parsed: dict[str, ModalitySlice | str] = {}
-    for modality, parts in data.items():
-        for part, entry in parts.items():
+    for modality, parts in cast("dict[str, Any]", data).items():
+        for part, entry in cast("dict[str, Any]", parts).items() if isinstance(parts, dict) else ():
+            if modality not in ("state", "action", "video", "annotation") or not isinstance(entry, dict):
+                continue
             key = f"{modality}.{part}"
-            if modality in ("state", "action"):
-                absent = {"start", "end"} - set(entry)
-                if absent:
-                    raise KeyError(f"{path}: {key} lacks {', '.join(sorted(absent))}")
-                parsed[key] = ModalitySlice(
-                    original_key=entry.get("original_key"), start=entry["start"], end=entry["end"]
-                )
-            else:
-                parsed[key] = entry.get("original_key", part)
+            fields = cast("dict[str, Any]", entry)
+            column = fields.get("original_key")
+            if column is not None and not isinstance(column, str):
+                raise ValueError(f"{path}: {key} has original_key {column!r}; it must name a column")
+            if modality not in ("state", "action"):
+                parsed[key] = column or part
+                continue
+            absent = {"start", "end"} - set(fields)
+            if absent:
+                raise KeyError(f"{path}: {key} lacks {', '.join(sorted(absent))}")
+            for name in ("start", "end"):
+                number = fields[name]
+                if isinstance(number, bool) or not isinstance(number, int | float) or number % 1:
+                    raise ValueError(f"{path}: {key} has {name} {number!r}; it must be a whole number")
+            parsed[key] = ModalitySlice(original_key=column, start=int(fields["start"]), end=int(fields["end"]))
     return parsed

@@ -14,7 +14,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +35,8 @@ Stats = dict[str, Any]
 
 STATE_COLUMN, ACTION_COLUMN = "observation.state", "action"
 EPISODE_FILE, TABLE_FILE = "episode.json", "table.parquet"
+# What the dataset keeps of each episode by itself.
+EPISODE_FIELDS = ("episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index")
 CHUNK_SIZE = 1000
 DATA_FILE_MB, VIDEO_FILE_MB = 100, 200
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
@@ -104,13 +107,30 @@ def stage_episode(folder: Path, episode: Episode, recording: Recording) -> None:
     """Write one episode to `folder`, replacing what was there.
 
     Raises:
-        ValueError: no frames, lengths or widths that differ, values that are not finite, or odd image sizes in a
-            video.
+        ValueError: no frames, lengths or widths that differ, values that are not finite, odd image sizes in a video, or
+            a name in `info` that the dataset needs itself.
+        OSError: it cannot be written, because the disk is full, say; `folder` is as it was.
     """
     _check(episode, recording)
+    with _whole_folder(folder) as temporary:
+        _write_episode(temporary, episode, recording)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Generator[Path]:
+    """Give a folder to write into, which takes `folder`'s place if all went well and is removed if not."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_episode(folder: Path, episode: Episode, recording: Recording) -> None:
     length = len(episode.actions)
     columns: dict[str, Any] = {
         STATE_COLUMN: _vectors(episode.states),
@@ -122,22 +142,22 @@ def stage_episode(folder: Path, episode: Episode, recording: Recording) -> None:
     for camera, frames in episode.frames.items():
         histograms[camera] = _histogram(frames).tolist()
         if recording.storage == "video":
-            encode_video(temporary / f"{camera}.mp4", frames, recording)
+            encode_video(folder / f"{camera}.mp4", frames, recording)
         else:
             columns[camera] = _png_column(frames)
-    pq.write_table(pa.table(columns), temporary / TABLE_FILE)
+    pq.write_table(pa.table(columns), folder / TABLE_FILE)
     camera_shapes = {camera: list(frames.shape[1:]) for camera, frames in episode.frames.items()}
     content = dict(
         length=length, instruction=episode.instruction, info=dict(episode.info), shapes=camera_shapes,
         storage=recording.storage, histograms=histograms,
     )  # fmt: skip
-    # Written last: a folder with this file is whole.
-    (temporary / EPISODE_FILE).write_text(json.dumps(content), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    (folder / EPISODE_FILE).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _check(episode: Episode, recording: Recording) -> None:
+    reserved = [name for name in episode.info if name in EPISODE_FIELDS or "/" in name]
+    if reserved:
+        raise ValueError(f"info has {', '.join(reserved)}; its names hold no '/' and are none of {EPISODE_FIELDS}")
     lengths = {"states": len(episode.states), "actions": len(episode.actions)}
     lengths |= {camera: len(frames) for camera, frames in episode.frames.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
@@ -197,6 +217,7 @@ def assemble_dataset(
     Raises:
         FileExistsError: `folder` holds files.
         ValueError: nothing is staged, the version is unknown, or the episodes differ in cameras or image sizes.
+        OSError: it cannot be written, because the disk is full, say; there is no new dataset.
     """
     if version not in VERSIONS:
         raise ValueError(f"version={version!r} cannot be written (valid: {', '.join(VERSIONS)})")
@@ -211,16 +232,9 @@ def assemble_dataset(
                 f"{path} has {content['storage']}s of {content['shapes']}, but {staged[0]} has {recording.storage}s of "
                 f"{contents[0]['shapes']}; one dataset has one resolution and storage"
             )
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "meta").mkdir(parents=True)
-    try:
+    with _whole_folder(folder) as temporary:
+        (temporary / "meta").mkdir()
         _Assembly(temporary, staged, contents, recording, version).write(modality)
-        if folder.is_dir():
-            folder.rmdir()
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Assembly:

@@ -13,7 +13,8 @@ Methods, D = 1/N, a = noise level:
       The last step has std 0.
     * `reinflow` (Flow-Noise of pi_RL, arXiv 2510.25889, as in RLinf): Euler weights, std from a learned net.
     * `reinflow_joint` (ReinFlow, arXiv 2505.22094): as `reinflow`, with every step stochastic, the joint
-      log-probability of the whole chain, and states clipped to [-1, 1] after each step.
+      log-probability of the whole chain, and the mean of every step clipped to [-1, 1] before noise is added. What is
+      scored is the density that the state was drawn from, so that the score has mean zero at the bounds too.
 
 Except for `reinflow_joint` and `joint=True`, one step per sample is stochastic (its denoise index) and the others are
 Euler steps. All arithmetic here is float32, whatever the network computes in.
@@ -202,15 +203,15 @@ class FlowSampler:
         noisy = _step_table(table_method, self.num_steps, self.noise_level * noise_anneal, x.device)[:, step]
         w1, w0, std = torch.where(stochastic, noisy, euler)[:, :, None, None]  # [B, 1, 1] each
         tau = (step.to(torch.float32) / self.num_steps)[:, None, None]
-        mean = w1 * (x + (1 - tau) * velocity) + w0 * (x - tau * velocity)
+        mean = self._clip(w1 * (x + (1 - tau) * velocity) + w0 * (x - tau * velocity))
         if self.is_learned:
             if prediction.std is None:
                 raise ValueError(f"{self.method} needs a velocity function that also returns a std")
             std = torch.where(stochastic[:, None, None], prediction.std.float(), 0.0)
         return mean, std
 
-    def _clip(self, x: Tensor) -> Tensor:
-        return x.clamp(-1.0, 1.0) if self.method == "reinflow_joint" else x
+    def _clip(self, mean: Tensor) -> Tensor:
+        return mean.clamp(-1.0, 1.0) if self.method == "reinflow_joint" else mean
 
     def sample(
         self,
@@ -248,7 +249,7 @@ class FlowSampler:
                 eps = step_noise[k].float()
             else:
                 eps = single if single is not None else _normal_like(noise, generator)
-            chain.append(self._clip(mean + std * eps))
+            chain.append(mean + std * eps)
             means.append(mean)
             stds.append(std)
         states = torch.stack(chain, dim=1)  # [B, N+1, H, A]

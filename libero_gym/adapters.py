@@ -1,4 +1,4 @@
-"""Observations to GR00T's modality keys and back: what passes between environment and policy.
+"""Observations to GR00T's modality keys, and actions back: what passes between environment and policy.
 
 A `modality.json` (the file that GR00T data sets carry in `meta/`) names slices of the state and action
 vectors and the cameras. The default one describes LIBERO. Note its names `state.roll`, `.pitch`, `.yaw`: in
@@ -22,11 +22,9 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-STATE_DIM = 8
-ACTION_DIM = 7
+from libero_gym.conventions import ACTION_DIM, STATE_DIM, gripper_from_data
 
 Observation = dict[str, Any]
-FloatArray = NDArray[np.floating[Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,8 +137,8 @@ def observation_to_modality(observation: Mapping[str, Any], modality: Modality |
 def action_from_modality(action: Mapping[str, Any], modality: Modality | None = None) -> NDArray[np.float32]:
     """Assembles environment actions from `action.*` keys.
 
-    The gripper's data convention (1 open, 0 closed) becomes the environment's (-1 open, +1 close) by
-    sign(1 - 2 g), as RLinf's and NVIDIA's LIBERO clients do; 0.5 becomes 0, which holds the gripper.
+    The gripper's data convention (1 open, 0 closed) becomes the environment's, see
+    `libero_gym.conventions.gripper_from_data`.
 
     Args:
         action: `action.<name>` arrays [..., width], e.g. [N, C, 1].
@@ -172,82 +170,8 @@ def action_from_modality(action: Mapping[str, Any], modality: Modality | None = 
         result[..., start:end] = parts[key]
     if "gripper" in modality.action:
         start, end = modality.action["gripper"]
-        result[..., start:end] = np.sign(1.0 - 2.0 * result[..., start:end])
+        result[..., start:end] = gripper_from_data(result[..., start:end])
     return result
-
-
-def action_to_modality(action: FloatArray, modality: Modality | None = None) -> dict[str, NDArray[np.float32]]:
-    """Splits environment actions into `action.*` keys, the inverse of `action_from_modality`.
-
-    Args:
-        action: Environment actions [..., 7], gripper -1 open, +1 close.
-        modality: The description to follow; None is LIBERO's.
-
-    Returns:
-        `action.<name>` float32 [..., width], gripper 1 open, 0 closed.
-
-    Raises:
-        ValueError: The last dimension is not 7.
-    """
-    modality = modality or _default_modality()
-    array = np.asarray(action, dtype=np.float32)
-    if array.ndim == 0 or array.shape[-1] != ACTION_DIM:
-        raise ValueError(f"action has shape {array.shape}, expected (..., {ACTION_DIM})")
-    parts = {f"action.{name}": array[..., start:end].copy() for name, (start, end) in modality.action.items()}
-    if "action.gripper" in parts:
-        parts["action.gripper"] = (1.0 - parts["action.gripper"]) / 2.0
-    return parts
-
-
-def observation_to_plain(observation: Mapping[str, Any], image_size: int = 224) -> Observation:
-    """The layout of ordinary vision policies: channel-first images of one size.
-
-    Args:
-        observation: An environment observation; images uint8 [H, W, 3] or [N, H, W, 3].
-        image_size: Height and width of the result, pixels.
-
-    Returns:
-        `images`, `wrist_images` uint8 [N, 3, image_size, image_size] (N = 1 for a single environment),
-        `states` float32 [N, 8], `task_descriptions` list of N str.
-
-    Raises:
-        ValueError: `image_size` is less than 1, or an image has another layout or type.
-    """
-    if image_size < 1:
-        raise ValueError(f"image_size={image_size} must be at least 1")
-    text = observation["task_descriptions"]
-    result: Observation = {
-        key: _resize_channel_first(np.asarray(value), image_size)
-        for key, value in observation.items()
-        if key not in ("states", "task_descriptions")
-    }
-    result["states"] = np.atleast_2d(observation["states"])
-    result["task_descriptions"] = [text] if isinstance(text, str) else [str(entry) for entry in text]
-    return result
-
-
-def _resize_channel_first(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    if images.ndim not in (3, 4) or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"expected uint8 images [H, W, 3] or [N, H, W, 3], got {images.dtype} {images.shape}")
-    batch = images.reshape(-1, *images.shape[-3:])  # [N, H, W, 3]
-    planes = np.moveaxis(batch, -1, 1)  # [N, 3, H, W]
-    height, width = planes.shape[-2:]
-    if (height, width) == (size, size):
-        return np.ascontiguousarray(planes)
-    rows, columns = _resize_weights(height, size), _resize_weights(width, size)
-    resized = rows @ planes.astype(np.float32) @ columns.T  # [N, 3, size, size]
-    return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
-
-
-@functools.lru_cache(maxsize=16)
-def _resize_weights(source: int, target: int) -> NDArray[np.float32]:
-    """Antialiased bilinear interpolation along one axis, as a matrix [target, source] with unit row sums."""
-    scale = source / target
-    support = max(scale, 1.0)
-    centre = (np.arange(target)[:, None] + 0.5) * scale  # [target, 1]
-    distance = np.abs(np.arange(source)[None] + 0.5 - centre) / support  # [target, source]
-    weights = np.maximum(1.0 - distance, 0.0)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _modality_space(space: spaces.Space[Any], modality: Modality) -> spaces.Dict:

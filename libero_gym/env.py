@@ -2,90 +2,34 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
-from typing import Any, Literal, SupportsFloat, cast
+from typing import Any, SupportsFloat, cast
 
 import gymnasium
 import mujoco
 import numpy as np
 import numpy.typing as npt
-from gymnasium import spaces
 
-from libero_gym.physics.simulation import (
-    ACTION_DIM,
-    InitStates,
-    PhysicsError,
-    Simulation,
-    Stepping,
-    check_init_states,
-    count_init_states,
+from libero_gym.options import (
+    CLOSED,
+    DEFAULT_CAMERAS,
+    METADATA,
+    OBSERVATION_KEYS,
+    EnvOptions,
+    RewardKind,
+    check_horizon,
+    make_action_space,
+    make_observation_space,
+    step_reward,
 )
+from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
+from libero_gym.rendering.protocol import RendererKind
+from libero_gym.rendering.textures import TextureColorspace
+from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
+from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
 
 __all__ = ["LiberoEnv", "PhysicsError"]
-
-RewardKind = Literal["sparse", "relative"]
-RendererKind = Literal["egl", "osmesa", "warp"]
-
-DEFAULT_CAMERAS = ("agentview", "robot0_eye_in_hand")
-OBSERVATION_KEYS = ("images", "wrist_images")
-
-# States lie within: eef position (m), axis-angle (rad, |v| <= 2 pi by its definition from w in -1..1), fingers (m).
-_STATE_LIMIT = np.array([10.0] * 3 + [2 * np.pi] * 3 + [1.0] * 2, dtype=np.float32)
-_MAX_SENTENCE = 512
-CLOSED = "the environment is closed; make a new one"
-
-
-def make_observation_space(image_size: int, *, has_images: bool = True) -> spaces.Dict:
-    """Return the observation space of one environment.
-
-    Raises:
-        ValueError: `image_size` is not a positive integer.
-    """
-    if not is_integer(image_size) or image_size <= 0:
-        raise ValueError(f"image_size={image_size!r} is not a positive number of pixels (usual: 128, 224, 256)")
-    image = spaces.Box(0, 255, (int(image_size), int(image_size), 3), np.uint8)
-    images = dict.fromkeys(OBSERVATION_KEYS, image) if has_images else {}
-    return spaces.Dict(
-        {
-            **images,
-            "states": spaces.Box(-_STATE_LIMIT, _STATE_LIMIT, dtype=np.float32),
-            "task_descriptions": spaces.Text(
-                max_length=_MAX_SENTENCE, min_length=0, charset=string.ascii_letters + string.digits + " .,'\u2019-_()"
-            ),
-        }
-    )
-
-
-def make_action_space() -> spaces.Box:
-    """Return the action space of one environment."""
-    return spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
-
-
-def check_reward_kind(reward: str) -> RewardKind:
-    """Return `reward` if it is known.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if reward not in ("sparse", "relative"):
-        raise ValueError(f"reward={reward!r} is unknown (valid: 'sparse', 'relative')")
-    return reward
-
-
-def check_horizon(episode_horizon: int | None, suite: str) -> int:
-    """Return the episode's length in steps: `episode_horizon`, or the suite's if None.
-
-    Raises:
-        ValueError: it is not a positive integer.
-    """
-    if episode_horizon is None:
-        return horizon(suite)
-    if not is_integer(episode_horizon) or episode_horizon < 1:
-        raise ValueError(f"horizon={episode_horizon!r} is not a positive number of steps (default: {horizon(suite)})")
-    return episode_horizon
 
 
 class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
@@ -130,10 +74,11 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     ## Starting state
     One of the initial states of the task (50 of each kind), after the customary ten steps without motion in which
     objects come to rest, which count for nothing. `init_states="settled"` takes them as they came to rest under
-    MuJoCo 3.3, before a change of contacts that makes some of them end elsewhere (see `libero_gym.tasks.initial_states`), fixtures
-    included; `"held_out"` (libero_spatial) takes states that LIBERO's reset drew and that are none of the stored ones,
-    come to rest alike; `"original"` places fixtures at random as LIBERO does and settles under the installed version.
-    Without options the task (unless fixed by `task_id`) and the state are drawn from the environment's own generator.
+    MuJoCo 3.3, before a change of contacts that makes some of them end elsewhere (see
+    `libero_gym.tasks.initial_states`), fixtures included; `"held_out"` (libero_spatial) takes states that LIBERO's
+    reset sampled and that are none of the stored ones, come to rest alike; `"original"` places fixtures at random as
+    LIBERO does and settles under the installed version.
+    Without options the task (unless fixed by `task_id`) and the state are sampled from the environment's own generator.
     `reset(options={"task_id": 3, "init_state_id": 7})` chooses.
 
     ## Episode end
@@ -143,10 +88,13 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     ## Arguments
     - `suite`: see `libero_gym.list_suites()`.
-    - `task_id`: fixes the task; None draws one at each reset.
+    - `task_id`: fixes the task; None samples one at each reset.
     - `image_size`: height and width in pixels.
     - `camera_names`: cameras of `images` and `wrist_images`.
     - `renderer`: "egl", "osmesa" or "warp"; None takes the best that the machine has.
+    - `texture_colorspace`: "linear" draws textures as MuJoCo up to 3.3.2 did, which public data sets and released
+      checkpoints saw, under any version and by any renderer; "auto" as the installed MuJoCo does, which is much darker
+      on the floor of libero_object from 3.3.3 on (see `libero_gym.rendering.textures`).
     - `observe_images`: False leaves both images out and needs no renderer.
     - `reward`, `horizon`: see above.
     - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
@@ -157,7 +105,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     - v0: initial version.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's declaration
+    metadata: dict[str, Any] = dict(METADATA)  # noqa: RUF012 - Gymnasium's declaration
 
     def __init__(
         self,
@@ -167,6 +115,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         image_size: int = 256,
         camera_names: Sequence[str] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
+        texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
         reward: RewardKind = "sparse",
         horizon: int | None = None,
@@ -174,33 +123,32 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         stepping: Stepping = "exact",
         render_mode: str | None = None,
     ) -> None:
-        """Create the environment; scenes and renderer are opened by the first reset.
+        """Create the environment; scenes are opened by the first reset.
 
         Raises:
             ValueError: an argument is not among the allowed ones; the message lists them.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
+            RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
         """
         self._tasks = [get_task(suite, task_id)] if task_id is not None else list_tasks(suite)
-        self._suite = suite
-        self._reward_kind = check_reward_kind(reward)
-        self._horizon = check_horizon(horizon, suite)
-        if len(camera_names) != len(OBSERVATION_KEYS):
-            raise ValueError(f"camera_names={tuple(camera_names)} must name {len(OBSERVATION_KEYS)} cameras")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode={render_mode!r} is unknown (valid: None, 'rgb_array')")
-        if render_mode is not None and not observe_images:
-            raise ValueError("render_mode='rgb_array' needs observe_images=True")
-        if stepping not in ("exact", "fast", "numpy"):
-            raise ValueError(f"stepping={stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        self.options = EnvOptions(
+            suite=suite,
+            image_size=image_size,
+            camera_names=tuple(camera_names),
+            renderer=renderer,
+            observe_images=observe_images,
+            reward=reward,
+            horizon=check_horizon(horizon, suite),
+            init_states=check_init_states(init_states, suite),
+            stepping=stepping,
+            render_mode=render_mode,
+            texture_colorspace=texture_colorspace,
+        )
         self.observation_space = make_observation_space(image_size, has_images=observe_images)
         self.action_space = make_action_space()
         self.render_mode = render_mode
-        self._image_size = int(image_size)
-        self._camera_names = tuple(camera_names)
-        self._stepping: Stepping = stepping
-        self._init_states: InitStates = check_init_states(init_states, suite)
-        self._renderer: Any = self._open_renderer(renderer) if observe_images else None
+        self._renderer = self.options.open_renderer()
         self._simulations: dict[str, Simulation] = {}
         self._simulation: Simulation | None = None
         self._is_closed = False
@@ -245,18 +193,17 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             raise ValueError(CLOSED)
         super().reset(seed=seed)
         options = dict(options or {})
-        task = self._choose_task(options.pop("task_id", None))
-        init_state_id = options.pop("init_state_id", None)
+        task_id, init_state_id = options.pop("task_id", None), options.pop("init_state_id", None)
         if options:
             raise ValueError(f"unknown reset options {sorted(options)} (valid: 'task_id', 'init_state_id')")
-        simulation = self._open_simulation(task)
         if init_state_id is not None and not is_integer(init_state_id):
             raise ValueError(f"init_state_id={init_state_id!r} is not an integer")
-        if init_state_id is None:
-            init_state_id = self.np_random.integers(count_init_states(task, self._init_states))
-        placement_seed = int(self.np_random.integers(2**32, dtype=np.uint64))
-        random_state = np.random.RandomState(placement_seed)
-        simulation.reset(task, int(init_state_id), random_state, init_states=self._init_states)
+        task = None if task_id is None else self._known_task(task_id)
+        kind = self.options.init_states
+        start = sample_start(self.np_random, self._tasks, kind, task=task, init_state_id=init_state_id)
+        simulation = self._open_simulation(start.task)
+        random_state = np.random.RandomState(start.placement_seed)
+        simulation.reset(start.task, start.init_state_id, random_state, init_states=kind)
         self._simulation = simulation
         self._num_steps = 0
         self._last_value = float(simulation.success())
@@ -273,9 +220,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         is_success = simulation.step(action)
         self._num_steps += 1
         value = float(is_success)
-        reward = value - self._last_value if self._reward_kind == "relative" else value
+        reward = step_reward(self.options.reward, value, self._last_value)
         self._last_value = value
-        return self._observe(), reward, is_success, self._num_steps >= self._horizon, self._info()
+        return self._observe(), reward, is_success, self._num_steps >= self.options.horizon, self._info()
 
     def render(self) -> npt.NDArray[np.uint8] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the first camera's image of the current step, uint8 (H, W, 3), or None without a render mode.
@@ -297,10 +244,8 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self._simulations.clear()
         self._simulation = None
 
-    def _choose_task(self, task_id: Any) -> TaskSpec:
-        if task_id is None:
-            return self._tasks[int(self.np_random.integers(len(self._tasks)))]
-        task = get_task(self._suite, task_id)
+    def _known_task(self, task_id: Any) -> TaskSpec:
+        task = get_task(self.options.suite, task_id)
         if task not in self._tasks:
             raise ValueError(
                 f"task_id={task_id} was asked of an environment made for task_id={self._tasks[0].task_id}: "
@@ -311,15 +256,8 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def _open_simulation(self, task: TaskSpec) -> Simulation:
         scene = load_scene(task)
         if scene.key not in self._simulations:
-            self._simulations[scene.key] = Simulation(scene, stepping=self._stepping)
+            self._simulations[scene.key] = Simulation(scene, stepping=self.options.stepping)
         return self._simulations[scene.key]
-
-    def _open_renderer(self, kind: RendererKind | None) -> Any:
-        from libero_gym.rendering.renderers import (
-            make_renderer,  # GL and Warp are imported only where images are wanted
-        )
-
-        return make_renderer(kind, camera_names=self._camera_names, image_size=self._image_size)
 
     def _require_simulation(self) -> Simulation:
         if self._simulation is None:

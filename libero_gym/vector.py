@@ -1,6 +1,6 @@
-"""Many LIBERO environments in one process: a thread pool over native stepping, one batched renderer.
+"""Many LIBERO environments in one process: episodes and their rewards over worlds that are stepped together.
 
-Shape legend: N environments, C steps of an action chunk, H = W = `image_size` pixels.
+Shape legend: N environments, C steps of an action chunk, K cameras, H = W = `image_size` pixels.
 """
 
 from __future__ import annotations
@@ -8,11 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
 import numpy as np
@@ -21,65 +18,98 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from libero_gym.env import (
+from libero_gym.conventions import ACTION_DIM, STATE_DIM
+from libero_gym.options import (
     CLOSED,
     DEFAULT_CAMERAS,
+    METADATA,
     OBSERVATION_KEYS,
-    RendererKind,
+    EnvOptions,
     RewardKind,
     check_horizon,
-    check_reward_kind,
     make_action_space,
     make_observation_space,
+    step_reward,
 )
-from libero_gym.physics.simulation import (
-    ACTION_DIM,
-    InitStates,
-    Simulation,
-    Stepping,
-    check_init_states,
-    check_state,
-    count_init_states,
-)
-from libero_gym.tasks.scenes import Scene, load_scenes
+from libero_gym.physics.cpu_worlds import CpuWorlds
+from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
+from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
+from libero_gym.rendering.protocol import RendererKind
+from libero_gym.rendering.textures import TextureColorspace
+from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
 from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
 
-# Environments are drawn in up to this many parts, of at least that many, each while later ones are still stepped.
-_MAX_PARTS, _MIN_PART = 4, 8
-# What `get_state` adds to the state of a simulation.
-_EPISODE_KEYS = frozenset({"episode_length", "episode_return", "last_value", "is_done", "rng"})
+if TYPE_CHECKING:
+    from libero_gym.physics.warp_worlds import WarpOptions
+
 _RESET_OPTIONS = ("reset_mask", "task_id", "init_state_id")
 
-Result = TypeVar("Result")
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
+class Episodes:
+    """Book-keeping of N episodes: how long they are, what they have been paid, whether they have ended.
 
-@dataclass(eq=False)
-class _Slot:
-    """One environment of the batch."""
+    Attributes:
+        length: int64 [N], steps so far.
+        total_reward: float64 [N], sum of the rewards so far.
+        last_value: float32 [N], 1 where the goal held at the end of the last step.
+        is_done: bool [N], True from an episode's end to the start of the next.
+    """
 
-    rng: np.random.Generator
-    simulation: Simulation | None = None
-    length: int = 0
-    episode_return: float = 0.0
-    last_value: float = 0.0
-    is_done: bool = False
-    chunk_rewards: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    num_steps: int = 0
-    chunk_s: float = 0.0  # of a core, for the last chunk
+    STATE_KEYS = frozenset({"episode_length", "episode_return", "last_value", "is_done"})
 
-    @property
-    def world(self) -> Simulation:
-        """The simulation of the current episode."""
-        if self.simulation is None:
-            raise ValueError("reset() must be called first")
-        return self.simulation
+    def __init__(self, num_envs: int, *, horizon: int, reward: RewardKind) -> None:
+        """Begin with no steps; `horizon` is the number of steps after which an episode is cut."""
+        self.length = np.zeros(num_envs, np.int64)
+        self.total_reward = np.zeros(num_envs)
+        self.last_value = np.zeros(num_envs, np.float32)
+        self.is_done = np.zeros(num_envs, np.bool_)
+        self._horizon = horizon
+        self._reward: RewardKind = reward
 
     @property
-    def task(self) -> TaskSpec:
-        """The task of the current episode."""
-        return cast("TaskSpec", self.world.task)
+    def steps_left(self) -> IntArray:
+        """int64 [N], steps until an episode is cut."""
+        return self._horizon - self.length
+
+    def begin(self, env_ids: IntArray, successes: BoolArray) -> None:
+        """Begin episodes in which the goal holds already, or not (bool [num])."""
+        self.length[env_ids], self.total_reward[env_ids], self.is_done[env_ids] = 0, 0.0, False
+        self.last_value[env_ids] = successes
+
+    def advance(self, steps: Steps) -> tuple[npt.NDArray[np.float32], BoolArray, BoolArray]:
+        """Book steps; return their rewards, float32 [N, C], and which episodes terminated and were truncated, bool [N].
+
+        Rewards are 0 where no step was run. An episode may end both ways at once.
+        """
+        values = steps.successes.astype(np.float32)
+        previous = np.concatenate([self.last_value[:, None], values[:, :-1]], axis=1)
+        rewards = np.where(steps.ran, step_reward(self._reward, values, previous), np.float32(0))
+        num_steps = steps.ran.sum(axis=1)
+        has_stepped = num_steps > 0
+        last = np.maximum(num_steps - 1, 0)
+        self.last_value[has_stepped] = values[np.arange(len(values)), last][has_stepped]
+        self.length += num_steps
+        self.total_reward += rewards.sum(axis=1, dtype=np.float64)
+        terminations = np.asarray(steps.successes.any(axis=1))
+        truncations = has_stepped & (self.length >= self._horizon)
+        self.is_done |= terminations | truncations
+        return rewards, terminations, truncations
+
+    def get_state(self, env_id: int) -> dict[str, npt.NDArray[Any]]:
+        """Return what is known of an episode, by `STATE_KEYS`."""
+        return {
+            "episode_length": np.array(self.length[env_id]),
+            "episode_return": np.array(self.total_reward[env_id]),
+            "last_value": np.array(self.last_value[env_id], np.float64),
+            "is_done": np.array(self.is_done[env_id]),
+        }
+
+    def set_state(self, env_id: int, state: Mapping[str, Any]) -> None:
+        """Restore what `get_state` returned."""
+        self.length[env_id] = int(state["episode_length"])
+        self.total_reward[env_id] = float(state["episode_return"])
+        self.last_value[env_id] = float(state["last_value"])
+        self.is_done[env_id] = bool(state["is_done"])
 
 
 class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.float32], npt.NDArray[Any]]):
@@ -123,7 +153,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     ## Reset
     `reset(seed, options)`. `seed`: an int (environment i gets `seed + i`) or a list of N. Options, each optional:
     `task_id` and `init_state_id` (an int or int [N]), `reset_mask` (bool [N], True = reset). What is not chosen is
-    drawn from the environment's own generator; so it is at automatic resets.
+    sampled from the environment's own generator; so it is at automatic resets.
 
     Environments given the same `task_id`, `init_state_id` and seed start in the same state to the last bit, and stay
     in it under the same actions. A group of G for GRPO is `task_id=numpy.repeat(tasks, G)`,
@@ -133,24 +163,23 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     ## Arguments
     As for `LiberoEnv`, but `task_ids` for `task_id`, and:
     - `num_envs`: N.
-    - `task_ids`: sequence of tasks to draw from, one named twice twice as often; None takes all of the suite.
+    - `task_ids`: sequence of tasks to sample from, one named twice twice as often; None takes all of the suite.
     - `num_action_chunks`: C.
     - `num_threads`: threads for stepping and drawing; None takes all cores that the process may use.
     - `images_as_torch`: see above; needs the renderer "warp".
-    - `physics`: "cpu", or "warp" for thousands of environments on a GPU, which is not LIBERO to the last bit: the
-      result is a `libero_gym.warp_vector.LiberoWarpEnv`.
+    - `physics`: "cpu", or "warp" for thousands of environments on a GPU, see there.
+    - `warp_options`: for `physics="warp"`, sizes of buffers and limits of the solver; a `PhysicsError` says when they
+      do not suffice.
+
+    ## Physics on a GPU
+    `physics="warp"` is not LIBERO to the last bit; what it does differently is said in
+    `libero_gym.physics.warp_worlds`. All tasks must be of one scene: any of libero_spatial, or of libero_goal; one of
+    libero_object. `stepping` has no part in it, and it draws with the renderer "warp" only. A step runs all
+    environments together, so that its time hardly depends on how many of them idle; prefer SAME_STEP autoreset, and
+    states that are settled.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's declaration
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Choose the class by `physics`, so that callers, and Gymnasium's registry, need not."""
-        chosen: Any = cls
-        if kwargs.get("physics") == "warp" and cls is LiberoVectorEnv:
-            from libero_gym.warp_vector import LiberoWarpEnv  # imports Warp
-
-            chosen = LiberoWarpEnv
-        return super().__new__(chosen)
+    metadata: dict[str, Any] = dict(METADATA)  # noqa: RUF012 - Gymnasium's declaration
 
     def __init__(
         self,
@@ -162,6 +191,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         image_size: int = 256,
         camera_names: Sequence[str] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
+        texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
         images_as_torch: bool = False,
         reward: RewardKind = "sparse",
@@ -172,37 +202,48 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         num_threads: int | None = None,
         render_mode: str | None = None,
         physics: Literal["cpu", "warp"] = "cpu",
+        warp_options: WarpOptions | None = None,
     ) -> None:
-        """Create the environments; scenes are opened by the first reset.
+        """Create the environments; on the CPU, scenes are opened by the first reset.
 
         Raises:
-            ValueError: an argument is not among the allowed ones; the message lists them.
+            ValueError: an argument is not among the allowed ones, the message lists them; or `physics="warp"` is given
+                tasks of several scenes.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
             RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
         """
         if physics not in ("cpu", "warp"):
             raise ValueError(f"physics={physics!r} is unknown (valid: 'cpu', 'warp')")
+        if physics == "cpu" and warp_options is not None:
+            raise ValueError(f"{warp_options} is for physics='warp'; leave warp_options out with physics='cpu'")
+        if physics == "warp" and stepping != "exact":
+            raise ValueError(f"stepping={stepping!r} chooses among CPU steppers; leave it out with physics='warp'")
+        if images_as_torch and not observe_images:
+            raise ValueError("images_as_torch=True needs observe_images=True")
         self.num_envs = _positive("num_envs", num_envs)
         self._num_chunks = _positive("num_action_chunks", num_action_chunks)
-        self._suite = suite
         if is_integer(task_ids):
             raise ValueError(f"task_ids={task_ids!r} is not a sequence of tasks (for one task: task_ids=[{task_ids}])")
         self._tasks = list_tasks(suite) if task_ids is None else [get_task(suite, task_id) for task_id in task_ids]
         if not self._tasks:
             raise ValueError("task_ids is empty; name at least one task, or None for all of the suite")
-        self._reward_kind = check_reward_kind(reward)
-        self._horizon = check_horizon(horizon, suite)
-        self._init_states: InitStates = check_init_states(init_states, suite)
-        if len(camera_names) != len(OBSERVATION_KEYS):
-            raise ValueError(f"camera_names={tuple(camera_names)} must name {len(OBSERVATION_KEYS)} cameras")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode={render_mode!r} is unknown (valid: None, 'rgb_array')")
-        if (render_mode is not None or images_as_torch) and not observe_images:
-            raise ValueError("render_mode='rgb_array' and images_as_torch=True need observe_images=True")
-        if stepping not in ("exact", "fast", "numpy"):
-            raise ValueError(f"stepping={stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
-        self._stepping: Stepping = stepping
+        if observe_images and (images_as_torch or physics == "warp"):
+            asking = "images_as_torch=True" if images_as_torch else "physics='warp'"
+            renderer = _only_warp(renderer, asking)
+        self.options = EnvOptions(
+            suite=suite,
+            image_size=image_size,
+            camera_names=tuple(camera_names),
+            renderer=renderer,
+            observe_images=observe_images,
+            reward=reward,
+            horizon=check_horizon(horizon, suite),
+            init_states=check_init_states(init_states, suite),
+            stepping=stepping,
+            render_mode=render_mode,
+            texture_colorspace=texture_colorspace,
+        )
         self._autoreset = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self._autoreset}
         self.render_mode = render_mode
@@ -214,18 +255,31 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             shape = (self.num_envs, self._num_chunks, ACTION_DIM)
             self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape, np.float32)
         threads = len(os.sched_getaffinity(0)) if num_threads is None else _positive("num_threads", num_threads)
-        self._pool: ThreadPoolExecutor | None = None
-        if min(threads, self.num_envs) > 1:
-            self._pool = ThreadPoolExecutor(min(threads, self.num_envs), "libero-step")
+
+        self._renderer = self.options.open_renderer(num_worlds=self.num_envs, num_threads=threads)
+        self._worlds: Worlds | None
+        if physics == "cpu":
+            self._worlds = CpuWorlds(self.num_envs, stepping=stepping, num_threads=threads)
+        else:
+            from libero_gym.physics.warp_worlds import WarpWorlds, only_scene  # imports Warp and MuJoCo Warp
+
+            self._worlds = WarpWorlds(
+                only_scene(self._tasks),
+                self._tasks,
+                self.num_envs,
+                num_action_chunks=self._num_chunks,
+                options=warp_options,
+            )
+        self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
+        self._episodes = Episodes(self.num_envs, horizon=self.options.horizon, reward=reward)
+        self._rewards = np.zeros((self.num_envs, self._num_chunks), np.float32)  # of the last chunk
+        self._num_steps = np.zeros(self.num_envs, np.int64)  # of the last chunk
+
+        # What environments show, and which of it is no longer so.
         self._as_torch = images_as_torch
-        self._renderer: Any = None
-        if observe_images:
-            self._renderer = self._open_renderer(renderer, tuple(camera_names), int(image_size), threads)
-        self._slots = [_Slot(rng=seeding.np_random(None)[0]) for _ in range(self.num_envs)]
-        self._spare_simulations: list[Simulation] = []  # of other scenes, the last used last; at most one per slot
-        self._images: Any = None
-        self._states = np.zeros((self.num_envs, 8), np.float32)
-        self._stale = np.ones(self.num_envs, np.bool_)
+        self._images: Any = None  # [N, K, H, W, 3]
+        self._states = np.zeros((self.num_envs, STATE_DIM), np.float32)
+        self._is_stale = np.ones(self.num_envs, np.bool_)
 
     @property
     def renderer_name(self) -> str | None:
@@ -233,10 +287,35 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         return None if self._renderer is None else self._renderer.name
 
     @property
+    def worlds(self) -> Worlds:
+        """The simulated worlds: a `CpuWorlds`, or with `physics="warp"` a `WarpWorlds`.
+
+        What is changed here by hand is not seen by `observe`; `set_state` is.
+
+        Raises:
+            ValueError: the environment is closed.
+        """
+        if self._worlds is None:
+            raise ValueError(CLOSED)
+        return self._worlds
+
+    @property
+    def texture_colorspace(self) -> TextureColorspace:
+        """Which colours textures have, see `LiberoEnv`."""
+        return self.options.texture_colorspace
+
+    @property
     def simulations(self) -> tuple[Simulation, ...]:
-        """The live simulation of each environment."""
-        self._require_open()
-        return tuple(slot.world for slot in self._slots)
+        """The live simulation of each environment.
+
+        Raises:
+            ValueError: an environment was never reset, or all are closed.
+            AttributeError: with `physics="warp"`, whose worlds live on the device.
+        """
+        worlds = self.worlds
+        if not isinstance(worlds, CpuWorlds):
+            raise AttributeError("physics='warp' has no simulation for each environment; see `worlds`")
+        return worlds.simulations
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -246,33 +325,38 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         Raises:
             ValueError: an unknown option, one of wrong shape or type, an id that is not valid, environments left out of
                 `reset_mask` that were never reset, or the environment is closed. No environment has been touched.
+            PhysicsError: a world diverged while its objects came to rest. The environments concerned are left
+                finished, their generators as they were.
         """
         self._require_open()
         options = dict(options or {})
         unknown = sorted(set(options) - set(_RESET_OPTIONS))
         if unknown:
             raise ValueError(f"unknown reset options {unknown} (valid: {list(_RESET_OPTIONS)})")
-        mask = self._reset_mask(options.get("reset_mask"))
-        indices = np.flatnonzero(mask)
+        env_ids = np.flatnonzero(self._reset_mask(options.get("reset_mask")))
         task_ids = self._ids("task_id", options.get("task_id"))
         init_state_ids = self._ids("init_state_id", options.get("init_state_id"))
-        previous, seeds = [slot.rng for slot in self._slots], self._seeds(seed)
-        # Drawn from copies, so that a reset that is refused leaves the generators as they were.
-        generators = {
-            i: copy.deepcopy(previous[i]) if seeds[i] is None else seeding.np_random(seeds[i])[0]
-            for i in indices.tolist()
+        seeds = self._seeds(seed)
+        # Sampled from copies, so that a reset that is refused leaves the generators as they were.
+        rngs = {
+            i: copy.deepcopy(self._rngs[i]) if seeds[i] is None else seeding.np_random(seeds[i])[0]
+            for i in env_ids.tolist()
         }
-        for i, rng in generators.items():
-            self._slots[i].rng = rng
-        try:
-            self._start_episodes(indices, task_ids, init_state_ids)
-        except Exception:
-            for slot, rng in zip(self._slots, previous, strict=True):
-                slot.rng = rng
-            raise
-        for slot in self._slots:
-            slot.num_steps = 0
-            slot.chunk_rewards = np.zeros(self._num_chunks, np.float32)
+        starts = [
+            sample_start(
+                rng,
+                self._tasks,
+                self.options.init_states,
+                task=None if task_ids is None else self._known_task(int(task_ids[i])),
+                init_state_id=None if init_state_ids is None else int(init_state_ids[i]),
+            )
+            for i, rng in rngs.items()
+        ]
+        self._begin(env_ids, starts)
+        for i, rng in rngs.items():
+            self._rngs[i] = rng
+        self._rewards = np.zeros_like(self._rewards)
+        self._num_steps = np.zeros_like(self._num_steps)
         return self._observe(), self._infos()
 
     def step(
@@ -283,25 +367,23 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         Raises:
             ValueError: `actions` has the wrong shape, `reset` was not called, or the environment is closed.
             PhysicsError: an action is not finite (nothing has been stepped then), or a simulation diverged. Its `dump`
-                is of the first environment concerned, whose step is undone; the others have taken theirs, `observe`
-                shows them, and episodes that ended go unreported.
+                is of the first environment concerned, whose step is undone (on a GPU there is none: reset what the
+                message names); the others have taken theirs, `observe` shows them, and episodes that ended go
+                unreported.
         """
-        worlds = self.simulations  # raises before anything moves if an environment was never reset, or all are closed
-        chunks = self._check_actions(actions, worlds)
-        to_reset = np.zeros(self.num_envs, np.bool_)
+        self._require_started()  # raises before anything moves if an environment was never reset, or all are closed
+        chunks = self._check_actions(actions)
+        is_active = ~self._episodes.is_done
         if self._autoreset is not AutoresetMode.DISABLED:
-            to_reset = np.array([slot.is_done for slot in self._slots])
-            self._start_episodes(np.flatnonzero(to_reset), None, None)
-        ended = self._step_and_draw(chunks, to_reset)
-        terminations = np.array([terminated for terminated, _ in ended])
-        truncations = np.array([truncated for _, truncated in ended])
-        rewards = np.array([slot.chunk_rewards.sum(dtype=np.float64) for slot in self._slots])
-        done = terminations | truncations
+            self._begin_sampled(np.flatnonzero(~is_active))
+        terminations, truncations = self._run(chunks, is_active)
+        rewards = self._rewards.sum(axis=1, dtype=np.float64)
+        ended = terminations | truncations
         observation, final = self._observe(), dict[str, Any]()
-        if self._autoreset is AutoresetMode.SAME_STEP and done.any():
+        if self._autoreset is AutoresetMode.SAME_STEP and ended.any():
             final = {"final_obs": observation, "final_info": self._episode_infos()}
-            final |= {"_final_obs": done.copy(), "_final_info": done.copy()}
-            self._start_episodes(np.flatnonzero(done), None, None)
+            final |= {"_final_obs": ended.copy(), "_final_info": ended.copy()}
+            self._begin_sampled(np.flatnonzero(ended))
             observation = self._observe()
         return observation, rewards, terminations, truncations, self._infos() | final
 
@@ -311,7 +393,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         Raises:
             ValueError: an environment was never reset, or all are closed.
         """
-        self._require_open()
+        self._require_started()
         return self._observe()
 
     def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:
@@ -327,46 +409,34 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         Raises:
             ValueError: `env_id` is out of range, or the environment was never reset.
         """
-        slot = self._slot(env_id)
-        rng = json.dumps(slot.rng.bit_generator.state)
-        return slot.world.get_state() | {
-            "episode_length": np.array(slot.length),
-            "episode_return": np.array(slot.episode_return),
-            "last_value": np.array(slot.last_value),
-            "is_done": np.array(slot.is_done),
-            "rng": np.array(rng),
-        }
+        self._check_env_id(env_id)
+        return self._with_episode(env_id, self.worlds.get_state(env_id))
 
     def get_states(self) -> list[dict[str, Any]]:
-        """Return `get_state` of all environments; see there."""
-        return [self.get_state(env_id) for env_id in range(self.num_envs)]
+        """Return `get_state` of all environments, on a GPU many times faster than one by one; see there."""
+        return [self._with_episode(env_id, state) for env_id, state in enumerate(self.worlds.get_states())]
 
     def set_state(self, env_id: int, state: Mapping[str, Any]) -> None:
         """Restore in environment `env_id` what `get_state` returned, to the last bit; also from another environment.
 
         Raises:
             ValueError: `env_id` is out of range, or the state is incomplete or belongs to another suite or other
-                versions.
+                versions; with `physics="warp"` also where it belongs to a task that these were not made for.
         """
-        slot = self._slot(env_id)
-        missing = sorted(_EPISODE_KEYS - set(state))
+        self._check_env_id(env_id)
+        missing = sorted((Episodes.STATE_KEYS | {"rng"}) - set(state))
         if missing:
             raise ValueError(
                 f"the state lacks {missing}: give what get_state of a vector environment returned; that of a "
                 "simulation goes to simulations[env_id].set_state"
             )
-        if str(state["suite"]) != self._suite:
-            raise ValueError(f"the state belongs to suite {state['suite']}, these environments to {self._suite}")
-        scene = load_scenes([get_task(self._suite, int(state["task_id"]))])[0]
-        check_state(state, scene)
-        self._take_simulation(slot, scene)
-        slot.world.set_state(state)
-        slot.length = int(state["episode_length"])
-        slot.episode_return = float(state["episode_return"])
-        slot.last_value = float(state["last_value"])
-        slot.is_done = bool(state["is_done"])
-        slot.rng.bit_generator.state = json.loads(str(state["rng"]))
-        self._stale[env_id] = True
+        if str(state["suite"]) != self.options.suite:
+            raise ValueError(f"the state belongs to suite {state['suite']}, these environments to {self.options.suite}")
+        rng = json.loads(str(state["rng"]))
+        self.worlds.set_state(env_id, state)
+        self._episodes.set_state(env_id, state)
+        self._rngs[env_id].bit_generator.state = rng
+        self._is_stale[env_id] = True
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return `simulation.name(*args, **kwargs)` for each environment, or the attribute if it is not callable."""
@@ -378,151 +448,106 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         return tuple(getattr(simulation, name) for simulation in self.simulations)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Release threads, renderer and simulations; called once by `close`."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        """Release threads, renderer and worlds; called once by `close`."""
+        if self._worlds is not None:
+            self._worlds.close()
+            self._worlds = None
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
-        self._spare_simulations.clear()
-        for slot in self._slots:
-            slot.simulation = None
 
-    def _open_renderer(self, kind: RendererKind | None, cameras: tuple[str, ...], size: int, threads: int) -> Any:
-        from libero_gym.rendering.renderers import (
-            make_renderer,  # GL and Warp are imported only where images are wanted
-        )
-
-        if self._as_torch and kind is None:
-            kind = "warp"
-        if self._as_torch and kind != "warp":
-            raise ValueError(f"images_as_torch=True needs renderer='warp' (given: {kind!r})")
-        return make_renderer(kind, camera_names=cameras, image_size=size, num_worlds=self.num_envs, num_threads=threads)
-
-    def _each(self, function: Callable[[int], Result], indices: Sequence[int] | range) -> list[Result]:
-        """Apply `function` to environments, in threads; an error names the environment."""
-        if self._pool is None:
-            return [self._named(function, i) for i in indices]
-        return _results(self._submit(self._pool, function, indices))
-
-    def _submit(
-        self, pool: ThreadPoolExecutor, function: Callable[[int], Result], indices: Sequence[int] | range
-    ) -> list[Future[Result]]:
-        return [pool.submit(self._named, function, i) for i in indices]
-
-    def _named(self, function: Callable[[int], Result], i: int) -> Result:
-        try:
-            return function(i)
-        except Exception as error:
-            error.add_note(f"raised by environment {i} of {self.num_envs}")
-            raise
-
-    def _step_and_draw(self, chunks: npt.NDArray[np.float64], is_idle: BoolArray) -> list[tuple[bool, bool]]:
-        """Run chunks [N, C, 7] and return (terminated, truncated) of each environment.
-
-        What ended early is drawn while threads step the rest, unless drawing needs the same cores.
-        """
-
-        def run(i: int) -> tuple[bool, bool]:
-            start = time.thread_time()
-            ends = self._run_chunk(i, chunks[i], is_idle=bool(is_idle[i]))
-            self._slots[i].chunk_s = time.thread_time() - start
-            return ends
-
-        everyone = np.arange(self.num_envs)
-        if self._pool is None:
-            try:
-                return self._each(run, range(self.num_envs))
-            finally:
-                self._mark_stepped(everyone)
-        # What took longest the last time begins, so that the threads end together.
-        order = np.argsort([-slot.chunk_s for slot in self._slots], kind="stable")
-        submitted = self._submit(self._pool, run, order.tolist())
-        futures = [submitted[k] for k in np.argsort(order)]
-        # The first images are drawn in one piece.
-        overlaps = self._images is not None and not self._renderer.uses_all_cores
-        num_parts = max(1, min(self.num_envs // _MIN_PART, _MAX_PARTS)) if overlaps else 1
-        try:
-            for part in np.array_split(order, num_parts):
-                if any(futures[i].exception() for i in part):
-                    break
-                self._mark_stepped(part)
-                if overlaps:
-                    self._refresh(part)
-            return _results(futures)
-        except BaseException:
-            wait(futures)
-            self._mark_stepped(everyone)  # the others have moved all the same
-            raise
-
-    def _mark_stepped(self, env_ids: IntArray) -> None:
-        self._stale[env_ids] |= [self._slots[i].num_steps > 0 for i in env_ids]
-
-    def _run_chunk(self, i: int, chunk: npt.NDArray[np.float64], *, is_idle: bool) -> tuple[bool, bool]:
-        """Step environment `i` until its chunk or its episode ends; return (terminated, truncated)."""
-        slot = self._slots[i]
-        slot.num_steps = 0
-        slot.chunk_rewards = np.zeros(self._num_chunks, np.float32)
-        if is_idle or slot.is_done:
-            return False, False
-        simulation = slot.world
-        for step, action in enumerate(chunk):
-            is_success = simulation.step(action)
-            value = float(is_success)
-            reward = value - slot.last_value if self._reward_kind == "relative" else value
-            slot.last_value = value
-            slot.chunk_rewards[step] = reward
-            slot.episode_return += reward
-            slot.length += 1
-            slot.num_steps += 1
-            is_truncated = slot.length >= self._horizon
-            if is_success or is_truncated:
-                slot.is_done = True
-                return is_success, is_truncated
-        return False, False
-
-    def _start_episodes(self, indices: IntArray, task_ids: IntArray | None, init_state_ids: IntArray | None) -> None:
-        if not len(indices):
+    def _begin(self, env_ids: IntArray, starts: Sequence[EpisodeStart]) -> None:
+        """Start episodes where `starts` says."""
+        if not len(env_ids):
             return
-        starts = self._draw_starts(indices, task_ids, init_state_ids)
-        scenes = load_scenes([task for task, _, _ in starts.values()])
-        for i, scene in zip(starts, scenes, strict=True):
-            self._take_simulation(self._slots[i], scene)
+        try:
+            self.worlds.reset(env_ids, starts, init_states=self.options.init_states)
+        except PhysicsError:
+            self._episodes.is_done[env_ids] = True  # nothing good can come of them before another reset
+            self._is_stale[env_ids] = True
+            raise
+        self._episodes.begin(env_ids, self.worlds.success()[env_ids])
+        self._is_stale[env_ids] = True
 
-        def start(i: int) -> None:
-            slot = self._slots[i]
-            task, init_state_id, placement_seed = starts[i]
-            random_state = np.random.RandomState(placement_seed)
-            slot.world.reset(task, init_state_id, random_state, init_states=self._init_states)
-            slot.length, slot.episode_return, slot.is_done = 0, 0.0, False
-            slot.last_value = float(slot.world.success())
+    def _begin_sampled(self, env_ids: IntArray) -> None:
+        """Start episodes of which the environments' own generators decide."""
+        kind = self.options.init_states
+        self._begin(env_ids, [sample_start(self._rngs[i], self._tasks, kind) for i in env_ids])
 
-        self._each(start, list(starts))
-        self._stale[indices] = True
+    def _run(self, chunks: npt.NDArray[np.float64], is_active: BoolArray) -> tuple[BoolArray, BoolArray]:
+        """Run chunks [N, C, 7] and book them; return which episodes terminated and which were truncated.
 
-    def _draw_starts(
-        self, indices: IntArray, task_ids: IntArray | None, init_state_ids: IntArray | None
-    ) -> dict[int, tuple[TaskSpec, int, int]]:
-        """Task, initial state and seed of the fixture poses of each environment, drawn in LiberoEnv.reset's order."""
-        starts: dict[int, tuple[TaskSpec, int, int]] = {}
-        for i in indices:
-            rng = self._slots[i].rng
-            if task_ids is None:
-                task = self._tasks[int(rng.integers(len(self._tasks)))]
+        What ends early is drawn while the rest is stepped, unless drawing needs the same cores. The first images are
+        drawn in one piece.
+        """
+        steps = Steps.none(self.num_envs, self._num_chunks)
+        is_shown = np.zeros(self.num_envs, np.bool_)
+
+        def show(env_ids: IntArray) -> None:
+            self._is_stale[env_ids] |= steps.ran[env_ids].any(axis=1)
+            is_shown[env_ids] = True
+            self._refresh(env_ids)
+
+        overlaps = self._renderer is not None and self._images is not None and not self._renderer.uses_all_cores
+        try:
+            self.worlds.step(
+                chunks, is_active, self._episodes.steps_left, out=steps, on_part_done=show if overlaps else None
+            )
+        finally:  # after an error too: what has moved has moved
+            self._is_stale |= ~is_shown & steps.ran.any(axis=1)
+            self._rewards, terminations, truncations = self._episodes.advance(steps)
+            self._num_steps = steps.ran.sum(axis=1)
+        return terminations, truncations
+
+    def _observe(self) -> dict[str, Any]:
+        """Draw what has changed and return copies."""
+        self._refresh(np.arange(self.num_envs))
+        observation: dict[str, Any] = {}
+        if self._images is not None:
+            views = ((key, self._images[:, camera]) for camera, key in enumerate(OBSERVATION_KEYS))
+            observation = {key: view.clone() if self._as_torch else view.copy() for key, view in views}
+        observation["states"] = self._states.copy()
+        observation["task_descriptions"] = tuple(task.language for task in self._current_tasks())
+        return observation
+
+    def _refresh(self, env_ids: IntArray) -> None:
+        """Read and draw those of the environments that have changed."""
+        changed = np.sort(env_ids[self._is_stale[env_ids]])
+        if not len(changed):
+            return
+        self._states[changed] = self.worlds.states(changed)
+        if self._renderer is not None:
+            images = self.worlds.render(self._renderer, changed, as_torch=self._as_torch)
+            if len(changed) == self.num_envs:
+                self._images = images
             else:
-                task = self._known_task(get_task(self._suite, int(task_ids[i])))
-            num_states = count_init_states(task, self._init_states)
-            init_state_id = int(rng.integers(num_states)) if init_state_ids is None else int(init_state_ids[i])
-            if not 0 <= init_state_id < num_states:
-                raise ValueError(
-                    f"init_state_id={init_state_id} is not among the stored states of {task.suite} task "
-                    f"{task.task_id} (valid: 0-{num_states - 1})"
-                )
-            starts[int(i)] = (task, init_state_id, int(rng.integers(2**32, dtype=np.uint64)))
-        return starts
+                self._images[changed] = images
+        self._is_stale[changed] = False
 
-    def _known_task(self, task: TaskSpec) -> TaskSpec:
+    def _current_tasks(self) -> list[TaskSpec]:
+        tasks = [task for task in self.worlds.current_tasks if task is not None]
+        if len(tasks) < self.num_envs:
+            raise ValueError("reset() must be called first")
+        return tasks
+
+    def _episode_infos(self) -> dict[str, npt.NDArray[Any]]:
+        return {
+            "success": self.worlds.success(),
+            "task_id": np.array([task.task_id for task in self._current_tasks()]),
+            "init_state_id": self.worlds.init_state_ids,
+            "episode_length": self._episodes.length.copy(),
+            "episode_return": self._episodes.total_reward.copy(),
+        }
+
+    def _infos(self) -> dict[str, Any]:
+        return self._episode_infos() | {"rewards": self._rewards.copy(), "num_steps": self._num_steps.copy()}
+
+    def _with_episode(self, env_id: int, world_state: dict[str, Any]) -> dict[str, Any]:
+        rng = np.array(json.dumps(self._rngs[env_id].bit_generator.state))
+        return world_state | self._episodes.get_state(env_id) | {"rng": rng}
+
+    def _known_task(self, task_id: int) -> TaskSpec:
+        task = get_task(self.options.suite, task_id)
         if task not in self._tasks:
             raise ValueError(
                 f"task_id={task.task_id} of {task.suite} is not among the tasks that these environments were made for "
@@ -530,65 +555,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             )
         return task
 
-    def _take_simulation(self, slot: _Slot, scene: Scene) -> None:
-        """Give `slot` a simulation of `scene`: its own, a spare one, or a new one."""
-        if slot.simulation is not None:
-            if slot.simulation.scene is scene:
-                return
-            self._spare_simulations.append(slot.simulation)
-        spare = next((i for i, other in enumerate(self._spare_simulations) if other.scene is scene), None)
-        if spare is None:
-            slot.simulation = Simulation(scene, stepping=self._stepping)
-        else:
-            slot.simulation = self._spare_simulations.pop(spare)
-        del self._spare_simulations[: -self.num_envs]
-
-    def _observe(self) -> dict[str, Any]:
-        """Draw what has changed and return copies."""
-        self._refresh(np.arange(self.num_envs))
-        observation: dict[str, Any] = {}
-        if self._images is not None:
-            observation = {key: _copy(self._images[:, camera]) for camera, key in enumerate(OBSERVATION_KEYS)}
-        observation["states"] = self._states.copy()
-        observation["task_descriptions"] = tuple(slot.task.language for slot in self._slots)
-        return observation
-
-    def _refresh(self, env_ids: IntArray) -> None:
-        """Draw those of the environments that have changed."""
-        indices = env_ids[self._stale[env_ids]]
-        for i in indices:
-            self._states[i] = self._slots[i].world.states()
-        images = self._draw(indices)
-        if images is not None:
-            if len(indices) == self.num_envs:
-                self._images = images
-            else:
-                self._images[indices] = images
-        self._stale[indices] = False
-
-    def _draw(self, indices: IntArray) -> Any:
-        """Images [num, num_cameras, H, W, 3] of some environments; None without images or environments."""
-        if self._renderer is None or not len(indices):
-            return None
-        worlds = [self._slots[i].world for i in indices]
-        return self._renderer.render_torch(worlds) if self._as_torch else self._renderer.render(worlds)
-
-    def _episode_infos(self) -> dict[str, npt.NDArray[Any]]:
-        return {
-            "success": np.array([slot.world.success() for slot in self._slots]),
-            "task_id": np.array([slot.task.task_id for slot in self._slots]),
-            "init_state_id": np.array([slot.world.init_state_id for slot in self._slots]),
-            "episode_length": np.array([slot.length for slot in self._slots]),
-            "episode_return": np.array([slot.episode_return for slot in self._slots]),
-        }
-
-    def _infos(self) -> dict[str, Any]:
-        return self._episode_infos() | {
-            "rewards": np.stack([slot.chunk_rewards for slot in self._slots]),
-            "num_steps": np.array([slot.num_steps for slot in self._slots]),
-        }
-
-    def _check_actions(self, actions: Any, worlds: Sequence[Simulation]) -> npt.NDArray[np.float64]:
+    def _check_actions(self, actions: Any) -> npt.NDArray[np.float64]:
         """Return actions as [N, C, 7]."""
         values = np.asarray(actions, dtype=np.float64)
         expected = (self.num_envs, ACTION_DIM)
@@ -600,7 +567,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         is_bad = ~np.isfinite(chunks).all(axis=-1)  # [N, C]
         if is_bad.any():
             env_ids, steps = np.nonzero(is_bad)
-            raise worlds[env_ids[0]].physics_error(
+            raise self.worlds.physics_error(
+                int(env_ids[0]),
                 f"actions of environments {np.unique(env_ids).tolist()} are not finite; "
                 "check the policy's output for NaN",
                 chunks[env_ids[0], steps[0]],
@@ -617,13 +585,11 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             )
         if not values.any():
             raise ValueError("reset_mask is False everywhere; at least one environment must be reset")
-        fresh = [i for i in range(self.num_envs) if not values[i] and not self._is_started(i)]
+        tasks = self.worlds.current_tasks
+        fresh = [i for i in range(self.num_envs) if not values[i] and tasks[i] is None]
         if fresh:
             raise ValueError(f"reset_mask leaves out environments {fresh}, which were never reset")
         return values
-
-    def _is_started(self, env_id: int) -> bool:
-        return self._slots[env_id].simulation is not None
 
     def _ids(self, name: str, ids: Any) -> IntArray | None:
         if ids is None:
@@ -643,14 +609,21 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         return [None if value is None else int(value) for value in seed]
 
     def _require_open(self) -> None:
-        if self.closed:
-            raise ValueError(CLOSED)
+        _ = self.worlds
 
-    def _slot(self, env_id: int) -> _Slot:
+    def _require_started(self) -> None:
+        self._current_tasks()
+
+    def _check_env_id(self, env_id: int) -> None:
         self._require_open()
         if not 0 <= env_id < self.num_envs:
             raise ValueError(f"env_id={env_id} is out of range (valid: 0-{self.num_envs - 1})")
-        return self._slots[env_id]
+
+
+def _only_warp(renderer: RendererKind | None, asking: str) -> RendererKind:
+    if renderer not in (None, "warp"):
+        raise ValueError(f"{asking} draws with renderer='warp' (given: {renderer!r})")
+    return "warp"
 
 
 def _positive(name: str, value: Any) -> int:
@@ -666,15 +639,3 @@ def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     if mode not in known:
         raise ValueError(f"autoreset_mode={mode!r} is unknown (valid: {sorted(known)})")
     return known[mode]
-
-
-def _results(futures: Sequence[Future[Result]]) -> list[Result]:
-    """Wait for all to end, then return their results or raise the first error."""
-    wait(futures)
-    return [future.result() for future in futures]
-
-
-def _copy(values: Any) -> Any:
-    if isinstance(values, tuple):
-        return values
-    return values.copy() if isinstance(values, np.ndarray) else values.clone()

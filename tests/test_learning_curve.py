@@ -1,16 +1,22 @@
 """The picture of the learning curve: its numbers are those of the files that its manifest names."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.transforms import Bbox
 
-from benchmarks.learning_curve import exploring_curve, mean_success, read_curve, render, split_descriptions
+from algorithms.common.episodes import wilson_interval
+from benchmarks.learning_curve import draw, exploring_curve, mean_success, read_curve, render, split_descriptions
 
 ROOT = Path(__file__).resolve().parents[1]
+MANIFEST = ROOT / "benchmarks" / "results" / "spatial_ppo" / "curve.json"
+PICTURE = ROOT / "docs" / "media" / "libero_spatial_ppo.svg"
 TASKS = ("pick up the bowl on the stove and stop", "pick up the bowl next to the plate and stop")
 
 
@@ -111,34 +117,70 @@ def test_stages_go_on_where_the_one_before_ended(manifest: Callable[..., Path]):
     assert [stage.curve for stage in compared.stages] == [[(0.5e5, 0.5), (1.5e5, pytest.approx(0.6))]]
 
 
-def test_picture_shows_the_numbers_where_its_axes_say(manifest: Callable[..., Path]):
-    picture = ElementTree.fromstring(render(read_curve(manifest())))
-    space = "{http://www.w3.org/2000/svg}"
-    texts: dict[str, dict[str, str]] = {}
-    for element in picture.iter(f"{space}text"):
-        texts.setdefault(str(element.text), element.attrib)  # of the curve's axes, which come first
+def texts_of(picture: str) -> list[str]:
+    return [str(text.text) for text in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def data_of(picture: str) -> dict[str, list[float]]:
+    """Coordinates of everything that shows data, by its id."""
+    found: dict[str, list[float]] = {}
+    for group in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}g"):
+        name = group.get("id", "")
+        if re.match(r"(start|run|task)-", name):
+            numbers: list[float] = []
+            for shape in group.iter():
+                if shape.tag.endswith("}path") and "id" not in shape.attrib:  # not the form of a marker
+                    numbers += [float(number) for number in re.findall(r"[-\d.]+", shape.get("d", ""))]
+                elif shape.tag.endswith("}use"):
+                    numbers += [float(shape.get("x", "nan")), float(shape.get("y", "nan"))]
+            found[name] = numbers
+    return found
+
+
+def test_picture_says_the_numbers(manifest: Callable[..., Path]):
+    texts = texts_of(render(read_curve(manifest())))
     shown = ["80.0 %", "32/40, 2 seeds, shipped", "65.0 %", "13/20", "start: 40.0 % (8/20)", "theirs: 95.0 %"]
     shown += ["GRPO: 55.0 % (11/20) after 0.20 M steps", "the second leg", "a & b", "0.2 M steps", "1.0 min"]
     shown += ["on the stove", "next to the plate", "pick up the bowl … and stop", "2/10 → 17/20", "6/10 → 15/20"]
     assert [text for text in shown if text not in texts] == []
-    low, high = (float(texts[name]["y"]) - 4.5 for name in ("40 %", "80 %"))
-    left, right = (float(texts[name]["x"]) for name in ("0", "0.2 M steps"))
 
-    def seen(x: str, y: str) -> tuple[float, float]:
-        """Steps and rate at a place in the picture, read off the axes' labels."""
-        return (float(x) - left) / (right - left) * 2e5, 0.4 + 0.4 * (low - float(y)) / (low - high)
 
-    circles = [seen(circle.get("cx", ""), circle.get("cy", "")) for circle in picture.iter(f"{space}circle")]
-    for steps, rate in ((0, 0.4), (2e5, 0.65), (6e5, 0.8)):
-        assert any(abs(x - steps) < 200 and abs(y - rate) < 0.001 for x, y in circles), (steps, rate, circles)
-    lines = [one.get("points", "").split() for one in picture.iter(f"{space}polyline")]
-    places = [[seen(*place.split(",")) for place in one] for one in lines]
-    expected = [[(0.5e5, 0.5), (1.5e5, 0.6)], [(2e5, 0.4)], [(5e5, 0.85)]]
-    assert [[x for x, _ in one] for one in places] == [[pytest.approx(x, abs=200) for x, _ in one] for one in expected]
-    assert [[y for _, y in one] for one in places] == [[pytest.approx(y, abs=1e-3) for _, y in one] for one in expected]
-    bars = [float(bar.get("width", "nan")) for bar in picture.iter(f"{space}rect") if bar.get("height") == "8"]
-    full = bars[0] / 0.2
-    assert bars == [pytest.approx(rate * full, abs=0.2) for rate in (0.2, 0.85, 0.6, 0.75)]
+def test_picture_shows_the_numbers_where_its_axes_say(manifest: Callable[..., Path]):
+    curves, tasks = draw(read_curve(manifest())).axes
+    lines = {str(line.get_gid()): np.asarray(line.get_xydata()) for line in curves.lines if line.get_gid()}
+    expected = {
+        "start-evaluations": [(0, 0.4)],
+        "run-0-stage-0": [(2e5, 0.4)],
+        "run-0-stage-1": [(5e5, 0.85)],
+        "run-0-evaluations": [(2e5, 0.65), (6e5, 0.8)],
+        "run-1-stage-0": [(0.5e5, 0.5), (1.5e5, 0.6)],
+        "run-1-evaluations": [(2e5 + 11 * 1.02 * 6e5 / 776, 0.55)],  # eleven pixels aside from the other at 2e5
+    }
+    assert lines.keys() == {str(gid) for gid in expected}
+    for gid, places in expected.items():
+        np.testing.assert_allclose(lines[gid], places, rtol=1e-6, err_msg=gid)
+    (low, high), (left, right) = curves.get_ylim(), curves.get_xlim()
+    assert (low, high, left) == (pytest.approx(0.3), 1, 0)
+    assert right > 6e5
+    intervals = {str(c.get_gid()): c.get_segments() for c in curves.collections if c.get_gid()}  # pyright: ignore
+    np.testing.assert_allclose(intervals["run-0-intervals"][1][:, 1], wilson_interval(32, 40))
+    bars = {str(bar.get_gid()): bar.get_width() for bar in tasks.patches}
+    assert bars == {
+        "task-0-before": 0.2, "task-0-after": 0.85, "task-1-before": pytest.approx(0.6), "task-1-after": 0.75
+    }  # fmt: skip
+
+
+def test_labels_are_clear_of_each_other_and_of_points():
+    curves, _ = draw(read_curve(MANIFEST)).axes
+    rates = [t for t in curves.texts if re.fullmatch(r"\d+\.\d %", t.get_text())]
+    counts = [t for t in curves.texts if re.fullmatch(r"[\d,]+/[\d,]+(, .*)?", t.get_text())]
+    assert len(rates) == len(counts) == 7
+    boxes = [text.get_window_extent() for text in (*rates, *counts)]
+    (points,) = [line for line in curves.lines if line.get_gid() == "run-0-evaluations"]
+    boxes += [Bbox([place, place]).padded(5) for place in curves.transData.transform(points.get_xydata())]
+    overlapping = [(i, j) for i in range(len(boxes)) for j in range(i) if boxes[i].overlaps(boxes[j])]
+    assert all(i - j == len(rates) and i < 2 * len(rates) for i, j in overlapping)  # a label's two lines touch
+    assert max(box.x1 for box in boxes) <= 880
 
 
 def test_words_that_all_descriptions_share_are_said_once():
@@ -176,7 +218,20 @@ def test_metrics_that_begin_in_the_middle_of_a_run_are_refused(manifest: Callabl
         read_curve(path)
 
 
+def test_picture_is_the_same_bytes_every_time(manifest: Callable[..., Path]):
+    first, second = (render(read_curve(manifest())) for _ in range(2))
+    assert first == second
+    assert "date" not in first.lower().replace("update", "")
+
+
 def test_committed_picture_is_what_its_manifest_draws():
-    curve = read_curve(ROOT / "benchmarks" / "results" / "spatial_ppo" / "curve.json")
-    drawn = (ROOT / "docs" / "media" / "libero_spatial_ppo.svg").read_text(encoding="utf-8")
-    assert drawn == render(curve), "draw it again with python -m benchmarks.learning_curve, see its --help"
+    """What it says and where its data lie; bytes are for one version of matplotlib."""
+    committed, drawn = PICTURE.read_text(encoding="utf-8"), render(read_curve(MANIFEST))
+    remedy = "draw it again with python -m benchmarks.learning_curve, see its --help"
+    assert sorted(texts_of(committed)) == sorted(texts_of(drawn)), remedy
+    data, expected = data_of(committed), data_of(drawn)
+    assert data.keys() == expected.keys(), remedy
+    assert {"start-evaluations", "run-0-stage-2", "run-3-intervals", "task-9-after"} <= data.keys()
+    for name, numbers in expected.items():
+        assert numbers, name
+        np.testing.assert_allclose(data[name], numbers, atol=0.1, err_msg=f"{name}: {remedy}")

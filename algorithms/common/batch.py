@@ -1,10 +1,10 @@
-"""Indexing and joining of the nested arrays that a rollout stores.
+"""Indexing, joining and averaging of the nested arrays that a rollout stores.
 
 An observation is a dict of arrays, an action a NamedTuple of tensors, everything else one array; all have the batch as
 their first dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,3 +33,9 @@ def concatenate(trees: Sequence[Any]) -> Any:
     if isinstance(first, torch.Tensor):
         return torch.cat(list(trees))
     return np.concatenate([np.asarray(tree) for tree in trees])
+
+
+def mean_of(stats: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Returns the mean of each named scalar over `stats`, which all have the same names."""
+    means = torch.stack([torch.stack(list(scalars.values())) for scalars in stats]).mean(0)
+    return dict(zip(stats[0], means, strict=True))

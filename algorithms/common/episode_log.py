@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from algorithms.common.episodes import Episode
-from algorithms.common.run_folder import describe_environment, json_ready, write_json
+from algorithms.common.provenance import describe_environment
+from gr00t_agent.files import json_ready, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

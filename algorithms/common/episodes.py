@@ -10,7 +10,6 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 # The metric of a task is this and its id.
 SUCCESS_OF_TASK = "env/success_once_task_"
@@ -54,6 +53,14 @@ def finished_episodes(infos: Mapping[str, Any], ended_mask: NDArray[np.bool_]) -
     ]
 
 
+def played_episodes(starts: NDArray[np.int64], success: NDArray[np.bool_], length: NDArray[np.int64]) -> list[Episode]:
+    """Returns the episodes that were played from `starts` [E, 2] (task id, initial state id) to their end."""
+    return [
+        Episode(task_id=int(task_id), init_state_id=int(state_id), success=bool(s), length=int(n))
+        for (task_id, state_id), s, n in zip(starts, success, length, strict=True)
+    ]
+
+
 def episode_metrics(episodes: Sequence[Episode], accelerator: Accelerator) -> dict[str, float]:
     """Returns `env/*` means over the episodes of all processes; empty if none ended."""
     everywhere: list[Episode] = gather_object(list(episodes)) if accelerator.num_processes > 1 else list(episodes)
@@ -77,5 +84,7 @@ def success_by_task(episodes: Sequence[Episode]) -> dict[int, float]:
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """Returns Wilson's 95 % interval of a success probability; raises ValueError unless 0 <= successes <= episodes."""
+    from scipy.stats import binomtest  # an eighth of what a trainer imports, which each of its processes would wait for
+
     interval = binomtest(successes, episodes).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.common.batch import index
-from algorithms.common.feature_store import FeatureStore
+from algorithms.common.features import FeatureStore
 
 AgentT = TypeVar("AgentT", bound=nn.Module)
 
@@ -24,37 +24,33 @@ def store_frozen_as(agent: AgentT, dtype: torch.dtype) -> AgentT:
     return agent
 
 
-def frozen_copy(agent: AgentT, *, share_frozen: bool) -> AgentT:
-    """Returns a copy of `agent` that is not trained.
+class StartPolicy:
+    """The policy that training started from, kept to measure how far training has gone.
 
     Args:
         agent: what is copied.
         share_frozen: do not copy parameters that are frozen in `agent`, which must then never change (a backbone).
     """
-    shared: dict[int, Any] = {id(p): p for p in agent.parameters() if share_frozen and not p.requires_grad}
-    return copy.deepcopy(agent, shared).requires_grad_(False)
 
+    def __init__(self, agent: nn.Module, *, share_frozen: bool) -> None:
+        shared: dict[int, Any] = {id(p): p for p in agent.parameters() if share_frozen and not p.requires_grad}
+        self._policy = copy.deepcopy(agent, shared).requires_grad_(False)
 
-def reference_log_probs(
-    call: Callable[..., Any],
-    reference: nn.Module,
-    store: FeatureStore,
-    batch: Mapping[str, Any],
-    num_passes: int,
-    **options: float,
-) -> Tensor:
-    """Returns the reference's log-probabilities of all decisions in `batch`.
+    @torch.no_grad()
+    def logprobs(
+        self, store: FeatureStore, rows: NDArray[np.intp], actions: Any, *, num_passes: int, **noise: float
+    ) -> Tensor:
+        """Returns its log-probabilities of a rollout's actions.
 
-    Args:
-        call: calls without gradients, in training's precision.
-        reference: the policy.
-        store: holds the observations.
-        batch: `row` in the store and `action` of each decision.
-        num_passes: forward passes.
-        options: for the policy.
-    """
-    scores: list[Tensor] = []
-    for part in np.array_split(np.arange(len(batch["row"])), num_passes):
-        rows, actions = index(batch["row"], part), index(batch["action"], part)
-        scores.append(call(reference, store.get(rows), actions, **options)[1])
-    return torch.cat(scores)
+        Args:
+            store: holds the observations.
+            rows: [B] where each decision's observation is in the store.
+            actions: what was decided, tensors [B, ...].
+            num_passes: forward passes.
+            noise: options of the policy's noise.
+        """
+        logprobs: list[Tensor] = []
+        for part in np.array_split(np.arange(len(rows)), num_passes):
+            _, logprob, *_ = self._policy(store.get(rows[part]), index(actions, part), **noise)
+            logprobs.append(logprob)
+        return torch.cat(logprobs)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from algorithms.common.distributed import same_cuda_device
+from algorithms.common.processes import same_cuda_device
 
 T = TypeVar("T")
 K = TypeVar("K")

@@ -6,9 +6,13 @@ rebuilds the scene, and every step draws both images.
 
 An episode starts by `numpy.random.seed(s); env.reset(); env.set_init_state(state)`, then
 - "original" states: LIBERO's stored state and ten steps without motion, gripper opening;
-- "settled" and "held_out" states: the recorded outcome of those steps (see `libero_gym.tasks.initial_states`) with its fixture
-  poses and the controller's memory, written into LIBERO's simulation.
+- "settled" and "held_out" states: the recorded outcome of those steps (see `libero_gym.tasks.initial_states`) with its
+  fixture poses and the controller's memory, written into LIBERO's simulation.
 With s drawn as `LiberoVectorEnv` draws it, both environments then go through the same states under the same actions.
+
+Pictures are those of LIBERO on this machine: from MuJoCo 3.3.3 on, the floor of libero_object is much darker than in
+public data sets and in what `libero_gym` draws by default. `texture_colorspace` says which look LIBERO has here;
+`libero_gym` environments made with it draw the same pixels. Install `mujoco<3.3.3` to see LIBERO as those data sets do.
 
 LIBERO appends its samplers of drawers' and knobs' positions anew at every reset and draws from all of them; here the
 list is cut back to its length after construction, so that an episode does not depend on how many came before it.
@@ -36,18 +40,24 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from libero_gym.env import DEFAULT_CAMERAS, OBSERVATION_KEYS, check_horizon, make_action_space, make_observation_space
+from libero_gym.conventions import ACTION_DIM
+from libero_gym.options import (
+    DEFAULT_CAMERAS,
+    OBSERVATION_KEYS,
+    check_horizon,
+    make_action_space,
+    make_observation_space,
+)
 from libero_gym.physics.controller import axis_angle_from_quat
-from libero_gym.physics.simulation import (
-    ACTION_DIM,
-    NUM_SETTLING_STEPS,
-    SETTLING_ACTION,
+from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError
+from libero_gym.rendering.textures import TextureColorspace, installed_colorspace
+from libero_gym.tasks.initial_states import (
     InitStates,
-    PhysicsError,
+    RecordedKind,
     check_init_states,
     count_init_states,
+    load_recorded_states,
 )
-from libero_gym.tasks.initial_states import RecordedKind, load_recorded_states
 from libero_gym.tasks.scene_builder import import_libero, make_reference_env
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
@@ -75,6 +85,11 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         horizon: steps before truncation; None takes the suite's.
         init_states: "settled", "held_out" or "original"; None as for `LiberoEnv`.
 
+    Attributes:
+        renderer_name: OpenGL platform in use, None without images.
+        texture_colorspace: look of LIBERO's pictures under the installed MuJoCo, "linear" before 3.3.3, else "auto", in
+            the terms of `libero_gym.rendering.textures`.
+
     Raises:
         ValueError: an argument is not among the allowed ones; the message lists them.
         FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
@@ -100,6 +115,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
             raise ValueError(f"num_envs={num_envs} and num_action_chunks={num_action_chunks} must be at least 1")
         self.num_envs = num_envs
         self.renderer_name: str | None = (renderer or "egl") if observe_images else None
+        self.texture_colorspace: TextureColorspace = installed_colorspace()
         self.single_observation_space = make_observation_space(image_size, has_images=observe_images)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.single_action_space = make_action_space()
@@ -108,10 +124,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         self._num_chunks = num_action_chunks
         self._suite = suite
         self._init_states: InitStates = check_init_states(init_states, suite)
-        settings = (
-            suite, self._init_states, check_horizon(horizon, suite), int(image_size),
-            observe_images,
-        )  # fmt: skip
+        settings = (suite, self._init_states, check_horizon(horizon, suite), int(image_size), observe_images)
         self._workers = [_Worker(settings, self.renderer_name) for _ in range(num_envs)]
         self._episodes: list[dict[str, Any]] = []
 
@@ -234,11 +247,11 @@ class _Worker:
         environment = {**os.environ, "MUJOCO_GL": gl or "disabled", "PYTHONPATH": path}
         if gl is not None:
             environment["PYOPENGL_PLATFORM"] = gl  # this process may have chosen another one for itself
+        serve = f"from algorithms.common.reference_env import work; work({theirs.fileno()})"
+        output: dict[str, Any] = dict(stdout=self._log, stderr=subprocess.STDOUT)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from algorithms.common.reference_env import work; work({theirs.fileno()})"],
-            env=environment,
-            pass_fds=[theirs.fileno()], stdout=self._log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, "-c", serve], env=environment, pass_fds=[theirs.fileno()], **output
+        )
         theirs.close()
         self._connection = Connection(ours.detach())
         self.send(settings)
@@ -318,10 +331,14 @@ class _LiberoEnvironment:
             for _ in range(NUM_SETTLING_STEPS):
                 observation = env.step(SETTLING_ACTION)[0]
         self._raise_on_warning()
-        self._episode = dict(
-            task_descriptions=task.language, task_id=task_id, init_state_id=init_state_id, episode_length=0,
-            episode_return=0.0, success=bool(env.check_success()),
-        )  # fmt: skip
+        self._episode = {
+            "task_descriptions": task.language,
+            "task_id": task_id,
+            "init_state_id": init_state_id,
+            "episode_length": 0,
+            "episode_return": 0.0,
+            "success": bool(env.check_success()),
+        }
         return self._report(observation, np.zeros(0), is_over=False)
 
     def step(self, chunk: npt.NDArray[np.float64]) -> dict[str, Any]:
@@ -343,10 +360,14 @@ class _LiberoEnvironment:
         if self._env is not None:
             self._env.close()
         if self._has_images:
+            size = self._image_size
             self._env = import_libero().env_wrapper.OffScreenRenderEnv(
-                bddl_file_name=str(task.bddl_file), camera_names=list(DEFAULT_CAMERAS),
-                camera_heights=self._image_size, camera_widths=self._image_size, ignore_done=True,
-            )  # fmt: skip
+                bddl_file_name=str(task.bddl_file),
+                camera_names=list(DEFAULT_CAMERAS),
+                camera_heights=size,
+                camera_widths=size,
+                ignore_done=True,
+            )
         else:
             self._env = make_reference_env(task.bddl_file)
             self._env.env.ignore_done = True
@@ -378,17 +399,23 @@ class _LiberoEnvironment:
         self, observation: Any, rewards: npt.NDArray[Any], *, is_over: bool, num_steps: int = 0
     ) -> dict[str, Any]:
         """Returns the observation, the episode's numbers, and what this call added to them."""
-        states = np.concatenate([
-            observation["robot0_eef_pos"], axis_angle_from_quat(observation["robot0_eef_quat"]),
-            observation["robot0_gripper_qpos"],
-        ])  # fmt: skip
+        axis_angle = axis_angle_from_quat(observation["robot0_eef_quat"])
+        parts = (observation["robot0_eef_pos"], axis_angle, observation["robot0_gripper_qpos"])
+        states = np.concatenate(parts).astype(np.float32)
         images: dict[str, Any] = {}
         if self._has_images:
             for key, camera in zip(OBSERVATION_KEYS, DEFAULT_CAMERAS, strict=True):
                 images[key] = np.ascontiguousarray(observation[f"{camera}_image"][::-1, ::-1])
         episode = self._episode
-        return episode | images | dict(
-            states=states.astype(np.float32), rewards=rewards, num_steps=num_steps, is_over=is_over,
-            terminated=is_over and episode["success"],
-            truncated=is_over and episode["episode_length"] >= self._horizon,
-        )  # fmt: skip
+        return (
+            episode
+            | images
+            | {
+                "states": states,
+                "rewards": rewards,
+                "num_steps": num_steps,
+                "is_over": is_over,
+                "terminated": is_over and episode["success"],
+                "truncated": is_over and episode["episode_length"] >= self._horizon,
+            }
+        )

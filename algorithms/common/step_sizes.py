@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor
@@ -37,6 +39,19 @@ class StepSizes:
         if self._schedule == "linear":
             for group, start in zip(self._optimizer.param_groups, self._start, strict=True):
                 group["lr"] = start * (1 - progress)
+
+    @contextmanager
+    def policy_at_rest(self) -> Generator[None]:
+        """Within it the policy's step sizes are 0: AdamW's moments go on, and nothing but the value head moves."""
+        groups = [group for group in self._optimizer.param_groups if group.get("name") != "value"]
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
 
     def exceeds(self, kl: Tensor) -> bool:
         """Returns whether an update shall end because of its divergence from the rollout's policy, a scalar.

@@ -7,7 +7,7 @@ python algorithms/collect_demos.py --suite libero_spatial --episodes-per-task 20
     --expert.speed-spread 0.1 --expert.noise 0.06 --expert.via-noise 0.01 --image-size 118 --storage image \
     --num-workers 16 --num-writers 12 --render-batch-size 256 --output runs/data/spatial_20
 python algorithms/sft_gr00t.py --preset nano --dataset runs/data/spatial_20 --run-name spatial_fewshot \
-    --batch-size 512 --micro-batch-size 512 --learning-rate 7e-4 --num-steps 1200 --save-interval 200 \
+    --batch-size 512 --micro-batch-size 512 --learning-rate 7e-4 --num-steps 1200 --save-interval 200 --keep-last 6 \
     --augmentation.brightness 0.1 --augmentation.contrast 0.1 --augmentation.saturation 0.1 --augmentation.hue 0.02 \
     --eval-episodes-per-task 0
 # The policy after 400 of the 1,200 steps, rounded to bfloat16.

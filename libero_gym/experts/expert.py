@@ -9,10 +9,12 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.conventions import ACTION_DIM
 from libero_gym.experts.skills import Command, World
 from libero_gym.experts.solver import order, solve
-from libero_gym.physics.simulation import ACTION_DIM, InitStates, Simulation
+from libero_gym.physics.simulation import Simulation
 from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.initial_states import InitStates
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, horizon
 
@@ -34,7 +36,7 @@ class ExpertConfig:
 
     Attributes:
         speed: multiple of the cruising speed (0.21 m/s at 1).
-        speed_spread: the speed of an episode is drawn uniformly from `speed * (1 -+ speed_spread)`.
+        speed_spread: the speed of an episode is sampled uniformly from `speed * (1 -+ speed_spread)`.
         noise: standard deviation of the (correlated) noise on the six motion actions, in units of actions.
         via_noise: standard deviation in metres of points passed on the way.
     """

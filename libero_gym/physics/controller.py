@@ -1,8 +1,8 @@
 """The arm's operational-space controller and the gripper's, in plain NumPy: the readable reference.
 
 Matches robosuite 1.4's OSC_POSE (fixed impedance, position and orientation uncoupled, delta actions) and its Panda
-gripper to the last bit, quirks included; `libero_gym.physics.stepping` is the same in native code. Shapes: arm of 7 joints,
-wrench of 6 (force 3, torque 3).
+gripper to the last bit, quirks included; `libero_gym.physics.stepping` is the same in native code. Shapes: arm of 7
+joints, wrench of 6 (force 3, torque 3).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import mujoco
 import numpy as np
@@ -79,6 +78,22 @@ class ControllerState:
         self.goal_ori[:] = kinematics.ee_ori
         self.gripper[:] = 0.0
         self.is_fresh[:] = 1
+
+
+@dataclass(kw_only=True, eq=False)
+class Observation:
+    """Sensor readings of the last step, and the positions that its image shows."""
+
+    qpos: FloatArray
+    eef_pos: FloatArray
+    eef_quat_wxyz: FloatArray
+    gripper_qpos: FloatArray
+
+    def read_sensors(self, data: mujoco.MjData, robot: Robot) -> None:
+        """Copy the end effector's pose (m, quaternion wxyz) and the fingers' positions (m) from `data`."""
+        self.eef_pos[:] = data.site_xpos[robot.eef_site_id]
+        self.eef_quat_wxyz[:] = data.xquat[robot.eef_body_id]
+        self.gripper_qpos[:] = data.qpos[robot.gripper_qpos_adr]
 
 
 def read_kinematics(model: mujoco.MjModel, data: mujoco.MjData, robot: Robot) -> ArmKinematics:
@@ -247,12 +262,12 @@ def step_numpy(
     state: ControllerState,
     creation: ArmKinematics,
     action: FloatArray,
-    observation: Any,
+    observation: Observation,
 ) -> None:
     """Advance by one environment step of 25 substeps; the reference for `libero_gym.physics.stepping`.
 
-    `observation` (`libero_gym.physics.simulation.Observation`) receives what robosuite's sensors hold afterwards: the values
-    after substep 24, whose body and site poses are those of the positions before that substep.
+    `observation` receives what robosuite's sensors hold afterwards: the values after substep 24, whose body and site
+    poses are those of the positions before that substep.
     """
     for substep in range(SUBSTEPS):
         if substep == SUBSTEPS - 2:

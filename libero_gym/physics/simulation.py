@@ -14,31 +14,38 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.conventions import ACTION_DIM
 from libero_gym.physics.controller import (
     ArmKinematics,
     ControllerState,
+    Observation,
     axis_angle_from_quat,
     creation_kinematics,
     step_numpy,
 )
 from libero_gym.physics.predicates import Goal
+from libero_gym.rendering.protocol import RenderState
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.cache import cache_dir
-from libero_gym.tasks.initial_states import RecordedStates, has_recorded_states, load_recorded_states, recorded_file
+from libero_gym.tasks.initial_states import (
+    InitStates,
+    RecordedStates,
+    check_init_state_id,
+    check_init_states,
+    load_recorded_states,
+)
 from libero_gym.tasks.placements import FixtureSampler, make_fixture_sampler
-from libero_gym.tasks.scenes import Robot, Scene, load_scene
+from libero_gym.tasks.scenes import Scene, load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
 
 Stepping = Literal["exact", "fast", "numpy"]
-InitStates = Literal["settled", "held_out", "original"]
 
-ACTION_DIM = 7
 NUM_SETTLING_STEPS = 10
 SETTLING_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 """No motion, gripper open: what LIBERO's public clients send while objects fall into place."""
@@ -71,38 +78,6 @@ class PhysicsError(RuntimeError):
         self.dump = dump
 
 
-class RenderState(NamedTuple):
-    """What an image of the world shows, apart from the model. All arrays are copies.
-
-    Attributes:
-        qpos: float64 [nq]; kinematics of these positions give the poses that the image shows.
-        fixture_poses: float64 [num_fixtures, 7], position (m) and quaternion wxyz of `scene.fixture_body_ids`, to be
-            written to the render model's `body_pos` and `body_quat`.
-        indicator_alpha: float64 [num_indicators], opacity of `scene.indicator_site_ids`, to be written to the render
-            model's `site_rgba[:, 3]`: a stove's glow.
-    """
-
-    qpos: FloatArray
-    fixture_poses: FloatArray
-    indicator_alpha: FloatArray
-
-
-@dataclass(kw_only=True, eq=False)
-class Observation:
-    """Sensor readings of the last step, and the positions that its image shows."""
-
-    qpos: FloatArray
-    eef_pos: FloatArray
-    eef_quat_wxyz: FloatArray
-    gripper_qpos: FloatArray
-
-    def read_sensors(self, data: mujoco.MjData, robot: Robot) -> None:
-        """Copy the end effector's pose (m, quaternion wxyz) and the fingers' positions (m) from `data`."""
-        self.eef_pos[:] = data.site_xpos[robot.eef_site_id]
-        self.eef_quat_wxyz[:] = data.xquat[robot.eef_body_id]
-        self.gripper_qpos[:] = data.qpos[robot.gripper_qpos_adr]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TaskData:
     """A task compiled against its scene: goal, fixture sampler, stored initial states [num_states, 1 + nq + nv]."""
@@ -124,6 +99,8 @@ class Simulation:
         data: simulation state.
         task: task of the last reset.
         init_state_id: index of the stored state of the last reset.
+        goal: decides from `data` after each step whether the goal holds. `reset` and `set_state` make it the task's
+            (`libero_gym.physics.predicates.Goal`); another one may be put in its place until then.
     """
 
     def __init__(self, scene: Scene, *, stepping: Stepping = "exact") -> None:
@@ -168,7 +145,7 @@ class Simulation:
             self._observation.gripper_qpos,
             self._observed_indicator_alpha,
         )
-        self._goal: Goal | None = None
+        self.goal: Callable[[mujoco.MjData], bool] | None = None
         self._success = False
 
     def reset(
@@ -190,7 +167,7 @@ class Simulation:
         Settled states: the outcome of that under MuJoCo 3.3.7, with the fixture poses that it had there;
         `random_state` and the arguments after `init_states` have no part in it.
 
-        Held-out states: the same of states that LIBERO's reset draws and that are none of the stored ones.
+        Held-out states: the same of states that LIBERO's reset samples and that are none of the stored ones.
 
         Args:
             task: one of the scene's tasks.
@@ -200,7 +177,7 @@ class Simulation:
                 them for (the base suites), "original" for others.
             num_settling_steps: 0 for the bare original state.
             num_libero_resets: how often the LIBERO environment to be matched has been reset, this time included: each
-                reset of it draws more numbers (see `libero_gym.tasks.placements.FixtureSampler.sample`).
+                reset of it takes more random numbers (see `libero_gym.tasks.placements.FixtureSampler.sample`).
 
         Raises:
             ValueError: `init_state_id` is out of range, or `init_states` is unknown.
@@ -209,15 +186,10 @@ class Simulation:
         """
         task_data = load_task_data(self.scene, task)
         kind = check_init_states(init_states, task.suite)
-        num_states = count_init_states(task, kind)
-        if not 0 <= init_state_id < num_states:
-            raise ValueError(
-                f"init_state_id={init_state_id} is not among the stored states of {task.suite} task {task.task_id} "
-                f"(valid: 0-{num_states - 1})"
-            )
+        check_init_state_id(init_state_id, task, kind)
         self.task = task
         self.init_state_id = int(init_state_id)
-        self._goal = task_data.goal
+        self.goal = task_data.goal
         mujoco.mj_resetData(self.model, self.data)
         self._controller.reset(self._creation)
         if kind != "original":
@@ -237,7 +209,7 @@ class Simulation:
         self._observation.read_sensors(self.data, self.scene.robot)
         self._update_indicators()
         self._observed_indicator_alpha[:] = self._indicator_alpha
-        self._success = self._goal(self.data)
+        self._success = bool(self.goal(self.data))
         if kind == "original":
             for _ in range(num_settling_steps):
                 self.step(SETTLING_ACTION)
@@ -257,7 +229,7 @@ class Simulation:
         values = np.ascontiguousarray(action, dtype=np.float64)
         if values.shape != (ACTION_DIM,):
             raise ValueError(f"action has shape {values.shape}; expected ({ACTION_DIM},)")
-        if self._goal is None:
+        if self.goal is None:
             raise ValueError("reset() must be called before step()")
         if not np.isfinite(values).all():
             raise self.physics_error(f"action {values} is not finite; check the policy's output for NaN", values)
@@ -277,7 +249,7 @@ class Simulation:
                 values,
             )
         self._update_indicators()
-        self._success = self._goal(self.data)
+        self._success = bool(self.goal(self.data))
         return self._success
 
     def success(self) -> bool:
@@ -289,11 +261,6 @@ class Simulation:
         o = self._observation
         axis_angle = axis_angle_from_quat(o.eef_quat_wxyz[[1, 2, 3, 0]])
         return np.concatenate([o.eef_pos, axis_angle, o.gripper_qpos]).astype(np.float32)
-
-    @property
-    def render_qpos(self) -> FloatArray:
-        """Positions, float64 [nq] (copy), whose kinematics are what the image of the last step shows."""
-        return self._observation.qpos.copy()
 
     def render_state(self) -> RenderState:
         """Return what a renderer needs to show the last step."""
@@ -343,7 +310,7 @@ class Simulation:
         check_state(state, self.scene)
         self.task = get_task(str(state["suite"]), int(state["task_id"]))
         self.init_state_id = int(state["init_state_id"])
-        self._goal = load_task_data(self.scene, self.task).goal
+        self.goal = load_task_data(self.scene, self.task).goal
         self._set_fixture_poses(state["fixture_poses"])
         self._restore_physics(state["physics"])
         self._controller.goal_pos[:] = state["goal_pos"]
@@ -427,35 +394,6 @@ class Simulation:
         for index, (addresses, test, alphas) in enumerate(self._indicators):
             is_on = any(test(float(self.data.qpos[address])) for address in addresses)
             self._indicator_alpha[index] = alphas[is_on]
-
-
-def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
-    """Return the kind of initial states to use; None is the suite's default (see `Simulation.reset`).
-
-    Raises:
-        ValueError: unknown kind.
-        FileNotFoundError: states of this kind are not recorded for the suite.
-    """
-    if init_states is None:
-        return "settled" if has_recorded_states(suite, "settled") else "original"
-    if init_states not in get_args(InitStates):
-        valid = ", ".join(repr(kind) for kind in get_args(InitStates))
-        raise ValueError(f"init_states={init_states!r} is unknown (valid: {valid})")
-    if init_states != "original":
-        recorded_file(suite, init_states)
-    return init_states
-
-
-@functools.lru_cache(maxsize=512)
-def count_init_states(task: TaskSpec, init_states: InitStates) -> int:
-    """Return how many initial states of a kind `task` has.
-
-    Raises:
-        FileNotFoundError: states of this kind are not recorded for its suite.
-    """
-    if init_states == "original":
-        return len(load_init_states(task))
-    return len(load_recorded_states(task, init_states).physics)
 
 
 def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:

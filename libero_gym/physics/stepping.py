@@ -1,7 +1,7 @@
 """One environment step of 25 physics substeps in one native call that holds no Python lock.
 
-The same computation as `libero_gym.physics.controller`, compiled by Numba, with MuJoCo's `mj_step1` and `mj_step2` called
-through their addresses in the shared library. Two modes:
+The same computation as `libero_gym.physics.controller`, compiled by Numba, with MuJoCo's `mj_step1` and `mj_step2`
+called through their addresses in the shared library. Two modes:
 
 - exact: matrix inverses and pseudo-inverses through LAPACK, in the order and with the memory layouts of robosuite:
   bit-identical trajectories on one build of BLAS;

@@ -1,9 +1,10 @@
 # type: ignore
 # ruff: noqa: UP018 - Warp takes float(0.0) for a variable that a loop changes, and 0.0 for a constant
-"""Warp kernels around MuJoCo Warp's physics: controller, goals, observation, resets; see `libero_gym.physics.warp_worlds`.
+"""Warp kernels around MuJoCo Warp's physics: controller, goals, observation, resets.
 
-Warp compiles these functions instead of running them, and annotates them in its own way, so Python's type checkers
-have nothing to say about this file. Everything is float32; one thread per world unless a kernel says otherwise.
+They serve `libero_gym.physics.warp_worlds`. Warp compiles these functions instead of running them, and annotates them
+in its own way, so Python's type checkers have nothing to say about this file. Everything is float32; one thread per
+world unless a kernel says otherwise.
 
 Shape legend: N worlds, C steps of an action chunk, A goal atoms, T things that goals speak of, B bodies, G geoms.
 """

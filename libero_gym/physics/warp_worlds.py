@@ -11,7 +11,7 @@ goals, but it is not LIBERO to the last bit, as `libero_gym.physics.simulation` 
 - The solver is LIBERO's (Newton, elliptic cones, impratio 20, Euler with implicit damping); it stops at a tolerance of
   1e-6 instead of 1e-8, which float32 cannot reach, and after at most 10 iterations instead of 100.
 - On a GPU the order of contacts, and so the rounding of sums, varies from run to run: the same seed gives the same
-  starts and the same draws, not the same trajectory to the last bit. On a CPU it does.
+  starts and the same samples, not the same trajectory to the last bit. On a CPU it does.
 - Force sensors, which nothing here reads, are not computed.
 
 One environment step (25 substeps) is one captured graph, and poses go to the ray caster without leaving the device.
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import warp as wp
 
+from libero_gym.conventions import ACTION_DIM
 from libero_gym.physics import predicates
 from libero_gym.physics import warp_kernels as kernels
 from libero_gym.physics.controller import (
@@ -43,11 +44,13 @@ from libero_gym.physics.controller import (
     creation_kinematics,
     inertia_addresses,
 )
-from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, InitStates, PhysicsError, load_task_data
+from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, check_state, load_task_data
+from libero_gym.physics.warp_loading import find_modules, load_modules
+from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
 from libero_gym.rendering.raycast import DevicePoses, default_device, list_devices
-from libero_gym.tasks.initial_states import load_recorded_states
-from libero_gym.tasks.scenes import JointTest, Scene
-from libero_gym.tasks.suites import TaskSpec
+from libero_gym.tasks.initial_states import EpisodeStart, InitStates, load_recorded_states
+from libero_gym.tasks.scenes import JointTest, Scene, load_scenes
+from libero_gym.tasks.suites import TaskSpec, get_task
 
 # What an overflow of MuJoCo Warp's buffers loses. Its other reports (iterations spent, a penetration depth given up)
 # cost accuracy for one substep, as they do in MuJoCo, and are no errors there either.
@@ -58,10 +61,6 @@ _LOSSES = {
     mujoco_warp.OverflowType.NARROWPHASE: "more contacts than contacts_per_world",
     mujoco_warp.OverflowType.CCD: "more contacts of meshes and cylinders than convex_contacts_per_world",
 }
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.floating[Any]]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,23 +95,10 @@ class WarpOptions:
                 raise ValueError(f"{name}={value} must be at least 1")
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorldStart:
-    """Where an episode starts.
-
-    Attributes:
-        task: one of the tasks that the worlds were made for.
-        init_state_id: index of the stored state.
-        placement_seed: decides the fixtures of "original" states.
-    """
-
-    task: TaskSpec
-    init_state_id: int
-    placement_seed: int
-
-
 class WarpWorlds:
     """N worlds of one scene on one device; each is at a task and a state of its own.
+
+    See `libero_gym.physics.worlds.Worlds`, which this implements.
 
     Attributes:
         scene: the scene.
@@ -151,6 +137,8 @@ class WarpWorlds:
         self.scene = scene
         self.tasks = tuple(tasks)
         self.num_worlds = num_worlds
+        self._current_tasks: list[TaskSpec | None] = [None] * num_worlds
+        self._init_state_ids = np.full(num_worlds, -1, np.int64)
         self._task_index = {task: index for index, task in enumerate(self.tasks)}
         robot = scene.robot
         model = copy.copy(scene.physics_model)
@@ -176,7 +164,6 @@ class WarpWorlds:
             self._model.opt.graph_conditional = wp.is_conditional_graph_supported()
         self._substep = 0
         self._graph: Any = None
-        self._was_reset = np.zeros(num_worlds, np.bool_)
 
         # Worlds that were never reset share the space for contacts, so they hold a state with few of them.
         state = load_task_data(scene, self.tasks[0]).init_states[0, 1 : 1 + model.nq]
@@ -202,7 +189,7 @@ class WarpWorlds:
         max_atoms = int(np.diff(self._goals.task_first.numpy()).max())
         self._touched = self._zeros((n, max_atoms), wp.uint8)
         self._world_task = wp.full(n, -1, dtype=int, device=self.device)
-        self._actions = self._zeros((n, num_action_chunks, 7), float)
+        self._actions = self._zeros((n, num_action_chunks, ACTION_DIM), float)
         self._step = self._zeros(1, int)
         self._is_active = self._zeros(n, wp.uint8)
         self._is_success = self._zeros(n, wp.uint8)
@@ -215,8 +202,9 @@ class WarpWorlds:
         static = np.flatnonzero(model.body_weldid[model.geom_bodyid] == 0)
         self._static_geoms = wp.array(static, dtype=int, device=self.device)
         self._geom_mat = wp.array(_matrices(model.geom_quat), dtype=wp.mat33, device=self.device)
+        self._load_kernels()
 
-    def reset(self, world_ids: IntArray, starts: Sequence[WorldStart], *, init_states: InitStates) -> None:
+    def reset(self, world_ids: IntArray, starts: Sequence[EpisodeStart], *, init_states: InitStates) -> None:
         """Start episodes, objects at rest; see `libero_gym.physics.simulation.Simulation.reset`.
 
         "Original" states settle for ten steps in which the other worlds idle: that costs as much as ten steps of all
@@ -234,12 +222,7 @@ class WarpWorlds:
         """
         if not len(world_ids):
             return
-        unknown = sorted(
-            {f"{start.task.suite}/{start.task.task_id}" for start in starts if start.task not in self.tasks}
-        )
-        if unknown:
-            valid = [f"{task.suite}/{task.task_id}" for task in self.tasks]
-            raise ValueError(f"tasks {unknown} are not among those of these worlds (valid: {valid})")
+        self._check_tasks([start.task for start in starts])
         start = self._upload(kernels.Start, world=world_ids, **self._start_values(starts, init_states))
         self._launch(
             kernels.write_start,
@@ -256,53 +239,68 @@ class WarpWorlds:
         )
         is_reset = np.zeros(self.num_worlds, np.bool_)
         is_reset[world_ids] = True
-        self._was_reset |= is_reset
+        for i, begun in zip(world_ids, starts, strict=True):
+            self._current_tasks[i] = begun.task
+            self._init_state_ids[i] = begun.init_state_id
         self._refresh(is_reset)
         if init_states == "original":
             self._settle(is_reset)
 
+    @property
+    def current_tasks(self) -> list[TaskSpec | None]:
+        """Task of each world, None where it was never reset."""
+        return list(self._current_tasks)
+
+    @property
+    def init_state_ids(self) -> IntArray:
+        """int64 [N], initial state that each world was reset to, -1 where it never was."""
+        return self._init_state_ids.copy()
+
     def step(
-        self, actions: npt.ArrayLike, is_active: BoolArray, steps_left: npt.ArrayLike
-    ) -> tuple[BoolArray, BoolArray]:
-        """Run up to C environment steps of 50 ms in each active world, until its goal holds or its steps are used up.
-
-        Args:
-            actions: float [N, C, 7]; see `libero_gym.physics.simulation.Simulation.step`. Those of idle worlds do not matter.
-            is_active: bool [N], False where nothing is to happen.
-            steps_left: int [N], steps until the episode is cut.
-
-        Returns:
-            bool [N, C], whether each step was run, and bool [N, C], whether the goal held after it.
+        self,
+        actions: FloatArray,
+        is_active: BoolArray,
+        steps_left: IntArray,
+        *,
+        out: Steps | None = None,
+        on_part_done: Callable[[IntArray], None] | None = None,
+    ) -> Steps:
+        """Run up to C steps in each active world; see `Worlds.step`. All end together: `on_part_done` is not called.
 
         Raises:
             ValueError: an active world was never reset.
             PhysicsError: a world diverged or ran out of space; it must be reset.
         """
-        fresh = np.flatnonzero(is_active & ~self._was_reset)
-        if len(fresh):
-            raise ValueError(f"worlds {fresh.tolist()} were never reset")
+        steps = Steps.none(self.num_worlds, self._actions.shape[1]) if out is None else out
+        fresh = [i for i in np.flatnonzero(is_active).tolist() if self._current_tasks[i] is None]
+        if fresh:
+            raise ValueError(f"worlds {fresh} were never reset")
+        if not is_active.any():
+            return steps
+        self._prepare()
         self._ran.zero_()
         self._successes.zero_()
-        if is_active.any():
-            self._prepare()
-            self._actions.assign(np.asarray(actions, np.float32))
-            self._is_active.assign(is_active.astype(np.uint8))
-            self._steps_left.assign(np.asarray(steps_left, np.int32))
-            self._step.zero_()
-            for _ in range(self._actions.shape[1]):
-                wp.capture_launch(self._graph)
-            self._raise_on_faults()
-        return self._ran.numpy().astype(np.bool_), self._successes.numpy().astype(np.bool_)
+        self._actions.assign(np.asarray(actions, np.float32))
+        self._is_active.assign(is_active.astype(np.uint8))
+        self._steps_left.assign(np.asarray(steps_left, np.int32))
+        self._step.zero_()
+        for _ in range(self._actions.shape[1]):
+            wp.capture_launch(self._graph)
+        steps.ran[:] = self._ran.numpy()
+        steps.successes[:] = self._successes.numpy()
+        self._raise_on_faults()
+        return steps
 
     def success(self) -> BoolArray:
         """Return bool [N], whether the goal held at the end of the last step."""
         return self._is_success.numpy().astype(np.bool_)
 
-    def states(self) -> npt.NDArray[np.float32]:
-        """Return the observed proprioception, float32 [N, 8]: eef position (m), axis-angle (rad), fingers (m)."""
+    def states(self, world_ids: IntArray | None = None) -> npt.NDArray[np.float32]:
+        """Return the observed proprioception of some worlds (None: all), float32 [num, 8]; see `Worlds.states`."""
         observed = self._observed
         angles = axis_angles(observed.eef_quat.numpy())
-        return np.concatenate([observed.eef_pos.numpy(), angles, observed.fingers.numpy()], axis=1)
+        states = np.concatenate([observed.eef_pos.numpy(), angles, observed.fingers.numpy()], axis=1)
+        return states if world_ids is None else states[world_ids]
 
     def qpos(self) -> npt.NDArray[np.float32]:
         """Return positions, float32 [N, nq]."""
@@ -321,24 +319,74 @@ class WarpWorlds:
         lit_sites = np.where(is_lit > 0, self.scene.indicator_site_ids, -1).astype(np.int32)
         return DevicePoses(scene=self.scene, body_pos=body_pos, body_mat=body_mat, lit_sites=lit_sites)
 
+    def render(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Any:
+        """Return images of some worlds, drawn on the device by a `WarpRenderer`; see `Worlds.render`."""
+        poses = self.poses(world_ids)
+        return renderer.render_poses_torch(poses) if as_torch else renderer.render_poses(poses)
+
     def get_state(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
-        """Return everything that decides the future and the present observation of a world, as arrays (copies)."""
+        """Return everything that decides a world's future and what it shows; see `Worlds.get_state`."""
         one = slice(world_id, world_id + 1)
-        return {name: array[one].numpy()[0].copy() for name, array in self._state_arrays().items()}
+        arrays = {name: array[one].numpy()[0].copy() for name, array in self._state_arrays().items()}
+        return self._identity(world_id) | arrays
 
     def get_states(self) -> list[dict[str, npt.NDArray[Any]]]:
         """Return `get_state` of all worlds, with one download of each array."""
+        identities = [self._identity(i) for i in range(self.num_worlds)]
         arrays = {name: array.numpy() for name, array in self._state_arrays().items()}
-        return [{name: array[i].copy() for name, array in arrays.items()} for i in range(self.num_worlds)]
+        return [
+            identity | {name: array[i].copy() for name, array in arrays.items()}
+            for i, identity in enumerate(identities)
+        ]
 
     def set_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Restore what `get_state` returned, also from another world of the same scene and tasks."""
+        """Restore what `get_state` returned, also from another world of the same scene and tasks.
+
+        Raises:
+            ValueError: the state belongs to another scene, or to a task that is not among those of these worlds.
+        """
+        check_state(state, self.scene)
+        task = get_task(str(state["suite"]), int(state["task_id"]))
+        self._check_tasks([task])
         one = slice(world_id, world_id + 1)
         for name, array in self._state_arrays().items():
             array[one].assign(np.asarray(state[name])[None])
+        self._world_task[one].fill_(self._task_index[task])
+        self._current_tasks[world_id] = task
+        self._init_state_ids[world_id] = int(state["init_state_id"])
         self._data.overflow[one].zero_()
         self._has_diverged[one].zero_()
         self._forward()
+
+    def physics_error(self, world_id: int, reason: str, action: npt.NDArray[np.float64]) -> PhysicsError:
+        """Return the error to raise for an action; the state is not dumped."""
+        return PhysicsError(reason)
+
+    def close(self) -> None:
+        """Release the captured step; the rest goes with the object."""
+        self._graph = None
+
+    def _identity(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
+        """Return the part of a world's state that says what it is a state of.
+
+        Raises:
+            ValueError: the world was never reset.
+        """
+        task = self._current_tasks[world_id]
+        if task is None:
+            raise ValueError("reset() must be called first")
+        return {
+            "scene": np.array(self.scene.key),
+            "suite": np.array(task.suite),
+            "task_id": np.array(task.task_id),
+            "init_state_id": np.array(self._init_state_ids[world_id]),
+        }
+
+    def _check_tasks(self, tasks: Sequence[TaskSpec]) -> None:
+        unknown = sorted({f"{task.suite}/{task.task_id}" for task in tasks if task not in self._task_index})
+        if unknown:
+            valid = [f"{task.suite}/{task.task_id}" for task in self.tasks]
+            raise ValueError(f"tasks {unknown} are not among those of these worlds (valid: {valid})")
 
     def _state_arrays(self) -> dict[str, Any]:
         """Arrays with leading dimension N that make up the worlds' states."""
@@ -350,13 +398,12 @@ class WarpWorlds:
             "qacc_warmstart": self._live.qacc_warmstart,
             "body_pos": self._model.body_pos,
             "body_quat": self._model.body_quat,
-            "task": self._world_task,
             "success": self._is_success,
             "is_lit": self._is_lit,
         }
 
-    def _start_values(self, starts: Sequence[WorldStart], init_states: InitStates) -> dict[str, Any]:
-        """Return the arrays of `physics_kernels.Start` apart from `world`."""
+    def _start_values(self, starts: Sequence[EpisodeStart], init_states: InitStates) -> dict[str, Any]:
+        """Return the arrays of `warp_kernels.Start` apart from `world`."""
         count, nq, nv = len(starts), self._live.qpos.shape[1], self._live.qvel.shape[1]
         values: dict[str, Any] = {
             "task": np.array([self._task_index[start.task] for start in starts]),
@@ -437,6 +484,24 @@ class WarpWorlds:
         with wp.ScopedCapture(device=self.device) as capture:
             self._launch_step()
         self._graph = capture.graph
+
+    def _load_kernels(self) -> None:
+        """Compile the kernels of resets and steps side by side; what is missed is compiled when it is launched."""
+        option = self._model.opt
+        conditional, option.graph_conditional = option.graph_conditional, False  # or the solver's loop would not end
+        kept = {name: wp.clone(array) for name, array in self._state_arrays().items()}
+        try:
+            modules = find_modules(self._launch_all)
+        finally:
+            option.graph_conditional = conditional
+            for name, array in self._state_arrays().items():  # copies and fills are no kernels, and have been done
+                wp.copy(array, kept[name])
+        load_modules(modules)
+
+    def _launch_all(self) -> None:
+        """Launch the kernels of resets and of steps."""
+        self._refresh(np.zeros(self.num_worlds, np.bool_))
+        self._launch_step()
 
     def _launch_step(self) -> None:
         """Launch the kernels of one environment step."""
@@ -558,11 +623,29 @@ class WarpWorlds:
         return result
 
 
+def only_scene(tasks: Sequence[TaskSpec]) -> Scene:
+    """Return the scene that `tasks` share.
+
+    Raises:
+        ValueError: they are of several scenes; the message says which of them go together.
+    """
+    scenes = load_scenes(tasks)
+    groups: dict[str, list[int]] = {}
+    for task, scene in zip(tasks, scenes, strict=True):
+        groups.setdefault(scene.key, []).append(task.task_id)
+    if len(groups) > 1:
+        raise ValueError(
+            f"these tasks of {tasks[0].suite} are of {len(groups)} scenes, physics='warp' steps one: choose task_ids "
+            f"among one of {list(groups.values())}"
+        )
+    return scenes[0]
+
+
 def axis_angles(quat_wxyz: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return axis-angles [N, 3] in rad, of lengths 0 to 2 pi, of unit quaternions [N, 4].
 
-    The same as `libero_gym.physics.controller.axis_angle_from_quat`, by an arc tangent, which float32 does not spoil near the
-    identity.
+    The same as `libero_gym.physics.controller.axis_angle_from_quat`, by an arc tangent, which float32 does not spoil
+    near the identity.
     """
     w, xyz = quat_wxyz[:, :1].astype(np.float64), quat_wxyz[:, 1:].astype(np.float64)
     sine = np.linalg.norm(xyz, axis=1, keepdims=True)

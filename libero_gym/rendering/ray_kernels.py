@@ -15,7 +15,9 @@ _EDGE_DEPTH = 0.02
 _MAX_BACK_FACES = 8
 _RAY_STEP = 1.0e-5
 
-wp.set_module_options({"enable_backward": False, "fast_math": True})
+# Each kernel is a module of its own, so that they compile side by side. Four samples of an edge written out as four
+# copies of the ray caster would take four times as long.
+_OPTIONS = {"enable_backward": False, "fast_math": True, "max_unroll": 3}
 
 
 @wp.struct
@@ -92,7 +94,7 @@ class Pixel:
     normal: wp.vec3
 
 
-@wp.kernel
+@wp.kernel(module="unique", module_options=_OPTIONS)
 def place(
     scene: Scene,
     body_pos: wp.array2d(dtype=wp.vec3),
@@ -459,7 +461,7 @@ def _store(
         images[index, row % height, images.shape[2] - 1 - x, channel] = _to_byte(color[channel])
 
 
-@wp.kernel
+@wp.kernel(module="unique", module_options=_OPTIONS)
 def render(
     scene: Scene,
     worlds: Worlds,
@@ -509,7 +511,7 @@ def _differ(
     return wp.abs(here[3] - there[3]) > wp.static(_EDGE_DEPTH) * wp.min(here[3], there[3])
 
 
-@wp.kernel
+@wp.kernel(module="unique", module_options=_OPTIONS)
 def find_edges(
     first_row: int,
     last_row: int,
@@ -542,7 +544,7 @@ def find_edges(
         edges[first_row * width + wp.atomic_add(num_edges, strip, 1)] = row * width + x
 
 
-@wp.kernel
+@wp.kernel(module="unique", module_options=_OPTIONS)
 def smooth_edges(
     scene: Scene,
     worlds: Worlds,
@@ -570,6 +572,9 @@ def smooth_edges(
         sample = _sample(scene, worlds, row, float(x) + right, down, width, height)
         color += sample.color * 0.25
     _store(color, row, x, scene.num_cameras, num_worlds, images)
+
+
+KERNELS = (place, render, find_edges, smooth_edges)
 
 
 def num_threads(num_rows: int, width: int) -> int:

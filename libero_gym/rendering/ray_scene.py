@@ -15,6 +15,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from libero_gym.rendering.textures import TextureColorspace, decoded_textures
+
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]
 
@@ -56,7 +58,7 @@ class RayScene:
         texture_size: [T, 2] width and height (texels) of one face at level 0.
         texture_levels: [T] number of mipmap levels.
         texture_offset: [T, MAX_MIP_LEVELS] first texel of each level.
-        texels: [sum] uint32, 0x00BBGGRR, linear where the model says sRGB.
+        texels: [sum] uint32, 0x00BBGGRR.
         skybox: texture id of the skybox, -1 without.
         camera_body: [K] body that carries the camera.
         camera_pos: [K, 3] in the body's frame (m).
@@ -123,6 +125,7 @@ def build_ray_scene(
     max_texture_size: int = 1024,
     lit_sites: tuple[int, ...] = (),
     reflections: bool = True,
+    texture_colorspace: TextureColorspace = "linear",
 ) -> RayScene:
     """Extracts what is visible of a model.
 
@@ -133,6 +136,7 @@ def build_ray_scene(
             finer mipmap levels that this drops.
         lit_sites: Sites that are drawn while they are lit.
         reflections: Whether the first reflective plane or box mirrors.
+        texture_colorspace: Whether textures tagged as sRGB are decoded, see `libero_gym.rendering.textures`.
 
     Returns:
         The arrays of the scene.
@@ -217,7 +221,7 @@ def build_ray_scene(
         surface_material=np.array(materials, dtype=np.float32),
         surface_texture=np.array(textures, dtype=np.int32),
         surface_geom=np.array(surface_geom, dtype=np.int32),
-        **_textures(model, max_texture_size, set(textures)),
+        **_textures(model, max_texture_size, set(textures), decoded_textures(model, texture_colorspace)),
         **_cameras(model, cameras),
         **_lights(model),
     )
@@ -388,7 +392,7 @@ def _plane(size: FloatArray) -> _Triangles:
     return _merge([_grid(corners, normals, coords)])
 
 
-def _textures(model: mujoco.MjModel, max_size: int, used: set[int]) -> dict[str, Any]:
+def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: NDArray[np.bool_]) -> dict[str, Any]:
     sky = np.nonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX)[0]
     skybox = int(sky[0]) if len(sky) else -1
     kinds, faces, sizes, levels = [], [], [], []
@@ -411,7 +415,7 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int]) -> dict[str,
         while max(pixels.shape[1:3]) > max_size:
             pixels = np.rint(_halve(pixels)).astype(np.uint8)
         values = pixels.astype(np.float32)
-        if model.tex_colorspace[texture] == mujoco.mjtColorSpace.mjCOLORSPACE_SRGB:
+        if is_decoded[texture]:
             values = _srgb_to_linear(values / 255) * 255
         kinds.append(TEXTURE_2D if is_2d else TEXTURE_CUBE)
         faces.append(count)
@@ -439,15 +443,25 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int]) -> dict[str,
 
 
 def _halve(pixels: NDArray[np.uint8] | FloatArray) -> FloatArray:
-    """Averages 2 x 2 texels of [faces, height, width, 3]; an odd last row or column is dropped."""
-    height, width = pixels.shape[1:3]
-    rows = pixels[:, : height // 2 * 2].astype(np.float32) if height > 1 else pixels.astype(np.float32)
-    if height > 1:
-        rows = 0.5 * (rows[:, 0::2] + rows[:, 1::2])
-    if width > 1:
-        rows = rows[:, :, : width // 2 * 2]
-        rows = 0.5 * (rows[:, :, 0::2] + rows[:, :, 1::2])
-    return rows
+    """Halves [faces, height, width, 3] as Mesa's glGenerateMipmap does: bilinear samples at the new texels' centres.
+
+    An even size is thereby averaged in pairs; of an odd one no row is dropped.
+    """
+    values: Any = pixels.astype(np.float32)
+    for axis in (1, 2):
+        size = values.shape[axis]
+        if size == 1:
+            continue
+        if size % 2 == 0:
+            pairs = values.reshape(*values.shape[:axis], size // 2, 2, *values.shape[axis + 1 :])
+            first, second, weight = pairs.take(0, axis + 1), pairs.take(1, axis + 1), np.float32(0.5)
+        else:
+            centres = (np.arange(size // 2) + 0.5) * size / (size // 2) - 0.5
+            below = centres.astype(np.int64)
+            first, second = values.take(below, axis), values.take(below + 1, axis)
+            weight = np.expand_dims((centres - below).astype(np.float32), tuple(range(1, 4 - axis)))
+        values = first + weight * (second - first)
+    return values
 
 
 def _srgb_to_linear(values: FloatArray) -> FloatArray:
@@ -479,9 +493,14 @@ def _rotation(quat: FloatArray) -> FloatArray:
 
 def _lights(model: mujoco.MjModel) -> dict[str, Any]:
     active = np.nonzero(model.light_active)[0]
-    known = (int(mujoco.mjtLightType.mjLIGHT_SPOT), int(mujoco.mjtLightType.mjLIGHT_DIRECTIONAL))
+    if hasattr(model, "light_type"):
+        is_directional = model.light_type == int(mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
+        is_known = is_directional | (model.light_type == int(mujoco.mjtLightType.mjLIGHT_SPOT))
+    else:  # before MuJoCo 3.3.3 every light is one of the two
+        is_directional = np.asarray(model.light_directional, np.bool_)
+        is_known = np.ones_like(is_directional)
     for light in active:
-        if model.light_mode[light] != mujoco.mjtCamLight.mjCAMLIGHT_FIXED or model.light_type[light] not in known:
+        if model.light_mode[light] != mujoco.mjtCamLight.mjCAMLIGHT_FIXED or not is_known[light]:
             raise ValueError(f"light {light} is not a spot or directional light fixed to a body")
         if model.light_castshadow[light]:
             raise ValueError(f"light {light} casts shadows, which the ray caster does not draw")
@@ -495,12 +514,11 @@ def _lights(model: mujoco.MjModel) -> dict[str, Any]:
     cutoff = np.cos(np.deg2rad(model.light_cutoff[active]))
     exponent = model.light_exponent[active]
     params = np.column_stack([cutoff, exponent, model.light_attenuation[active]])
-    directional = int(mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
     return {
         "light_body": stack(model.light_bodyid[active], -1.0).astype(np.int32),
         "light_pos": stack(model.light_pos[active], [0.0, 0.0, 0.0]),
         "light_dir": stack(model.light_dir[active], [0.0, 0.0, -1.0]),
-        "light_kind": stack((model.light_type[active] == directional).astype(np.float32), 1.0).astype(np.int32),
+        "light_kind": stack(is_directional[active].astype(np.float32), 1.0).astype(np.int32),
         "light_params": stack(params, [-1.0, 0.0, 1.0, 0.0, 0.0]),
         "light_ambient": stack(model.light_ambient[active], headlight.ambient),
         "light_diffuse": stack(model.light_diffuse[active], headlight.diffuse),

@@ -16,7 +16,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +25,16 @@ import numpy as np
 import numpy.typing as npt
 import warp as wp
 
+from libero_gym.fork import Owner
 from libero_gym.rendering import ray_kernels
+from libero_gym.rendering.protocol import Drawable, Images, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import RayScene, build_ray_scene
-from libero_gym.rendering.renderers import Images, RendererKind, RendererUnavailableError
+from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.scenes import Scene
 
 if TYPE_CHECKING:
     import torch
-
-    from libero_gym.physics.simulation import Simulation
-
 
 # Worlds drawn by one kernel launch; bounds the memory for intermediate results (9 MB a world of 256 pixels).
 _MAX_LAUNCH_WORLDS = 256
@@ -67,9 +66,24 @@ def _start_warp() -> None:
         if wp.config.log_level == wp.LOG_INFO:  # not if the user has asked for another one
             wp.config.log_level = wp.LOG_WARNING
         wp.init()
+        global _warp_owner
+        if _warp_owner is None:
+            _warp_owner = Owner("CUDA")
 
 
 _start_lock = threading.Lock()
+_warp_owner: Owner | None = None
+
+
+@functools.lru_cache(maxsize=16)
+def _load_kernels(device: str) -> Future[None]:
+    """Begins to compile the ray caster's kernels side by side, once for each device; wait for it before launching."""
+    kernels: Any = ray_kernels.KERNELS
+    modules = [kernel.module for kernel in kernels]
+    pool = ThreadPoolExecutor(1, "warp-compile")
+    loading = pool.submit(wp.force_load, device=device, modules=modules, max_workers=len(modules))
+    pool.shutdown(wait=False)
+    return loading
 
 
 class DeviceScene:
@@ -116,7 +130,12 @@ class DeviceScene:
 
 @functools.lru_cache(maxsize=64)
 def load_device_scene(
-    scene: Scene, camera_names: tuple[str, ...], device: str, *, reflections: bool = True
+    scene: Scene,
+    camera_names: tuple[str, ...],
+    device: str,
+    *,
+    reflections: bool = True,
+    texture_colorspace: TextureColorspace = "linear",
 ) -> DeviceScene:
     """Returns a scene on a device; equal arguments share one object (some 100 MB).
 
@@ -124,7 +143,13 @@ def load_device_scene(
         ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
     """
     lit_sites = tuple(int(site) for site in scene.indicator_site_ids)
-    ray_scene = build_ray_scene(scene.render_model, camera_names, lit_sites=lit_sites, reflections=reflections)
+    ray_scene = build_ray_scene(
+        scene.render_model,
+        camera_names,
+        lit_sites=lit_sites,
+        reflections=reflections,
+        texture_colorspace=texture_colorspace,
+    )
     # The model with visuals (130 to 310 MB) has served its purpose; it is compiled again should OpenGL want it.
     vars(scene).pop("render_model", None)
     return DeviceScene(ray_scene, device)
@@ -190,6 +215,7 @@ class SceneCaster:
             A Warp array [K * N, H, W, 3] of uint8 on the device, images of camera 0 first, each mirrored left to
             right with respect to the true view. The next call overwrites it.
         """
+        _load_kernels(self._device).result()
         num_worlds = len(body_pos)
         self._reserve(num_worlds)
         visible = np.ones((num_worlds, self._num_parts), dtype=np.uint8)
@@ -287,6 +313,7 @@ class WarpRenderer:
         antialiasing: bool = True,
         reflections: bool = True,
         num_threads: int | None = None,
+        texture_colorspace: TextureColorspace = "linear",
     ):
         """Starts Warp; see `make_renderer`.
 
@@ -297,19 +324,27 @@ class WarpRenderer:
             antialiasing: Whether pixels at edges get four samples.
             reflections: Whether reflective surfaces mirror, as LIBERO's do.
             num_threads: Threads on a CPU; None takes all cores that this process may use.
+            texture_colorspace: See `libero_gym.rendering.textures`.
 
         Raises:
+            ValueError: An unknown colour space.
             RendererUnavailableError: Warp has no such device.
+            RuntimeError: The device is a GPU, and this process was forked from one that had started Warp.
         """
+        self._texture_colorspace: TextureColorspace = check_texture_colorspace(texture_colorspace)
+        self._owner = Owner("the renderer 'warp'")
         self._device = default_device() if device is None else device
         if self._device not in list_devices():
             raise RendererUnavailableError(f"Warp has no device {self._device!r} (valid: {list_devices()})")
+        if self._device != "cpu" and _warp_owner is not None:
+            _warp_owner.check()
         self._camera_names = tuple(camera_names)
         self._size = image_size
         self._antialiasing = antialiasing
         self._reflections = reflections
         threads = num_threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(threads, "libero-render") if threads > 1 else None
+        _load_kernels(self._device)
         self._casters: dict[str, SceneCaster] = {}
         self._scratch: dict[str, mujoco.MjData] = {}
 
@@ -328,15 +363,16 @@ class WarpRenderer:
         """Whether drawing occupies all cores."""
         return self._device == "cpu"
 
-    def render(self, simulations: Sequence[Simulation]) -> Images:
+    def render(self, simulations: Sequence[Drawable]) -> Images:
         """Draws the last observed state of each simulation; see `Renderer`.
 
         Raises:
             ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
+            RuntimeError: This process was forked from the one that made the renderer.
         """
         return self._collect(len(simulations), self._draw(simulations))
 
-    def render_torch(self, simulations: Sequence[Simulation]) -> torch.Tensor:
+    def render_torch(self, simulations: Sequence[Drawable]) -> torch.Tensor:
         """Like `render`, as a torch tensor on the renderer's device; images on a GPU do not leave it."""
         return self._collect_torch(len(simulations), self._draw(simulations))
 
@@ -350,9 +386,9 @@ class WarpRenderer:
 
     def close(self) -> None:
         """Releases threads and buffers; a second call does nothing."""
-        if self._pool is not None:
+        if self._pool is not None and self._owner.is_this_process:
             self._pool.shutdown()
-            self._pool = None
+        self._pool = None
         self._casters.clear()
         self._scratch.clear()
 
@@ -364,7 +400,12 @@ class WarpRenderer:
         return np.moveaxis(images, 0, 1)  # [N, K, H, W, 3]; each camera's images are contiguous
 
     def _collect_torch(self, num_worlds: int, batches: Iterator[tuple[list[int], Any]]) -> torch.Tensor:
-        import torch  # not needed by any other path
+        try:
+            import torch  # not needed by any other path
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "images_as_torch=True needs PyTorch; install it with `pip install torch`, or leave the images in NumPy"
+            ) from error
 
         shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
         images = torch.empty(shape, dtype=torch.uint8, device=self._device)
@@ -373,7 +414,7 @@ class WarpRenderer:
             images[:, torch.as_tensor(indices, device=self._device)] = part
         return images.movedim(0, 1)
 
-    def _draw(self, simulations: Sequence[Simulation]) -> Iterator[tuple[list[int], Any]]:
+    def _draw(self, simulations: Sequence[Drawable]) -> Iterator[tuple[list[int], Any]]:
         """Yields (indices of simulations, Warp array [K * num, H, W, 3]) scene by scene."""
         by_scene: dict[str, list[int]] = {}
         for index, simulation in enumerate(simulations):
@@ -392,14 +433,21 @@ class WarpRenderer:
             yield list(range(part.start, part.stop)), batch
 
     def _caster(self, scene: Scene) -> SceneCaster:
+        self._owner.check()
         if scene.key not in self._casters:
-            device_scene = load_device_scene(scene, self._camera_names, self._device, reflections=self._reflections)
+            device_scene = load_device_scene(
+                scene,
+                self._camera_names,
+                self._device,
+                reflections=self._reflections,
+                texture_colorspace=self._texture_colorspace,
+            )
             self._casters[scene.key] = SceneCaster(
                 device_scene, self._size, antialiasing=self._antialiasing, pool=self._pool
             )
         return self._casters[scene.key]
 
-    def _draw_scene(self, simulations: list[Simulation]) -> Any:
+    def _draw_scene(self, simulations: list[Drawable]) -> Any:
         scene = simulations[0].scene
         caster = self._caster(scene)
         if scene.key not in self._scratch:

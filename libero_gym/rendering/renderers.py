@@ -4,43 +4,46 @@ Every renderer draws a batch of worlds and returns images in the convention of t
 released checkpoints: LIBERO's raw image (OpenGL's row order, upside down) rotated by 180 degrees, which is the true
 camera view mirrored left to right.
 
-- "egl", "osmesa": MuJoCo's classic OpenGL renderer, pixel-identical to LIBERO's `OffScreenRenderEnv` on the same
-  machine. One context, worlds one after another. EGL draws on the GPU of the process's CUDA device, so that each rank
-  of distributed training uses its own; `MUJOCO_EGL_DEVICE_ID` overrides that.
+- "egl", "osmesa": MuJoCo's classic OpenGL renderer, set up as LIBERO's `OffScreenRenderEnv` sets it up and, with
+  `texture_colorspace="auto"`, pixel-identical to that on the same machine. One context, worlds one after another. EGL
+  draws on the GPU of the process's CUDA device, so that each rank of distributed training uses its own;
+  `MUJOCO_EGL_DEVICE_ID` overrides that.
 - "warp": needs nothing but pip, on a CPU or a CUDA device, all worlds at once; see `libero_gym.rendering.raycast`.
+
+Textures have the colours of the public data sets by default, whatever the version of MuJoCo, see
+`libero_gym.rendering.textures`.
+
+A renderer works in the process that made it. In one that was forked from it, drawing raises an error; there, OpenGL and
+CUDA cannot be used at all once the parent has.
 
 Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
 """
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import ctypes
 import ctypes.util
+import functools
 import importlib
 import importlib.util
 import logging
 import os
 import sys
 import threading
-from collections.abc import Generator, Sequence
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, get_args
 
 import mujoco
 import numpy as np
-import numpy.typing as npt
 
+from libero_gym.fork import Owner
+from libero_gym.rendering.protocol import Drawable, Images, Renderer, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import VISIBLE_GROUPS
+from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace, textures_in
 from libero_gym.tasks.scenes import Scene
-
-if TYPE_CHECKING:
-    from libero_gym.physics.simulation import Simulation
-
-RendererKind = Literal["egl", "osmesa", "warp"]
-RENDERER_KINDS = ("egl", "osmesa", "warp")
-
-Images = npt.NDArray[np.uint8]
 
 logger = logging.getLogger(__name__)
 
@@ -58,32 +61,6 @@ _REMEDIES = {
 }
 
 
-class RendererUnavailableError(RuntimeError):
-    """A renderer that was asked for cannot be used on this machine."""
-
-
-class Renderer(Protocol):
-    """What draws simulations."""
-
-    @property
-    def name(self) -> RendererKind:
-        """Kind of renderer."""
-        ...
-
-    @property
-    def uses_all_cores(self) -> bool:
-        """Whether drawing occupies all cores, so that nothing else should run beside it."""
-        ...
-
-    def render(self, simulations: Sequence[Simulation]) -> Images:
-        """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls."""
-        ...
-
-    def close(self) -> None:
-        """Releases contexts and buffers; a second call does nothing."""
-        ...
-
-
 def make_renderer(
     kind: str | None = None,
     *,
@@ -92,6 +69,7 @@ def make_renderer(
     num_worlds: int = 1,
     antialiasing: bool = True,
     num_threads: int | None = None,
+    texture_colorspace: TextureColorspace = "linear",
 ) -> Renderer:
     """Opens a renderer.
 
@@ -105,20 +83,24 @@ def make_renderer(
         num_worlds: How many worlds will usually be drawn at once.
         antialiasing: Whether Warp takes four samples of pixels at edges. OpenGL always does.
         num_threads: Threads of Warp on a CPU; None takes all cores that this process may use.
+        texture_colorspace: "linear", colours as in the public data sets, or "auto", as the installed MuJoCo draws; see
+            `libero_gym.rendering.textures`.
 
     Returns:
         The renderer.
 
     Raises:
-        ValueError: An unknown kind, or a size or number that is not positive.
+        ValueError: An unknown kind or colour space, or a size or number that is not positive.
         RendererUnavailableError: The renderer cannot be used here; the message says what to install.
+        RuntimeError: This process was forked from one that had opened a renderer on a GPU.
     """
-    if kind is not None and kind not in RENDERER_KINDS:
+    if kind is not None and kind not in get_args(RendererKind):
         raise ValueError(f"renderer={kind!r} is unknown (valid: None, 'egl', 'osmesa', 'warp')")
     if image_size < 1:
         raise ValueError(f"image_size={image_size} is not a positive number of pixels")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads={num_threads} must be at least 1, or None for all cores")
+    check_texture_colorspace(texture_colorspace)
     chosen = kind or _choose(num_worlds)
     renderer: Renderer
     if chosen == "warp":
@@ -128,9 +110,15 @@ def make_renderer(
             raise RendererUnavailableError(
                 f"renderer 'warp' is not available ({error}): {_REMEDIES['warp']}"
             ) from error
-        renderer = WarpRenderer(camera_names, image_size, antialiasing=antialiasing, num_threads=num_threads)
+        renderer = WarpRenderer(
+            camera_names,
+            image_size,
+            antialiasing=antialiasing,
+            num_threads=num_threads,
+            texture_colorspace=texture_colorspace,
+        )
     else:
-        renderer = GlRenderer(chosen, camera_names, image_size)
+        renderer = GlRenderer(chosen, camera_names, image_size, texture_colorspace=texture_colorspace)
     if kind is None:
         _log_choice(renderer.name)
     return renderer
@@ -240,34 +228,78 @@ def _current_cuda_device() -> int | None:
     return int(torch.cuda.current_device())
 
 
-@contextlib.contextmanager
-def _chosen_egl_device(platform: Any) -> Generator[None]:
-    """Makes `mujoco.egl` open the process's one display on the device of `choose_egl_device`."""
+def _open_chosen_display(platform: Any) -> None:
+    """Opens the process's one display, as `mujoco.egl` would, on the device of `choose_egl_device`.
+
+    Left to `mujoco.egl` where the user or nobody has chosen. It is not told by `MUJOCO_EGL_DEVICE_ID`, since MuJoCo 3
+    counts EGL devices by it and MuJoCo 4 those of CUDA.
+    """
+    egl = platform.EGL
     requested = os.environ.get("MUJOCO_EGL_DEVICE_ID")
     index = choose_egl_device(
-        _read_cuda_ordinals(platform.EGL),
+        _read_cuda_ordinals(egl),
         requested=requested,
         cuda_device=_current_cuda_device(),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
     )
     if index is None or requested is not None:
-        yield
         return
-    os.environ["MUJOCO_EGL_DEVICE_ID"] = str(index)
-    try:
-        yield
-    finally:
-        del os.environ["MUJOCO_EGL_DEVICE_ID"]
+    device = egl.eglQueryDevicesEXT()[index]
+    display = egl.eglGetPlatformDisplayEXT(egl.EGL_PLATFORM_DEVICE_EXT, device, None)
+    egl.eglInitialize(display, None, None)  # raises if it fails, as PyOpenGL checks errors
+    platform.EGL_DISPLAY = display
+    atexit.register(egl.eglTerminate, display)
+
+
+# Renderers whose contexts are open. Left so, they are closed at exit, while the OpenGL library still works.
+_open_renderers: weakref.WeakSet[GlRenderer] = weakref.WeakSet()
+# Who opened OpenGL: its library has threads, and EGL's one display belongs to the process.
+_opengl_owner: Owner | None = None
+
+
+def _close_open_renderers() -> None:
+    for renderer in list(_open_renderers):
+        renderer.close()
+
+
+def _close_at_exit(renderer: GlRenderer, platform: Any) -> None:
+    """Has `renderer`, whose context was just created by `platform`, closed at exit if it is still open then.
+
+    Exit handlers run last in, first out: this one comes before that which was registered with the process's first
+    context, and which ends EGL.
+    """
+    global _opengl_owner
+    if _opengl_owner is None:
+        _opengl_owner = Owner("OpenGL")
+        atexit.register(_close_open_renderers)
+        os.register_at_fork(after_in_child=functools.partial(_abandon_opengl, platform))
+    _open_renderers.add(renderer)
+
+
+def _abandon_opengl(platform: Any) -> None:
+    """Keeps a forked child from freeing what its parent goes on using: that would wait for the parent's threads."""
+    if hasattr(platform, "EGL"):
+        atexit.unregister(platform.EGL.eglTerminate)
+    for renderer in _open_renderers:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(renderer))
 
 
 class GlRenderer:
     """MuJoCo's classic renderer in an off-screen context, as robosuite sets it up.
 
-    The context is created by the first image and belongs to the process that did so: create renderers after
-    starting worker processes, and start those by spawning.
+    The context is created by the first image. Create renderers after starting worker processes, and start those by
+    spawning.
     """
 
-    def __init__(self, kind: str, camera_names: Sequence[str], image_size: int, *, reflections: bool = True):
+    def __init__(
+        self,
+        kind: str,
+        camera_names: Sequence[str],
+        image_size: int,
+        *,
+        reflections: bool = True,
+        texture_colorspace: TextureColorspace = "linear",
+    ):
         """Loads the OpenGL bindings; see `make_renderer`.
 
         Args:
@@ -275,11 +307,15 @@ class GlRenderer:
             camera_names: Cameras of the scene, in the order of the images.
             image_size: Height and width of the images, pixels.
             reflections: Whether reflective surfaces mirror, as LIBERO's do.
+            texture_colorspace: See `libero_gym.rendering.textures`.
 
         Raises:
+            ValueError: An unknown colour space.
             RendererUnavailableError: There is no such OpenGL platform.
         """
         self._kind: Any = kind
+        self._texture_colorspace: TextureColorspace = check_texture_colorspace(texture_colorspace)
+        self._owner = Owner(f"the renderer {kind!r}")
         self._camera_names = tuple(camera_names)
         self._size = image_size
         self._reflections = reflections
@@ -310,24 +346,29 @@ class GlRenderer:
 
         return GL.glGetString(GL.GL_RENDERER).decode()
 
-    def render(self, simulations: Sequence[Simulation]) -> Images:
+    def render(self, simulations: Sequence[Drawable]) -> Images:
         """Draws the last observed state of each simulation; see `Renderer`.
 
         Raises:
             RendererUnavailableError: No context can be created.
             ValueError: A camera is not in the scene.
+            RuntimeError: This process was forked from the one that made the renderer, or that has used OpenGL.
         """
         self._make_current()
         images = np.empty((len(simulations), len(self._camera_names), self._size, self._size, 3), dtype=np.uint8)
         for image, simulation in zip(images, simulations, strict=True):
             scene = simulation.scene
             if scene.key not in self._scenes:
-                self._scenes[scene.key] = _GlScene(scene, self._camera_names, self._size, self._reflections)
+                self._scenes[scene.key] = _GlScene(
+                    scene, self._camera_names, self._size, self._reflections, self._texture_colorspace
+                )
             self._scenes[scene.key].render(simulation, image)
         return images
 
     def close(self) -> None:
-        """Releases the context; a second call does nothing."""
+        """Releases the context, in the process that made it; a second call does nothing."""
+        if not self._owner.is_this_process:
+            return
         if self._context is not None:
             self._context.make_current()
             for scene in self._scenes.values():
@@ -335,19 +376,25 @@ class GlRenderer:
             self._context.free()
             self._context = None
         self._scenes.clear()
+        _open_renderers.discard(self)
 
     def _make_current(self) -> None:
+        self._owner.check()
         if self._context is None:
+            if _opengl_owner is not None:
+                _opengl_owner.check()
             is_first_on_egl = self._kind == "egl" and self._platform.EGL_DISPLAY is None
             try:
-                with _chosen_egl_device(self._platform) if is_first_on_egl else contextlib.nullcontext():
-                    self._context = self._platform.GLContext(max(self._size, 640), max(self._size, 480))
+                if is_first_on_egl:
+                    _open_chosen_display(self._platform)
+                self._context = self._platform.GLContext(max(self._size, 640), max(self._size, 480))
             except RendererUnavailableError:
                 raise
             except Exception as error:  # PyOpenGL raises its own, undocumented kinds
                 raise RendererUnavailableError(
                     f"renderer {self._kind!r} cannot create a context ({error}): {_REMEDIES[self._kind]}"
                 ) from error
+            _close_at_exit(self, self._platform)
         self._context.make_current()
 
 
@@ -358,7 +405,14 @@ _render_model_lock = threading.Lock()
 class _GlScene:
     """OpenGL resources of one scene."""
 
-    def __init__(self, scene: Scene, camera_names: tuple[str, ...], size: int, reflections: bool):
+    def __init__(
+        self,
+        scene: Scene,
+        camera_names: tuple[str, ...],
+        size: int,
+        reflections: bool,
+        texture_colorspace: TextureColorspace,
+    ):
         model = scene.render_model
         self._scene = scene
         self._model = model
@@ -371,12 +425,13 @@ class _GlScene:
         with _render_model_lock:
             model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
             model.vis.global_.offheight = max(model.vis.global_.offheight, size)
-            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+            with textures_in(model, texture_colorspace):
+                self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._drawing = mujoco.MjvScene(model, maxgeom=_MAX_SCENE_GEOMS)
         self._drawing.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = reflections
 
-    def render(self, simulation: Simulation, out: Images) -> None:
+    def render(self, simulation: Drawable, out: Images) -> None:
         """Draws all cameras of one world into `out` [K, H, W, 3]."""
         state, model, data = simulation.render_state(), self._model, self._data
         fixtures = self._scene.fixture_body_ids

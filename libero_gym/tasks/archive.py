@@ -1,9 +1,9 @@
 """Scene archives: all that suites need to run, in one file that can be carried to a machine without LIBERO.
 
-`python -m libero_gym.tasks.scenes export --suite libero_spatial --out libero_spatial.tar.xz` writes one; where the
-environment variable `LIBERO_GYM_SCENES` names it, the package runs the suites in it, whether or not `libero` and
-`robosuite` are installed. It is unpacked into the cache once, and laid out like the `libero` package, so that the
-rest of this package reads both alike:
+`python -m libero_gym export --suite libero_spatial --out libero_spatial.tar.xz` writes one; where the environment
+variable `LIBERO_GYM_SCENES` names it, the package runs the suites in it, whether or not `libero` and `robosuite` are
+installed. It is unpacked into the cache once, and laid out like the `libero` package, so that the rest of this package
+reads both alike:
 
     archive.json                            format and the versions that it was made with
     benchmark/libero_suite_task_map.py      the suites in it and their tasks
@@ -24,10 +24,12 @@ import re
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.cache import cache_dir, file_lock, publish_folder
@@ -36,6 +38,23 @@ ARCHIVE_VARIABLE = "LIBERO_GYM_SCENES"
 INDEX_FILE = "archive.json"
 _FORMAT = 1
 _ASSET_FILE = re.compile(r'file="@([^/"]+)/([^"]+)"')
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ArchivedTask:
+    """What an archive holds of one task.
+
+    Attributes:
+        name: file stem of the task.
+        bddl_file: task definition.
+        init_states: float64 [num_states, 1 + nq + nv], stored initial states.
+        scene_folder: folder with `scene.xml` and `scene.json`; tasks of equal layout may share one.
+    """
+
+    name: str
+    bddl_file: Path
+    init_states: npt.NDArray[np.float64]
+    scene_folder: Path
 
 
 def archive_root() -> Path | None:
@@ -84,7 +103,7 @@ def _write_entry(archive: tarfile.TarFile, entry: tarfile.TarInfo, folder: Path)
 
 
 def _remedy() -> str:
-    return "make one with `python -m libero_gym.tasks.scenes export --suite SUITE --out FILE`, or unset the variable"
+    return "make one with `python -m libero_gym export --suite SUITE --out FILE`, or unset the variable"
 
 
 def _digest(path: Path) -> str:
@@ -117,8 +136,7 @@ def read_archived_scene(root: Path, bddl_file: Path, folder: Path) -> None:
 
 def write_archive(
     path: Path,
-    suites: Mapping[str, Sequence[Any]],
-    scene_folders: Mapping[Path, Path],
+    suites: Mapping[str, Sequence[ArchivedTask]],
     versions: Mapping[str, str],
     *,
     preset: Literal[0, 6, 9] = 6,
@@ -127,14 +145,11 @@ def write_archive(
 
     Args:
         path: the file, compressed with xz.
-        suites: the tasks (`TaskSpec`) of each suite.
-        scene_folders: the folder with the scene of each task's BDDL file.
+        suites: the tasks of each suite.
         versions: noted in the archive.
         preset: effort of the compression.
     """
-    from libero_gym.tasks.suites import load_init_states
-
-    scenes = {layout_key(bddl_file): folder for bddl_file, folder in scene_folders.items()}
+    scenes = {layout_key(task.bddl_file): task.scene_folder for tasks in suites.values() for task in tasks}
     names = {suite: [task.name for task in tasks] for suite, tasks in suites.items()}
     content: dict[str, bytes | Path] = {
         INDEX_FILE: json.dumps({"format": _FORMAT, "suites": list(names), "versions": dict(versions)}).encode(),
@@ -144,7 +159,7 @@ def write_archive(
         for task in tasks:
             content[f"bddl_files/{suite}/{task.name}.bddl"] = task.bddl_file
             states = io.BytesIO()
-            np.savez_compressed(states, states=load_init_states(task))
+            np.savez_compressed(states, states=task.init_states)
             content[f"init_files/{suite}/{task.name}.pruned_init.npz"] = states.getvalue()
     for key, folder in scenes.items():
         xml = (folder / "scene.xml").read_text(encoding="utf-8")

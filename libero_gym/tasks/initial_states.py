@@ -1,4 +1,4 @@
-"""Recorded initial states: what LIBERO's states become after its settling steps, recorded once.
+"""Initial states: where episodes start, and what LIBERO's stored states become once objects have come to rest.
 
 LIBERO stores states in which some objects hang in the air and lets them fall during the first ten steps. MuJoCo 3.4
 corrected the contact of boxes, and since then some of them end elsewhere: the bowl "on the ramekin" of libero_spatial
@@ -8,58 +8,33 @@ MuJoCo 3.3.7: positions, velocities, fixture poses (which LIBERO samples, and on
 controller's memory.
 
 The files in `data/held_out/` hold the same of states that are none of the stored ones, to measure how a policy does
-from starts it has not seen: LIBERO's own reset draws them (`draw_world`), from the distribution of the task's `:init`.
-Stored states come from that distribution too, apart from the arm, to whose posture they add noise of 0.02 rad a joint;
-LIBERO's reset adds none.
+from starts it has not seen: LIBERO's own reset samples them, from the distribution of the task's `:init`. Stored states
+come from that distribution too, apart from the arm, to whose posture they add noise of 0.02 rad a joint; LIBERO's reset
+adds none.
 
-`python -m libero_gym.tasks.initial_states --suite libero_spatial --output libero_gym/data/settled` recorded them, with `--kind
-held_out` those that are held out; it needs MuJoCo 3.3.7. A second recording equals the first to the last bit on the
-same kind of processor, and to 1e-13 on another, where BLAS rounds differently. With `--check` in place of `--output`
-it tells whether all states still hold under the installed version.
+`tools/record_initial_states.py` recorded both, and checks them under the installed MuJoCo.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.tasks.bddl import Region, read_problem
-from libero_gym.tasks.suites import TaskSpec, list_tasks, load_init_states
-
-if TYPE_CHECKING:
-    from libero_gym.physics.simulation import Simulation
-    from libero_gym.tasks.scenes import Scene
+from libero_gym.tasks.suites import TaskSpec, load_init_states
 
 RecordedKind = Literal["settled", "held_out"]
+InitStates = Literal["settled", "held_out", "original"]
 
 FloatArray = npt.NDArray[np.float64]
 
 _DATA = Path(__file__).resolve().parents[1] / "data"
-
-# Recording: seeds tried for the fixtures of a state, and the slide, in metres, that calls for the next one. Objects
-# that LIBERO stores in the air slide by up to 1.5 cm when they land.
-_NUM_FIXTURE_SEEDS = 8
-_SLIDE = 0.02
-
-# Held-out states: how many a task has, and the seeds they are drawn with. Those of task t start at 1,000,000 + 1,000 t;
-# nothing else uses these: settled states have the fixtures of seeds below 400, and runs are seeded by small numbers.
-_NUM_HELD_OUT = 50
-_FIRST_HELD_OUT_SEED = 1_000_000
-_HELD_OUT_SEEDS_PER_TASK = 1000
-
-# Checking, in metres: how far from its region of the table an object may be, and how far it may move while at rest.
-# LIBERO's stored states themselves are up to 1.4 cm outside.
-_REGION_MARGIN = 0.05
-_REST = 2e-3
 
 OVERLAPPING: dict[tuple[str, int], tuple[int, ...]] = {
     ("libero_spatial", 2): (18,),
@@ -92,12 +67,84 @@ class RecordedStates:
     controller: FloatArray
 
 
-class UnsettledWorld(NamedTuple):
-    """What a reset of LIBERO draws: positions [nq], velocities [nv] and fixture poses as in `RecordedStates`."""
+@dataclass(frozen=True, kw_only=True)
+class EpisodeStart:
+    """Where an episode starts.
 
-    qpos: FloatArray
-    qvel: FloatArray
-    fixture_poses: FloatArray
+    Attributes:
+        task: the task.
+        init_state_id: index of the initial state among those of its kind.
+        placement_seed: decides the fixtures of "original" states, which others hold.
+    """
+
+    task: TaskSpec
+    init_state_id: int
+    placement_seed: int
+
+
+def sample_start(
+    rng: np.random.Generator,
+    tasks: Sequence[TaskSpec],
+    kind: InitStates,
+    *,
+    task: TaskSpec | None = None,
+    init_state_id: int | None = None,
+) -> EpisodeStart:
+    """Sample what is not chosen, in this order: the task among `tasks`, the initial state, the seed of the fixtures.
+
+    Raises:
+        ValueError: `init_state_id` is out of range.
+        FileNotFoundError: states of this kind are not recorded for the task's suite.
+    """
+    if task is None:
+        task = tasks[int(rng.integers(len(tasks)))]
+    if init_state_id is None:
+        init_state_id = int(rng.integers(count_init_states(task, kind)))
+    check_init_state_id(init_state_id, task, kind)
+    return EpisodeStart(
+        task=task, init_state_id=init_state_id, placement_seed=int(rng.integers(2**32, dtype=np.uint64))
+    )
+
+
+def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
+    """Return the kind of initial states to use; None is the suite's default.
+
+    The default is "settled" for the suites that the package has them for (the base suites), "original" for others.
+
+    Raises:
+        ValueError: unknown kind.
+        FileNotFoundError: states of this kind are not recorded for the suite.
+    """
+    if init_states is None:
+        return "settled" if has_recorded_states(suite, "settled") else "original"
+    if init_states not in get_args(InitStates):
+        valid = ", ".join(repr(kind) for kind in get_args(InitStates))
+        raise ValueError(f"init_states={init_states!r} is unknown (valid: {valid})")
+    if init_states != "original":
+        recorded_file(suite, init_states)
+    return init_states
+
+
+def check_init_state_id(init_state_id: int, task: TaskSpec, kind: InitStates) -> None:
+    """Raise ValueError unless `task` has an initial state of this number and kind."""
+    num_states = count_init_states(task, kind)
+    if not 0 <= init_state_id < num_states:
+        raise ValueError(
+            f"init_state_id={init_state_id} is not among the stored states of {task.suite} task {task.task_id} "
+            f"(valid: 0-{num_states - 1})"
+        )
+
+
+@functools.lru_cache(maxsize=512)
+def count_init_states(task: TaskSpec, init_states: InitStates) -> int:
+    """Return how many initial states of a kind `task` has.
+
+    Raises:
+        FileNotFoundError: states of this kind are not recorded for its suite.
+    """
+    if init_states == "original":
+        return len(load_init_states(task))
+    return len(load_recorded_states(task, init_states).physics)
 
 
 def has_recorded_states(suite: str, kind: RecordedKind) -> bool:
@@ -129,7 +176,7 @@ def load_recorded_states(task: TaskSpec, kind: RecordedKind) -> RecordedStates:
     """
     with np.load(recorded_file(task.suite, kind), allow_pickle=False) as archive:
         sources = {str(archive[name]): name for name in archive.files if name.endswith("_source")}
-        digest = _source_digest(task)
+        digest = source_digest(task)
         if digest not in sources:
             raise ValueError(
                 f"the {kind} states of {task.suite} task {task.task_id} were recorded for another task than the "
@@ -143,229 +190,7 @@ def load_recorded_states(task: TaskSpec, kind: RecordedKind) -> RecordedStates:
         )
 
 
-def _source_digest(task: TaskSpec) -> str:
+def source_digest(task: TaskSpec) -> str:
+    """Return what tells tasks apart by content: a digest of the stored states and the BDDL file."""
     content = np.ascontiguousarray(load_init_states(task)).tobytes() + task.bddl_file.read_bytes()
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def record_suite(suite: str, folder: Path, kind: RecordedKind = "settled") -> Path:
-    """Settle all states of `suite` and write them to `folder`.
-
-    Settled states: state i has the fixtures of the first of the seeds i, i + 50, ..., i + 350 under which no object
-    slides by more than 2 cm while it settles. LIBERO samples fixtures without regard to the objects of the stored
-    state, and now and then a fixture then stands inside an object and throws it off. Where all seeds fail, the objects
-    overlap one another (`OVERLAPPING`), and the first seed with the least slide is taken.
-
-    Held-out states: 50 for each task t, drawn by LIBERO (`draw_world`) with the first seeds from 1,000,000 + 1,000 t on
-    under which no object slides by more than 2 cm and the premise holds afterwards (`find_faults`). The seeds are kept
-    in the file, `{t}_seeds`.
-
-    Raises:
-        RuntimeError: the installed MuJoCo is not 3.3.7.
-    """
-    from libero_gym.physics.simulation import Simulation
-    from libero_gym.tasks.scenes import load_scenes
-
-    if mujoco.__version__ != "3.3.7":
-        raise RuntimeError(f"mujoco {mujoco.__version__} settles some states in other places; record with 3.3.7")
-    arrays: dict[str, Any] = {}
-    tasks = list_tasks(suite)
-    for task, scene in zip(tasks, load_scenes(tasks), strict=True):
-        simulation = Simulation(scene)
-        if kind == "held_out":
-            seeds, settled = _draw_held_out(simulation, task)
-            arrays[f"{task.task_id}_seeds"] = np.array(seeds)
-        else:
-            settled = [_settle(simulation, task, state_id) for state_id in range(len(load_init_states(task)))]
-        controllers = [np.concatenate([s["goal_pos"], s["goal_ori"].ravel(), s["gripper"]]) for s in settled]
-        arrays[f"{task.task_id}_source"] = np.array(_source_digest(task))
-        arrays[f"{task.task_id}_physics"] = np.array([s["physics"] for s in settled])
-        arrays[f"{task.task_id}_fixture_poses"] = np.array([s["fixture_poses"] for s in settled])
-        arrays[f"{task.task_id}_controller"] = np.array(controllers)
-        print(f"{suite}/{task.task_id}: {len(settled)} states", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{suite}.npz"
-    np.savez_compressed(path, **arrays)
-    return path
-
-
-def _draw_held_out(simulation: Simulation, task: TaskSpec) -> tuple[list[int], list[dict[str, npt.NDArray[Any]]]]:
-    """Return the seeds and the settled states, as `_settle` does, of the held-out states of `task`."""
-    from libero_gym.tasks.scene_builder import reference_env
-
-    first = _FIRST_HELD_OUT_SEED + _HELD_OUT_SEEDS_PER_TASK * task.task_id
-    seeds: list[int] = []
-    settled: list[dict[str, npt.NDArray[Any]]] = []
-    with reference_env(task) as env:
-        for seed in range(first, first + _HELD_OUT_SEEDS_PER_TASK):
-            place_world(simulation, task, draw_world(env, simulation.scene, seed))
-            slide = _take_settling_steps(simulation)
-            outcome = _outcome(simulation)
-            faults = [f"an object slides by {1e3 * slide:.0f} mm"] * (slide > _SLIDE)
-            faults += _present_faults(simulation, task)
-            if faults:  # stdout is LIBERO's
-                print(f"{task.suite}/{task.task_id}: seed {seed} is replaced: {'; '.join(faults)}", file=sys.stderr)
-                continue
-            seeds.append(seed)
-            settled.append(outcome)
-            if len(seeds) == _NUM_HELD_OUT:
-                num_replaced = seed + 1 - first - _NUM_HELD_OUT
-                print(f"{task.suite}/{task.task_id}: {num_replaced} seeds were replaced", file=sys.stderr, flush=True)
-                return seeds, settled
-    raise RuntimeError(f"{_HELD_OUT_SEEDS_PER_TASK} seeds give only {len(seeds)} states of {task}")
-
-
-def draw_world(env: Any, scene: Scene, seed: int) -> UnsettledWorld:
-    """Return what `numpy.random.seed(seed); env.reset()` draws in LIBERO's own environment of a task of `scene`.
-
-    LIBERO appends its samplers of drawers' and knobs' positions anew at every reset and draws from all of them; here
-    the list is cut back, so that every reset draws what the first after construction draws.
-    """
-    num_samplers = len(env.env.object_property_initializers)
-    np.random.seed(seed)  # noqa: NPY002 - LIBERO draws from the global stream
-    env.reset()
-    del env.env.object_property_initializers[num_samplers:]
-    model = env.sim.model
-    fixtures = [model.body_name2id(scene.physics_model.body(int(i)).name) for i in scene.fixture_body_ids]
-    return UnsettledWorld(
-        qpos=np.array(env.sim.data.qpos),
-        qvel=np.array(env.sim.data.qvel),
-        fixture_poses=np.concatenate([model.body_pos[fixtures], model.body_quat[fixtures]], axis=1),
-    )
-
-
-def place_world(simulation: Simulation, task: TaskSpec, world: UnsettledWorld) -> None:
-    """Reset `simulation` to `world`, before any settling step."""
-    simulation.reset(task, 0, np.random.RandomState(0), init_states="original", num_settling_steps=0)
-    simulation.set_state({**simulation.get_state(), "fixture_poses": world.fixture_poses})
-    simulation.data.qpos[:] = world.qpos
-    simulation.data.qvel[:] = world.qvel
-
-
-def _settle(simulation: Simulation, task: TaskSpec, state_id: int) -> dict[str, npt.NDArray[Any]]:
-    """Return `get_state()` after settling, its entry "physics" replaced by positions and velocities [nq + nv]."""
-    slides: list[float] = []
-    outcomes: list[dict[str, npt.NDArray[Any]]] = []
-    for seed in range(state_id, state_id + 50 * _NUM_FIXTURE_SEEDS, 50):
-        slides.append(_settle_once(simulation, task, state_id, seed))
-        outcomes.append(_outcome(simulation))
-        if slides[-1] <= _SLIDE:
-            return outcomes[-1]
-    # Fixtures that touch nothing change the least slide by rounding only.
-    return next(o for o, slide in zip(outcomes, slides, strict=True) if slide <= min(slides) + 1e-3)
-
-
-def _outcome(simulation: Simulation) -> dict[str, npt.NDArray[Any]]:
-    return {**simulation.get_state(), "physics": np.concatenate([simulation.data.qpos, simulation.data.qvel])}
-
-
-def _settle_once(simulation: Simulation, task: TaskSpec, state_id: int, seed: int) -> float:
-    """Settle one original state and return how far its objects slid at most, in metres."""
-    random_state = np.random.RandomState(seed)
-    simulation.reset(task, state_id, random_state, init_states="original", num_settling_steps=0)
-    return _take_settling_steps(simulation)
-
-
-def _take_settling_steps(simulation: Simulation) -> float:
-    """Take LIBERO's ten steps without motion and return how far objects slid at most, in metres."""
-    from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION
-
-    mujoco.mj_kinematics(simulation.model, simulation.data)
-    objects = [thing.body_id for thing in simulation.scene.objects.values() if not thing.is_fixture]
-    before = simulation.data.xpos[objects, :2].copy()
-    for _ in range(NUM_SETTLING_STEPS):
-        simulation.step(SETTLING_ACTION)
-    return float(np.linalg.norm(simulation.data.xpos[objects, :2] - before, axis=1).max())
-
-
-def find_faults(
-    simulation: Simulation, task: TaskSpec, state_id: int, *, kind: RecordedKind = "settled", num_steps: int = 60
-) -> list[str]:
-    """Reset `simulation` to a recorded state and return what is wrong with it; nothing, if its premise holds.
-
-    The premise: what the task's `:init` says of objects and joints holds (an object on a region of a table is within
-    5 cm of it; one on a thing touches it and is above it; one in a thing is in it), the goal does not hold, and in
-    `num_steps` steps without motion (60 are 3 s) nothing moves by more than 2 mm.
-    """
-    simulation.reset(task, state_id, np.random.RandomState(0), init_states=kind)
-    return _present_faults(simulation, task, num_steps)
-
-
-def _present_faults(simulation: Simulation, task: TaskSpec, num_steps: int = 60) -> list[str]:
-    from libero_gym.physics.simulation import SETTLING_ACTION
-
-    problem = read_problem(task.bddl_file)
-    regions = {region.name: region for region in problem.regions if region.ranges}
-    faults = [f"not {' '.join(atom)}" for atom in problem.init if not _holds(simulation, atom, regions)]
-    faults += ["the goal holds at the start"] * simulation.success()
-    names = list(simulation.scene.objects)
-    bodies = [simulation.scene.objects[name].body_id for name in names]
-    before = simulation.data.xpos[bodies].copy()
-    for _ in range(num_steps):
-        if simulation.step(SETTLING_ACTION):
-            return [*faults, "the goal comes true by itself"]
-    moved = np.linalg.norm(simulation.data.xpos[bodies] - before, axis=1)
-    return faults + [f"{names[i]} moves by {1e3 * moved[i]:.0f} mm" for i in np.flatnonzero(moved > _REST)]
-
-
-def _holds(simulation: Simulation, atom: tuple[str, ...], regions: dict[str, Region]) -> bool:
-    from libero_gym.physics.predicates import Goal, in_contact
-
-    scene, data = simulation.scene, simulation.data
-    if atom[0] != "on":
-        return Goal(scene, (atom,))(data)
-    thing, base = scene.objects[atom[1]], atom[2]
-    if thing.is_fixture:
-        return True  # it is where it was placed
-    position = data.xpos[thing.body_id]
-    if base in regions:
-        x, y = position[:2] - scene.reference_pos[:2]
-        outside = [
-            float(np.hypot(max(x_min - x, 0.0, x - x_max), max(y_min - y, 0.0, y - y_max)))
-            for x_min, y_min, x_max, y_max in regions[base].ranges
-        ]
-        return min(outside) <= _REGION_MARGIN
-    # LIBERO's own predicate is not used here: it fails for a bowl on the microwave, whose site lies above its top.
-    owner = scene.objects[(scene.sites[base].parent or "") if base in scene.sites else base]
-    is_above = bool(position[2] >= data.xpos[owner.body_id, 2])
-    return is_above and in_contact(data, thing.contact_mask, owner.contact_mask)
-
-
-def check_suite(suite: str, kind: RecordedKind = "settled", *, num_steps: int = 60) -> int:
-    """Print what is wrong with the recorded states of `suite`; return how many are at fault unexpectedly."""
-    from libero_gym.physics.simulation import Simulation
-    from libero_gym.tasks.scenes import load_scenes
-
-    tasks = list_tasks(suite)
-    num_states = num_unexpected = 0
-    for task, scene in zip(tasks, load_scenes(tasks), strict=True):
-        simulation = Simulation(scene, stepping="fast")
-        for state_id in range(len(load_recorded_states(task, kind).physics)):
-            num_states += 1
-            faults = find_faults(simulation, task, state_id, kind=kind, num_steps=num_steps)
-            if faults:
-                is_expected = kind == "settled" and state_id in OVERLAPPING.get((suite, task.task_id), ())
-                num_unexpected += not is_expected
-                known = " (objects overlap in LIBERO's state)" if is_expected else ""
-                print(f"{suite}/{task.task_id} state {state_id}: {'; '.join(faults)}{known}", flush=True)
-    states = f"{num_states} {kind} states"
-    print(f"{suite}: {states} under mujoco {mujoco.__version__}, {num_unexpected} unexpectedly at fault")
-    return num_unexpected
-
-
-def main() -> None:
-    """Record or check what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", required=True)
-    parser.add_argument("--kind", choices=get_args(RecordedKind), default="settled")
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--output", type=Path, help="folder to record into; needs MuJoCo 3.3.7")
-    action.add_argument("--check", action="store_true", help="check all states under the installed MuJoCo")
-    arguments = parser.parse_args()
-    if arguments.check:
-        sys.exit(check_suite(arguments.suite, arguments.kind) > 0)
-    print(record_suite(arguments.suite, arguments.output, arguments.kind))
-
-
-if __name__ == "__main__":
-    main()

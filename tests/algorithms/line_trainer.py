@@ -20,11 +20,11 @@ from gymnasium.vector import AutoresetMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from algorithms import grpo_gr00t, ppo_gr00t
-from algorithms.common import distributed
+from algorithms.common import processes
+from examples.own_agent_in_ppo import MLPAgent
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
 from gr00t_agent.loading import NANO_METADATA
 from tests.algorithms.line_env import LineVectorEnv
-from tests.algorithms.mlp_agent import MLPAgent
 from tests.algorithms.tiny_agent import tiny_agent
 
 TRAINERS = {"ppo": ppo_gr00t, "grpo": grpo_gr00t}
@@ -112,8 +112,8 @@ def main() -> None:
     changes = json.loads(text)
     torch.set_num_threads(1)
     if is_sharded := changes.pop("sharded", False):
-        make_accelerator = distributed.make_accelerator
-        distributed.make_accelerator = lambda *inputs: shard(make_accelerator(*inputs))
+        make_accelerator = processes.make_accelerator
+        processes.make_accelerator = lambda *inputs: shard(make_accelerator(*inputs))
     agents = {"mlp": make_mlp_agent, "tiny": make_tiny_agent}
     envs = {"fast": LineVectorEnv, "slow": SlowLineEnv}
     folder = Path(changes.pop("output_dir"))

@@ -13,7 +13,8 @@ from algorithms import collect_demos
 from algorithms.collect_demos import Args, Attempt, Trajectory, make_attempt, record, start_episode
 from gr00t_agent.lerobot import LeRobotDataset
 from libero_gym.experts import ExpertConfig
-from libero_gym.physics.simulation import RenderState, Simulation
+from libero_gym.physics.simulation import Simulation
+from libero_gym.rendering.protocol import RenderState
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
 from tools import show_dataset

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from examples.own_agent_in_ppo import MLPAgent
 from libero_gym.physics.simulation import PhysicsError
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import train
-from tests.algorithms.mlp_agent import MLPAgent
 
 ALGORITHMS = ("ppo", "grpo")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from algorithms.common.feature_store import FeatureStore
+from algorithms.common.features import FeatureStore
 from algorithms.common.presets import SPATIAL_START
 from benchmarks.policy import make_observation
 from gr00t_agent import Gr00tAgent

@@ -50,7 +50,12 @@ def test_the_copies_of_the_formulas_agree():
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     tokens = logratio.reshape(10, 10, 10)
     assert torch.equal(grpo_gr00t.divergence(tokens), ppo_gr00t.divergence(tokens))
-    assert torch.equal(grpo_gr00t.per_decision(torch.sum, tokens)[0], ppo_gr00t.per_decision(torch.sum, tokens)[0])
+    assert torch.equal(grpo_gr00t.sum_per_decision(tokens), ppo_gr00t.sum_per_decision(tokens))
+    executed = torch.arange(10) < torch.arange(1, 11)[:, None]
+    for level in ("chunk", "action", "token"):
+        ours, theirs = (m.of_executed(tokens, executed, level) for m in (grpo_gr00t, ppo_gr00t))
+        assert torch.equal(ours, theirs)
+    assert torch.equal(grpo_gr00t.mean_of_executed(tokens, executed), ppo_gr00t.mean_of_executed(tokens, executed))
 
 
 def test_groups_are_drawn_without_replacement_while_there_are_enough():

@@ -8,16 +8,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from algorithms.common.arguments import share_of_process
-from algorithms.common.batch import concatenate, index
-from algorithms.common.distributed import explained_variance, mean_and_variance
+from algorithms.common.args import share_of_process
+from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.episodes import Episode, finished_episodes, wilson_interval
+from algorithms.common.processes import explained_variance, mean_and_variance
 from algorithms.ppo_gr00t import (
     Args,
     compute_gae,
     divergence,
-    per_decision,
+    mean_of_executed,
+    of_executed,
     policy_loss,
+    sum_per_decision,
     trajectory_weights,
     value_loss,
 )
@@ -161,10 +163,21 @@ def test_gae_of_a_truncation_in_the_last_decision_uses_its_final_value():
 
 
 def test_trajectory_weights_by_hand():
-    # Environment 0: trajectories of 2 and 2 decisions; environment 1: one of 4; environment 2: 1, 1 and 2.
-    ended = torch.tensor([[0, 0, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0]]).bool()
-    expected = torch.tensor([[2, 4, 1], [2, 4, 1], [2, 4, 2], [2, 4, 2]])
-    torch.testing.assert_close(trajectory_weights(ended), 1 / expected)
+    # Environment 0: the end of an episode of 7 decisions, then one of 2. Environment 1: one of 1, then the begin of one
+    # whose end is unknown. Environment 2: a part of an episode that began before and goes on.
+    ended = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]]).bool()
+    lengths = torch.tensor([[9, 1, 9], [7, 9, 9], [9, 9, 9], [2, 9, 9]])
+    decisions = torch.tensor([[7, 1, 48], [7, 48, 48], [2, 48, 48], [2, 48, 48]])
+    torch.testing.assert_close(trajectory_weights(ended, lengths, 48), 1 / decisions)
+
+
+def test_a_fragment_weighs_its_share_of_an_episode():
+    # Ten environments whose episodes of 4 decisions begin one after another: each decision weighs a quarter, whichever
+    # part of its episode lies in the rollout.
+    steps = torch.arange(6)[:, None] + torch.arange(4)
+    ended = steps % 4 == 3
+    weights = trajectory_weights(ended, torch.full((6, 4), 4), 4)
+    torch.testing.assert_close(weights, torch.full((6, 4), 0.25))
 
 
 def test_divergence_estimates_the_divergence_of_gaussians_and_is_never_negative():
@@ -177,12 +190,30 @@ def test_divergence_estimates_the_divergence_of_gaussians_and_is_never_negative(
     assert divergence(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
-def test_per_decision_reduces_all_but_the_first_dimension():
-    tokens = torch.arange(12.0).reshape(2, 3, 2)
-    total, flags = per_decision(torch.sum, tokens, tokens > 5)
-    assert total.tolist() == [15, 51]
-    assert flags.tolist() == [0, 6]
-    assert per_decision(torch.mean, torch.tensor([3.0, 4.0]))[0].tolist() == [3, 4]
+def test_actions_that_were_not_executed_count_for_nothing():
+    tokens = torch.arange(12.0).reshape(2, 3, 2)  # two decisions, three actions of two dimensions
+    executed = torch.tensor([[True, False, False], [True, True, True]])
+    assert of_executed(tokens, executed, "chunk").tolist() == [0 + 1, 6 + 7 + 8 + 9 + 10 + 11]
+    actions = of_executed(tokens.sum(-1), executed, "action")
+    assert actions.tolist() == [[1, 0, 0], [13, 17, 21]]
+    assert of_executed(tokens, executed, "token")[0].tolist() == [[0, 1], [0, 0], [0, 0]]
+    assert mean_of_executed(actions, executed).tolist() == [1, 17]
+    assert mean_of_executed(tokens, executed).tolist() == [0.5, 8.5]
+    chunks = torch.tensor([3.0, 4.0])
+    assert of_executed(chunks, executed, "chunk").tolist() == [3, 4]
+    assert mean_of_executed(chunks, executed).tolist() == [3, 4]
+    assert sum_per_decision(tokens).tolist() == [15, 51]
+
+
+def test_an_action_that_was_not_executed_gets_no_gradient():
+    logprob = torch.zeros(1, 3, requires_grad=True)
+    executed = torch.tensor([[True, True, False]])
+    for level in ("chunk", "action"):
+        logratio = of_executed(logprob, executed, level)
+        loss = mean_of_executed(policy_loss(logratio, torch.ones(1), 0.2, 0.2, None)[0], executed)
+        (gradient,) = torch.autograd.grad(loss.sum(), logprob)
+        share = {"chunk": -1.0, "action": -0.5}[level]
+        assert gradient.tolist() == [[share, share, 0.0]]
 
 
 def test_the_loss_is_that_of_an_independent_formula():
@@ -191,7 +222,8 @@ def test_the_loss_is_that_of_an_independent_formula():
     for shape in ((5,), (5, 3), (5, 3, 2)):
         logratio = 0.5 * torch.randn(shape, generator=generator)
         advantages = torch.randn(5, generator=generator)
-        loss, clipped = per_decision(torch.mean, *policy_loss(logratio, advantages, 0.2, 0.28, 3.0))
+        executed = torch.ones(5, 3, dtype=torch.bool)
+        loss, clipped = (mean_of_executed(x, executed) for x in policy_loss(logratio, advantages, 0.2, 0.28, 3.0))
         for i in range(5):
             losses, flags = [], []
             for entry in logratio[i].flatten().tolist():
@@ -250,6 +282,11 @@ def test_index_and_concatenate_keep_the_nesting():
     np.testing.assert_array_equal(rows["video"], [11, 1])
     np.testing.assert_array_equal(rows["text"], ["b", "b"])
     torch.testing.assert_close(rows["pair"].right, torch.tensor([11, 1]))
+
+
+def test_means_are_taken_by_name():
+    stats = [{"a": torch.tensor(1.0), "b": torch.tensor(5.0)}, {"a": torch.tensor(3.0), "b": torch.tensor(5.0)}]
+    assert {name: x.item() for name, x in mean_of(stats).items()} == {"a": 2.0, "b": 5.0}
 
 
 def test_finished_episodes_reads_only_the_ended_rows():

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from algorithms import ppo_gr00t
-from algorithms.common import checkpoints
-from algorithms.common.checkpoints import checkpoints_in, generator_states, restore_generators
+from algorithms.common import resume
+from algorithms.common.resume import checkpoints_in, generator_states, restore_generators
+from examples.own_agent_in_ppo import MLPAgent
 from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
-from tests.algorithms.mlp_agent import MLPAgent
 
 ROOT = Path(__file__).resolve().parents[2]
 ALGORITHMS = ("ppo", "grpo")
@@ -121,18 +122,33 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(tmp_path: Path, alg
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_sigterm_saves_and_ends_with_status_0(tmp_path: Path, algorithm: str):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_request_to_stop_saves_and_ends(tmp_path: Path, algorithm: str, number: int, status: int):
     process = start(algorithm, output_dir=str(tmp_path), env="slow", num_iterations=1000)
     wait_for(lambda: list(tmp_path.glob("*/metrics.jsonl")) or process.poll() is not None)
-    process.terminate()
+    process.send_signal(number)
+    process.send_signal(number)  # as a launcher does that got it too
     output, _ = process.communicate(timeout=150)
-    assert process.returncode == 0, output
+    assert process.returncode == status, output
     run = run_folder(tmp_path)
     (saved,) = checkpoints_in(run)
     assert saved[0] == len(logged(run)) >= 1
     assert f"the state is in {saved[1]}" in output
     train(algorithm, tmp_path, resume=run, num_iterations=saved[0] + 1)
     assert len(logged(run)) == saved[0] + 1
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resume.StopSignal, "_ECHO_S", 0.0)
+    before = signal.getsignal(signal.SIGINT)  # ignored by what a shell has started in the background
+    with resume.StopSignal(Accelerator(cpu=True)) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(SystemExit) as caught:
+            stop.check()
+        assert caught.value.code == 130
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_sigterm_during_an_evaluation_keeps_the_iteration_and_the_continuation_says_what_is_missing(
@@ -167,7 +183,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"algorithms.common.checkpoints.{failing}", full)
+        patch.setattr(f"algorithms.common.resume.{failing}", full)
         with pytest.raises(OSError, match="No space left") as caught:
             train("ppo", tmp_path, num_iterations=2, resume=run)
     assert f"the newest checkpoint is {run / 'checkpoints' / 'iteration_1'}" in " ".join(caught.value.__notes__)
@@ -175,6 +191,23 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
     train("ppo", tmp_path, num_iterations=3, resume=run)
     train("ppo", tmp_path / "whole", num_iterations=3)
     assert logged(run) == logged(run_folder(tmp_path / "whole"))
+
+
+def test_files_that_do_not_fit_are_named_as_a_full_disk_is(tmp_path: Path):
+    """The system refuses the file in the middle, whoever writes it; safetensors then raises an error of its own."""
+    train("ppo", tmp_path, num_iterations=1)
+    run = run_folder(tmp_path)
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
+        "from pathlib import Path; from tests.algorithms.line_trainer import train; "
+        "train('ppo', Path(sys.argv[1]), num_iterations=2, resume='auto')"
+    )
+    result = subprocess.run([sys.executable, "-c", limited, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "OSError: [Errno 27] File too large" in result.stderr
+    newest = run / "checkpoints" / "iteration_1"
+    assert f"iteration_2 was not written; the newest checkpoint is {newest}" in result.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["iteration_1"]
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -187,20 +220,29 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path, monkeypatc
         train("ppo", tmp_path, keep_last=0)
 
 
-def test_a_stop_keeps_the_score_of_what_was_saved(tmp_path: Path):
+def test_a_stop_keeps_what_was_saved_and_its_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Breaks(LineVectorEnv):
         def step(self, actions: Any) -> Any:
             raise ZeroDivisionError
 
-    train("ppo", tmp_path, num_iterations=2, save_interval=1)
+    monkeypatch.setattr("algorithms.ppo_gr00t.evaluate_into", lambda *inputs: 0.7)
+    evaluation = dict(eval_interval=1, eval_episodes_per_task=1)
+    train("ppo", tmp_path, num_iterations=2, save_interval=1, **evaluation)
     run = run_folder(tmp_path)
-    state_file = run / "checkpoints" / "iteration_2" / checkpoints.STATE_FOLDER / checkpoints.STATE_FILE
-    score, saved_at = json.loads(state_file.read_text())["score"], state_file.stat().st_mtime_ns
-    assert score == logged(run)[-1]["env/success_once"]
-    with pytest.raises(ZeroDivisionError):
-        train("ppo", tmp_path, num_iterations=3, save_interval=1, resume=run, env=Breaks)
-    assert state_file.stat().st_mtime_ns > saved_at
-    assert json.loads(state_file.read_text())["score"] == score
+    state_file = run / "checkpoints" / "iteration_2" / resume.STATE_FOLDER / resume.STATE_FILE
+    saved, inode = state_file.read_bytes(), state_file.stat().st_ino
+    assert json.loads(saved)["score"] == logged(run)[-1]["eval/success_once"] == 0.7
+    with pytest.raises(ZeroDivisionError) as caught:
+        train("ppo", tmp_path, num_iterations=3, save_interval=1, resume=run, env=Breaks, **evaluation)
+    assert f"the state before this rollout is in {state_file.parents[1]}" in " ".join(caught.value.__notes__)
+    # What is there is whole and the same, so it is not replaced.
+    assert (state_file.read_bytes(), state_file.stat().st_ino) == (saved, inode)
+
+
+def test_without_evaluations_no_checkpoint_is_the_best(tmp_path: Path):
+    """An iteration shorter than a horizon sees successes end first: its rate is no score."""
+    train("ppo", tmp_path, num_iterations=3, save_interval=1, keep_last=1)
+    assert [iteration for iteration, _ in checkpoints_in(run_folder(tmp_path))] == [3]
 
 
 def test_evaluated_iterations_are_saved_while_the_best_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -214,7 +256,7 @@ def test_a_checkpoint_is_what_from_pretrained_loads(tmp_path: Path):
     train("ppo", tmp_path, make_agent=make_tiny_agent, num_iterations=1, num_steps=4, update_epochs=1)
     folder = run_folder(tmp_path) / "checkpoints" / "iteration_1"
     agent = Gr00tAgent.from_pretrained(folder)
-    trained = load_file(folder / checkpoints.STATE_FOLDER / "weights.safetensors")
+    trained = load_file(folder / resume.STATE_FOLDER / "weights.safetensors")
     assert any(name.startswith("action_head") for name in trained)
     assert not any(name.startswith("backbone") and name in dict(agent.named_parameters()) for name in trained)
     assert all(torch.equal(agent.state_dict()[name], value) for name, value in trained.items())
@@ -247,6 +289,70 @@ def test_auto_begins_a_new_run_if_there_is_none_and_says_so(tmp_path: Path, caps
     train("ppo", tmp_path, resume="auto", num_iterations=3)
     assert len(logged(tmp_path / "ppo_libero_spatial_1")) == 1
     assert len(logged(tmp_path / "ppo_libero_spatial_1-2")) == 3
+
+
+def test_auto_takes_a_name_as_it_is_written(tmp_path: Path):
+    """Neither as a pattern nor as that of another run's second."""
+    for name in ("exp1", "exp[1]", "exp*", "demo-2", "demo_1"):
+        train("ppo", tmp_path, run_name=name, num_iterations=1)
+    for name in ("exp[1]", "exp*", "demo", "demo-2"):
+        train("ppo", tmp_path, run_name=name, num_iterations=2, resume="auto")
+    done = {path.name: len(logged(path)) for path in tmp_path.iterdir()}
+    # What is called demo-2 is not the second demo, but it takes its number.
+    assert done == {"exp1": 1, "exp[1]": 2, "exp*": 2, "demo-2": 2, "demo_1": 1, "demo-3": 2}
+    train("ppo", tmp_path, run_name="demo", num_iterations=3, resume="auto")
+    assert len(logged(tmp_path / "demo-3")) == 3
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/tmp/x", "{nothing}", "{0}", "{"])
+def test_a_name_that_is_none_of_a_folder_is_refused(tmp_path: Path, name: str):
+    for going_on in (None, "auto"):
+        with pytest.raises(ValueError, match="run_name="):
+            train("ppo", tmp_path / "runs", run_name=name, resume=going_on)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path: Path):
+    process = start("ppo", output_dir=str(tmp_path), env="slow", num_iterations=1000, save_interval=1)
+    wait_for(lambda: list(tmp_path.glob("*/checkpoints/iteration_1")) or process.poll() is not None)
+    run = run_folder(tmp_path)
+    for going_on in ("auto", run):
+        with pytest.raises(RuntimeError, match=rf"{run} is in use by process {process.pid} on .*; wait for its end"):
+            train("ppo", tmp_path, num_iterations=1000, resume=going_on)
+    assert json.loads((run / "args.json").read_text())["save_interval"] == 1
+    process.kill()
+    process.communicate()
+    done = checkpoints_in(run)[-1][0]
+    train("ppo", tmp_path, num_iterations=done + 1, resume=run)
+    assert len(logged(run)) == done + 1
+
+
+def test_a_critic_that_warms_up_is_resumed(tmp_path: Path):
+    """The policy has not moved yet, and its moments go on where they were."""
+    options = dict(critic_warmup_iterations=2)
+    train("ppo", tmp_path / "whole", num_iterations=4, **options)
+    train("ppo", tmp_path / "parts", num_iterations=1, **options)
+    state = run_folder(tmp_path / "parts") / "checkpoints" / "iteration_1" / resume.STATE_FOLDER
+    saved = load_file(state / "optimizer.safetensors")
+    assert {name.partition(".")[0].partition("/")[0] for name in saved} == {"actor", "critic", "log_std"}
+    assert saved["log_std/exp_avg"].abs().max() > 0
+    train("ppo", tmp_path / "parts", num_iterations=4, resume="auto", **options)
+    assert logged(run_folder(tmp_path / "parts")) == logged(run_folder(tmp_path / "whole"))
+
+
+def test_stopped_before_the_first_update_it_is_the_same_run(tmp_path: Path):
+    """Nothing that saving does, such as asking the optimiser for its state, counts as a step."""
+
+    class Breaks(LineVectorEnv):
+        def step(self, actions: Any) -> Any:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train("ppo", tmp_path / "parts", env=Breaks)
+    assert [done for done, _ in checkpoints_in(run_folder(tmp_path / "parts"))] == [0]
+    train("ppo", tmp_path / "parts", resume="auto")
+    train("ppo", tmp_path / "whole")
+    assert logged(run_folder(tmp_path / "parts")) == logged(run_folder(tmp_path / "whole"))
 
 
 def test_without_environment_states_new_episodes_begin_and_it_is_said(

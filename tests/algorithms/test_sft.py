@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,18 +20,20 @@ from torch import nn
 
 from algorithms import sft_gr00t
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment, hue_rotation, jitter
-from algorithms.common.ema import WeightAverage
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
-from algorithms.common.training_state import load_state, save_state, trained_parameters
-from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_rate_at
+from algorithms.common.resume import checkpoints_in
+from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_rate_at, make_average
 from gr00t_agent import Gr00tAgent, read_metadata
 from gr00t_agent.lerobot import LeRobotDataset
 from gr00t_agent.transforms import resize_views
+from tests.algorithms.line_env import LineVectorEnv
+from tests.algorithms.sft_trainer import make_tiny, sft_args
 from tests.algorithms.tiny_agent import tiny_agent
 from tests.gr00t_agent.lerobot_data import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
+STATE = "checkpoints/step_6/training_state"
 PLAIN = Augmentation(random_crop=False, brightness=0, contrast=0, saturation=0, hue=0)
 
 
@@ -151,16 +155,28 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
 
 def test_average_of_weights_by_hand():
     parameter = nn.Parameter(torch.zeros(2))
-    average = WeightAverage([parameter], decay=0.5)
+    average = make_average([parameter], decay=0.5)
     parameter.data.fill_(1.0)
-    average.update(1)  # decay 2/11
-    assert average.averages[0].tolist() == pytest.approx([9 / 11] * 2)
-    average.update(100)  # decay 0.5
-    with average.applied():
-        assert parameter.tolist() == pytest.approx([10 / 11] * 2)
+    average.step([parameter])  # decay 2/11
+    assert average.shadow_params[0].tolist() == pytest.approx([9 / 11] * 2)
+    average.optimization_step = 99
+    average.step([parameter])  # decay 0.5
+    average.store([parameter])
+    average.copy_to([parameter])
+    assert parameter.tolist() == pytest.approx([10 / 11] * 2)
+    average.restore([parameter])
     assert parameter.tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match=r"decay=1.0 is not in"):
-        WeightAverage([parameter], decay=1.0)
+
+
+def test_the_average_of_rounded_weights_is_kept_in_float32():
+    parameter = nn.Parameter(torch.full((1,), 1.0, dtype=torch.bfloat16))
+    average = make_average([parameter], decay=0.999)
+    average.optimization_step = 100_000
+    parameter.data.fill_(2.0)
+    for _ in range(10):
+        average.step([parameter])
+    # In bfloat16 a step of 0.001 from 1 would be lost.
+    assert average.shadow_params[0].tolist() == pytest.approx([2 - 0.999**10], abs=1e-6)
 
 
 def test_adapters_train_alone_in_their_part_and_merge_into_the_plain_network(demonstrations):
@@ -174,7 +190,7 @@ def test_adapters_train_alone_in_their_part_and_merge_into_the_plain_network(dem
     assert add_lora(agent, LoraSettings(rank=2, dropout=0.0)) == 9  # 3 in each of 2 DiT blocks and 1 VL block
     agent.eval()
     torch.testing.assert_close(agent.predict_chunk(obs, noise=noise), before)
-    trained = set(trained_parameters(agent))
+    trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
     assert not any("action_head.model." in name and ".lora_" not in name for name in trained)
     assert any(name.startswith("action_head.state_encoder") for name in trained)
     assert not any("value_head" in name for name in trained)
@@ -196,19 +212,6 @@ def test_adapters_train_alone_in_their_part_and_merge_into_the_plain_network(dem
 
 
 # -- the trainer -------------------------------------------------------------------------------------------------------
-
-
-def make_tiny(args: Args, metadata: Any) -> Gr00tAgent:
-    return tiny_agent(metadata)
-
-
-def sft_args(folder: Path, demonstrations: Path, **changes: Any) -> Args:
-    defaults: dict[str, Any] = dict(
-        dataset=str(demonstrations), output_dir=folder, run_name="run", cache_dir=folder / "cache", num_steps=6,
-        batch_size=8, micro_batch_size=8, learning_rate=2e-3, warmup_fraction=0.0, eval_episodes_per_task=0,
-        save_interval=3, log_interval=1, log_with=(), compute_dtype="float32", num_loader_threads=2,
-    )  # fmt: skip
-    return Args(**(defaults | changes))
 
 
 def losses(run: Path) -> list[float]:
@@ -260,21 +263,88 @@ def test_a_resumed_run_equals_an_uninterrupted_one(demonstrations, tmp_path, mon
     sft_gr00t.main(resumed, make_tiny)
     whole = tmp_path / "whole" / "run"
     assert losses(run) == losses(whole)
-    for file in ("checkpoints/step_6/model.safetensors", "state/weights.safetensors", "state/optimizer.safetensors"):
+    for file in (
+        "checkpoints/step_6/model.safetensors",
+        f"{STATE}/weights.safetensors",
+        f"{STATE}/optimizer.safetensors",
+    ):
         ours, theirs = load_file(run / file), load_file(whole / file)
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert torch.equal(value, theirs[name]), (file, name)
     # With averaged weights the checkpoint is not the state.
     exported, state = (
-        load_file(whole / f) for f in ("checkpoints/step_6/model.safetensors", "state/weights.safetensors")
+        load_file(whole / f) for f in ("checkpoints/step_6/model.safetensors", f"{STATE}/weights.safetensors")
     )
     name = "action_head.action_decoder.layer1.W"
     assert not torch.equal(exported[name], state[name])
     with pytest.raises(ValueError, match=r"cannot go on with other arguments: batch_size=16 \(was 8\)"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations, **options, resume=run, batch_size=16), make_tiny)
-    with pytest.raises(FileNotFoundError, match=r"holds no args.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint to go on from"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations, resume=tmp_path), make_tiny)
+
+
+def test_what_was_not_logged_is_kept_over_a_stop(demonstrations, tmp_path, monkeypatch):
+    """Means since the last log, whatever step the run was stopped after, are those of an uninterrupted run."""
+    options = dict(log_interval=4, save_interval=0, keep_best=0)
+    sft_gr00t.main(sft_args(tmp_path / "whole", demonstrations, **options), make_tiny)
+
+    def request_stop(step: int, args: Args) -> float:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate_at(step, args)
+
+    stopped = sft_args(tmp_path / "parts", demonstrations, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_gr00t, "learning_rate_at", request_stop)
+        with pytest.raises(SystemExit) as caught:
+            sft_gr00t.main(stopped, make_tiny)
+    assert caught.value.code == 0
+    run = tmp_path / "parts" / "run"
+    assert [done for done, _ in checkpoints_in(run)] == [3]
+    assert not (run / "metrics.jsonl").exists()
+    sft_gr00t.main(replace(stopped, resume=Path("auto")), make_tiny)
+    assert losses(run) == losses(tmp_path / "whole" / "run")
+    assert len(losses(run)) == 2
+
+
+def test_a_stop_during_an_evaluation_keeps_the_step(demonstrations, tmp_path, monkeypatch, capsys):
+    def evaluate_into(path: Path, step: int, agent: Gr00tAgent, make_envs: Any, args: Args) -> float:
+        envs = make_envs(2)
+        envs.reset(seed=0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            envs.step(np.zeros((2, 2, 7), np.float32))
+
+    args = sft_args(tmp_path, demonstrations, num_steps=4, eval_interval=2, eval_episodes_per_task=1, ema_decay=0.9)
+    weights: list[torch.Tensor] = []
+
+    def make_agent(args: Args, metadata: Any) -> Gr00tAgent:
+        agent = make_tiny(args, metadata)
+        weights.append(agent.action_head.action_decoder.layer1.W)
+        return agent
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_gr00t, "evaluate_into", evaluate_into)
+        with pytest.raises(SystemExit):
+            sft_gr00t.main(args, make_agent, lambda args, num_envs, size: LineVectorEnv(num_envs, image_size=size))
+    ((done, folder),) = checkpoints_in(tmp_path / "run")
+    assert done == 2 == len(losses(tmp_path / "run"))
+    # It was stopped with averaged weights in their place; the trained ones are back and saved.
+    state = load_file(folder / "training_state" / "weights.safetensors")
+    assert torch.equal(state["action_head.action_decoder.layer1.W"], weights[0])
+    assert not torch.equal(load_file(folder / "model.safetensors")["action_head.action_decoder.layer1.W"], weights[0])
+    monkeypatch.setattr(sft_gr00t, "evaluate_into", lambda *inputs: 0.5)
+    sft_gr00t.main(replace(args, resume=Path("auto")), make_tiny)
+    assert "the evaluation of" in capsys.readouterr().out
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(demonstrations, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.5, 0.1])
+    monkeypatch.setattr(sft_gr00t, "evaluate_into", lambda *inputs: next(scores))
+    args = sft_args(tmp_path, demonstrations, save_interval=1, keep_last=1, eval_interval=2, eval_episodes_per_task=1)
+    sft_gr00t.main(args, make_tiny)
+    assert [done for done, _ in checkpoints_in(tmp_path / "run")] == [2, 6]
 
 
 def test_micro_batches_and_frame_caches_do_not_change_the_result(demonstrations, tmp_path):
@@ -305,7 +375,7 @@ def test_two_processes_equal_one(demonstrations, tmp_path):
     program = tmp_path / "two.py"
     program.write_text(
         "import torch\nfrom pathlib import Path\nfrom algorithms import sft_gr00t\n"
-        "from tests.algorithms.test_sft import make_tiny, sft_args\ntorch.set_num_threads(1)\n"
+        "from tests.algorithms.sft_trainer import make_tiny, sft_args\ntorch.set_num_threads(1)\n"
         f"args = sft_args(Path({str(tmp_path / 'two')!r}), Path({str(demonstrations)!r}), **{options!r})\n"
         "sft_gr00t.main(args, make_tiny)\n"
     )
@@ -319,7 +389,7 @@ def test_two_processes_equal_one(demonstrations, tmp_path):
     assert result.stdout.count("step 4/4") == result.stdout.count("checkpoint   ") == 1
     one, two = (tmp_path / name / "run" for name in ("one", "two"))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    for file in ("checkpoints/step_4/model.safetensors", "state/weights.safetensors"):
+    for file in ("checkpoints/step_4/model.safetensors", "checkpoints/step_4/training_state/weights.safetensors"):
         weights, expected = load_file(two / file), load_file(one / file)
         assert weights.keys() == expected.keys()
         # Adam makes a gradient that is all rounding as large as any. That of a key's bias always is: it moves no
@@ -334,13 +404,14 @@ def test_exports_statistics_and_flags(demonstrations, tmp_path, monkeypatch):
     calls: list[Any] = []
 
     def evaluate_into(path: Path, step: int, agent: Gr00tAgent, make_envs: Any, args: Args) -> float:
-        calls.append((step, agent.training, make_envs(3)))
+        envs = make_envs(3)
+        calls.append((step, agent.training, envs.num_envs, envs.unwrapped.image_size))
         return 0.25
 
     monkeypatch.setattr(sft_gr00t, "evaluate_into", evaluate_into)
     args = sft_args(tmp_path, demonstrations, num_steps=4, eval_interval=2, eval_episodes_per_task=1)
-    metrics = sft_gr00t.main(args, make_tiny, lambda args, num_envs, image_size: (num_envs, image_size))  # pyright: ignore
-    assert calls == [(2, False, (3, 32)), (4, False, (3, 32))]
+    metrics = sft_gr00t.main(args, make_tiny, lambda args, num_envs, size: LineVectorEnv(num_envs, image_size=size))
+    assert calls == [(2, False, 3, 32), (4, False, 3, 32)]
     assert metrics["eval/success_once"] == 0.25
     folder = tmp_path / "run" / "checkpoints" / "step_4"
     assert read_metadata(folder / "experiment_cfg" / "metadata.json", "libero_franka") == metadata
@@ -371,6 +442,8 @@ def test_bad_arguments_and_numbers_stop_the_run(demonstrations, tmp_path):
         agent.action_head.vlln.weight.data.fill_(float("nan"))
         return agent
 
+    with pytest.raises(ValueError, match=r"ema_decay=1.0 is not in \[0, 1\)"):
+        sft_gr00t.main(sft_args(tmp_path, demonstrations, ema_decay=1.0), make_tiny)
     with pytest.raises(FloatingPointError, match="gradient norm is nan in iteration 1"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations), make_broken)
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -400,12 +473,3 @@ def test_a_checkpoint_of_other_data_is_refused(demonstrations, tmp_path):
         train(lambda content: content["statistics"]["action"].pop("gripper"))
     with pytest.raises(ValueError, match=r"video.image is \(64, 48\) pixels in the policy's metadata, \(32, 32\) in"):
         train(lambda content: content["modalities"]["video"]["image"].update(resolution=[48, 64]))
-
-
-def test_a_state_of_another_network_is_refused(tmp_path):
-    small, large = nn.Linear(2, 2), nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(small.parameters())
-    save_state(tmp_path / "state", small, optimizer, 7, {})
-    assert load_state(tmp_path / "state", nn.Linear(2, 2), optimizer)[0] == 7
-    with pytest.raises(ValueError, match="of another network or other tune flags"):
-        load_state(tmp_path / "state", large, torch.optim.AdamW(large.parameters()))

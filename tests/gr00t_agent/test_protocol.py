@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from examples.own_agent_in_ppo import MLPAgent
 from gr00t_agent import Gr00tAgent, PolicyConfig, check_agent
-from tests.algorithms.mlp_agent import MLPAgent
 from tests.gr00t_agent.conftest import make_observation
 
 KEYS = tuple(f"state.{name}" for name in ("x", "y", "z", "roll", "pitch", "yaw", "gripper"))
@@ -82,6 +82,10 @@ def with_action(action_type: Callable[[Tensor], Any]) -> MLPAgent:
         return result if action is not None else replaced(result, 0, action_type(result[0].env_action))
 
     return forward_with(change)
+
+
+def encodes_nothing(self, obs):
+    return obs if "state" in obs else {}
 
 
 def encodes_itself(self, obs, action=None, *, generator=None):
@@ -226,7 +230,9 @@ CASES = {
         r"get_value\(obs\) differs from the value of forward.* by 0\.1",
     ),
     "encode nothing": (
-        lambda: broken(encode=lambda self, obs: {}, forward=encodes_itself, get_value=values_itself),
+        lambda: broken(
+            encode=lambda self, obs: obs if "state" in obs else {}, forward=encodes_itself, get_value=values_itself
+        ),
         TypeError,
         r"encode\(obs\) returns a dict; return a dict of tensors, not empty",
     ),

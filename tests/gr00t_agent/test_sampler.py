@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gr00t_agent.sampler import FlowSampler, Prediction, gaussian_entropy, gaussian_log_prob
+from gr00t_agent.sampler import NOISE_METHODS, FlowSampler, Prediction, gaussian_entropy, gaussian_log_prob
 
 METHODS = ("flow_sde", "flow_cps", "reinflow")
 # float32 arithmetic over chains of a network; two correct codings of the formulas differ by 2e-6.
@@ -233,17 +233,51 @@ def test_entropy_is_the_mean_negative_log_prob():
     assert torch.allclose(estimate, scores.entropy.mean(dim=(0, 2, 3)), atol=0.03)
 
 
-def test_reinflow_joint_clips_the_chain_and_scores_all_steps():
+def test_reinflow_joint_clips_the_means_and_scores_all_steps():
     sampler = FlowSampler(num_steps=3, method="reinflow_joint")
     generator = torch.Generator().manual_seed(0)
     index = sampler.draw_index(8, torch.device("cpu"))
     noise = torch.randn(8, 4, 2, generator=generator)
     chain, scores = sampler.sample(constant(4.0, std=0.1), noise, index, generator=generator)
-    assert chain[:, 1:].abs().max() <= 1
+    assert scores.mean.abs().max() == 1
+    assert chain[:, 1:].abs().max() > 1  # the noise comes after
     assert scores.log_prob.shape == (8, 4, 4, 2)
-    mean = chain[:, 0] + 4.0 / 3
+    mean = (chain[:, 0] + 4.0 / 3).clamp(-1, 1)
     expected = torch.distributions.Normal(mean, 0.1).log_prob(chain[:, 1])
     assert torch.allclose(scores.log_prob[:, 1], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("method", NOISE_METHODS)
+@pytest.mark.parametrize("speed_of_chain", [0.3, 0.8, 8.0], ids=["interior", "around_bound", "beyond_bound"])
+def test_the_score_has_mean_zero(method: str, joint: bool, speed_of_chain: float):
+    """E[d log p / d velocity] = 0 wherever the chain ends; and log p averages to minus the entropy."""
+    sampler = FlowSampler(num_steps=4, method=method, joint=joint)
+    num_samples = 40_000
+    generator = torch.Generator().manual_seed(0)
+    # Every chain starts at 0.2; the velocity leads to 0.5, to 1, or pushes each step beyond 1.
+    speed = torch.tensor(speed_of_chain, requires_grad=True)
+    start = torch.full((num_samples, 1, 1), 0.2)
+
+    def velocity(x: torch.Tensor, step: torch.Tensor) -> Prediction:
+        std = torch.full_like(x, 0.1) if sampler.is_learned else None
+        return Prediction(speed * torch.ones_like(x), std)
+
+    index = sampler.draw_index(num_samples, torch.device("cpu"), generator)
+    with torch.no_grad():
+        chain, _ = sampler.sample(velocity, start, index, generator=generator)
+    scores = sampler.evaluate(velocity, chain, index)
+    first = 1 if sampler.is_joint else 0  # without the initial noise, which was not drawn here
+    log_prob = scores.log_prob[:, first:].sum(dim=(1, 2, 3))
+    entropy = scores.entropy.expand_as(scores.log_prob)[:, first:].sum(dim=(1, 2, 3))
+    # The velocity acts on all samples alike: the variance of single scores is that of sums over blocks.
+    blocks = log_prob.reshape(100, -1).sum(dim=1)
+    gradients = torch.stack([torch.autograd.grad(block, speed, retain_graph=True)[0] for block in blocks])
+    per_sample = gradients / (num_samples / 100)
+    error = per_sample.std() / math.sqrt(100)
+    assert per_sample.mean().abs() <= 4 * error + 1e-6
+    deviation = log_prob.detach() + entropy.detach()
+    assert deviation.mean().abs() <= 4 * deviation.std() / math.sqrt(num_samples) + 1e-6
 
 
 @pytest.mark.parametrize("method", ["flow_sde", "flow_cps"])

@@ -1,4 +1,4 @@
-"""Modality keys, gripper convention and the plain layout, on hand-made observations."""
+"""Modality keys and the gripper's convention, on hand-made observations."""
 
 import json
 from typing import ClassVar
@@ -12,12 +12,12 @@ from libero_gym.adapters import (
     ModalityObservation,
     ModalityVectorObservation,
     action_from_modality,
-    action_to_modality,
     load_modality,
     observation_to_modality,
-    observation_to_plain,
 )
+from libero_gym.conventions import gripper_to_data
 
+NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 SPACE = spaces.Dict(
     {
         "images": spaces.Box(0, 255, (6, 6, 3), np.uint8),
@@ -98,11 +98,11 @@ def test_gripper_open_is_one_in_data_and_minus_one_in_the_environment():
     np.testing.assert_array_equal(between[:, 6], [-1.0, 0.0])
 
 
-def test_action_round_trip_keeps_leading_shape():
+def test_leading_dimensions_are_kept_and_data_round_trips():
     action = np.random.default_rng(1).uniform(-1, 1, (3, 5, 7)).astype(np.float32)
     action[..., 6] = np.sign(action[..., 6])
-    parts = action_to_modality(action)
-    assert parts["action.gripper"].shape == (3, 5, 1)
+    parts = {f"action.{name}": action[..., i : i + 1] for i, name in enumerate(NAMES)}
+    parts["action.gripper"] = gripper_to_data(action[..., 6:])
     np.testing.assert_array_equal(action_from_modality(parts), action)
 
 
@@ -115,15 +115,10 @@ def test_action_round_trip_keeps_leading_shape():
     ],
 )
 def test_bad_actions_are_refused(change, message):
-    parts = action_to_modality(np.zeros((2, 7), np.float32)) | change
+    parts = {f"action.{name}": np.zeros((2, 1), np.float32) for name in NAMES} | change
     parts = {key: value for key, value in parts.items() if value is not None}
     with pytest.raises(ValueError, match=message):
         action_from_modality(parts)
-
-
-def test_wrong_action_width_is_refused():
-    with pytest.raises(ValueError, match=r"shape \(2, 6\), expected \(..., 7\)"):
-        action_to_modality(np.zeros((2, 6), np.float32))
 
 
 def test_user_modality_file(tmp_path):
@@ -154,29 +149,6 @@ def test_bad_modality_files_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_modality(path)
-
-
-def test_plain_layout_resizes_and_batches():
-    observation = make_observation()
-    plain = observation_to_plain(observation)
-    assert plain["images"].shape == (1, 3, 224, 224)
-    assert plain["wrist_images"].dtype == np.uint8
-    assert plain["states"].shape == (1, 8)
-    assert plain["task_descriptions"] == ["open it"]
-    same = observation_to_plain(observation, image_size=6)
-    np.testing.assert_array_equal(same["images"][0], observation["images"].transpose(2, 0, 1))
-    half = observation_to_plain({**observation, "images": np.full((6, 6, 3), 77, np.uint8)}, image_size=3)
-    np.testing.assert_array_equal(half["images"], np.full((1, 3, 3, 3), 77))
-    with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
-        observation_to_plain(observation, image_size=0)
-
-
-def test_plain_layout_halves_a_ramp_by_hand():
-    # Source pixels at -1, 0, 1, 2 of the first output pixel get triangle weights 1/4, 3/4, 3/4, 1/4; the one
-    # outside is dropped and the rest renormalised: (3/4 * 0 + 3/4 * 40 + 1/4 * 80) / (7/4) = 28.6.
-    ramp = np.broadcast_to((np.arange(6) * 40).astype(np.uint8)[:, None, None], (6, 6, 3))
-    plain = observation_to_plain({**make_observation(), "images": ramp}, image_size=3)
-    np.testing.assert_array_equal(plain["images"][0, 0, :, 0], [29, 100, 171])
 
 
 def test_single_wrapper_space_holds_its_observations():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from libero_gym.env import LiberoEnv, make_observation_space
+from libero_gym.env import LiberoEnv
+from libero_gym.options import make_observation_space
 from libero_gym.physics.simulation import PhysicsError
 from libero_gym.tasks.suites import get_task, list_suites, list_tasks
 
@@ -114,7 +115,7 @@ def test_truncates_at_the_horizon():
 
 
 def test_default_horizon_is_the_suites():
-    assert _make("libero_10")._horizon == 480
+    assert _make("libero_10").options.horizon == 480
 
 
 @pytest.mark.parametrize(

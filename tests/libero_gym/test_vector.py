@@ -1,6 +1,7 @@
 """The vector environment: Gymnasium's contract, equality with single environments, chunks, autoreset, bad input."""
 
 import itertools
+import sys
 
 import gymnasium
 import numpy as np
@@ -9,8 +10,9 @@ from gymnasium.vector import AutoresetMode
 
 from libero_gym.env import LiberoEnv
 from libero_gym.physics.simulation import PhysicsError
+from libero_gym.physics.worlds import Steps
 from libero_gym.rendering.raycast import WarpRenderer
-from libero_gym.vector import LiberoVectorEnv
+from libero_gym.vector import Episodes, LiberoVectorEnv
 
 SUITE = "libero_spatial"
 
@@ -31,7 +33,7 @@ def random_actions(num_steps, *lead, seed=0):
 
 def force_success(env, i):
     """Makes environment `i` succeed at its next step, whatever the physics does."""
-    env.simulations[i]._goal = lambda data: True
+    env.simulations[i].goal = lambda data: True
 
 
 def assert_same(left, right):
@@ -198,10 +200,36 @@ def test_next_step_autoreset_ignores_one_action():
     assert env.step(no_motion(1))[3].all()
 
 
+def test_book_keeping_by_hand():
+    episodes = Episodes(4, horizon=5, reward="relative")
+    episodes.begin(np.arange(4), np.array([False, False, True, False]))
+    episodes.length[1] = 3
+    ran = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]], np.bool_)
+    successes = np.array([[0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]], np.bool_)
+    rewards, terminations, truncations = episodes.advance(Steps(ran, successes))
+    np.testing.assert_array_equal(rewards, [[0, 1, 0], [0, 0, 0], [-1, 0, 0], [0, 0, 0]])
+    assert terminations.tolist() == [True, False, False, False]
+    assert truncations.tolist() == [False, True, False, False]
+    assert episodes.is_done.tolist() == [True, True, False, False]
+    assert episodes.length.tolist() == [2, 5, 3, 0]
+    assert episodes.steps_left.tolist() == [3, 0, 2, 5]
+    assert episodes.last_value.tolist() == [1, 0, 0, 0]
+    assert episodes.total_reward.tolist() == [1, 0, -1, 0]
+    episodes.set_state(3, episodes.get_state(0))
+    assert {name: values[3] for name, values in vars(episodes).items() if isinstance(values, np.ndarray)} == {
+        "length": 2, "total_reward": 1, "last_value": 1, "is_done": True,
+    }  # fmt: skip
+    sparse = Episodes(1, horizon=2, reward="sparse")
+    sparse.begin(np.arange(1), np.array([True]))
+    rewards, terminations, truncations = sparse.advance(Steps(ran[:1], successes[:1]))
+    np.testing.assert_array_equal(rewards, [[0, 1, 0]])
+    assert terminations.tolist() == truncations.tolist() == [True]  # both at once
+
+
 def test_relative_reward_pays_the_change():
     env = make(1, num_action_chunks=2, reward="relative", autoreset_mode="DISABLED")
     env.reset(seed=0)
-    env._slots[0].last_value = 1.0  # as if the goal had just been lost
+    env.set_state(0, env.get_state(0) | {"last_value": np.array(1.0)})  # as if the goal had just been lost
     _, rewards, _, _, infos = env.step(no_motion(1, 2))
     np.testing.assert_array_equal(infos["rewards"], [[-1, 0]])
     assert rewards.tolist() == [-1]
@@ -292,7 +320,7 @@ def test_number_of_threads_changes_nothing():
 
 @pytest.mark.parametrize("autoreset_mode", ["SAME_STEP", "NEXT_STEP"])
 def test_drawing_while_others_step_changes_nothing(autoreset_mode, monkeypatch):
-    results = []
+    results, render = [], WarpRenderer.render
     for overlaps in (False, True):
         monkeypatch.setattr(WarpRenderer, "uses_all_cores", not overlaps)
         env = make(
@@ -300,8 +328,7 @@ def test_drawing_while_others_step_changes_nothing(autoreset_mode, monkeypatch):
             autoreset_mode=autoreset_mode,
         )  # fmt: skip
         drawn = []
-        draw = env._draw
-        monkeypatch.setattr(env, "_draw", lambda ids, draw=draw, drawn=drawn: (drawn.append(len(ids)), draw(ids))[1])
+        monkeypatch.setattr(WarpRenderer, "render", lambda *args, n=drawn: (n.append(len(args[1])), render(*args))[1])
         env.reset(seed=9)
         results.append([env.step(np.moveaxis(a, 0, 1)) for a in random_actions(6, 20).reshape(3, 2, 20, 7)])
         assert (10 in drawn) == overlaps  # in two parts
@@ -309,6 +336,22 @@ def test_drawing_while_others_step_changes_nothing(autoreset_mode, monkeypatch):
     for result, reference in zip(*results, strict=True):
         for value, known in zip(result, reference, strict=True):
             assert_same({"value": value}, {"value": known})
+
+
+def test_few_environments_that_take_unequally_long_keep_their_images(monkeypatch):
+    monkeypatch.setattr(WarpRenderer, "uses_all_cores", False)
+    options = dict(observe_images=True, image_size=16, renderer="warp", num_action_chunks=4, horizon=200)
+    env, again = make(4, num_threads=2, **options), make(4, **options)
+    env.reset(seed=0)
+    env.set_state(0, env.get_state(0) | {"episode_length": np.array(199)})  # its chunk ends after one step,
+    env.step(no_motion(4, 4))
+    observation, *_ = env.step(no_motion(4, 4))  # so that it is the last to be stepped, and all are drawn together
+    for i, state in enumerate(env.get_states()):
+        again.set_state(i, state)
+    for key in ("images", "wrist_images"):
+        np.testing.assert_array_equal(observation[key], again.observe()[key])
+    for made in (env, again):
+        made.close()
 
 
 def test_an_error_while_others_are_drawn_names_its_environment(monkeypatch):
@@ -344,6 +387,19 @@ def test_after_an_error_the_others_show_where_they_are_and_go_on(num_threads, mo
     assert (infos["num_steps"].tolist(), (terminated | truncated).tolist()) == ([0, 0, 1], [False, False, True])
     *_, infos = env.step(no_motion(3))
     assert infos["num_steps"].tolist() == [1, 1, 1]
+
+
+def test_environments_that_fail_to_settle_are_left_finished(monkeypatch):
+    env = make(2, init_states="original")
+    env.reset(seed=0)
+    generator = env.get_state(1)["rng"]
+    with monkeypatch.context() as patch:
+        patch.setattr(env.simulations[1], "step", lambda action: (_ for _ in ()).throw(PhysicsError("diverged")))
+        with pytest.raises(PhysicsError, match="diverged") as error:
+            env.reset(options={"reset_mask": np.array([False, True])})
+    assert error.value.__notes__ == ["raised by environment 1 of 2"]
+    assert env.get_state(1)["rng"] == generator
+    assert [env.step(no_motion(2))[-1]["num_steps"].tolist() for _ in range(2)] == [[1, 0], [1, 1]]
 
 
 def test_a_reset_that_is_refused_touches_nothing():
@@ -471,7 +527,15 @@ def test_render_returns_the_first_camera():
         ({"autoreset_mode": "SOMETIMES"}, "autoreset_mode='SOMETIMES' is unknown"),
         ({"camera_names": ["agentview"]}, "must name 2 cameras"),
         ({"render_mode": "human"}, "render_mode='human' is unknown"),
-        ({"images_as_torch": True}, "need observe_images=True"),
+        ({"images_as_torch": True}, "images_as_torch=True needs observe_images=True"),
+        (
+            {"images_as_torch": True, "renderer": "egl", "observe_images": True},
+            r"draws with renderer='warp' \(given: 'egl'\)",
+        ),
+        ({"render_mode": "rgb_array"}, "render_mode='rgb_array' needs observe_images=True"),
+        ({"physics": "gpu"}, r"physics='gpu' is unknown \(valid: 'cpu', 'warp'\)"),
+        ({"warp_options": "larger"}, "leave warp_options out with physics='cpu'"),
+        ({"physics": "warp", "stepping": "fast"}, "stepping='fast' chooses among CPU steppers"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -522,6 +586,14 @@ def test_stepping_before_reset_is_refused():
         env.step(no_motion(2))
     with pytest.raises(ValueError, match="never reset"):
         env.reset(options={"reset_mask": np.array([True, False])})
+
+
+def test_images_as_torch_without_torch_say_what_to_install(monkeypatch):
+    env = make(1, observe_images=True, image_size=16, images_as_torch=True)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match="images_as_torch=True needs PyTorch; install it with"):
+        env.reset(seed=0)
+    env.close()
 
 
 def test_images_as_torch_equal_the_arrays():

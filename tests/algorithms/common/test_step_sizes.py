@@ -47,3 +47,25 @@ def test_updates_end_beyond_the_target_only():
 def test_adaptive_without_a_target_is_refused(target_kl: float | None):
     with pytest.raises(ValueError, match="needs a positive target_kl"):
         make("adaptive", target_kl)
+
+
+def test_moments_form_while_the_policy_rests_and_its_first_step_is_no_larger_than_the_next():
+    sizes, groups = make("constant")
+    optimizer = sizes._optimizer
+    policy, value = (group["params"][0] for group in groups)
+
+    def step() -> float:
+        before = policy.item()
+        policy.grad, value.grad = torch.randn(1, generator=noise), torch.ones(1)
+        optimizer.step()
+        return abs(policy.item() - before)
+
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        with sizes.policy_at_rest():
+            assert step() == 0
+    assert value.item() != 0
+    assert groups[0]["lr"] == RATES["policy"]
+    first, later = step(), [step() for _ in range(20)]
+    assert first < 2 * max(later)
+    assert first < 0.9 * RATES["policy"]  # without moments, Adam's first step is as large as the step size

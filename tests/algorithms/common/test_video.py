@@ -17,8 +17,8 @@ from algorithms.common.video import (
     VIEW_SIZE,
     Frame,
     RolloutRecorder,
-    draw,
-    tile_videos,
+    picture_of,
+    read_pictures,
     write_pictures,
     write_tiled_video,
     write_video,
@@ -54,10 +54,11 @@ def test_an_episode_is_h264_that_browsers_play(tmp_path: Path):
     assert decoded.shape == (3, VIEW_SIZE + CAPTION_HEIGHT, 2 * VIEW_SIZE, 3)
     assert greys(decoded, [(100, 100), (100, 400)]) == [[40, 40], [90, 90], [140, 140]]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["episode.mp4"]
-    with pytest.raises(ValueError, match=r"given: \[0\] frames"):
+    with pytest.raises(ValueError, match="at least one picture"):
         write_video(tmp_path / "none.mp4", [], fps=4)
-    with pytest.raises(ValueError, match=r"\[1, 2\] views"):
+    with pytest.raises(ValueError, match=r"of one size, but \(304, 512, 3\) is followed by \(304, 256, 3\)"):
         write_video(tmp_path / "none.mp4", [plain(0), plain(0, views=plain(0).views[:1])], fps=4)
+    assert not (tmp_path / "none.mp4").exists()
 
 
 def test_an_interrupted_encoding_leaves_the_old_file(tmp_path: Path):
@@ -90,30 +91,37 @@ def test_a_gif_shows_every_picture_for_its_time_in_its_colours(tmp_path: Path):
         write_pictures(tmp_path / "film.gif", [], fps=8)
 
 
+def film(*values: int, view_size: int = 64) -> list[np.ndarray]:
+    """Pictures of plain greys with two views."""
+    return [picture_of(plain(value), view_size) for value in values]
+
+
 def test_tiles_of_a_gif_change_with_time(tmp_path: Path):
-    write_tiled_video(tmp_path / "tiles.gif", [[plain(40), plain(90), plain(140)], [plain(200)]], fps=4, columns=2)
-    with Image.open(tmp_path / "tiles.gif") as film:
-        shown = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
-    assert greys(np.stack(shown), [(90, 90), (90, 390 + 90)]) == [[40, 200], [90, 200], [140, 200]]
+    write_tiled_video(tmp_path / "tiles.gif", [film(40, 90, 140), film(200)], fps=4, columns=2)
+    with Image.open(tmp_path / "tiles.gif") as shown:
+        pictures = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(shown)]
+    assert greys(np.stack(pictures), [(30, 30), (30, 128 + 30)]) == [[40, 200], [90, 200], [140, 200]]
 
 
 def test_captions_tell_the_outcome_and_fit():
     def ground(frame: Frame) -> np.ndarray:
-        return draw(frame, 64)[-1, 0]
+        return picture_of(frame, 64)[-1, 0]
 
     assert not ground(plain(0)).any()
     assert ground(plain(0, success=True)).argmax() == SUCCESS_GREEN
     assert ground(plain(0, ended=True)).argmax() == FAILURE_RED
     assert ground(plain(0, ended=True, success=True)).argmax() == SUCCESS_GREEN
-    written = [draw(plain(0, **text)) for text in ({}, {"step": 6}, {"reward": 1.0}, {"task": "close the drawer"})]
+    written = [
+        picture_of(plain(0, **text)) for text in ({}, {"step": 6}, {"reward": 1.0}, {"task": "close the drawer"})
+    ]
     assert all((written[0] != other).any() for other in written[1:])
-    long = draw(plain(0, task="put both the alphabet soup and the tomato sauce in the basket " * 3))
+    long = picture_of(plain(0, task="put both the alphabet soup and the tomato sauce in the basket " * 3))
     assert not long[VIEW_SIZE:, -4:].any()  # the instruction is cut before the picture's edge
 
 
 def test_tiles_start_together_and_keep_their_last_frame(tmp_path: Path):
-    episodes = [[plain(40), plain(60), plain(80)], [plain(200)], [plain(120), plain(140)]]
-    write_tiled_video(tmp_path / "tiles.mp4", episodes, fps=2, columns=2, view_size=64)
+    films = [film(40, 60, 80), film(200), film(120, 140)]
+    write_tiled_video(tmp_path / "tiles.mp4", films, fps=2, columns=2)
     facts, decoded = decode(tmp_path / "tiles.mp4")
     height = 64 + CAPTION_HEIGHT
     assert facts == ("h264", "yuv420p", 2)
@@ -122,40 +130,36 @@ def test_tiles_start_together_and_keep_their_last_frame(tmp_path: Path):
     assert greys(decoded, corners) == [[40, 200, 120, 0], [60, 200, 140, 0], [80, 200, 140, 0]]
 
 
-def test_videos_are_tiled_as_they_were_written(tmp_path: Path):
-    paths = [tmp_path / f"{i}.mp4" for i in range(3)]
-    for path, values in zip(paths, ((40, 60), (200,), (120, 140, 160)), strict=True):
-        write_video(path, [plain(value) for value in values], fps=2.5)
-    tile_videos(tmp_path / "tiles.mp4", paths, columns=3, width=768)
+def test_films_of_other_days_are_tiled_with_new_ones_and_shrunk(tmp_path: Path):
+    write_video(tmp_path / "old.mp4", [plain(200)], fps=2.5)
+    films = [film(40, 60, view_size=256), read_pictures(tmp_path / "old.mp4"), film(120, 140, 160, view_size=256)]
+    write_tiled_video(tmp_path / "tiles.mp4", films, fps=2.5, columns=3, width=768)
     facts, decoded = decode(tmp_path / "tiles.mp4")
     assert facts == ("h264", "yuv420p", 2.5)
     assert decoded.shape == (3, 152, 768, 3)
     assert greys(decoded, [(50, 50), (50, 306), (50, 562)]) == [[40, 200, 120], [60, 200, 140], [60, 200, 160]]
-    write_video(paths[0], [plain(0)], fps=4)
-    with pytest.raises(ValueError, match="needs videos of one size and frame rate"):
-        tile_videos(tmp_path / "tiles.mp4", paths)
 
 
 @pytest.mark.parametrize(("number", "columns"), [(1, 1), (2, 2), (4, 2), (6, 3), (10, 4), (16, 4)])
 def test_tiles_fill_about_16_by_9(tmp_path: Path, number: int, columns: int):
-    write_tiled_video(tmp_path / "tiles.mp4", [[plain(0)]] * number, fps=2)
+    write_tiled_video(tmp_path / "tiles.mp4", [film(0, view_size=192)] * number, fps=2)
     _, decoded = decode(tmp_path / "tiles.mp4")
     assert decoded.shape[1:3] == (-(-number // columns) * 240, columns * 384)
 
 
 @pytest.mark.parametrize(
-    ("episodes", "options", "message"),
+    ("films", "options", "message"),
     [
-        ([], {}, r"at least one episode"),
-        ([[plain(0)], []], {}, r"given: \[1, 0\] frames"),
-        ([[plain(0)], [plain(0, views=[np.zeros((4, 4, 3), np.uint8)])]], {}, r"\[1, 2\] views"),
-        ([[plain(0)]], {"columns": 0}, r"columns=0 must be at least 1"),
-        ([[plain(0)]], {"view_size": 33}, r"view_size=33 must be a positive even number"),
+        ([], {}, r"at least one picture"),
+        ([film(0), []], {}, r"at least one each \(given: \[\(112, 128, 3\), None\]\)"),
+        ([film(0), film(0, view_size=32)], {}, r"given: \[\(112, 128, 3\), \(80, 64, 3\)\]"),
+        ([film(0, 1), [*film(0), *film(0, view_size=32)]], {}, r"given: \[\(112, 128, 3\), \(80, 64, 3\)\]"),
+        ([film(0)], {"columns": 0}, r"columns=0 must be at least 1"),
     ],
 )
-def test_tiles_that_cannot_be(tmp_path: Path, episodes: Any, options: dict[str, Any], message: str):
+def test_tiles_that_cannot_be(tmp_path: Path, films: Any, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        write_tiled_video(tmp_path / "tiles.mp4", episodes, fps=2, **options)
+        write_tiled_video(tmp_path / "tiles.mp4", films, fps=2, **options)
     assert not list(tmp_path.iterdir())
 
 

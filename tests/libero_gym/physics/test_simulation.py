@@ -79,7 +79,7 @@ def test_bare_reset_shows_the_stored_state():
     nq = simulation.model.nq
     np.testing.assert_array_equal(simulation.data.qpos, state[1 : 1 + nq])
     np.testing.assert_array_equal(simulation.data.qvel, state[1 + nq :])
-    np.testing.assert_array_equal(simulation.render_qpos, simulation.data.qpos)
+    np.testing.assert_array_equal(simulation.render_state().qpos, simulation.data.qpos)
     assert not simulation.success()
 
 
@@ -113,7 +113,7 @@ def test_observation_is_of_the_substep_before_the_last():
     simulation = _simulation()
     before = simulation.get_state()
     simulation.step([0.3, -0.2, 0.1, 0.2, 0.0, 0.0, 1.0])
-    observed = simulation.render_qpos
+    observed = simulation.render_state().qpos
     reference = Simulation(simulation.scene, stepping="numpy")
     reference.set_state(before)
     seen = []

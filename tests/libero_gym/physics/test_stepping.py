@@ -68,7 +68,7 @@ def test_step_releases_the_interpreter_lock():
     def work() -> None:
         nonlocal num_done
         for _ in range(200):
-            simulation._advance(np.zeros(7))
+            simulation.step(np.zeros(7))
             num_done += 1
 
     interval = sys.getswitchinterval()

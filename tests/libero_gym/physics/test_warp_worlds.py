@@ -10,16 +10,17 @@ import pytest
 from benchmarks.env_warp import replay
 from benchmarks.parity import _perturb
 from libero_gym.experts import run_expert
-from libero_gym.physics import warp_worlds as warp_physics
+from libero_gym.physics import warp_worlds
 from libero_gym.physics.controller import ControllerState, axis_angle_from_quat, control_substep, creation_kinematics
+from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.simulation import PhysicsError, Simulation, load_task_data
-from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds, WorldStart, axis_angles
-from libero_gym.rendering import raycast as warp_rendering
+from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds, axis_angles
+from libero_gym.rendering import raycast
 from libero_gym.rendering.raycast import WarpRenderer, list_devices
+from libero_gym.tasks.initial_states import EpisodeStart
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task, list_tasks
 from libero_gym.vector import LiberoVectorEnv
-from libero_gym.warp_vector import LiberoWarpEnv
 
 # MuJoCo Warp's kernels compile once, for a minute; after that none of these takes ten seconds.
 pytestmark = pytest.mark.slow
@@ -30,12 +31,12 @@ MANY = np.full(2, 1000)
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
-    for module in (warp_physics, warp_rendering):
+    for module in (warp_worlds, raycast):
         monkeypatch.setattr(module, "default_device", lambda: "cpu")
 
 
 def start(suite, task_id, init_state_id, placement_seed=0):
-    return WorldStart(task=get_task(suite, task_id), init_state_id=init_state_id, placement_seed=placement_seed)
+    return EpisodeStart(task=get_task(suite, task_id), init_state_id=init_state_id, placement_seed=placement_seed)
 
 
 def make_worlds(suite, num_worlds, **options):
@@ -329,7 +330,7 @@ def test_bad_arguments_of_worlds(spatial):
 
 
 def make_env(num_envs=2, **options):
-    return LiberoWarpEnv("libero_goal", num_envs, **({"observe_images": False} | options))
+    return LiberoVectorEnv("libero_goal", num_envs, physics="warp", **({"observe_images": False} | options))
 
 
 def no_motion(*lead):
@@ -386,6 +387,7 @@ def test_chunks_equal_single_steps_and_end_with_the_episode():
 
 
 def test_same_step_autoreset_gives_final_observation_and_info():
+    pytest.importorskip("torch", reason="torch is no part of this environment")
     env = make_env(horizon=2, observe_images=True, image_size=16, reward="relative", images_as_torch=True)
     env.reset(seed=0, options={"task_id": np.array([STOVE, 2]), "init_state_id": 0})
     env.step(no_motion(2))
@@ -448,11 +450,10 @@ def test_state_restores_and_branches():
 def test_made_by_id_or_by_the_physics_of_the_vector_environment():
     options = {"num_envs": 2, "physics": "warp", "observe_images": False}
     made = gymnasium.make_vec("libero_gym/libero_goal-v0", vectorization_mode="vector_entry_point", **options)
-    assert isinstance(made, LiberoWarpEnv)
-    assert isinstance(LiberoVectorEnv("libero_goal", **options), LiberoWarpEnv)
-    assert type(LiberoVectorEnv("libero_goal", observe_images=False)) is LiberoVectorEnv
-    with pytest.raises(ValueError, match=r"physics='gpu' is unknown \(valid: 'cpu', 'warp'\)"):
-        LiberoVectorEnv("libero_goal", **(options | {"physics": "gpu"}))
+    for env in (made.unwrapped, LiberoVectorEnv("libero_goal", **options)):
+        assert isinstance(env.worlds, WarpWorlds)
+        env.close()
+    assert isinstance(LiberoVectorEnv("libero_goal", observe_images=False).worlds, CpuWorlds)
 
 
 def test_draws_are_those_of_the_cpu_environments():
@@ -485,7 +486,9 @@ def test_draws_are_those_of_the_cpu_environments():
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        LiberoWarpEnv(**({"suite": "libero_goal", "num_envs": 2, "observe_images": False} | arguments))
+        LiberoVectorEnv(
+            **({"suite": "libero_goal", "num_envs": 2, "observe_images": False, "physics": "warp"} | arguments)
+        )
 
 
 def test_bad_calls_are_refused():
@@ -505,8 +508,16 @@ def test_bad_calls_are_refused():
     bad[1, 3] = np.nan
     with pytest.raises(PhysicsError, match=r"environments \[1\] are not finite"):
         env.step(bad)
-    with pytest.raises(NotImplementedError, match="no simulation for each environment"):
+    with pytest.raises(AttributeError, match="no simulation for each environment"):
         env.call("states")
+    state = env.get_state(0)
+    for change, message in (
+        ({"suite": np.array("libero_10")}, "belongs to suite libero_10, these environments to libero_goal"),
+        ({"scene": np.array("other")}, "belongs to scene other"),
+        ({"task_id": np.array(2)}, r"tasks \['libero_goal/2'\] are not among"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            env.set_state(1, state | change)
     env.close()
     with pytest.raises(ValueError, match="is closed"):
         env.observe()

@@ -1,4 +1,4 @@
-"""The ray caster on hand-made scenes and against recorded classic images; OpenGL where it is installed."""
+"""The ray caster on hand-made scenes; the choice of renderer and device; OpenGL against LIBERO, where there is one."""
 
 import ctypes
 import importlib.util
@@ -7,24 +7,23 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import mujoco
 import numpy as np
 import pytest
 
-from libero_gym.physics.simulation import RenderState, Simulation
+from libero_gym.physics.simulation import Simulation
 from libero_gym.rendering import renderers as rendering
+from libero_gym.rendering.protocol import RendererUnavailableError
 from libero_gym.rendering.ray_scene import build_ray_scene
 from libero_gym.rendering.raycast import DeviceScene, SceneCaster, WarpRenderer
-from libero_gym.rendering.renderers import GlRenderer, RendererUnavailableError, choose_egl_device, make_renderer
+from libero_gym.rendering.renderers import GlRenderer, choose_egl_device, make_renderer
 from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 DEVICE_CHOICE = {"requested": None, "cuda_device": None, "local_rank": 0}
-DATA = Path(__file__).parent / "data"
 
 # The camera looks down on a table from 2 m; the headlight shines along the view, so the centre is lit head-on.
 TABLE = """
@@ -68,22 +67,6 @@ def cast(*, material="matte", more="", lights="", size=15, antialiasing=False, c
 def to_bytes(color):
     """Rounds colours in [0, 1] to bytes as the renderer does, halves upwards."""
     return np.floor(255 * color + 0.5 + 1e-4).astype(int)
-
-
-def psnr(images, reference):
-    return 10 * np.log10(255**2 / np.mean((images.astype(np.float64) - reference) ** 2))
-
-
-def recorded(suite):
-    """Returns (stand-in for a simulation in the recorded state, its classic images [K, 128, 128, 3])."""
-    with np.load(DATA / "classic_images.npz", allow_pickle=False) as archive:
-        arrays = {name: archive[f"{suite}/{name}"] for name in (*RenderState._fields, "images")}
-    scene = load_scene(get_task(suite, 0))
-    model = mujoco.MjModel.from_binary_path(str(scene.folder / "physics.mjb"))
-    model.body_pos[scene.fixture_body_ids] = arrays["fixture_poses"][:, :3]
-    model.body_quat[scene.fixture_body_ids] = arrays["fixture_poses"][:, 3:]
-    state = RenderState(*(arrays[name] for name in RenderState._fields))
-    return types.SimpleNamespace(scene=scene, model=model, render_state=lambda: state), arrays["images"]
 
 
 def test_diffuse_and_ambient_light_by_hand():
@@ -166,17 +149,6 @@ def test_unknown_camera_is_refused():
         cast(camera="front")
 
 
-@pytest.mark.parametrize(("suite", "agentview_db", "wrist_db"), [("libero_spatial", 32, 31), ("libero_object", 27, 31)])
-def test_looks_like_the_classic_renderer(suite, agentview_db, wrist_db):
-    # Recorded from OpenGL at 128 pixels; thresholds are 1 dB below what was measured then.
-    simulation, expected = recorded(suite)
-    renderer = WarpRenderer(CAMERAS, 128, num_threads=1)
-    image = renderer.render([simulation])[0]
-    assert psnr(image[0], expected[0]) >= agentview_db
-    assert psnr(image[1], expected[1]) >= wrist_db
-    renderer.close()
-
-
 def test_batches_threads_and_repetition_change_nothing():
     task = get_task("libero_spatial", 0)
     simulations = [Simulation(load_scene(task)) for _ in range(3)]
@@ -237,8 +209,8 @@ def test_absent_device_is_refused():
         WarpRenderer(CAMERAS, 8, device="cuda:99")
 
 
-def test_camera_that_the_scene_lacks_is_refused():
-    simulation, _ = recorded("libero_spatial")
+def test_camera_that_the_scene_lacks_is_refused(recorded):
+    simulation, _ = recorded("libero_spatial/0", "3.3.2")
     renderer = WarpRenderer(("nowhere",), 8)
     with pytest.raises(ValueError, match="camera 'nowhere' is not in the scene"):
         renderer.render([simulation])
@@ -282,6 +254,7 @@ class FakeEgl:
     def __init__(self):
         self.EGL = self
         self.EGLDeviceEXT = ctypes.c_void_p
+        self.EGL_PLATFORM_DEVICE_EXT = 0x313F
         self.EGL_DISPLAY = None
         self.opened_on = []
         signature = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))
@@ -302,13 +275,22 @@ class FakeEgl:
     def eglGetError(self):
         return 0
 
+    def eglGetPlatformDisplayEXT(self, platform, device, attributes):
+        assert platform == self.EGL_PLATFORM_DEVICE_EXT
+        return f"display of {device}"
+
+    def eglInitialize(self, display, major, minor):
+        self.opened_on.append(display)
+
+    def eglTerminate(self, display):
+        self.opened_on.remove(display)
+
     def GLContext(self, width, height):
-        self.opened_on.append(os.environ["MUJOCO_EGL_DEVICE_ID"])
-        self.EGL_DISPLAY = "display"
+        assert self.opened_on == [self.EGL_DISPLAY]
         return types.SimpleNamespace(make_current=lambda: None, free=lambda: None)
 
 
-@pytest.mark.parametrize(("rank", "device"), [("0", "1"), ("1", "2")])
+@pytest.mark.parametrize(("rank", "device"), [("0", 12), ("1", 13)])
 def test_each_rank_opens_egl_on_its_own_gpu(monkeypatch, rank, device):
     platform = FakeEgl()
     monkeypatch.setitem(sys.modules, "mujoco.egl", platform)
@@ -317,8 +299,7 @@ def test_each_rank_opens_egl_on_its_own_gpu(monkeypatch, rank, device):
     monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
     renderer = GlRenderer("egl", CAMERAS, 8)
     renderer._make_current()
-    assert platform.opened_on == [device]
-    assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
+    assert platform.opened_on == [f"display of {device}"]
     renderer.close()
 
 
@@ -338,31 +319,22 @@ for _ in range(3):
     obs, *_ = env.step([0.3, -0.2, 0.1, 0, 0, 0.2, 1])
 images = [obs[f"{name}_image"][::-1, ::-1] for name in ("agentview", "robot0_eye_in_hand")]
 from libero_gym.rendering.renderers import GlRenderer
+from libero_gym.rendering.textures import installed_colorspace
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.physics.simulation import Simulation
 simulation = Simulation(load_scene(task))
 simulation.reset(task, 3, np.random.RandomState(0), init_states="original", num_settling_steps=0)
 for _ in range(3):
     simulation.step([0.3, -0.2, 0.1, 0, 0, 0.2, 1])
-ours = GlRenderer(sys.argv[1], ("agentview", "robot0_eye_in_hand"), 64).render([simulation])[0]
+cameras = ("agentview", "robot0_eye_in_hand")
+ours = GlRenderer(sys.argv[1], cameras, 64, texture_colorspace=installed_colorspace()).render([simulation])[0]
 print("differing bytes:", int((np.stack(images) != ours).sum()))
 """
 
 
-def gl_kind(kinds=("osmesa", "egl")):
-    for kind in kinds:
-        probe = f"from libero_gym.rendering.renderers import GlRenderer; print(GlRenderer({kind!r}, (), 8).describe_device())"
-        process = subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False)
-        if process.returncode == 0:
-            return kind
-    return None
-
-
 @pytest.mark.slow
-def test_gl_images_are_those_of_libero():
-    kind = gl_kind()
-    if kind is None:
-        pytest.skip("no OpenGL here: neither OSMesa (Debian: libosmesa6) nor EGL works")
+def test_gl_images_are_those_of_libero(gl_kinds):
+    kind = gl_kinds[0]
     process = subprocess.run(
         [sys.executable, "-c", LIBERO_IMAGES, kind],
         capture_output=True,
@@ -374,9 +346,8 @@ def test_gl_images_are_those_of_libero():
     assert process.stdout.splitlines()[-1] == "differing bytes: 0"
 
 
+@pytest.mark.usefixtures("egl")
 def test_egl_device_that_this_machine_lacks():
-    if gl_kind(("egl",)) is None:
-        pytest.skip("no EGL here (Debian: libegl1)")
     code = "from libero_gym.rendering.renderers import GlRenderer; GlRenderer('egl', (), 8).describe_device()"
     environment = {**os.environ, "MUJOCO_EGL_DEVICE_ID": "77"}
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)

@@ -6,12 +6,15 @@ import sys
 import tarfile
 from pathlib import Path
 
+import mujoco
+import numpy as np
 import pytest
 
-from libero_gym.tasks import archive
-from libero_gym.tasks.archive import archive_root, write_archive
+from libero_gym.__main__ import main
+from libero_gym.tasks import archive, scenes
+from libero_gym.tasks.archive import ArchivedTask, archive_root, write_archive
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import get_task, libero_root
+from libero_gym.tasks.suites import get_task, libero_root, list_tasks, load_init_states
 
 TASK_ID = 2
 # Run with and without an archive. With one, LIBERO and robosuite cannot be imported.
@@ -38,11 +41,21 @@ print(task.language, digest, len(list_suites()) == 1)
 """
 
 
+def write(path: Path) -> None:
+    task = get_task("libero_10", TASK_ID)
+    archived = ArchivedTask(
+        name=task.name,
+        bddl_file=task.bddl_file,
+        init_states=load_init_states(task),
+        scene_folder=load_scene(task).folder,
+    )
+    write_archive(path, {"libero_10": [archived]}, {}, preset=0)
+
+
 @pytest.fixture(scope="module")
 def archive_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    task = get_task("libero_10", TASK_ID)
     path = tmp_path_factory.mktemp("archive") / "libero_10.tar.xz"
-    write_archive(path, {"libero_10": [task]}, {task.bddl_file: load_scene(task).folder}, {}, preset=0)
+    write(path)
     return path
 
 
@@ -89,11 +102,32 @@ def test_an_archive_is_the_root_while_it_is_named(archive_file: Path, use):
 
 
 def test_writing_is_reproducible_and_leaves_nothing_else(archive_file: Path, tmp_path: Path):
-    task = get_task("libero_10", TASK_ID)
     again = tmp_path / "again.tar.xz"
-    write_archive(again, {"libero_10": [task]}, {task.bddl_file: load_scene(task).folder}, {}, preset=0)
+    write(again)
     assert again.read_bytes() == archive_file.read_bytes()
     assert list(tmp_path.iterdir()) == [again]
+
+
+def test_the_command_line_exports_whole_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    path, archived, noted = tmp_path / "spatial.tar.xz", {}, {}
+
+    def note(path: Path, suites, versions) -> None:
+        archived.update(suites)
+        noted.update(versions)
+        path.write_bytes(bytes(2_500_000))
+
+    monkeypatch.setattr(scenes, "write_archive", note)
+    main(["export", "--suite", "libero_spatial_lan", "--out", str(path)])
+    printed = capsys.readouterr().out
+    assert printed == f"{path}: 2.5 MB. To use it: export LIBERO_GYM_SCENES={path}\n"
+    tasks = list_tasks("libero_spatial_lan")
+    assert [task.name for task in archived["libero_spatial_lan"]] == [task.name for task in tasks]
+    for task, known in zip(archived["libero_spatial_lan"], tasks, strict=True):
+        assert task.bddl_file == known.bddl_file
+        np.testing.assert_array_equal(task.init_states, load_init_states(known))
+        assert task.scene_folder == load_scene(known).folder
+    assert "libero_root" not in noted
+    assert noted["mujoco"] == mujoco.__version__
 
 
 def test_no_archive_means_none(monkeypatch: pytest.MonkeyPatch):

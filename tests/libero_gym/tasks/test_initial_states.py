@@ -10,20 +10,20 @@ import pytest
 from libero_gym.env import LiberoEnv
 from libero_gym.physics import simulation as simulation_module
 from libero_gym.physics.predicates import in_contact
-from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, Simulation, count_init_states
-from libero_gym.tasks import initial_states as settling
+from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, Simulation
+from libero_gym.tasks import initial_states
 from libero_gym.tasks.initial_states import (
     OVERLAPPING,
-    draw_world,
-    find_faults,
+    count_init_states,
     has_recorded_states,
     load_recorded_states,
-    place_world,
-    record_suite,
+    recorded_file,
+    sample_start,
 )
 from libero_gym.tasks.scene_builder import reference_env
 from libero_gym.tasks.scenes import load_scene, load_scenes
 from libero_gym.tasks.suites import HORIZONS, get_task, list_tasks
+from tools.record_initial_states import RECORDING_VERSION, find_faults, place_world, record_suite, sample_world, settle
 
 
 def _reset(suite: str, task_id: int, init_state_id: int, **options) -> Simulation:
@@ -49,7 +49,7 @@ def test_every_task_has_fifty_recorded_states(kind, suite: str):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "suite"), RECORDED)
 def test_every_tasks_premise_holds_and_lasts(kind, suite: str):
-    # All 50 states of each task, for three seconds: `python -m libero_gym.tasks.initial_states --suite ... --check`.
+    # All 50 states of each task, for three seconds: `python tools/record_initial_states.py --suite ... --check`.
     tasks = list_tasks(suite)
     for task, scene in zip(tasks, load_scenes(tasks), strict=True):
         simulation = Simulation(scene, stepping="fast")
@@ -92,7 +92,7 @@ def test_premises_that_do_not_hold_are_found(monkeypatch: pytest.MonkeyPatch):
     ]
 
 
-@pytest.mark.skipif(mujoco.__version__ != "3.3.7", reason="needs the version that recorded")
+@pytest.mark.skipif(mujoco.__version__ != RECORDING_VERSION, reason="needs the version that recorded")
 @pytest.mark.parametrize(
     ("suite", "task_id", "state_id"),
     [("libero_spatial", 5, 3), ("libero_goal", 9, 0), ("libero_10", 3, 19), ("libero_90", 26, 0)],
@@ -100,7 +100,7 @@ def test_premises_that_do_not_hold_are_found(monkeypatch: pytest.MonkeyPatch):
 def test_recording_again_gives_the_shipped_state(suite, task_id, state_id):
     # In the last two, the fixtures of the first seed throw a bottle off.
     task = get_task(suite, task_id)
-    outcome = settling._settle(Simulation(load_scene(task)), task, state_id)
+    outcome = settle(Simulation(load_scene(task)), task, state_id)
     states = load_recorded_states(task, "settled")
     np.testing.assert_array_equal(outcome["fixture_poses"], states.fixture_poses[state_id])
     # Processors round differently in BLAS.
@@ -121,14 +121,14 @@ def test_held_out_states_are_not_the_stored_ones():
 
 @pytest.mark.skipif(not hasattr(mujoco.MjModel, "M_rowadr"), reason="before 3.3.6 LIBERO's extra passes matter")
 @pytest.mark.parametrize(("task_id", "state_id"), [(0, 1), (4, 17), (9, 49)])  # task 4 opens a drawer
-def test_held_out_states_are_what_liberos_reset_draws(task_id: int, state_id: int):
+def test_held_out_states_are_what_liberos_reset_samples(task_id: int, state_id: int):
     task = get_task("libero_spatial", task_id)
     simulation = Simulation(load_scene(task))
     states = load_recorded_states(task, "held_out")
-    with np.load(settling.recorded_file(task.suite, "held_out")) as archive:
+    with np.load(recorded_file(task.suite, "held_out")) as archive:
         seed = int(archive[f"{task_id}_seeds"][state_id])
     with reference_env(task) as env:
-        world, again = (draw_world(env, simulation.scene, seed) for _ in range(2))
+        world, again = (sample_world(env, simulation.scene, seed) for _ in range(2))
         np.random.seed(seed)  # noqa: NPY002 - LIBERO draws from the global stream
         env.reset()
         for name, value in world._asdict().items():
@@ -143,7 +143,7 @@ def test_held_out_states_are_what_liberos_reset_draws(task_id: int, state_id: in
             np.testing.assert_array_equal(simulation.data.qvel, env.sim.data.qvel)
     np.testing.assert_array_equal(simulation.render_state().fixture_poses, world.fixture_poses)
     # Contacts of boxes differ between versions, most of all where the bowl falls on the ramekin (task 5).
-    tolerance = 1e-11 if mujoco.__version__ == "3.3.7" else 5e-3
+    tolerance = 1e-11 if mujoco.__version__ == RECORDING_VERSION else 5e-3
     qpos = states.physics[state_id, : simulation.model.nq]
     np.testing.assert_allclose(simulation.data.qpos, qpos, rtol=0, atol=tolerance)
 
@@ -191,13 +191,26 @@ def test_unknown_kind():
         _reset("libero_spatial", 0, 0, init_states="fresh")
 
 
+def test_starts_are_sampled_in_one_order_and_what_is_chosen_is_not_sampled():
+    tasks = list_tasks("libero_goal")
+    by_hand = np.random.default_rng(4)
+    task_id, state_id, seed = by_hand.integers(10), by_hand.integers(50), by_hand.integers(2**32, dtype=np.uint64)
+    start = sample_start(np.random.default_rng(4), tasks, "settled")
+    assert (start.task.task_id, start.init_state_id, start.placement_seed) == (task_id, state_id, seed)
+    seed = int(np.random.default_rng(4).integers(2**32, dtype=np.uint64))
+    chosen = sample_start(np.random.default_rng(4), tasks, "settled", task=tasks[6], init_state_id=31)
+    assert (chosen.task, chosen.init_state_id, chosen.placement_seed) == (tasks[6], 31, seed)
+    with pytest.raises(ValueError, match=r"init_state_id=50 is not among the stored states of libero_goal task 0"):
+        sample_start(np.random.default_rng(4), tasks, "settled", task=tasks[0], init_state_id=50)
+
+
 def test_states_of_another_source_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(settling, "_source_digest", lambda _: "0" * 16)
+    monkeypatch.setattr(initial_states, "source_digest", lambda _: "0" * 16)
     with pytest.raises(ValueError, match="were recorded for another task"):
         load_recorded_states.__wrapped__(get_task("libero_spatial", 0), "settled")
 
 
-@pytest.mark.skipif(mujoco.__version__ == "3.3.7", reason="recording is possible under this version")
+@pytest.mark.skipif(mujoco.__version__ == RECORDING_VERSION, reason="recording is possible under this version")
 def test_recording_needs_an_old_mujoco(tmp_path):
     with pytest.raises(RuntimeError, match=r"record with 3\.3\.7"):
         record_suite("libero_spatial", tmp_path)

@@ -11,7 +11,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from libero_gym.tasks import scenes
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ
+from libero_gym.physics.controller import SUBSTEPS
+from libero_gym.tasks import scene_builder, scenes
 from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.scenes import load_scene, load_scenes
 from libero_gym.tasks.suites import get_task, list_tasks
@@ -90,6 +92,11 @@ def test_data_of_the_scene(built_scene):
     assert all(name.startswith("akita_black_bowl_1_") for name in touched)
 
 
+def test_rates_are_those_of_the_scene(built_scene):
+    step = SUBSTEPS * built_scene.physics_model.opt.timestep
+    assert step * CONTROL_FREQUENCY_HZ == pytest.approx(1.0)
+
+
 def test_scene_is_read_from_the_cache(fresh_cache):
     task = get_task("libero_spatial", 0)
     first = load_scene(task)
@@ -161,6 +168,17 @@ def test_two_processes_build_once(built_scene, tmp_path):
     ]
     assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["48", "48"]
     assert (tmp_path / "builds.txt").read_text() == "x"
+
+
+def test_installations_that_share_a_cache_keep_a_configuration_each(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path))
+    folders = []
+    for assets in ("first", "second", "first"):
+        monkeypatch.setattr(scene_builder, "_assets_root", lambda _, assets=assets: tmp_path / assets)
+        folders.append(scene_builder._write_libero_config())
+    assert folders[0] == folders[2] != folders[1]
+    for folder, assets in zip(folders, ("first", "second"), strict=False):
+        assert f'assets: "{tmp_path / assets}"' in (folder / "config.yaml").read_text()
 
 
 def test_scene_files_hold_no_absolute_asset_path(built_scene):

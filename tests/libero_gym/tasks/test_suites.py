@@ -132,6 +132,16 @@ def test_init_states_of_torch_archives(tmp_path):
     np.testing.assert_array_equal(load_init_states(task), expected)
 
 
+def test_torch_archives_without_torch_say_what_to_install(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    (tmp_path / "task.pruned_init").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    task = replace(get_task("libero_spatial", 0), init_states_file=tmp_path / "task.pruned_init")
+    with pytest.raises(ModuleNotFoundError, match="is a torch archive, and PyTorch is not installed; install it"):
+        load_init_states(task)
+
+
 def test_bddl_is_read_like_libero_reads_it():
     problem = read_problem(get_task("libero_goal", 7).bddl_file)
     assert problem.name == "libero_tabletop_manipulation"

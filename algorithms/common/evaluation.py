@@ -1,0 +1,443 @@
+"""Success rates of a policy: which episodes, how they stream through environments, what is made of the outcomes.
+
+Protocol: every chosen task from each of its first stored initial states, exactly once per seed; deterministic sampling
+from an initial noise that depends on nothing but (seed, task, initial state); `success_once`, that is success at any
+step before the horizon; Wilson 95 % intervals. An exception ends the evaluation: it never counts as a failed episode.
+
+Episodes stream through the environments: one that ends is replaced at once. All environments' rows go through the
+network in every decision, those that have no episode left included: so the batch, and with it the rounding of the
+others' actions, does not depend on what has ended.
+
+A job is (task id, initial state id), a key is (seed, task id, initial state id). Shape legend: N environments, C steps
+of an action chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from algorithms.common.episode_log import EpisodeStore, EvalEpisode
+from algorithms.common.episodes import wilson_interval
+from algorithms.common.provenance import describe_environment
+from algorithms.common.video import (
+    TASK_KEY,
+    Frame,
+    Picture,
+    frame_of,
+    picture_of,
+    read_pictures,
+    write_tiled_video,
+    write_video,
+)
+from gr00t_agent.files import write_json
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ
+from libero_gym.tasks.initial_states import InitStates, check_init_states, count_init_states
+from libero_gym.tasks.suites import get_task, horizon, list_tasks
+
+# Beside the videos of single episodes.
+OVERVIEW = "all_tasks.mp4"
+
+Job = tuple[int, int]
+Key = tuple[int, int, int]
+
+
+# --- what is asked for ---
+
+
+def evaluation_jobs(
+    suite: str, task_ids: Sequence[int] | None, episodes_per_task: int, init_states: InitStates | None = None
+) -> list[Job]:
+    """Returns every job of the protocol; None is the suite's default kind of states.
+
+    Raises:
+        ValueError: if a task is not in the suite or has fewer initial states.
+        FileNotFoundError: if the suite has no initial states of this kind.
+    """
+    kind = check_init_states(init_states, suite)
+    tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)
+    for task in tasks:
+        stored = count_init_states(task, kind)
+        if not 1 <= episodes_per_task <= stored:
+            raise ValueError(
+                f"episodes_per_task={episodes_per_task} is not possible for task {task.task_id} of {suite}, "
+                f"which stores {stored} initial states (valid: 1-{stored})"
+            )
+    return [(task.task_id, state) for task in tasks for state in range(episodes_per_task)]
+
+
+def stored_starts(suite: str, task_ids: Sequence[int] | None) -> list[Job]:
+    """Returns a job of every stored initial state; of a task that is named twice, all of them twice."""
+    kind = check_init_states(None, suite)
+    tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)
+    return [(task.task_id, state) for task in tasks for state in range(count_init_states(task, kind))]
+
+
+def jobs_in_training(args: Any) -> list[Job]:
+    """Returns the jobs of `evaluate_into`: every task's once, however often training names it."""
+    task_ids = None if args.task_ids is None else tuple(dict.fromkeys(args.task_ids))
+    return evaluation_jobs(args.suite, task_ids, args.eval_episodes_per_task)
+
+
+def episode_keys(seeds: Sequence[int], jobs: Sequence[Job]) -> list[Key]:
+    """Returns the key of every episode; raises ValueError if one is asked for twice."""
+    keys = [(seed, *job) for seed in seeds for job in jobs]
+    if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+        raise ValueError(f"(seed, task, initial state) {repeated[:3]} are asked for twice, but an episode counts once")
+    return keys
+
+
+def episode_generator(seed: int, task_id: int, init_state_id: int) -> torch.Generator:
+    """Returns the generator of one episode's noise; it depends on nothing but the arguments."""
+    state = np.random.SeedSequence((seed, task_id, init_state_id)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+# --- what comes out ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Episodes of an evaluation, in the order of their keys, with the protocol that made them.
+
+    Attributes:
+        protocol: what decides the outcomes.
+        task_descriptions: instruction by task id.
+        episodes: all of them.
+        seconds: time that this process took; without what a resumed evaluation did before.
+        timing: those seconds by phase: predict, step, reset and other.
+        videos: files of single episodes.
+    """
+
+    protocol: dict[str, Any]
+    task_descriptions: dict[int, str]
+    episodes: list[EvalEpisode]
+    seconds: float
+    timing: dict[str, float] = field(default_factory=dict)
+    videos: list[Path] = field(default_factory=list)
+
+    @property
+    def success_rate(self) -> float:
+        """Fraction of all episodes that succeeded."""
+        return sum(e.success for e in self.episodes) / len(self.episodes)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns a row per task and one for all: successes, episodes, rate and Wilson 95 % interval.
+
+        With several seeds the episodes of all count as independent.
+        """
+        rows: list[dict[str, Any]] = []
+        for task_id, description in self.task_descriptions.items():
+            of_task = [e for e in self.episodes if e.task_id == task_id]
+            rows.append(dict(task=str(task_id), description=description) | _rate(of_task))
+        return [*rows, dict(task="all", description="all tasks") | _rate(self.episodes)]
+
+    def seed_rows(self) -> list[dict[str, Any]]:
+        """Returns a row per seed over all tasks: successes, episodes, rate and Wilson 95 % interval."""
+        seeds = sorted({e.seed for e in self.episodes})
+        return [dict(seed=seed) | _rate([e for e in self.episodes if e.seed == seed]) for seed in seeds]
+
+    def save(self, path: Path) -> None:
+        """Writes the protocol, the tables and every episode as JSON."""
+        content = {
+            "protocol": self.protocol,
+            "success_once": self.success_rate,
+            "table": self.rows(),
+            "seeds": self.seed_rows(),
+            "seconds": self.seconds,
+            "timing": self.timing,
+            "episodes": [asdict(e) for e in self.episodes],
+            "environment": describe_environment(),
+        }
+        write_json(path, content)
+
+    def print_table(self) -> None:
+        """Prints the tables to the terminal."""
+        table = Table("task", "instruction", "success", "rate", "95 % interval")
+        for row in self.rows():
+            table.add_row(row["task"], row["description"], *_cells(row), end_section=row["task"] == "all")
+        seed_rows = self.seed_rows()
+        if len(seed_rows) > 1:
+            for row in seed_rows:
+                table.add_row("all", f"seed {row['seed']}", *_cells(row))
+        Console().print(table)
+
+
+def _rate(episodes: Sequence[EvalEpisode]) -> dict[str, Any]:
+    successes, total = sum(e.success for e in episodes), len(episodes)
+    low, high = wilson_interval(successes, total)
+    return dict(successes=successes, episodes=total, success_rate=successes / total, low=low, high=high)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    interval = f"{row['low']:.1%} - {row['high']:.1%}"
+    return f"{row['successes']}/{row['episodes']}", f"{row['success_rate']:.1%}", interval
+
+
+# --- the stream of episodes ---
+
+
+class SeededEnvs(Protocol):
+    """The part of a vector environment that an evaluation needs; each environment takes its own seed."""
+
+    def reset(self, *, seed: Sequence[int], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Starts episodes where `options["reset_mask"]` says so."""
+        ...
+
+
+@dataclass(eq=False)
+class _Slot:
+    """What one of the environments is doing.
+
+    Attributes:
+        key: that of its episode; None once no episode is left.
+        generator: the episode's noise.
+        num_waits: decisions for which an episode that is known already keeps the slot, nothing being run.
+        frames: what is recorded of the episode; None if nothing is.
+    """
+
+    key: Key | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    num_waits: int = 0
+    frames: list[Frame] | None = None
+
+    @property
+    def is_acting(self) -> bool:
+        """True while its environment runs an episode."""
+        return self.key is not None and self.num_waits == 0
+
+
+@torch.no_grad()
+def evaluate(
+    agent: Any,
+    envs: gym.vector.VectorEnv,
+    jobs: Sequence[Job],
+    *,
+    seed: int | Sequence[int],
+    record: Callable[[int, int], bool] = lambda task_id, init_state_id: True,
+    video_dir: Path | None = None,
+    log: EpisodeStore | None = None,
+) -> EvalResult:
+    """Runs every job once for each seed and returns the outcomes.
+
+    Args:
+        agent: `predict(obs, generator=[...])` gives an action chunk [N, C, 7] for N observations.
+        envs: environments with autoreset disabled and GR00T's modality keys.
+        jobs: the episodes.
+        seed: seed, or several, of the noise and of the environments.
+        record: which episodes of the first seed to record, as (task id, initial state id).
+        video_dir: folder of their videos, one an episode, and in `OVERVIEW` those from each task's first initial state
+            side by side; None records none.
+        log: given each episode as it ends. Those that it holds already are not run again, but keep the places in the
+            batch that they had: so the others get the places, and the actions, that they would get in one go.
+
+    Raises:
+        ValueError: there are no jobs or one is asked for twice, autoreset is not disabled, or `log` holds an episode
+            that is not asked for.
+    """
+    if not jobs:
+        raise ValueError("jobs is empty: ask for at least one task and one initial state")
+    if envs.metadata.get("autoreset_mode") != AutoresetMode.DISABLED:
+        raise ValueError(
+            f"autoreset_mode={envs.metadata.get('autoreset_mode')} would restart episodes that the protocol does not "
+            "ask for: make the environments with autoreset_mode=AutoresetMode.DISABLED"
+        )
+    seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+    keys = episode_keys(seeds, jobs)
+    episodes = [] if log is None else list(log.episodes)
+    known = {episode.key: episode for episode in episodes}
+    if foreign := sorted(set(known) - set(keys)):
+        raise ValueError(f"log holds (seed, task, initial state) {foreign[:3]}, which are not among the jobs")
+
+    num_envs = envs.num_envs
+    action_shape = (envs.action_space.shape or ())[1:]  # [C, 7], or [7] for C = 1
+    chunk_length = action_shape[0] if len(action_shape) == 2 else 1
+    fps = CONTROL_FREQUENCY_HZ / chunk_length
+    recorded = {key for key in keys if key[0] == seeds[0] and record(*key[1:])} if video_dir else set()
+    queue = iter(keys)
+    slots = [_Slot() for _ in range(num_envs)]
+    free = list(range(num_envs))
+    films: dict[Key, list[Frame]] = {}
+    descriptions: dict[int, str] = {}
+    obs: dict[str, Any] = {}
+    timing = dict.fromkeys(("predict_s", "step_s", "reset_s"), 0.0)
+    start = time.perf_counter()
+
+    while True:
+        # Every free environment gets the next episode.
+        for i in free:
+            slot = slots[i]
+            slot.key = next(queue, None)
+            slot.frames = [] if slot.key in recorded and slot.key not in known else None
+            if slot.key in known:
+                slot.num_waits = -(-known[slot.key].length // chunk_length)
+            elif slot.key is not None:
+                slot.generator = episode_generator(*slot.key)
+        starting = [i for i in free if slots[i].is_acting]
+        if starting:
+            reset_start = time.perf_counter()
+            # The first reset has to reach every environment, also those that have nothing to do.
+            reset_ids = starting if obs else list(range(num_envs))
+            obs = _reset(envs, [slot.key or keys[0] for slot in slots], reset_ids)
+            for i in starting:
+                slot = slots[i]
+                if slot.key is not None:
+                    descriptions[slot.key[1]] = str(obs[TASK_KEY][i])
+                if slot.frames is not None:
+                    slot.frames.append(frame_of(obs, i, step=0, reward=0.0, success=False))
+            timing["reset_s"] += time.perf_counter() - reset_start
+
+        acting = [i for i, slot in enumerate(slots) if slot.is_acting]
+        waiting = [i for i, slot in enumerate(slots) if slot.num_waits > 0]
+        if not acting and not waiting:
+            break
+        free = []
+        for i in waiting:
+            slots[i].num_waits -= 1
+            if slots[i].num_waits == 0:
+                free.append(i)
+        if not acting:
+            continue
+
+        # One decision for all, and its chunk of steps.
+        predict_start = time.perf_counter()
+        chunk = agent.predict(obs, generator=[slot.generator for slot in slots])
+        predicted: NDArray[np.float32] = chunk.cpu().numpy().reshape(num_envs, *action_shape)
+        step_start = time.perf_counter()
+        actions = np.zeros_like(predicted)
+        actions[acting] = predicted[acting]
+        obs, _, terminated, truncated, infos = envs.step(actions)
+        timing["predict_s"] += step_start - predict_start
+        timing["step_s"] += time.perf_counter() - step_start
+
+        for i in acting:
+            slot, ended = slots[i], bool(terminated[i] or truncated[i])
+            success, length = bool(infos["success"][i]), int(infos["episode_length"][i])
+            if slot.frames is not None:
+                reward = float(infos["episode_return"][i])
+                slot.frames.append(frame_of(obs, i, step=length, reward=reward, success=success, ended=ended))
+            if not ended or slot.key is None:
+                continue
+            episode_seed, task_id, state_id = slot.key
+            episode = EvalEpisode(
+                seed=episode_seed, task_id=task_id, init_state_id=state_id, success=success, length=length
+            )
+            if slot.frames is not None and video_dir is not None:
+                write_video(video_path(video_dir, episode), slot.frames, fps)
+                if state_id == 0:
+                    films[slot.key] = slot.frames
+            episodes.append(episode)
+            if log is not None:
+                log.append(episode)
+            free.append(i)
+        free.sort()
+
+    seconds = time.perf_counter() - start
+    episodes.sort(key=lambda e: e.key)
+    videos: dict[Key, Path] = {}
+    if video_dir is not None:
+        paths = {e.key: video_path(video_dir, e) for e in episodes if e.key in recorded}
+        videos = {key: path for key, path in paths.items() if path.is_file()}
+        _write_overview(video_dir / OVERVIEW, videos, films, fps)
+    return EvalResult(
+        protocol={
+            "seeds": list(seeds),
+            "num_episodes": len(keys),
+            "metric": "success_once",
+            "sampling": "deterministic Euler",
+            "num_envs": num_envs,
+        },
+        task_descriptions=dict(sorted(descriptions.items())),
+        episodes=episodes,
+        seconds=seconds,
+        timing=timing | {"other_s": seconds - sum(timing.values())},
+        videos=list(videos.values()),
+    )
+
+
+def _reset(envs: gym.vector.VectorEnv, keys: Sequence[Key], reset_ids: Sequence[int]) -> dict[str, Any]:
+    """Starts the episodes of `keys` in the environments `reset_ids`; returns all environments' observation."""
+    options = {
+        "reset_mask": np.isin(np.arange(len(keys)), reset_ids),
+        "task_id": np.array([task_id for _, task_id, _ in keys]),
+        "init_state_id": np.array([state_id for _, _, state_id in keys]),
+    }
+    env_seeds = [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys]
+    obs, _ = cast(SeededEnvs, envs).reset(seed=env_seeds, options=options)
+    return obs
+
+
+# --- files ---
+
+
+def _write_overview(path: Path, videos: dict[Key, Path], films: dict[Key, list[Frame]], fps: float) -> None:
+    """Writes the videos from each task's first initial state as one; those that are not in `films` from their files."""
+    pictures: list[Iterable[Picture]] = []
+    for key, video in videos.items():
+        if key in films:
+            pictures.append(picture_of(frame) for frame in films[key])
+        elif key[2] == 0:  # of an evaluation that goes on: filmed before
+            pictures.append(read_pictures(video))
+    if pictures:
+        write_tiled_video(path, pictures, fps)
+
+
+def video_path(folder: Path, episode: EvalEpisode) -> Path:
+    """Returns the file of an episode's video."""
+    outcome = "success" if episode.success else "failure"
+    return folder / f"task_{episode.task_id}_state_{episode.init_state_id}_{outcome}.mp4"
+
+
+def evaluation_file(run_path: Path, iteration: int) -> Path:
+    """Returns where a run keeps the evaluation after `iteration`."""
+    return run_path / "evaluations" / f"iteration_{iteration}.json"
+
+
+def evaluate_into(
+    run_path: Path, iteration: int, agent: Any, make_envs: Callable[[int], gym.vector.VectorEnv], args: Any
+) -> float:
+    """Evaluates an agent in training; leaves the JSON, a video per task and one of all in the run's folder.
+
+    Args:
+        run_path: the run's folder.
+        iteration: names the files.
+        agent: the agent.
+        make_envs: makes so many environments with autoreset disabled.
+        args: a trainer's arguments; it decides the simulation too (physics, stepping, renderer), as the JSON says.
+
+    Returns:
+        The success rate.
+    """
+    jobs = jobs_in_training(args)
+    video_dir = run_path / "videos" / f"iteration_{iteration}"
+    with closing(make_envs(min(args.num_envs, len(jobs)))) as envs:
+        result = evaluate(
+            agent, envs, jobs, seed=args.seed, record=lambda _, state_id: state_id == 0, video_dir=video_dir
+        )
+    result.protocol.update(
+        suite=args.suite,
+        horizon=args.horizon or horizon(args.suite),
+        task_ids=sorted({task_id for task_id, _ in jobs}),
+        episodes_per_task=args.eval_episodes_per_task,
+        init_states=check_init_states(None, args.suite),
+        image_size=agent.image_size,
+    )
+    for name in ("renderer", "physics", "stepping"):
+        if hasattr(args, name):
+            result.protocol[name] = getattr(args, name)
+    result.save(evaluation_file(run_path, iteration))
+    result.print_table()
+    return result.success_rate

@@ -1,0 +1,254 @@
+"""What a run leaves behind: its arguments, versions, metrics, checkpoints and videos, in one folder.
+
+    runs/<name>/
+        args.json          every argument
+        environment.json   git commit, package versions, hardware
+        metrics.jsonl      one line per iteration
+        logs/              TensorBoard or whatever else Accelerate's trackers write
+        checkpoints/       what `from_pretrained` loads, and what training goes on from
+        evaluations/       one JSON per evaluation
+        videos/            mp4
+        faults/            what a fault is reproduced from
+        report.html        all of it on one page, written at the end
+
+Only the main process writes; every process may call every function.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import fcntl
+import gc
+import json
+import os
+import platform
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from algorithms.common.processes import leave
+from algorithms.common.provenance import describe_environment
+from algorithms.common.report import REPORT_NAME, write_report
+from algorithms.common.stages import EnvStages
+from gr00t_agent.files import whole_file, write_json, write_text
+
+# Of the runs that this process works on; closed files would unlock them.
+_LOCKS: dict[Path, TextIO] = {}
+
+
+def base_name(args: Any) -> str:
+    """Returns `args.run_name` with the fields in braces filled in.
+
+    Raises:
+        ValueError: it has unknown fields, or is none of a folder.
+    """
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+    try:
+        name = args.run_name.format(**fields)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"run_name={args.run_name!r} cannot be filled in ({error!r}); fields in braces are names of arguments: "
+            f"{', '.join(fields)}"
+        ) from None
+    if not name or name.startswith(".") or Path(name).name != name or "\0" in name:
+        raise ValueError(
+            f"run_name={name!r} is no name of a folder: it must not be empty, begin with a dot or hold a slash; give "
+            "the place by --output-dir"
+        )
+    return name
+
+
+def choose_folder(args: Any) -> Path:
+    """Makes `args.output_dir/args.run_name` (numbered if it exists), locks it, and writes its first files."""
+    path = _make_new_folder(Path(args.output_dir), base_name(args))
+    unlock(path)  # if it was there before and was deleted
+    lock(path)
+    write_args(path, args)
+    write_json(path / "environment.json", describe_environment())
+    return path
+
+
+def write_args(path: Path, args: Any) -> None:
+    """Writes the arguments of the run in `path`."""
+    write_json(path / "args.json", args)
+
+
+def lock(path: Path) -> None:
+    """Makes this process the only one that works on the run in `path`, until it ends or unlocks.
+
+    Raises:
+        RuntimeError: another process does.
+    """
+    place = path.resolve()
+    if place in _LOCKS:
+        return
+    file = (path / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RuntimeError(
+            f"{path} is in use by {holder}; wait for its end, stop it, or start a new run under another run_name"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _LOCKS[place] = file
+
+
+def unlock(path: Path) -> None:
+    """Lets other processes work on the run again."""
+    if file := _LOCKS.pop(path.resolve(), None):
+        file.close()
+
+
+class RunFolder:
+    """A run's folder; get it from `algorithms.common.resume.open_run`."""
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path = path
+        self._accelerator = accelerator
+
+    @classmethod
+    def open(cls, path: Path, accelerator: Accelerator) -> RunFolder:
+        """Returns the run's folder, in which the accelerator's trackers log from now on."""
+        accelerator.project_configuration.logging_dir = str(path)
+        accelerator.init_trackers("logs")
+        return cls(path, accelerator)
+
+    def log(self, metrics: dict[str, float], global_step: int, iteration: int) -> None:
+        """Sends metrics to the trackers at `global_step` environment steps, and appends them to metrics.jsonl."""
+        self._accelerator.log(metrics, step=global_step)
+        if self._accelerator.is_main_process:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"iteration": iteration, "global_step": global_step, **metrics}) + "\n")
+
+    def forget_after(self, iteration: int) -> None:
+        """Drops lines of metrics.jsonl that a resumed run is about to write again, and one that was not ended."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            ended = [line for line in path.read_text("utf-8").split("\n")[:-1] if line]
+            kept = [line for line in ended if json.loads(line)["iteration"] <= iteration]
+            write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def dump(self, name: str, arrays: Mapping[str, Any]) -> Path:
+        """Writes tensors and number arrays to faults/<name>_rank_<r>.safetensors, and returns the file."""
+        path = self.path / "faults" / f"{name}_rank_{self._accelerator.process_index}.safetensors"
+        tensors = {key: torch.as_tensor(value).detach().cpu().contiguous().clone() for key, value in arrays.items()}
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary)
+        return path
+
+    @contextmanager
+    def dumps_failed_actions(self, stages: EnvStages) -> Generator[None]:
+        """Dumps the actions of an environment step that failed, if one did, and says so in the error."""
+        try:
+            yield
+        except Exception as error:
+            if stages.failed_actions:
+                path = self.dump("failed_actions", stages.failed_actions)
+                error.add_note(f"the actions of the step that failed are in {path}")
+            raise
+
+    def check_finite(self, grad_norm: Tensor, iteration: int, **batch: Tensor) -> None:
+        """Raises FloatingPointError, and dumps `batch`, if the gradient's norm or a loss in `batch` is not finite.
+
+        Args:
+            grad_norm: scalar.
+            iteration: names the file.
+            batch: the minibatch; `loss`, if there, must be finite as well.
+        """
+        if not torch.isfinite(grad_norm) or ("loss" in batch and not torch.isfinite(batch["loss"]).all()):
+            dump = self.dump(f"non_finite_iteration_{iteration}", batch)
+            culprits = [name for name, value in batch.items() if not torch.isfinite(value).all()]
+            raise FloatingPointError(
+                f"gradient norm is {grad_norm.item()} in iteration {iteration}, and not finite in the minibatch are "
+                f"{culprits or 'no values'}; it is in {dump}. Lower learning_rate or noise_level and start from the "
+                "last checkpoint."
+            )
+
+    def check_ratio(self, deviation: float, largest: float) -> None:
+        """Raises RuntimeError if the first minibatch's ratios are off 1 by more than `largest`, or not a number."""
+        if not deviation <= largest:
+            raise RuntimeError(
+                f"first minibatch's ratio is off 1 by {deviation:.3g} (max_ratio_deviation={largest}): "
+                "log-probabilities at rollout and at update differ; check dropout, dtype and noise settings"
+            )
+
+    def check_actions(self, actions: NDArray[np.float32], iteration: int, **decision: Tensor) -> None:
+        """Raises FloatingPointError, and dumps `decision`, if an action [B, C, a] is not finite."""
+        is_bad = ~np.isfinite(actions).reshape(len(actions), -1).all(axis=1)
+        if is_bad.any():
+            dump = self.dump(f"non_finite_actions_iteration_{iteration}", {"actions": actions, **decision})
+            raise FloatingPointError(
+                f"the policy chose actions that are not finite in rows {np.flatnonzero(is_bad).tolist()} of iteration "
+                f"{iteration}; the decision is in {dump}. Look at the weights and the observation's normalisation."
+            )
+
+    def summary(self, checkpoint: str, suite: str) -> str:
+        """Returns what to tell at the end of a run: where its files are and what to run next."""
+        weights = self.path / "checkpoints" / checkpoint
+        return "\n".join(
+            (
+                "",
+                f"run folder   {self.path}",
+                f"checkpoint   {weights}",
+                f"videos       {self.path / 'videos'}",
+                f"metrics      {self.path / 'metrics.jsonl'}",
+                f"report       {self.path / REPORT_NAME}",
+                "",
+                "next:",
+                f"  tensorboard --logdir {self.path.parent}",
+                f"  python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite}",
+                f"  accelerate launch algorithms/ppo_gr00t.py --model {weights} --suite {suite}",
+            )
+        )
+
+    def finish(self) -> None:
+        """Writes the report and closes the trackers and the process group, whose threads end when the program does."""
+        leave(farewell=True)
+        if self._accelerator.is_main_process:
+            write_report(self.path)
+        if torch.distributed.is_initialized():
+            atexit.register(_destroy, [torch.distributed.group.WORLD])
+        self._accelerator.end_training()
+        unlock(self.path)
+
+
+def _destroy(process_groups: list[Any]) -> None:
+    """Lets go of process groups; called when the program ends, after the models are gone and before the interpreter is.
+
+    A thread of Gloo's that has just ended the last operation may still be waiting for the interpreter's lock to free
+    what it holds. Letting go of the group joins it without the lock. DistributedDataParallel, if it let go last, would
+    join it with the lock, and so wait for ever. If the group outlived the interpreter, the thread would get no lock but
+    be ended in the middle of a destructor, which aborts the process.
+    """
+    gc.collect()  # a model in a reference cycle holds its group
+    process_groups.clear()
+
+
+def _make_new_folder(parent: Path, base: str) -> Path:
+    """Makes and returns parent/base, or parent/base-2, -3, ..., the first number after those that are there."""
+    pattern = re.compile(re.escape(base) + r"(?:-(\d+))?")
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        matches = [match for path in parent.iterdir() if (match := pattern.fullmatch(path.name))]
+        number = 1 + max((int(match[1] or 1) for match in matches), default=0)
+        path = parent / (base if number == 1 else f"{base}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:  # another process was faster
+            continue
+        return path

@@ -1,0 +1,84 @@
+"""What renderers read and give, whatever draws.
+
+Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from libero_gym.tasks.scenes import Scene
+
+RendererKind = Literal["egl", "osmesa", "warp"]
+
+Images = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float64]
+
+
+class RendererUnavailableError(RuntimeError):
+    """A renderer that was asked for cannot be used on this machine."""
+
+
+class RenderState(NamedTuple):
+    """What an image of a world shows, apart from the model. All arrays are copies.
+
+    Attributes:
+        qpos: float64 [nq]; kinematics of these positions give the poses that the image shows.
+        fixture_poses: float64 [num_fixtures, 7], position (m) and quaternion wxyz of `scene.fixture_body_ids`, to be
+            written to the render model's `body_pos` and `body_quat`.
+        indicator_alpha: float64 [num_indicators], opacity of `scene.indicator_site_ids`, to be written to the render
+            model's `site_rgba[:, 3]`: a stove's glow.
+    """
+
+    qpos: FloatArray
+    fixture_poses: FloatArray
+    indicator_alpha: FloatArray
+
+
+class Drawable(Protocol):
+    """A world as renderers read it, such as `libero_gym.Simulation`."""
+
+    @property
+    def scene(self) -> Scene:
+        """The scene that the world is one of."""
+        ...
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """The physics model, with this world's fixture poses."""
+        ...
+
+    def render_state(self) -> RenderState:
+        """Return what an image of the world shows now."""
+        ...
+
+
+class Renderer(Protocol):
+    """What draws worlds."""
+
+    @property
+    def name(self) -> RendererKind:
+        """Kind of renderer."""
+        ...
+
+    @property
+    def uses_all_cores(self) -> bool:
+        """Whether drawing occupies all cores, so that nothing else should run beside it."""
+        ...
+
+    def render(self, simulations: Sequence[Drawable]) -> Images:
+        """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls.
+
+        Raises:
+            RuntimeError: this process was forked from the one that made the renderer.
+        """
+        ...
+
+    def close(self) -> None:
+        """Releases contexts and buffers; a second call does nothing."""
+        ...

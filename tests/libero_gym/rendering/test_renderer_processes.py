@@ -1,0 +1,100 @@
+"""Renderers at the end of a process, and in one that was forked."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from libero_gym.rendering import raycast
+from libero_gym.rendering.raycast import WarpRenderer
+
+LEFT_OPEN = """
+from libero_gym.rendering.renderers import GlRenderer
+renderers = [GlRenderer({kind!r}, (), 8) for _ in range(2)]
+for renderer in renderers:
+    renderer.describe_device()
+"""
+
+
+def test_opengl_that_is_left_open_ends_silently(gl_kinds):
+    for kind in gl_kinds:
+        process = subprocess.run(
+            [sys.executable, "-c", LEFT_OPEN.format(kind=kind)], capture_output=True, text=True, check=False
+        )
+        assert (process.returncode, process.stderr) == (0, "")
+
+
+# Each line is one that the child could wait for ever in.
+FORKED = """
+import multiprocessing
+import os
+import sys
+sys.path.insert(0, {folder!r})
+from conftest import read_recorded
+from libero_gym.rendering.renderers import make_renderer
+
+def make():
+    return make_renderer({kind!r}, camera_names=("agentview",), image_size=16, num_threads=2)
+
+world, _ = read_recorded("libero_spatial/0", "3.3.2")
+renderer = make()
+images = renderer.render([world])
+
+def use():
+    try:
+        renderer.render([world])
+    except RuntimeError as error:
+        print(error, flush=True)
+    try:
+        print("a new one draws alike:", (make().render([world]) == images).all(), flush=True)
+    except RuntimeError as error:
+        print(error, flush=True)
+    renderer.close()
+
+child = multiprocessing.get_context("fork").Process(target=use)
+child.start()
+child.join()
+print("exit code", child.exitcode, flush=True)
+if {kind!r} != "osmesa":  # whose library itself crashes at such an exit
+    if os.fork() == 0:
+        sys.exit(5)  # the interpreter's own way out, with exit handlers
+    print("exit code", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+print("the parent draws on:", (renderer.render([world]) == images).all())
+"""
+
+
+def run_forked(kind):
+    code = FORKED.format(folder=str(Path(__file__).parent), kind=kind)
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert process.returncode == 0, process.stderr[-2000:]
+    exits = ["exit code 0"] if kind == "osmesa" else ["exit code 0", "exit code 5"]
+    refused, new, *rest = process.stdout.splitlines()
+    assert rest == [*exits, "the parent draws on: True"]
+    return refused, new
+
+
+@pytest.mark.slow
+def test_a_forked_ray_caster_is_refused_and_a_new_one_works():
+    refused, drawn = run_forked("warp")
+    assert refused.startswith("the renderer 'warp' was opened by process ")
+    assert "which was forked from it: start processes with multiprocessing.get_context('spawn')" in refused
+    assert drawn == "a new one draws alike: True"
+
+
+@pytest.mark.slow
+def test_opengl_is_refused_in_a_forked_process(gl_kinds):
+    for kind in gl_kinds:
+        refused, new = run_forked(kind)
+        assert refused.startswith(f"the renderer {kind!r} was opened by process ")
+        assert new.startswith("OpenGL was opened by process ")
+
+
+def test_a_gpu_is_refused_in_a_forked_process(monkeypatch):
+    WarpRenderer(("agentview",), 8).close()  # starts Warp in this process
+    monkeypatch.setattr(raycast, "list_devices", lambda: ["cpu", "cuda:0"])
+    monkeypatch.setattr("libero_gym.fork.os.getpid", lambda: 1)
+    with pytest.raises(RuntimeError, match=r"CUDA was opened by process \d+ and does not work in process 1"):
+        WarpRenderer(("agentview",), 8, device="cuda:0")
+    WarpRenderer(("agentview",), 8, device="cpu").close()

@@ -1,0 +1,92 @@
+"""Every example runs, with small arguments, and does what it says."""
+
+import dataclasses
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from examples import gr00t_in_cleanrl, own_agent_in_ppo, own_policy, own_robot, record_video
+from gr00t_agent import Gr00tAgent
+
+EXAMPLES = Path(own_policy.__file__).parent
+COVERED = {gr00t_in_cleanrl, own_agent_in_ppo, own_policy, own_robot, record_video}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_each_example_has_a_test_here():
+    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"__init__"}
+    assert names == {Path(str(module.__file__)).stem for module in COVERED}
+
+
+def test_record_video_films_each_episode(tmp_path: Path):
+    folder = tmp_path / "films"  # RecordVideo warns of a folder that is there
+    successes = record_video.record("libero_spatial", 3, num_episodes=2, image_size=64, output=folder, max_steps=12)
+    assert successes == [False, False]  # a demonstration takes some hundred steps
+    films = sorted(folder.glob("libero_spatial-3-episode-*.mp4"))
+    assert len(films) == 2
+    with av.open(str(films[0])) as film:
+        (stream,) = film.streams
+        assert (stream.width, stream.height, float(stream.average_rate)) == (64, 64, 20.0)
+        pictures = [frame.to_ndarray(format="rgb24") for frame in film.decode(stream)]
+    assert len(pictures) == 13  # the reset's and one a step
+    assert pictures[0].std() > 10
+
+
+def test_own_policy_moves_the_gripper_where_it_says():
+    result = own_policy.main(["--num-envs", "2", "--horizon", "60", "--image-size", "32"])
+    assert result["episode_length"].tolist() == [60, 60]
+    assert not result["success"].any()
+    np.testing.assert_allclose(result["states"][:, :3], [[0.0, 0.1, 1.1]] * 2, atol=0.02)
+    fingers = result["states"][:, 6:]
+    assert (np.abs(fingers) < 0.01).all()  # closed: they start 4 cm apart
+
+
+@pytest.mark.slow
+def test_gr00t_agent_in_cleanrl():
+    args = gr00t_in_cleanrl.Args(
+        train_backbone=True, task_id=3, horizon=10, total_timesteps=30, num_envs=2, num_steps=3, num_minibatches=3,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    torch.manual_seed(args.seed)
+    before = dict(Gr00tAgent.load("nano").named_parameters())
+    agent, metrics = gr00t_in_cleanrl.main(args)
+    assert np.isfinite(list(metrics.values())).all()
+    assert metrics["first_ratio_deviation"] < 1e-5  # what was stored is scored as it was sampled
+    assert metrics["approx_kl"] > 0
+    moved = [name for name, p in agent.named_parameters() if not torch.equal(p, before[name])]
+    for part in ("value_head", "action_decoder", "vision_model"):
+        assert any(part in name for name in moved), part
+    with pytest.raises(ValueError, match=r"num_envs \* num_steps = 6 must be a multiple of num_minibatches=4"):
+        gr00t_in_cleanrl.main(gr00t_in_cleanrl.Args(num_envs=2, num_steps=3))
+
+
+@pytest.mark.slow
+def test_own_agent_in_ppo(tmp_path: Path):
+    args = dataclasses.replace(
+        own_agent_in_ppo.DEFAULTS, output_dir=tmp_path, task_ids=(0,), num_iterations=2, num_envs=2, num_steps=4,
+        num_action_chunks=3, horizon=9, minibatch_size=4, micro_batch_size=4, update_epochs=1, log_with=(),
+    )  # fmt: skip
+    metrics = own_agent_in_ppo.main(args)
+    # Four decisions of three steps, truncated after nine: every environment ends an episode in each iteration.
+    assert metrics["env/episode_len"] == 9
+    assert metrics["actor/ratio_first_minibatch_max_dev"] < 1e-5
+    assert metrics["eval/success_once"] == 0.0
+    run = tmp_path / "own_agent_libero_spatial_1"
+    assert (run / "evaluations" / "iteration_2.json").is_file()
+    assert len(list((run / "videos" / "iteration_2").glob("task_0_state_0_failure.mp4"))) == 1
+
+
+def test_own_robot_learns_and_is_saved(tmp_path: Path):
+    losses = own_robot.main(own_robot.Args(num_steps=12, batch_size=8, output=tmp_path))
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    assert (tmp_path / "model.safetensors").is_file()
