@@ -18,7 +18,7 @@ from gr00t_agent.data_config import embodiment_id
 from gr00t_agent.loading import Pretrained
 from gr00t_agent.policy import FlowAction, NoiseSource, PolicyConfig, SamplingDraws
 from gr00t_agent.sampler import Prediction
-from gr00t_agent.transforms import Observation, Preprocessor, pixels_from_bytes
+from gr00t_agent.transforms import Observation, Preprocessor, check_rows, pixels_from_bytes
 
 
 class Gr00tAgent(Pretrained):
@@ -42,6 +42,11 @@ class Gr00tAgent(Pretrained):
         if not 0 < policy.num_action_chunks <= head.action_horizon:
             raise ValueError(
                 f"num_action_chunks={policy.num_action_chunks} is not in 1-{head.action_horizon} (the action horizon)"
+            )
+        if policy.denoising_steps > head.num_timestep_buckets:
+            raise ValueError(
+                f"denoising_steps={policy.denoising_steps} exceeds num_timestep_buckets={head.num_timestep_buckets}; "
+                "give fewer"
             )
         self.sampler = policy.sampler
         tag = preprocessor.data_config.embodiment_tag
@@ -201,9 +206,9 @@ class Gr00tAgent(Pretrained):
                 "pixels": self.preprocessor.images(obs, self.device),
                 "input_ids": input_ids,
             }
-            rows = {name: len(tensor) for name, tensor in encoded.items()}
-            if len(set(rows.values())) > 1:
-                raise ValueError(f"the observation's parts differ in batch size: {rows}")
+            data_config = self.preprocessor.data_config
+            names = {"input_ids": data_config.language_key, "state": "state.*", "pixels": "video.*"}
+            check_rows({names[name]: len(encoded[name]) for name in names})
             if self.backbone_is_frozen:
                 encoded["backbone_features"] = self._features(encoded)
                 del encoded["pixels"], encoded["input_ids"]

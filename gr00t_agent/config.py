@@ -9,12 +9,13 @@ Keys that this package does not read are kept and written back unchanged.
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from gr00t_agent.files import JsonDict, naming, read_json, require, typed
+from gr00t_agent.files import JsonDict, has_file, naming, read_json, require, typed, write_json
 
 PresetName = Literal["nano", "gr00t_n1d5"]
 
@@ -23,8 +24,8 @@ EAGLE_FOLDER = "eagle2_hg_model"
 DATA = Path(__file__).parent / "data"
 
 MODEL_TYPE = "gr00t_n1_5"
-# `model_type` or architecture of the other generations' config.json.
-OTHER_GENERATIONS = {"gr00t_n1": "N1", "GR00T_N1": "N1", "Gr00tN1d6": "N1.6", "Gr00tN1d7": "N1.7"}
+# `model_type` and architecture in config.json: gr00t_n1 and GR00T_N1 of N1, gr00t_n1_5 and GR00T_N1_5, Gr00tN1d6 ...
+GENERATION = re.compile(r"gr00t_?n(\d+)(?:[_d.](\d+))?", re.IGNORECASE)
 
 # What of the Eagle config's two sections reaches the network, and of which type it is; nothing else does. What is
 # absent and not required has transformers' default, as where transformers writes such files.
@@ -66,7 +67,10 @@ EAGLE_REQUIRED = (
     "rope_theta",
     "vocab_size",
 )
+# Far above those of any network: a number beyond is damage, of which a network could be built for hours.
+MAX_LAYERS, MAX_SIZE = 1000, 10_000_000
 # Names of attention kernels that files of this format carry. None is used: see `backbone`.
+ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 ATTENTION_NAMES = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -80,9 +84,11 @@ def _shipped(name: PresetName) -> tuple[JsonDict, JsonDict]:
 
 def _only(data: Mapping[str, Any], key: str, allowed: Any, where: str) -> None:
     """Refuse a setting of the format that this implementation does not have."""
-    if data.get(key, allowed) != allowed:
+    value = data.get(key, allowed)
+    # To Python, True is 1.
+    if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
         raise ValueError(
-            f"{where}.{key}={data[key]!r} is not supported (supported: {allowed!r}); "
+            f"{where}.{key}={value!r} is not supported (supported: {allowed!r}); "
             "released GR00T-N1.5 checkpoints use the supported value"
         )
 
@@ -91,11 +97,13 @@ def _check_generation(model_json: Mapping[str, Any]) -> None:
     """Refuse the `config.json` of another generation of GR00T, or of another program's policy."""
     kind = model_json.get("model_type", MODEL_TYPE)
     architectures: Any = model_json.get("architectures")
-    for name in [kind, *(architectures if isinstance(architectures, list) else [])]:
-        if isinstance(name, str) and name in OTHER_GENERATIONS:
+    for name in [kind, *(architectures if isinstance(architectures, list) else [architectures])]:
+        found = GENERATION.search(name) if isinstance(name, str) else None
+        if found and found.groups() != ("1", "5"):
+            generation = "N" + ".".join(filter(None, found.groups()))
             raise ValueError(
-                f"{name!r} is GR00T {OTHER_GENERATIONS[name]}, another network; only N1.5 is supported (model_type "
-                f"{MODEL_TYPE!r}), for example nvidia/GR00T-N1.5-3B"
+                f"{name!r} is GR00T {generation}, another network; only N1.5 is supported (model_type {MODEL_TYPE!r}), "
+                "for example nvidia/GR00T-N1.5-3B"
             )
     if "type" in model_json and "action_head_cfg" not in model_json:
         raise ValueError(
@@ -112,33 +120,48 @@ def _eagle_section(eagle: JsonDict, name: str, kinds: Mapping[str, type], model_
     section = typed(require(eagle, name, "eagle config"), dict, where)
     _only(section, "model_type", model_type, where)
     _only(section, "attention_dropout", 0, where)
-    for key in ("_attn_implementation", "attn_implementation"):
-        _check_attention_name(section, key, where)
+    _check_attention_name(section, where)
     found: JsonDict = {}
     for key, kind in kinds.items():
         if key not in section and key not in EAGLE_REQUIRED:
             continue
         found[key] = typed(require(section, key, where), kind, f"{where}.{key}")
-        if kind is not bool and kind is not str and found[key] <= 0:
-            raise ValueError(f"{where}.{key}={found[key]} must be positive")
+        if kind is not bool and kind is not str:
+            _check_size(key, found[key], where)
     return found
 
 
-def _check_attention_name(data: Mapping[str, Any], key: str, where: str) -> None:
-    if data.get(key) not in ATTENTION_NAMES:
-        raise ValueError(
-            f"{where}.{key}={data[key]!r} is no attention of transformers' own (allowed: "
-            f"{', '.join(map(str, ATTENTION_NAMES))}); another name would make transformers load code of that name"
-        )
+def _check_size(name: str, value: float, where: str) -> None:
+    limit = MAX_LAYERS if name in ("num_layers", "num_hidden_layers") else MAX_SIZE
+    if value <= 0:
+        raise ValueError(f"{where}.{name}={value} must be positive")
+    if isinstance(value, int) and value > limit:
+        raise ValueError(f"{where}.{name}={value} is above {limit}, which no network reaches; the file is damaged")
+
+
+def _check_multiple(data: Mapping[str, Any], key: str, divisor: str, where: str) -> None:
+    if data[key] % data[divisor]:
+        raise ValueError(f"{where}.{key}={data[key]} is no multiple of {divisor}={data[divisor]}")
+
+
+def _check_attention_name(data: Mapping[str, Any], where: str) -> None:
+    for key in ATTENTION_KEYS:
+        if data.get(key) not in ATTENTION_NAMES:
+            raise ValueError(
+                f"{where}.{key}={data[key]!r} is no attention of transformers' own (allowed: "
+                f"{', '.join(map(str, ATTENTION_NAMES))}); another name would make transformers load code of that name"
+            )
 
 
 def _typed_fields(cls: type, data: Mapping[str, Any], where: str) -> JsonDict:
-    """Return the entries that are fields of a dataclass, of the right type and not negative."""
+    """Return the entries that are fields of a dataclass, of the right type and in range."""
     hints = get_type_hints(cls)
     found = {f.name: typed(data[f.name], hints[f.name], f"{where}.{f.name}") for f in fields(cls) if f.name in data}
     for name, value in found.items():
-        if value < 0 or (value == 0 and name != "dropout"):
-            raise ValueError(f"{where}.{name}={value} must be positive")
+        if name != "dropout":
+            _check_size(name, value, where)
+        elif not 0 <= value < 1:
+            raise ValueError(f"{where}.{name}={value} is not in [0, 1)")
     return found
 
 
@@ -168,19 +191,24 @@ class TransformerConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> "TransformerConfig":
-        """Read one of `diffusion_model_cfg`, `vl_self_attention_cfg`."""
-        _only(data, "positional_embeddings", None, where)
-        _only(data, "final_dropout", True, where)
-        _only(data, "norm_type", "ada_norm", where)
-        _only(data, "interleave_self_attention", True, where)
+    def from_json(cls, data: Mapping[str, Any], where: str, *, is_dit: bool) -> "TransformerConfig":
+        """Read `diffusion_model_cfg` (`is_dit`) or `vl_self_attention_cfg`."""
+        needed = ["num_layers", "num_attention_heads", "attention_head_dim", "dropout", "positional_embeddings"]
+        supported: JsonDict = {"positional_embeddings": None, "final_dropout": True}
         # What the reference's code takes as well, and released files leave at its defaults.
-        _only(data, "activation_fn", "gelu-approximate", where)
-        _only(data, "attention_bias", True, where)
-        _only(data, "upcast_attention", False, where)
-        _only(data, "norm_eps", 1e-5, where)
-        for key in ("num_layers", "num_attention_heads", "attention_head_dim", "dropout"):
+        supported |= {"activation_fn": "gelu-approximate", "attention_bias": True, "upcast_attention": False}
+        supported |= {"norm_eps": 1e-5, "norm_elementwise_affine": not is_dit}
+        supported["norm_type"] = "ada_norm" if is_dit else "layer_norm"
+        if is_dit:
+            needed += ["interleave_self_attention", "output_dim", "cross_attention_dim"]
+            supported["interleave_self_attention"] = True
+        else:  # has no such thing, and the reference ignores the entries
+            data = {key: value for key, value in data.items() if key not in ("output_dim", "cross_attention_dim")}
+        # Where the reference's default is another one, the entry is needed.
+        for key in needed:
             require(data, key, where)
+        for key, allowed in supported.items():
+            _only(data, key, allowed, where)
         return cls(**_typed_fields(cls, data, where))
 
 
@@ -226,6 +254,11 @@ class ActionHeadConfig:
                 )
         if self.action_horizon > self.max_seq_len:
             raise ValueError(f"action_horizon={self.action_horizon} exceeds max_seq_len={self.max_seq_len}")
+        if self.num_inference_timesteps > self.num_timestep_buckets:
+            raise ValueError(
+                f"num_inference_timesteps={self.num_inference_timesteps} exceeds "
+                f"num_timestep_buckets={self.num_timestep_buckets}; steps need times of their own"
+            )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ActionHeadConfig":
@@ -242,11 +275,15 @@ class ActionHeadConfig:
             if entry.name not in optional:
                 require(data, nested.get(entry.name, entry.name), where)
         transformers = {
-            name: TransformerConfig.from_json(typed(data[key], dict, f"{where}.{key}"), f"{where}.{key}")
+            name: TransformerConfig.from_json(
+                typed(data[key], dict, f"{where}.{key}"), f"{where}.{key}", is_dit=name == "diffusion_model"
+            )
             for name, key in nested.items()
         }
         plain = {key: value for key, value in data.items() if key not in nested}
-        return cls(**transformers, **_typed_fields(cls, plain, where))
+        head = cls(**transformers, **_typed_fields(cls, plain, where))
+        _only(data, "max_action_dim", head.action_dim, where)
+        return head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,13 +308,12 @@ class ModelConfig:
     def num_llm_layers(self) -> int:
         """Language layers kept (the reference deletes the rest)."""
         kept = self.model_json["backbone_cfg"]["select_layer"]
-        return self.text["num_hidden_layers"] if kept < 0 else kept
+        return self.text["num_hidden_layers"] if kept == -1 else kept
 
     @property
     def projected_width(self) -> int | None:
         """Width to which backbone features are projected, None if they are not."""
-        projected = self.model_json["backbone_cfg"].get("project_to_dim")
-        return typed(projected, int | None, "backbone_cfg.project_to_dim")
+        return self.model_json["backbone_cfg"].get("project_to_dim")
 
     @property
     def image_size(self) -> int:
@@ -326,11 +362,15 @@ class ModelConfig:
         backbone = typed(require(model_json, "backbone_cfg", "config.json"), dict, "backbone_cfg")
         typed(require(backbone, "select_layer", "backbone_cfg"), int, "backbone_cfg.select_layer")
         _only(backbone, "reproject_vision", False, "backbone_cfg")
+        projected = typed(backbone.get("project_to_dim"), int | None, "backbone_cfg.project_to_dim")
+        if projected is not None:
+            _check_size("project_to_dim", projected, "backbone_cfg")
+        for data, where in ((model_json, "config.json"), (backbone, "backbone_cfg"), (eagle, "eagle config")):
+            _check_attention_name(data, where)
+            _only(data, "quantization_config", None, where)
         _only(eagle, "model_type", "eagle_2_5_vl", "eagle config")
         _only(eagle, "use_pixel_shuffle", False, "eagle config")
         _only(eagle, "mlp_connector_layers", 1, "eagle config")
-        for key in ("_attn_implementation", "attn_implementation"):
-            _check_attention_name(eagle, key, "eagle config")
         for key in ("image_token_index", "select_layer"):
             typed(require(eagle, key, "eagle config"), int, f"eagle config {key}")
         text = _eagle_section(eagle, "text_config", TEXT_FIELDS, "qwen3")
@@ -338,6 +378,18 @@ class ModelConfig:
         supported |= dict.fromkeys(("rope_parameters", "rope_scaling", "sliding_window"))
         for key, allowed in supported.items():
             _only(eagle["text_config"], key, allowed, "eagle config text_config")
+        layer_types = eagle["text_config"].get("layer_types")
+        typed(layer_types, tuple[Literal["full_attention"], ...] | None, "eagle config text_config.layer_types")
+        _check_multiple(text, "num_attention_heads", "num_key_value_heads", "eagle config text_config")
+        if text["head_dim"] % 2:
+            raise ValueError(
+                f"eagle config text_config.head_dim={text['head_dim']} is odd; rotary embeddings need pairs"
+            )
+        if not 0 <= eagle["image_token_index"] < text["vocab_size"]:
+            raise ValueError(
+                f"eagle config image_token_index={eagle['image_token_index']} is no token: vocab_size="
+                f"{text['vocab_size']}"
+            )
         vision = _eagle_section(eagle, "vision_config", VISION_FIELDS, "siglip_vision_model")
         for key, allowed in {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}.items():
             _only(vision, key, allowed, "eagle config vision_config")
@@ -345,11 +397,8 @@ class ModelConfig:
         has_head = typed(eagle["vision_config"].get("vision_use_head", True), bool, "vision_config.vision_use_head")
         vision["vision_use_head"] = has_head
         _only(eagle, "force_image_size", vision["image_size"], "eagle config")
-        if vision["image_size"] % vision["patch_size"]:
-            raise ValueError(
-                f"eagle config vision_config.image_size={vision['image_size']} is no multiple of "
-                f"patch_size={vision['patch_size']}"
-            )
+        _check_multiple(vision, "image_size", "patch_size", "eagle config vision_config")
+        _check_multiple(vision, "hidden_size", "num_attention_heads", "eagle config vision_config")
         config = cls(action_head=head, text=text, vision=vision, model_json=copy.deepcopy(model_json), eagle_json=eagle)
         for where, value, limit in (
             ("backbone_cfg.select_layer", config.num_llm_layers, text["num_hidden_layers"]),
@@ -357,7 +406,7 @@ class ModelConfig:
         ):
             if not 0 < value <= limit:
                 raise ValueError(f"{where} selects layer {value}, which is not in 1-{limit}")
-        width, projected = text["hidden_size"], config.projected_width
+        width = text["hidden_size"]
         if (projected or width) != head.backbone_embedding_dim:
             raise ValueError(
                 f"the backbone gives {projected or width} features, but "
@@ -382,16 +431,17 @@ class ModelConfig:
             ValueError: A file is damaged or another generation's, or a setting is inconsistent or not supported.
         """
         path = folder / "config.json"
-        if not path.is_file():
+        if not has_file(path):
             raise FileNotFoundError(
                 f"{folder} has no config.json; give a GR00T-N1.5 checkpoint folder (config.json, *.safetensors, "
                 "experiment_cfg/metadata.json)"
             )
         eagle_path = (eagle_folder if eagle_folder is not None else folder / EAGLE_FOLDER) / "config.json"
-        if eagle_folder is not None and not eagle_path.is_file():
+        has_eagle = has_file(eagle_path)
+        if eagle_folder is not None and not has_eagle:
             raise FileNotFoundError(f"eagle_folder={eagle_folder} has no config.json")
         model_json = read_json(path)
-        eagle_json = read_json(eagle_path) if eagle_path.is_file() else None
+        eagle_json = read_json(eagle_path) if has_eagle else None
         with naming(folder):
             return cls.from_json(model_json, eagle_json)
 
@@ -414,4 +464,4 @@ class ModelConfig:
             (folder / "config.json", self.model_json | {"action_head_cfg": head}),
             (folder / EAGLE_FOLDER / "config.json", self.eagle_json),
         ):
-            path.write_text(json.dumps(data, indent=2) + "\n")
+            write_json(path, data)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from gr00t_agent.files import dataclass_from_json, naming, read_json, require, typed
+from gr00t_agent.files import dataclass_from_json, has_file, is_number, naming, read_json, require, typed, write_json
 
 NormalisationMode = Literal["min_max", "mean_std", "q99", "binary"]
 NORMALISATION_MODES: tuple[str, ...] = get_args(NormalisationMode)
@@ -94,6 +94,8 @@ class DataConfig:
             for key in keys:
                 if not key.startswith(f"{name}."):
                     raise ValueError(f"{name}_keys has {key!r}; its keys start with '{name}.'")
+                if keys.count(key) > 1:
+                    raise ValueError(f"{name}_keys has {key!r} twice; name each part once")
         for modes, keys in ((self.state_modes, self.state_keys), (self.action_modes, self.action_keys)):
             for key, mode in modes.items():
                 if key not in keys:
@@ -225,10 +227,6 @@ class DatasetMetadata:
         return int(height), int(width)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def check_statistics(statistics: Any, where: str) -> None:
     """Check the statistics of one part: equally many finite numbers each, in order.
 
@@ -247,7 +245,7 @@ def check_statistics(statistics: Any, where: str) -> None:
         column: Any = given[name]
         is_list = isinstance(column, Sequence) and not isinstance(column, str)
         values = list(cast(Sequence[Any], column)) if is_list else []
-        if not values or not all(_is_number(x) for x in values):
+        if not values or not all(is_number(x) for x in values):
             raise ValueError(f"{where}: {name} is {column!r}; it must be a list of finite numbers, one an element")
         columns[name] = values
     widths = {name: len(values) for name, values in columns.items()}
@@ -257,6 +255,8 @@ def check_statistics(statistics: Any, where: str) -> None:
         for i, (a, b) in enumerate(zip(columns[low], columns[high], strict=True)):
             if a > b:
                 raise ValueError(f"{where}: {low}[{i}]={a} is above {high}[{i}]={b}; compute the statistics again")
+            if not is_number(b - a):
+                raise ValueError(f"{where}: {high}[{i}] - {low}[{i}] is {b} - {a}, beyond single precision")
     if min(columns["std"]) < 0:
         raise ValueError(f"{where}: std is {columns['std']}, which is negative; compute the statistics again")
 
@@ -271,13 +271,18 @@ def _check_entry(entry: Any, tag: str) -> None:
             where = f"{tag}.statistics.{modality}.{part}"
             check_statistics(statistics, where)
             width, shape = len(statistics["max"]), modalities.get(modality, {}).get(part, {}).get("shape")
-            if shape is not None and math.prod(typed(shape, tuple[int, ...], f"shape of {part}")) != width:
+            if shape is None:
+                continue
+            sizes = typed(shape, tuple[int, ...], f"{tag}.modalities.{modality}.{part}.shape")
+            if min(sizes, default=1) < 1 or math.prod(sizes) != width:
                 raise ValueError(f"{where} have {width} elements, but modalities say shape={shape}; they must fit")
     for camera, description in modalities.get("video", {}).items():
         where = f"{tag}.modalities.video.{camera}"
         size = typed(require(description, "resolution", where), tuple[int, int], f"{where}.resolution")
         if min(size) < 1:
             raise ValueError(f"{where}.resolution={list(size)} must be width and height in pixels")
+        if typed(description.get("channels", 3), int, f"{where}.channels") != 3:
+            raise ValueError(f"{where}.channels={description['channels']} is not supported (supported: 3)")
 
 
 def read_metadata(path: Path, embodiment_tag: str) -> DatasetMetadata:
@@ -288,7 +293,7 @@ def read_metadata(path: Path, embodiment_tag: str) -> DatasetMetadata:
         KeyError: The file has no entry for the tag, or the entry lacks something.
         ValueError: The file is damaged, or numbers in the entry are not what they must be (see `check_statistics`).
     """
-    if not path.is_file():
+    if not has_file(path):
         raise FileNotFoundError(
             f"{path} does not exist; a checkpoint keeps its statistics there. Give metadata= to use other statistics"
         )
@@ -305,10 +310,9 @@ def read_metadata(path: Path, embodiment_tag: str) -> DatasetMetadata:
 
 def write_metadata(path: Path, metadata: DatasetMetadata) -> None:
     """Write a `metadata.json`; entries of other embodiments in an existing file are kept."""
-    data = read_json(path) if path.is_file() else {}
+    data = read_json(path) if has_file(path) else {}
     data[metadata.embodiment_tag] = asdict(metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    write_json(path, data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import secrets
 import shutil
 import types
+from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -155,6 +155,8 @@ JsonDict = dict[str, Any]
 DataclassT = TypeVar("DataclassT")
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# The largest finite number of single precision, in which the network computes.
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 def resolve_folder(what: str, path_or_hub_id: str | Path, hint: str, **options: Any) -> Path:
@@ -182,6 +184,24 @@ def resolve_folder(what: str, path_or_hub_id: str | Path, hint: str, **options: 
         ) from error
 
 
+def has_file(path: Path) -> bool:
+    """Returns whether there is such a file, where nothing at all is allowed as well.
+
+    Raises:
+        FileNotFoundError: something else lies there: a folder, or a link to nothing; or a file lies where the folder
+            should be.
+    """
+    if path.is_file():
+        return True
+    if os.path.lexists(path):
+        raise FileNotFoundError(
+            f"{path} is no file but a folder, or a link to nothing; put the file there or delete it"
+        )
+    if os.path.lexists(path.parent) and not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder, or a link to nothing; {path.name} belongs into a folder")
+    return False
+
+
 def refuse_lfs_pointer(path: Path) -> None:
     """Raise ValueError if Git left a pointer of its large-file storage in place of a file's content."""
     with path.open("rb") as file:
@@ -197,25 +217,38 @@ def read_json(path: Path) -> JsonDict:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: A Git-LFS pointer, no JSON (damaged or cut), or no object.
+        ValueError: A Git-LFS pointer, no JSON (damaged or cut), a name twice in one object, or no object.
     """
+    if not has_file(path):
+        raise FileNotFoundError(f"{path} does not exist")
     refuse_lfs_pointer(path)
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+        data: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{path} is no JSON, or only a part of it ({error}); download or write it again") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a JSON {type(data).__name__}; it must hold an object")
     return cast(JsonDict, data)
 
 
-@contextlib.contextmanager
+def _object(pairs: list[tuple[str, Any]]) -> JsonDict:
+    """Return a JSON object; of a name that is there twice, Python would take the last value."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0]!r} is there twice")
+    return data
+
+
+@contextmanager
 def naming(path: Path) -> Generator[None]:
     """Put the path in front of what is said about a file's content."""
     try:
         yield
-    except (KeyError, ValueError) as error:
-        raise type(error)(f"{path}: {error.args[0]}") from error
+    except KeyError as error:
+        raise KeyError(f"{path}: {error.args[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def require(data: Mapping[str, Any], key: str, where: str) -> Any:
@@ -227,6 +260,12 @@ def require(data: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in data:
         raise KeyError(f"{where} has no key {key!r}; present: {', '.join(sorted(data)) or 'none'}")
     return data[key]
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value from JSON is a number, and finite in single precision."""
+    # Compared, not converted: integers of JSON have any size.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:
@@ -254,11 +293,15 @@ def typed(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, dict):
             return {key: typed(item, choices[1], f"{where}.{key}") for key, item in cast(JsonDict, value).items()}
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if is_number(value):
             return float(value)
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    allowed = ", ".join(map(repr, choices)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    names: dict[Any, str] = {float: "a finite number", dict: "an object"}
+    if origin is Literal:
+        allowed = ", ".join(map(repr, choices))
+    else:
+        allowed = names.get(hint) or (hint.__name__ if origin is None else str(hint))
     raise ValueError(f"{where}={value!r} is not allowed here (allowed: {allowed})")
 
 

@@ -1,6 +1,5 @@
 """Building a `Gr00tAgent` from sizes, from a preset or from a checkpoint's folder, and saving it to one."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -22,9 +21,16 @@ from gr00t_agent.data_config import (
     read_metadata,
     write_metadata,
 )
-from gr00t_agent.files import naming, read_json, require, resolve_folder, typed
+from gr00t_agent.files import has_file, naming, read_json, require, resolve_folder, typed, write_json
 from gr00t_agent.policy import PolicyConfig, preset_policy
-from gr00t_agent.transforms import Preprocessor, PromptLayout, load_tokenizer, prompt_text, save_tokenizer
+from gr00t_agent.transforms import (
+    TOKENIZER_FILES,
+    Preprocessor,
+    PromptLayout,
+    load_tokenizer,
+    prompt_text,
+    save_tokenizer,
+)
 from gr00t_agent.weights import RL_ONLY, load_weights, read_weights, write_weights
 
 logger = logging.getLogger(__name__)
@@ -170,7 +176,7 @@ class Pretrained(nn.Module):
         """
         folder = resolve_checkpoint(path_or_hub_id)
         config = ModelConfig.from_folder(folder, eagle_folder)
-        saved = _read_settings(folder)
+        saved = _read_settings(folder, config)
         if policy is None:
             policy = _default_policy(config) if saved is None else saved.policy
         if data_config is None:
@@ -179,16 +185,22 @@ class Pretrained(nn.Module):
             metadata = read_metadata(folder / METADATA_PATH, data_config.embodiment_tag)
         if tokenizer is None:
             own = folder / EAGLE_FOLDER
-            has_own = any((own / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+            has_own = any(has_file(own / file) for file in (*TOKENIZER_FILES, "merges.txt"))
             tokenizer = own if has_own else RELEASED_TOKENIZER
-        preprocessor = make_preprocessor(config, policy, data_config, metadata, tokenizer)
-        with torch.device("meta"):
-            agent = cls(config, policy, preprocessor)
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(tokenizer)
+        with naming(folder):
+            preprocessor = make_preprocessor(config, policy, data_config, metadata, tokenizer)
+            with torch.device("meta"):
+                agent = cls(config, policy, preprocessor)
         device = torch.device(device)
         tensors = read_weights(folder)
         with naming(folder):
             absent = load_weights(agent, tensors, dtype, device)
             _materialise(agent, absent, device, dtype)
+            noise_net = agent.action_head.reinflow_explore_noise_net
+            if noise_net is not None:
+                noise_net.check_std_range(policy.noise_std_range)
         if saved is not None:
             agent.set_trainable(**saved.trainable)
         return agent
@@ -239,7 +251,7 @@ class Pretrained(nn.Module):
             "data_config": self.preprocessor.data_config.to_json(),
             "trainable": self.trainable,
         }
-        (folder / POLICY_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+        write_json(folder / POLICY_FILE, saved)
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
@@ -260,10 +272,10 @@ class _Settings(NamedTuple):
     trainable: dict[str, bool]
 
 
-def _read_settings(folder: Path) -> _Settings | None:
-    """Return what `policy_config.json` holds, None if the checkpoint has none."""
+def _read_settings(folder: Path, config: ModelConfig) -> _Settings | None:
+    """Return what `policy_config.json` holds, None if the checkpoint has none; `config` is what `config.json` holds."""
     path = folder / POLICY_FILE
-    if not path.is_file():
+    if not has_file(path):
         return None
     saved = read_json(path)
     parts = _Settings._fields
@@ -278,7 +290,15 @@ def _read_settings(folder: Path) -> _Settings | None:
             raise ValueError(f"trainable has the unknown flag(s) {', '.join(unknown)} (known: {', '.join(TUNE_FLAGS)})")
         for flag in ("tune_visual", "tune_llm"):
             require(trainable, flag, "trainable")
-        return _Settings(PolicyConfig.from_json(saved["policy"]), DataConfig.from_json(saved["data_config"]), trainable)
+        policy, data_config = PolicyConfig.from_json(saved["policy"]), DataConfig.from_json(saved["data_config"])
+        head = config.action_head
+        for name, value, other, expected in (
+            ("policy.denoising_steps", policy.denoising_steps, "num_inference_timesteps", head.num_inference_timesteps),
+            ("data_config.action_horizon", data_config.action_horizon, "action_horizon", head.action_horizon),
+        ):
+            if value != expected:
+                raise ValueError(f"{name}={value}, but {other}={expected} in config.json; make them equal")
+        return _Settings(policy, data_config, trainable)
 
 
 def _default_policy(config: ModelConfig) -> PolicyConfig:
@@ -295,8 +315,9 @@ def saved_policy(folder: Path) -> PolicyConfig:
     Raises:
         FileNotFoundError, KeyError, ValueError: As in `Pretrained.from_pretrained`.
     """
-    saved = _read_settings(folder)
-    return _default_policy(ModelConfig.from_folder(folder)) if saved is None else saved.policy
+    config = ModelConfig.from_folder(folder)
+    saved = _read_settings(folder, config)
+    return _default_policy(config) if saved is None else saved.policy
 
 
 def saved_data_config(source: str | Path) -> DataConfig:
@@ -309,8 +330,9 @@ def saved_data_config(source: str | Path) -> DataConfig:
     if preset is not None:
         return _default_data_config(ModelConfig.preset(preset))
     folder = resolve_checkpoint(source)
-    saved = _read_settings(folder)
-    return _default_data_config(ModelConfig.from_folder(folder)) if saved is None else saved.data_config
+    config = ModelConfig.from_folder(folder)
+    saved = _read_settings(folder, config)
+    return _default_data_config(config) if saved is None else saved.data_config
 
 
 def _preset_name(source: str | Path) -> PresetName | None:
@@ -332,14 +354,23 @@ def make_preprocessor(
         data_config: The robot.
         metadata: Statistics.
         tokenizer: Tokenizer, or what `load_tokenizer` takes.
+
+    Raises:
+        ValueError: The parts do not fit together.
+        KeyError: The statistics do not cover the data config.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    length = policy.prompt_length
+    length, limit = policy.prompt_length, config.text.get("max_position_embeddings")
+    if length is not None and limit is not None and length > limit:
+        raise ValueError(f"prompt_length={length} exceeds the language model's max_position_embeddings={limit}")
+    empty = prompt_text("", len(data_config.video_keys), config.num_image_tokens)
+    needed = len(tokenizer.encode(empty, add_special_tokens=False))
     if length is None:
-        empty = prompt_text("", len(data_config.video_keys), config.num_image_tokens)
         # Rows of a multiple of 8 suit the matrix units.
-        length = -(-(len(tokenizer.encode(empty, add_special_tokens=False)) + INSTRUCTION_TOKENS) // 8) * 8
+        length = -(-(needed + INSTRUCTION_TOKENS) // 8) * 8
+    elif length <= needed:
+        raise ValueError(f"prompt_length={length} leaves no room for an instruction; give more than {needed} tokens")
     return Preprocessor(
         config,
         data_config,

@@ -126,6 +126,9 @@ class PolicyConfig:
             raise ValueError(f"noise_std_range={self.noise_std_range} must be positive and ascending")
         if not math.isfinite(self.noise_level):
             raise ValueError(f"noise_level={self.noise_level} must be a finite number")
+        _ = self.sampler  # refuses what does not go together
+        if self.num_action_chunks < 1:
+            raise ValueError(f"num_action_chunks={self.num_action_chunks} is below 1")
         if self.prompt_length is not None and self.prompt_length < 1:
             raise ValueError(f"prompt_length={self.prompt_length} is below 1; None leaves room for any instruction")
         if self.value_head and not all(width > 0 for width in self.value_hidden_dims):

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast  # pyright:
 
 from gr00t_agent.config import DATA, ModelConfig
 from gr00t_agent.data_config import DataConfig, DatasetMetadata, NormalisationMode
-from gr00t_agent.files import read_json, refuse_lfs_pointer, resolve_folder, typed
+from gr00t_agent.files import has_file, read_json, refuse_lfs_pointer, resolve_folder, typed
 
 Observation = Mapping[str, Any]
 PaddingMode = Literal["masked", "left", "right"]
@@ -41,6 +41,8 @@ EAGLE_TOKENS = (
     "</interval>",
 )
 PAD_TOKEN = "<|endoftext|>"
+# Tokens of the chat prompt, each of which must be one token to the tokenizer.
+PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>", IMAGE_OPEN, IMAGE_CONTEXT, IMAGE_CLOSE, PAD_TOKEN)
 NANO_TOKENIZER = DATA / "nano_tokenizer.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 
@@ -69,7 +71,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
         hint = "give a tokenizer.json, a folder with one, or for example Qwen/Qwen3-1.7B"
         path = resolve_folder("tokenizer", source, hint, allow_patterns=[*TOKENIZER_FILES, "merges.txt"])
     file = path / "tokenizer.json" if path.is_dir() else path
-    tokenizer = _file_tokenizer(file) if file.is_file() else _qwen_tokenizer(path)
+    tokenizer = _file_tokenizer(file) if has_file(file) else _qwen_tokenizer(path)
     if token_id(tokenizer, IMAGE_CONTEXT) is None:
         tokenizer.add_tokens(list(EAGLE_TOKENS), special_tokens=True)
     return tokenizer
@@ -85,11 +87,11 @@ def _file_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Build Qwen2's byte-level BPE from `vocab.json`, `merges.txt` and, where present, what adds tokens to them."""
-    absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    absent = [name for name in ("vocab.json", "merges.txt") if not has_file(folder / name)]
     if absent:
         raise FileNotFoundError(f"{folder} has no tokenizer.json, and no {' and '.join(absent)}")
     refuse_lfs_pointer(folder / "merges.txt")
-    given = {name: read_json(folder / name) for name in TOKENIZER_FILES[1:] if (folder / name).is_file()}
+    given = {name: read_json(folder / name) for name in TOKENIZER_FILES[1:] if has_file(folder / name)}
     try:
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises bare ones
@@ -222,6 +224,16 @@ class PromptLayout:
     length: int
 
 
+def check_rows(counts: Mapping[str, int]) -> None:
+    """Check that fields of an observation have equally many rows.
+
+    Raises:
+        ValueError: They do not, or have none.
+    """
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        raise ValueError(f"the observation has rows {dict(counts)}; give each field equally many, at least 1")
+
+
 class Preprocessor:
     """Turns observations into network inputs and network actions into environment actions.
 
@@ -267,16 +279,11 @@ class Preprocessor:
                 f"the data config has action_horizon={data_config.action_horizon}, the network {horizon}; give a data "
                 f"config with action_horizon={horizon}"
             )
-        image_id = token_id(tokenizer, IMAGE_CONTEXT)
-        if image_id != config.image_token_id:
-            raise ValueError(
-                f"the tokenizer gives {IMAGE_CONTEXT} the id {image_id}, the network expects {config.image_token_id}; "
-                "use the tokenizer that belongs to this checkpoint"
-            )
-        pad_id = token_id(tokenizer, PAD_TOKEN)
-        if pad_id is None:
-            raise ValueError(f"the tokenizer has no {PAD_TOKEN} token, which pads prompts")
-        self.pad_id = pad_id
+        cameras = [f"video.{name}" for name in metadata.modalities.get("video", {})]
+        absent = [key for key in data_config.video_keys if key not in cameras]
+        if cameras and absent:
+            raise KeyError(f"the metadata's modalities lack {', '.join(absent)} (present: {', '.join(cameras)})")
+        self.pad_id = self._check_tokenizer()
         self._prompt_ids: dict[str, list[int]] = {}
         self._gripper = self._gripper_mask()
 
@@ -284,6 +291,23 @@ class Preprocessor:
     def action_dim(self) -> int:
         """Valid action width a."""
         return self.action_normaliser.dim
+
+    def _check_tokenizer(self) -> int:
+        """Refuse a tokenizer that is not the network's, and return the id that pads prompts."""
+        remedy = "use the tokenizer that belongs to this checkpoint"
+        image_id, expected = token_id(self.tokenizer, IMAGE_CONTEXT), self.config.image_token_id
+        if image_id != expected:
+            raise ValueError(
+                f"the tokenizer gives {IMAGE_CONTEXT} the id {image_id}, the network expects {expected}; {remedy}"
+            )
+        for token in PROMPT_TOKENS:
+            ids = self.tokenizer.encode(token, add_special_tokens=False)
+            if len(ids) != 1 or ids[0] != token_id(self.tokenizer, token):
+                raise ValueError(f"the tokenizer takes {token} for text (ids {ids}), not for a token; {remedy}")
+        largest, size = max(self.tokenizer.get_vocab().values()), self.config.text["vocab_size"]
+        if largest >= size:
+            raise ValueError(f"the tokenizer has ids up to {largest}, but the network's vocab_size={size}; {remedy}")
+        return cast(int, token_id(self.tokenizer, PAD_TOKEN))
 
     def _gripper_mask(self) -> Tensor | None:
         key = self.data_config.gripper_key
@@ -299,6 +323,21 @@ class Preprocessor:
             raise KeyError(f"the observation has no {key!r} (present: {', '.join(map(str, obs))})")
         return obs[key]
 
+    def _numbers(self, obs: Observation, key: str, allowed: str) -> Tensor:
+        """Return an entry of numbers as a tensor, where it lies."""
+        value = self._entry(obs, key)
+        if isinstance(value, Tensor):
+            return value
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # rows of different lengths
+            raise ValueError(f"{key} is no array ({error}); it must be {allowed}") from error
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"{key} is {array.dtype} {array.shape}; it must be {allowed}")
+        # Torch takes neither steps backwards, as in a picture that was turned, nor other machines' order of bytes.
+        own = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.dtype(np.float64)
+        return torch.from_numpy(np.require(array, own, ["C", "W"]))
+
     def images(self, obs: Observation, device: torch.device) -> Tensor:
         """Return uint8 [B, V, 3, image_size, image_size].
 
@@ -307,12 +346,13 @@ class Preprocessor:
             ValueError: An image is not uint8 [B, height, width, 3], or not of the resolution in the metadata.
         """
         views: list[Tensor] = []
+        allowed, scale = "uint8 [batch, height, width, 3]", self.data_config.crop_scale
         for key in self.data_config.video_keys:
-            value = torch.as_tensor(self._entry(obs, key))
+            value = self._numbers(obs, key, allowed)
             if value.dtype != torch.uint8 or value.ndim != 4 or value.shape[-1] != 3:
-                raise ValueError(
-                    f"{key} is {value.dtype} {tuple(value.shape)}; it must be uint8 [batch, height, width, 3]"
-                )
+                raise ValueError(f"{key} is {value.dtype} {tuple(value.shape)}; it must be {allowed}")
+            if int(min(value.shape[1:3]) * scale) < 1:
+                raise ValueError(f"{key} is {tuple(value.shape)}, of which crop_scale={scale} leaves nothing")
             expected = self.metadata.resolution(key)
             if expected is not None and tuple(value.shape[1:3]) != expected:
                 raise ValueError(
@@ -320,7 +360,8 @@ class Preprocessor:
                     f"{expected[0]}x{expected[1]}; make the environment render that size"
                 )
             views.append(value.to(device, non_blocking=True))
-        size, scale = self.config.image_size, self.data_config.crop_scale
+        check_rows({key: len(view) for key, view in zip(self.data_config.video_keys, views, strict=True)})
+        size = self.config.image_size
         if all(view.shape == views[0].shape for view in views):
             # One call for all views: [B, V, h, w, 3] in the order of the prompt's placeholders.
             stacked = torch.stack(views, dim=1)
@@ -332,20 +373,21 @@ class Preprocessor:
 
         Raises:
             KeyError: A part is missing.
-            ValueError: A part is not [B, width], or not finite.
+            ValueError: A part is not of numbers, not [B, width], or not finite.
         """
         parts: list[Tensor] = []
         for key, width in self.state_normaliser.widths.items():
-            value = torch.as_tensor(self._entry(obs, key)).to(torch.float32)
-            if value.ndim != 2 or value.shape[1] != width:
-                raise ValueError(f"{key} is {tuple(value.shape)}; it must be [batch, {width}]")
+            allowed = f"finite numbers, float32 [batch, {width}]"
+            given = self._numbers(obs, key, allowed)
+            if given.ndim != 2 or given.shape[1] != width or given.is_complex() or given.dtype == torch.bool:
+                raise ValueError(f"{key} is {given.dtype} {tuple(given.shape)}; it must be {allowed}")
+            value = given.to(torch.float32)
+            # Checked where it lies: states of an environment and of a dataset lie in the host's memory.
             if not bool(torch.isfinite(value).all()):
                 row = int((~torch.isfinite(value)).any(dim=1).nonzero()[0])
-                raise ValueError(f"{key} of row {row} is {value[row].tolist()}; states must be finite")
-            if parts and len(value) != len(parts[0]):
-                first = next(iter(self.state_normaliser.widths))
-                raise ValueError(f"{key} has {len(value)} rows, {first} {len(parts[0])}; they must have equally many")
+                raise ValueError(f"{key} of row {row} is {given[row].tolist()}; it must be {allowed}")
             parts.append(value)
+        check_rows({key: len(part) for key, part in zip(self.state_normaliser.widths, parts, strict=True)})
         raw = torch.cat(parts, dim=1).to(device, non_blocking=True)
         if self.round_to_bf16:
             raw = raw.to(torch.bfloat16).to(torch.float32)
@@ -359,11 +401,13 @@ class Preprocessor:
             ValueError: The instruction holds a token with a meaning of its own, such as `<IMG_CONTEXT>`.
         """
         if instruction not in self._prompt_ids:
+            where = f"{self.data_config.language_key}={instruction!r}"
             if special := [token for token in self.tokenizer.get_added_vocab() if token in instruction]:
                 raise ValueError(
-                    f"the instruction {instruction!r} holds {', '.join(special)}, which the tokenizer takes for more "
-                    "than text; leave it out"
+                    f"{where} holds {', '.join(special)}, which the tokenizer takes for more than text; leave it out"
                 )
+            if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+                raise ValueError(f"{where} holds half a surrogate pair, which is no text; decode it as UTF-8")
             text = prompt_text(instruction, len(self.data_config.video_keys), self.config.num_image_tokens)
             self._prompt_ids[instruction] = self.tokenizer.encode(text, add_special_tokens=False)
         return self._prompt_ids[instruction]
@@ -372,9 +416,11 @@ class Preprocessor:
         """Return the instruction of each row."""
         key = self.data_config.language_key
         value = self._entry(obs, key)
-        if isinstance(value, str | bytes):
-            raise ValueError(f"{key} is one string; it must be a sequence with one instruction per row")
-        rows: list[Any] = list(value.reshape(-1)) if isinstance(value, np.ndarray) else list(value)
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+            raise ValueError(
+                f"{key} is {value!r}, one {type(value).__name__}; it must be a sequence with one str per row"
+            )
+        rows: list[Any] = list(value.reshape(-1)) if isinstance(value, np.ndarray) else list(cast(Sequence[Any], value))
         # NVIDIA's clients wrap the instruction of a row in a list.
         rows = [row[0] if isinstance(row, list | tuple | np.ndarray) and len(row) == 1 else row for row in rows]
         for i, text in enumerate(rows):
@@ -390,6 +436,7 @@ class Preprocessor:
             ValueError: An instruction is no text of its own, or a prompt is longer than the layout's length.
         """
         instructions = self._instructions(obs)
+        check_rows({self.data_config.language_key: len(instructions)})
         unique = sorted(set(instructions))
         rows = [self.prompt_ids(text) for text in unique]
         longest = max(len(row) for row in rows)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gr00t_agent.files import naming, read_json, refuse_lfs_pointer, require, typed
+from gr00t_agent.files import has_file, naming, read_json, refuse_lfs_pointer, require, typed
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             file and an index.
     """
     index_path = folder / INDEX_FILE
-    if not index_path.is_file():
+    if not has_file(index_path):
         return _read_file(folder, WEIGHTS_FILE)
-    if (folder / WEIGHTS_FILE).is_file():
+    if has_file(folder / WEIGHTS_FILE):
         raise ValueError(f"{folder} has both {WEIGHTS_FILE} and {INDEX_FILE}; delete the one that is out of date")
     index = read_json(index_path)
     with naming(index_path):
@@ -79,7 +79,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_file(folder: Path, name: str) -> dict[str, Tensor]:
     path = folder / name
-    if not path.is_file():
+    if not has_file(path):
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         raise FileNotFoundError(f"{folder} lacks {name} (present: {present})")
     refuse_lfs_pointer(path)
