@@ -336,7 +336,16 @@ class Gr00tAgent(Pretrained):
             step_mask: bool [B, H], True at steps that count (False past the end of an episode).
             generator: Source of noise and time.
             draws: Noise [B, H, A] and time [B] from outside.
+
+        Raises:
+            ValueError: The actions are of another shape.
         """
+        shape = (self.config.action_head.action_horizon, self.preprocessor.action_dim)
+        if actions.ndim != 3 or tuple(actions.shape[1:]) != shape:
+            raise ValueError(
+                f"actions are {list(actions.shape)}; they must be [batch, {shape[0]}, {shape[1]}]: the network's "
+                "action_horizon, which a dataset's data config must have too, and the width of the action parts"
+            )
         target = self.preprocessor.normalise_actions(torch.as_tensor(actions).to(self.device))
         mask = torch.zeros_like(target)
         mask[..., : self.preprocessor.action_dim] = 1.0

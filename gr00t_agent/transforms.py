@@ -462,17 +462,7 @@ class Preprocessor:
         )
 
     def normalise_actions(self, actions: Tensor) -> Tensor:
-        """Map data actions float32 [B, H, a] to network actions [B, H, A], zero-padded.
-
-        Raises:
-            ValueError: They are of another shape.
-        """
-        shape = (self.config.action_head.action_horizon, self.action_dim)
-        if actions.ndim != 3 or tuple(actions.shape[1:]) != shape:
-            raise ValueError(
-                f"actions are {list(actions.shape)}; they must be [batch, {shape[0]}, {shape[1]}]: the network's "
-                "action_horizon, which a dataset's data config must have too, and the width of the action parts"
-            )
+        """Map data actions float32 [B, H, a] to network actions [B, H, A], zero-padded."""
         normalised = self.action_normaliser.forward(actions.to(torch.float32))
         return F.pad(normalised, (0, self.config.action_head.action_dim - self.action_dim))
 

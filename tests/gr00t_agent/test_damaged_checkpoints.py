@@ -67,7 +67,8 @@ def statistics(modality: str = "action", part: str = "x", **values: Any) -> Call
 def refused(folder: Path, error: type[Exception], message: str, file: str) -> None:
     with pytest.raises(error, match=message) as caught:
         Gr00tAgent.from_pretrained(folder)
-    assert str(folder / file) in str(caught.value) or (file in (CONFIG, EAGLE) and str(folder) in str(caught.value))
+    named = str(folder) if file in (CONFIG, EAGLE) else str(folder / file)
+    assert named in str(caught.value)
 
 
 FILES = [
@@ -121,6 +122,57 @@ def test_files_that_hold_no_object_are_named(folder: Path, file: str, content: b
     refused(folder, ValueError, "holds a JSON .*; it must hold an object|is no JSON", file)
 
 
+INDEX = f"{WEIGHTS_FILE}.index.json"
+
+
+@pytest.mark.parametrize("file", [*FILES, INDEX])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_lies_in_a_files_place_is_named(folder: Path, file: str, is_link: bool):
+    complete(folder)
+    read_alone(folder, file)
+    (folder / file).unlink(missing_ok=True)
+    if is_link:
+        (folder / file).symlink_to(folder / "nowhere")
+    else:
+        (folder / file).mkdir()
+    refused(folder, FileNotFoundError, "is no file but a folder, or a link to nothing; put the file there", file)
+
+
+@pytest.mark.parametrize("name", ["experiment_cfg", "eagle2_hg_model"])
+def test_a_file_in_a_folders_place_is_named(folder: Path, name: str):
+    shutil.rmtree(folder / name)
+    (folder / name).write_text("{}")
+    refused(folder, FileNotFoundError, "is no folder, or a link to nothing; .* belongs into a folder", name)
+
+
+def test_links_to_files_elsewhere_are_followed(folder: Path, tmp_path: Path):
+    for file in (CONFIG, METADATA, "model.safetensors"):
+        (folder / file).rename(tmp_path / "blob")
+        (folder / file).symlink_to((tmp_path / "blob").rename(tmp_path / Path(file).name))
+    Gr00tAgent.from_pretrained(folder)
+
+
+def test_a_tokenizer_of_which_a_file_is_missing_is_not_replaced(folder: Path):
+    (folder / "eagle2_hg_model/vocab.json").unlink()
+    refused(folder, FileNotFoundError, "has no tokenizer.json, and no vocab.json", "eagle2_hg_model")
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [(CONFIG, "action_dim"), (METADATA, "min"), (EAGLE, "select_layer"), (POLICY_FILE, "padding")]
+)
+def test_names_that_are_there_twice_are_refused(folder: Path, file: str, key: str):
+    (folder / POLICY_FILE).write_text(json.dumps(SETTINGS | {"policy": {"padding": "left"}}))
+    text = json.dumps(json.loads((folder / file).read_text()))
+    (folder / file).write_text(text.replace(f'"{key}": ', f'"{key}": 1, "{key}": ', 1))
+    refused(folder, ValueError, f"'{key}' is there twice", file)
+
+
+@pytest.mark.parametrize("file", [CONFIG, METADATA, EAGLE, POLICY_FILE])
+def test_endless_nesting_is_refused(folder: Path, file: str):
+    (folder / file).write_text("[" * 100_000)
+    refused(folder, ValueError, "is no JSON, or only a part of it", file)
+
+
 def test_json_that_is_no_tokenizer_is_named(folder: Path):
     (folder / "eagle2_hg_model/tokenizer.json").write_text('{"model": {}}')
     refused(folder, ValueError, "is no tokenizer.json", "eagle2_hg_model/tokenizer.json")
@@ -140,6 +192,10 @@ FINITE = "action.x: {} is .*; it must be a list of finite numbers"
         (statistics(q01=[True]), FINITE.format("q01")),
         (statistics(q99=0.9), FINITE.format("q99")),
         (statistics(max=[]), FINITE.format("max")),
+        (statistics(max=[1e39]), FINITE.format("max")),
+        (statistics(max=[10**400]), FINITE.format("max")),
+        (statistics(max=[[0.9]]), FINITE.format("max")),
+        (statistics(max=[3e38], min=[-3e38]), r"max\[0\] - min\[0\] is 3e\+38 - -3e\+38, beyond single precision"),
         (statistics(max="1"), FINITE.format("max")),
         (statistics(max=[-1.0], min=[1.0]), r"action\.x: min\[0\]=1\.0 is above max\[0\]=-1\.0; compute"),
         (statistics(q01=[9.0]), r"action\.x: q01\[0\]=9\.0 is above q99"),
@@ -158,12 +214,21 @@ FINITE = "action.x: {} is .*; it must be a list of finite numbers"
         (put(TAG, "modalities", "video", "image", resolution=[256]), r"resolution=\[256\] is not allowed"),
         (put(TAG, "modalities", "video", "image", resolution=[256, 0]), "must be width and height in pixels"),
         (put(TAG, "modalities", "video", "image", resolution=[256, "256"]), "is not allowed here"),
+        (put(TAG, "modalities", "video", "image", channels=4), r"image\.channels=4 is not supported \(supported: 3\)"),
+        (put(TAG, "modalities", "video", "image", channels=True), r"image\.channels=True is not allowed here"),
         (put(TAG, "modalities", "state", "x", shape=[2]), r"state\.x have 1 elements, but modalities say shape=\[2\]"),
+        (put(TAG, "modalities", "state", "x", shape=[-1, -1]), r"modalities say shape=\[-1, -1\]; they must fit"),
+        (put(TAG, "modalities", "state", "x", shape="1"), r"modalities\.state\.x\.shape='1' is not allowed here"),
     ],
 )
 def test_statistics_that_are_none_are_refused(folder: Path, change: Callable[[Any], None], message: str):
     edit(folder / METADATA, change)
     refused(folder, (KeyError, ValueError), message, METADATA)
+
+
+def test_a_camera_that_the_modalities_lack_is_named(folder: Path):
+    edit(folder / METADATA, drop(TAG, "modalities", "video", "image"))
+    refused(folder, KeyError, r"modalities lack video\.image \(present: video\.wrist_image\)", "")
 
 
 def test_statistics_given_in_code_are_checked_too(tiny_agent: Gr00tAgent, tiny_checkpoint: Path):
@@ -185,6 +250,14 @@ HEAD, DIT, VL = "action_head_cfg", "diffusion_model_cfg", "vl_self_attention_cfg
         (put(model_type="Gr00tN1d6", architectures=["Gr00tN1d6"]), r"is GR00T N1\.6, another network"),
         (put(model_type="Gr00tN1d7"), r"is GR00T N1\.7, another network"),
         (put(architectures=["GR00T_N1"]), "is GR00T N1, another network"),
+        (put(architectures="Gr00tN1d6"), r"is GR00T N1\.6, another network"),
+        (put(architectures=["GR00T_N1_6"]), r"is GR00T N1\.6, another network"),
+        (put(model_type="gr00t_n1_7"), r"is GR00T N1\.7, another network"),
+        (put(model_type="gr00t_n2"), "is GR00T N2, another network"),
+        (put(model_type="Gr00tN1d5"), r"model_type='Gr00tN1d5' is not GR00T-N1\.5"),
+        (put(attn_implementation="owner/repo"), r"config\.json\.attn_implementation='owner/repo' is no attention"),
+        (put("backbone_cfg", _attn_implementation="owner/repo"), r"backbone_cfg\._attn_implementation='owner/repo' is"),
+        (put(quantization_config={"quant_method": "x"}), r"config\.json\.quantization_config=.* is not supported"),
         (put(model_type="pi0"), r"model_type='pi0' is not GR00T-N1\.5 \(supported: 'gr00t_n1_5'\)"),
         (put(model_type=None), r"model_type=None is not GR00T-N1\.5"),
         (put(action_horizon=8), r"action_horizon=8, but action_head_cfg\.action_horizon=\d+; they must be equal"),
@@ -194,7 +267,23 @@ HEAD, DIT, VL = "action_head_cfg", "diffusion_model_cfg", "vl_self_attention_cfg
         (put(HEAD, max_state_dim=True), r"action_head_cfg\.max_state_dim=True is not allowed here"),
         (put(HEAD, num_inference_timesteps=0), r"num_inference_timesteps=0 must be positive"),
         (put(HEAD, num_timestep_buckets=-1), r"num_timestep_buckets=-1 must be positive"),
-        (put(HEAD, noise_s=NAN), r"noise_s=nan is not allowed here"),
+        (put(HEAD, noise_s=NAN), r"noise_s=nan is not allowed here \(allowed: a finite number\)"),
+        (put(HEAD, noise_s=10**400), r"noise_s=1000.* is not allowed here"),
+        (put(HEAD, noise_beta_alpha="1.5"), r"noise_beta_alpha='1\.5' is not allowed here"),
+        (put(HEAD, action_horizon=16.0), r"action_horizon=16\.0 is not allowed here"),
+        (put(HEAD, num_timestep_buckets=3), r"num_inference_timesteps=4 exceeds num_timestep_buckets=3"),
+        (put(HEAD, num_inference_timesteps=10**30), r"num_inference_timesteps=1000.* is above 10000000"),
+        (put(HEAD, max_action_dim=7), r"max_action_dim=7 is not supported"),
+        (put(HEAD, use_vlln=1), r"use_vlln=1 is not supported \(supported: True\)"),
+        (put(HEAD, DIT, dropout=1.5), r"diffusion_model_cfg\.dropout=1\.5 is not in \[0, 1\)"),
+        (put(HEAD, DIT, num_layers=10**9), r"diffusion_model_cfg\.num_layers=1000000000 is above 1000"),
+        (put(HEAD, DIT, norm_elementwise_affine=True), r"norm_elementwise_affine=True is not supported"),
+        (put(HEAD, DIT, interleave_self_attention=1), r"interleave_self_attention=1 is not supported"),
+        (drop(HEAD, DIT, "interleave_self_attention"), "diffusion_model_cfg has no key 'interleave_self_attention'"),
+        (drop(HEAD, DIT, "positional_embeddings"), "diffusion_model_cfg has no key 'positional_embeddings'"),
+        (drop(HEAD, VL, "positional_embeddings"), "vl_self_attention_cfg has no key 'positional_embeddings'"),
+        (drop(HEAD, DIT, "cross_attention_dim"), "diffusion_model_cfg has no key 'cross_attention_dim'"),
+        (put(HEAD, VL, norm_type="ada_norm"), r"norm_type='ada_norm' is not supported \(supported: 'layer_norm'\)"),
         (put(HEAD, noise_beta_beta=2.0), r"noise_beta_beta=2\.0 is not supported \(supported: 1\.0\)"),
         (put(HEAD, add_pos_embed=False), r"add_pos_embed=False is not supported"),
         (put(HEAD, use_vlln=False), r"use_vlln=False is not supported"),
@@ -209,6 +298,8 @@ HEAD, DIT, VL = "action_head_cfg", "diffusion_model_cfg", "vl_self_attention_cfg
         (drop("backbone_cfg", "select_layer"), r"backbone_cfg has no key 'select_layer'"),
         (put("backbone_cfg", reproject_vision=True), r"reproject_vision=True is not supported"),
         (put("backbone_cfg", project_to_dim="64"), r"project_to_dim='64' is not allowed here"),
+        (put("backbone_cfg", project_to_dim=0), r"project_to_dim=0 must be positive"),
+        (put("backbone_cfg", select_layer=-5), r"backbone_cfg\.select_layer selects layer -5, which is not in 1-\d"),
         (put("backbone_cfg", select_layer=0), r"backbone_cfg\.select_layer selects layer 0, which is not in 1-\d"),
     ],
 )
@@ -250,6 +341,18 @@ TEXT, VISION = "text_config", "vision_config"
         (put(VISION, patch_size=15), r"image_size=\d+ is no multiple of patch_size=15"),
         (put(select_layer=9), r"eagle config select_layer selects layer 9, which is not in 1-\d"),
         (drop(TEXT, "rope_theta"), r"text_config has no key 'rope_theta'"),
+        (put(TEXT, rope_theta=10**400), r"text_config\.rope_theta=1000.* is not allowed here"),
+        (put(TEXT, _attn_implementation_internal="owner/repo"), "_attn_implementation_internal='owner/repo' is no"),
+        (put(quantization_config={}), r"eagle config\.quantization_config=\{\} is not supported"),
+        (put(mlp_connector_layers=True), r"mlp_connector_layers=True is not supported \(supported: 1\)"),
+        (put(use_pixel_shuffle=0), r"use_pixel_shuffle=0 is not supported \(supported: False\)"),
+        (put(TEXT, attention_dropout=False), r"attention_dropout=False is not supported"),
+        (put(TEXT, num_hidden_layers=10**9), r"num_hidden_layers=1000000000 is above 1000, which no network reaches"),
+        (put(TEXT, layer_types=["sliding_attention"]), r"layer_types=.* is not allowed here"),
+        (put(TEXT, num_key_value_heads=3), r"num_attention_heads=\d is no multiple of num_key_value_heads=3"),
+        (put(TEXT, head_dim=7), r"head_dim=7 is odd"),
+        (put(VISION, num_attention_heads=7), r"vision_config\.hidden_size=\d+ is no multiple of num_attention_heads=7"),
+        (put(image_token_index=-1), r"image_token_index=-1 is no token: vocab_size=\d+"),
         (drop(VISION), r"eagle config has no key 'vision_config'"),
         (put(image_token_index="282"), r"image_token_index='282' is not allowed here"),
     ],
@@ -296,6 +399,14 @@ def test_known_names_of_attention_pass_and_none_is_used(folder: Path):
         (put("data_config", state_keys="state.x"), r"data_config\.state_keys='state\.x' is not allowed here"),
         (put("data_config", state_modes={"state.x": "max"}), r"state_modes\.state\.x='max' is not allowed here"),
         (put("data_config", action_horizon=0), r"action_horizon=0 is below 1"),
+        (put("data_config", action_horizon=8), r"data_config\.action_horizon=8, but action_horizon=16 in config\.json"),
+        (put("data_config", state_keys=["state.x"] * 2), r"state_keys has 'state\.x' twice"),
+        (put("policy", denoising_steps=8), r"denoising_steps=8, but num_inference_timesteps=4 in config\.json; make"),
+        (put("policy", denoising_steps=0), r"denoising_steps=0 is below 1"),
+        (put("policy", num_action_chunks=0), r"num_action_chunks=0 is below 1"),
+        (put("policy", noise_level=-1), r"noise_level=-1\.0 is out of range"),
+        (put("policy", noise_level=10**400), r"policy\.noise_level=1000.* is not allowed here"),
+        (put("policy", ignore_last=1), r"policy\.ignore_last=1 is not allowed here"),
     ],
 )
 def test_settings_that_are_not_this_versions_are_refused(folder: Path, change: Callable[[Any], None], message: str):
@@ -303,6 +414,41 @@ def test_settings_that_are_not_this_versions_are_refused(folder: Path, change: C
     assert Gr00tAgent.from_pretrained(folder).policy == PolicyConfig()
     edit(folder / POLICY_FILE, change)
     refused(folder, (KeyError, ValueError), message, POLICY_FILE)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_action_chunks": 99}, r"num_action_chunks=99 is not in 1-16"),
+        ({"embodiment_id": 99}, r"embodiment_id=99 is not in 0-\d+"),
+        ({"prompt_length": 3}, r"prompt_length=3 leaves no room for an instruction; give more than \d+ tokens"),
+        ({"prompt_length": 10**9}, r"prompt_length=1000000000 exceeds .* max_position_embeddings=\d+"),
+    ],
+)
+def test_settings_that_do_not_fit_the_network_are_refused(folder: Path, values: dict[str, int], message: str):
+    (folder / POLICY_FILE).write_text(json.dumps(SETTINGS | {"policy": values}))
+    refused(folder, ValueError, message, "")
+
+
+def test_more_denoising_steps_than_times_are_refused(tiny_checkpoint: Path):
+    with pytest.raises(ValueError, match=r"denoising_steps=1001 exceeds num_timestep_buckets=1000; give fewer"):
+        Gr00tAgent.load(tiny_checkpoint, denoising_steps=1001)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bounds_of_the_noise_net_are_those_of_the_policy(folder: Path, tmp_path: Path, dtype: torch.dtype):
+    policy = PolicyConfig(noise_method="reinflow", noise_std_range=(0.05, 0.2))
+    Gr00tAgent.from_pretrained(folder, policy=policy, dtype=dtype).save_pretrained(tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / WEIGHTS_FILE)
+    for bound in ("logvar_min", "logvar_max"):
+        name = f"action_head.reinflow_explore_noise_net.{bound}"
+        tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, tmp_path / "saved" / WEIGHTS_FILE)
+    assert Gr00tAgent.from_pretrained(tmp_path / "saved").policy == policy
+    with pytest.raises(
+        ValueError, match=r"noise_std_range=\(0\.05, 0\.1\), but the .* trained with \(0\.0[45]\d*, 0\.[12]"
+    ):
+        Gr00tAgent.load(tmp_path / "saved", noise_std_range=(0.05, 0.1))
 
 
 def test_settings_of_another_program_are_refused(folder: Path):
@@ -345,6 +491,49 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(shards: Path):
     save_file({"action_head.vlln.bias": torch.zeros(1)}, shards / WEIGHTS_FILE)
     with pytest.raises(ValueError, match=rf"has both {WEIGHTS_FILE} and {INDEX_FILE}; delete the one"):
         Gr00tAgent.from_pretrained(shards)
+
+
+@pytest.mark.parametrize("value", [3, None, "", "a\0.safetensors", "./m.safetensors", "~/m.safetensors"])
+def test_an_index_names_files(shards: Path, value: Any):
+    edit(shards / INDEX_FILE, put("weight_map", **{"action_head.vlln.bias": value}))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"weight_map|lacks a"):
+        Gr00tAgent.from_pretrained(shards)
+
+
+@pytest.mark.parametrize("spoil", ["pointer", "folder", "cut", "absent"])
+def test_shards_that_are_not_whole_are_named(shards: Path, spoil: str):
+    shard = sorted(shards.glob("model-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    if spoil == "folder":
+        shard.mkdir()
+    elif spoil != "absent":
+        shard.write_bytes(LFS_POINTER.encode() if spoil == "pointer" else content[:-9])
+    with pytest.raises((ValueError, FileNotFoundError), match=shard.name):
+        Gr00tAgent.from_pretrained(shards)
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<|endoftext|>"])
+def test_tokenizers_without_the_prompts_tokens_are_refused(folder: Path, token: str):
+    complete(folder)
+
+    def make_text(tokenizer: Any) -> None:
+        for entry in [entry for entry in tokenizer["added_tokens"] if entry["content"] == token]:
+            tokenizer["added_tokens"].remove(entry)
+            tokenizer["model"]["vocab"][token] = entry["id"]
+
+    edit(folder / "eagle2_hg_model/tokenizer.json", make_text)
+    refused(
+        folder,
+        ValueError,
+        r"takes <.*> for text \(ids \[.*\]\), not|gives <IMG_CONTEXT> the id 283, the network expects 282",
+        "",
+    )
+
+
+def test_tokenizers_with_more_tokens_than_the_network_are_refused(folder: Path):
+    edit(folder / EAGLE, put(TEXT, vocab_size=290))
+    refused(folder, ValueError, r"has ids up to 292, but the network's vocab_size=290; use the tokenizer that", "")
 
 
 def test_quantised_weights_are_refused(folder: Path):
