@@ -462,7 +462,13 @@ class Preprocessor:
         )
 
     def normalise_actions(self, actions: Tensor) -> Tensor:
-        """Map data actions float32 [B, H, a] to network actions [B, H, A], zero-padded."""
+        """Map data actions float32 [B, H, a] to network actions [B, H, A], zero-padded.
+
+        Raises:
+            ValueError: They are of another width.
+        """
+        if actions.shape[-1] != self.action_dim:
+            raise ValueError(f"actions have width {actions.shape[-1]}, the data config says {self.action_dim}")
         normalised = self.action_normaliser.forward(actions.to(torch.float32))
         return F.pad(normalised, (0, self.config.action_head.action_dim - self.action_dim))
 

@@ -271,7 +271,7 @@ HEAD, DIT, VL = "action_head_cfg", "diffusion_model_cfg", "vl_self_attention_cfg
         (put(HEAD, noise_s=10**400), r"noise_s=1000.* is not allowed here"),
         (put(HEAD, noise_beta_alpha="1.5"), r"noise_beta_alpha='1\.5' is not allowed here"),
         (put(HEAD, action_horizon=16.0), r"action_horizon=16\.0 is not allowed here"),
-        (put(HEAD, num_timestep_buckets=3), r"num_inference_timesteps=4 exceeds num_timestep_buckets=3"),
+        (put(HEAD, num_timestep_buckets=3), r"num_inference_timesteps=\d+ exceeds num_timestep_buckets=3"),
         (put(HEAD, num_inference_timesteps=10**30), r"num_inference_timesteps=1000.* is above 10000000"),
         (put(HEAD, max_action_dim=7), r"max_action_dim=7 is not supported"),
         (put(HEAD, use_vlln=1), r"use_vlln=1 is not supported \(supported: True\)"),
@@ -399,9 +399,12 @@ def test_known_names_of_attention_pass_and_none_is_used(folder: Path):
         (put("data_config", state_keys="state.x"), r"data_config\.state_keys='state\.x' is not allowed here"),
         (put("data_config", state_modes={"state.x": "max"}), r"state_modes\.state\.x='max' is not allowed here"),
         (put("data_config", action_horizon=0), r"action_horizon=0 is below 1"),
-        (put("data_config", action_horizon=8), r"data_config\.action_horizon=8, but action_horizon=16 in config\.json"),
+        (
+            put("data_config", action_horizon=8),
+            r"data_config\.action_horizon=8, but action_horizon=\d+ in config\.json",
+        ),
         (put("data_config", state_keys=["state.x"] * 2), r"state_keys has 'state\.x' twice"),
-        (put("policy", denoising_steps=8), r"denoising_steps=8, but num_inference_timesteps=4 in config\.json; make"),
+        (put("policy", denoising_steps=8), r"denoising_steps=8, but num_inference_timesteps=\d+ in config\.json; make"),
         (put("policy", denoising_steps=0), r"denoising_steps=0 is below 1"),
         (put("policy", num_action_chunks=0), r"num_action_chunks=0 is below 1"),
         (put("policy", noise_level=-1), r"noise_level=-1\.0 is out of range"),
@@ -419,7 +422,7 @@ def test_settings_that_are_not_this_versions_are_refused(folder: Path, change: C
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_action_chunks": 99}, r"num_action_chunks=99 is not in 1-16"),
+        ({"num_action_chunks": 99}, r"num_action_chunks=99 is not in 1-\d+"),
         ({"embodiment_id": 99}, r"embodiment_id=99 is not in 0-\d+"),
         ({"prompt_length": 3}, r"prompt_length=3 leaves no room for an instruction; give more than \d+ tokens"),
         ({"prompt_length": 10**9}, r"prompt_length=1000000000 exceeds .* max_position_embeddings=\d+"),
@@ -431,8 +434,8 @@ def test_settings_that_do_not_fit_the_network_are_refused(folder: Path, values: 
 
 
 def test_more_denoising_steps_than_times_are_refused(tiny_checkpoint: Path):
-    with pytest.raises(ValueError, match=r"denoising_steps=1001 exceeds num_timestep_buckets=1000; give fewer"):
-        Gr00tAgent.load(tiny_checkpoint, denoising_steps=1001)
+    with pytest.raises(ValueError, match=r"denoising_steps=1000001 exceeds num_timestep_buckets=\d+; give fewer"):
+        Gr00tAgent.load(tiny_checkpoint, denoising_steps=1000001)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -526,14 +529,14 @@ def test_tokenizers_without_the_prompts_tokens_are_refused(folder: Path, token: 
     refused(
         folder,
         ValueError,
-        r"takes <.*> for text \(ids \[.*\]\), not|gives <IMG_CONTEXT> the id 283, the network expects 282",
+        r"takes <.*> for text \(ids \[.*\]\), not|gives <IMG_CONTEXT> the id \d+, the network expects \d+",
         "",
     )
 
 
 def test_tokenizers_with_more_tokens_than_the_network_are_refused(folder: Path):
-    edit(folder / EAGLE, put(TEXT, vocab_size=290))
-    refused(folder, ValueError, r"has ids up to 292, but the network's vocab_size=290; use the tokenizer that", "")
+    edit(folder / EAGLE, put(TEXT, vocab_size=len(load_tokenizer(folder / "eagle2_hg_model")) - 1))
+    refused(folder, ValueError, r"has ids up to \d+, but the network's vocab_size=\d+; use the tokenizer that", "")
 
 
 def test_quantised_weights_are_refused(folder: Path):

@@ -79,7 +79,7 @@ def test_velocity(tiny_agent, forward_goldens, context, name):
 def test_sampled_action(tiny_agent, forward_goldens, context):
     t = forward_goldens.tensors
     action = tiny_agent.sampler.denoise(lambda x, step: tiny_agent._predict(context[1], x, step, 1.0), t["noise_init"])
-    assert_close(action, t["action_pred_4steps"])
+    assert_close(action, t[f"action_pred_{tiny_agent.policy.denoising_steps}steps"])
 
 
 @torch.no_grad()
