@@ -332,11 +332,12 @@ class Preprocessor:
             array = np.asarray(value)
         except ValueError as error:  # rows of different lengths
             raise ValueError(f"{key} is no array ({error}); it must be {allowed}") from error
-        if array.dtype.kind not in "iuf":
+        if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
             raise ValueError(f"{key} is {array.dtype} {array.shape}; it must be {allowed}")
         # Torch takes neither steps backwards, as in a picture that was turned, nor other machines' order of bytes.
-        own = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.dtype(np.float64)
-        return torch.from_numpy(np.require(array, own, ["C", "W"]))
+        if not (array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative):
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
+        return torch.from_numpy(array)
 
     def images(self, obs: Observation, device: torch.device) -> Tensor:
         """Return uint8 [B, V, 3, image_size, image_size].
@@ -381,14 +382,20 @@ class Preprocessor:
             given = self._numbers(obs, key, allowed)
             if given.ndim != 2 or given.shape[1] != width or given.is_complex() or given.dtype == torch.bool:
                 raise ValueError(f"{key} is {given.dtype} {tuple(given.shape)}; it must be {allowed}")
-            value = given.to(torch.float32)
-            # Checked where it lies: states of an environment and of a dataset lie in the host's memory.
-            if not bool(torch.isfinite(value).all()):
-                row = int((~torch.isfinite(value)).any(dim=1).nonzero()[0])
-                raise ValueError(f"{key} of row {row} is {given[row].tolist()}; it must be {allowed}")
-            parts.append(value)
-        check_rows({key: len(part) for key, part in zip(self.state_normaliser.widths, parts, strict=True)})
-        raw = torch.cat(parts, dim=1).to(device, non_blocking=True)
+            parts.append(given.to(torch.float32))
+        widths = self.state_normaliser.widths
+        check_rows({key: len(part) for key, part in zip(widths, parts, strict=True)})
+        raw = torch.cat(parts, dim=1)
+        # Checked where they lie: states of an environment and of a dataset lie in the host's memory.
+        if not bool(torch.isfinite(raw).all()):
+            row, column = (int(i) for i in (~torch.isfinite(raw)).nonzero()[0])
+            keys = [key for key, width in widths.items() for _ in range(width)]
+            value = torch.as_tensor(self._entry(obs, keys[column]))[row].tolist()
+            raise ValueError(
+                f"{keys[column]} of row {row} is {value}; it must be finite numbers, float32 [batch, "
+                f"{widths[keys[column]]}]"
+            )
+        raw = raw.to(device, non_blocking=True)
         if self.round_to_bf16:
             raw = raw.to(torch.bfloat16).to(torch.float32)
         normalised = self.state_normaliser.forward(raw)
