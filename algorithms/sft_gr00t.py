@@ -60,9 +60,9 @@ from algorithms.common.prefetch import Prefetch
 from algorithms.common.processes import for_all, main_first, make_accelerator
 from algorithms.common.randomness import seed_of
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
-from gr00t_agent import DatasetMetadata, Gr00tAgent, preset_policy
+from gr00t_agent import DataConfig, DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
-from gr00t_agent.loading import resolve_checkpoint, saved_policy
+from gr00t_agent.loading import resolve_checkpoint, saved_data_config, saved_policy
 from libero_gym.adapters import ModalityVectorObservation
 
 LoraPart = Literal["action_head", "language_model", "vision_model"]
@@ -257,12 +257,13 @@ PRESETS: dict[str, Args] = {
 }
 
 
-def make_dataset(args: Args) -> LeRobotDataset:
-    """Returns the demonstrations that `args` ask for."""
+def make_dataset(args: Args, data_config: DataConfig | None = None) -> LeRobotDataset:
+    """Returns the demonstrations that `args` ask for, of the robot of `data_config` (None: LIBERO's)."""
     if not args.dataset:
         raise ValueError("dataset is not given: name a LeRobot dataset with --dataset")
     return LeRobotDataset(
         args.dataset,
+        data_config=data_config,
         modality_file=args.modality_file,
         image_size=args.train_image_size,
         episodes_per_task=args.episodes_per_task,
@@ -306,6 +307,9 @@ def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
         )
         add_lora(agent, settings)
     return agent
+
+
+from_model = make_agent
 
 
 def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
@@ -438,7 +442,10 @@ def main(
     num_micro_batches = args.num_micro_batches
 
     # --- data ---
-    dataset = make_dataset(args)
+    # An agent of one's own is LIBERO's, whatever model is named.
+    dataset = make_dataset(
+        args, saved_data_config(args.model) if make_agent is from_model else None
+    )
     metadata = dataset.metadata()
     image_size = dataset.image_size[0]
     run, checkpoint = open_run(

@@ -299,6 +299,19 @@ class ExploreNoiseNet(nn.Module):
         self.register_buffer("logvar_max", torch.tensor([high], dtype=torch.float32))
         self.mlp_logvar = _NoiseNetMLP((in_dim, *NOISE_NET_HIDDEN, out_dim))
 
+    def check_std_range(self, std_range: tuple[float, float]) -> None:
+        """Check the bounds that a checkpoint brought along, to 2 %: files in bfloat16 hold them rounded.
+
+        Raises:
+            ValueError: They are not these.
+        """
+        low, high = (math.exp(bound.item() / 2) for bound in (self.logvar_min, self.logvar_max))
+        if any(abs(own / given - 1) > 0.02 for own, given in zip((low, high), std_range, strict=True)):
+            raise ValueError(
+                f"noise_std_range={std_range}, but the exploration-noise net was trained with ({low:.4g}, {high:.4g}); "
+                "give PolicyConfig that range"
+            )
+
     def forward(self, hidden: Tensor, noise_anneal: float = 1.0) -> Tensor:
         """Return the standard deviation, float32 [B, H, A].
 

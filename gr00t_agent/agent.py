@@ -18,7 +18,7 @@ from gr00t_agent.data_config import embodiment_id
 from gr00t_agent.loading import Pretrained
 from gr00t_agent.policy import FlowAction, NoiseSource, PolicyConfig, SamplingDraws
 from gr00t_agent.sampler import Prediction
-from gr00t_agent.transforms import Observation, Preprocessor, pixels_from_bytes
+from gr00t_agent.transforms import Observation, Preprocessor, check_rows, pixels_from_bytes
 
 
 class Gr00tAgent(Pretrained):
@@ -42,6 +42,11 @@ class Gr00tAgent(Pretrained):
         if not 0 < policy.num_action_chunks <= head.action_horizon:
             raise ValueError(
                 f"num_action_chunks={policy.num_action_chunks} is not in 1-{head.action_horizon} (the action horizon)"
+            )
+        if policy.denoising_steps > head.num_timestep_buckets:
+            raise ValueError(
+                f"denoising_steps={policy.denoising_steps} exceeds num_timestep_buckets={head.num_timestep_buckets}; "
+                "give fewer"
             )
         self.sampler = policy.sampler
         tag = preprocessor.data_config.embodiment_tag
@@ -201,9 +206,9 @@ class Gr00tAgent(Pretrained):
                 "pixels": self.preprocessor.images(obs, self.device),
                 "input_ids": input_ids,
             }
-            rows = {name: len(tensor) for name, tensor in encoded.items()}
-            if len(set(rows.values())) > 1:
-                raise ValueError(f"the observation's parts differ in batch size: {rows}")
+            data_config = self.preprocessor.data_config
+            names = {"input_ids": data_config.language_key, "state": "state.*", "pixels": "video.*"}
+            check_rows({names[name]: len(encoded[name]) for name in names})
             if self.backbone_is_frozen:
                 encoded["backbone_features"] = self._features(encoded)
                 del encoded["pixels"], encoded["input_ids"]
@@ -340,7 +345,16 @@ class Gr00tAgent(Pretrained):
             step_mask: bool [B, H], True at steps that count (False past the end of an episode).
             generator: Source of noise and time.
             draws: Noise [B, H, A] and time [B] from outside.
+
+        Raises:
+            ValueError: The actions are of another shape.
         """
+        shape = (self.config.action_head.action_horizon, self.preprocessor.action_dim)
+        if actions.ndim != 3 or tuple(actions.shape[1:]) != shape:
+            raise ValueError(
+                f"actions are {list(actions.shape)}; they must be [batch, {shape[0]}, {shape[1]}]: the network's "
+                "action_horizon, which a dataset's data config must have too, and the width of the action parts"
+            )
         target = self.preprocessor.normalise_actions(torch.as_tensor(actions).to(self.device))
         mask = torch.zeros_like(target)
         mask[..., : self.preprocessor.action_dim] = 1.0
@@ -516,10 +530,8 @@ class Gr00tAgent(Pretrained):
         """Draw tau = (s - b) / s, b ~ Beta(alpha, beta), float32 [B]."""
         head = self.config.action_head
         source = self.device if generator is None else generator.device
-        # torch.distributions takes no generator. With beta = 1, the inverse of the distribution function is
-        # u^(1/alpha); the released configuration has no other beta.
-        if head.noise_beta_beta != 1.0:
-            raise ValueError(f"noise_beta_beta={head.noise_beta_beta} is not supported (supported: 1.0)")
+        # torch.distributions takes no generator. With beta = 1, which is all that `config` lets through, the inverse of
+        # the distribution function is u^(1/alpha).
         uniform = torch.rand(batch, generator=generator, device=source).to(self.device)
         return (head.noise_s - uniform ** (1 / head.noise_beta_alpha)) / head.noise_s
 

@@ -84,8 +84,7 @@ class EagleModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        vision = SiglipVisionConfig(**_known(config.eagle_json["vision_config"]))
-        text = Qwen3Config(**_known(config.eagle_json["text_config"]))
+        vision, text = SiglipVisionConfig(**config.vision), Qwen3Config(**config.text)
         text.num_hidden_layers = config.num_llm_layers
         if getattr(text, "layer_types", None):
             text.layer_types = list(cast(Any, text.layer_types))[: config.num_llm_layers]
@@ -101,12 +100,6 @@ class EagleModel(nn.Module):
         return getattr(self.vision_model, "vision_model", self.vision_model)
 
 
-def _known(section: dict[str, Any]) -> dict[str, Any]:
-    """Drop what describes the file and not the network."""
-    dropped = {"model_type", "architectures", "torch_dtype", "_name_or_path", "_attn_implementation_autoset"}
-    return {key: value for key, value in section.items() if key not in dropped}
-
-
 class Backbone(nn.Module):
     """Images and prompt to one feature vector per prompt position.
 
@@ -117,8 +110,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.eagle_model = EagleModel(config)
-        projected = config.model_json["backbone_cfg"].get("project_to_dim")
-        width = config.eagle_json["text_config"]["hidden_size"]
+        projected, width = config.projected_width, config.text["hidden_size"]
         self.eagle_linear = nn.Identity() if projected is None else nn.Linear(width, projected)
         self.image_token_id = config.image_token_id
         self.num_vision_layers_run = config.num_vision_layers_run

@@ -6,10 +6,13 @@ LIBERO's data `roll`, `pitch` and `yaw` are the three components of an axis-angl
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
+
+from gr00t_agent.files import dataclass_from_json, has_file, is_number, naming, read_json, require, typed, write_json
 
 NormalisationMode = Literal["min_max", "mean_std", "q99", "binary"]
 NORMALISATION_MODES: tuple[str, ...] = get_args(NormalisationMode)
@@ -91,6 +94,8 @@ class DataConfig:
             for key in keys:
                 if not key.startswith(f"{name}."):
                     raise ValueError(f"{name}_keys has {key!r}; its keys start with '{name}.'")
+                if keys.count(key) > 1:
+                    raise ValueError(f"{name}_keys has {key!r} twice; name each part once")
         for modes, keys in ((self.state_modes, self.state_keys), (self.action_modes, self.action_keys)):
             for key, mode in modes.items():
                 if key not in keys:
@@ -101,16 +106,21 @@ class DataConfig:
             raise ValueError(f"gripper_key={self.gripper_key!r} is not among {', '.join(self.action_keys)}")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"crop_scale={self.crop_scale} is not in (0, 1]")
+        if self.action_horizon < 1:
+            raise ValueError(f"action_horizon={self.action_horizon} is below 1")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON data."""
         return asdict(self)
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "DataConfig":
-        """Rebuild from `to_json`."""
-        fields: dict[str, Any] = {k: tuple(cast(list[Any], v)) if isinstance(v, list) else v for k, v in data.items()}
-        return DataConfig(**fields)
+    def from_json(data: Any) -> "DataConfig":
+        """Rebuild from `to_json`.
+
+        Raises:
+            ValueError: Something is unknown, of another type, or not allowed.
+        """
+        return dataclass_from_json(DataConfig, data, "data_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +206,7 @@ class DatasetMetadata:
 
         Raises:
             KeyError: The part or one of its statistics is missing.
+            ValueError: Its statistics are none, see `check_statistics`.
         """
         modality, _, part = key.partition(".")
         parts = self.statistics.get(modality, {})
@@ -204,9 +215,7 @@ class DatasetMetadata:
                 f"metadata of {self.embodiment_tag} has no statistics for {key!r} "
                 f"(present: {', '.join(f'{modality}.{p}' for p in parts) or 'none'})"
             )
-        missing = [name for name in STATISTIC_NAMES if name not in parts[part]]
-        if missing:
-            raise KeyError(f"statistics of {key!r} lack {', '.join(missing)}")
+        check_statistics(parts[part], f"statistics of {key!r}")
         return parts[part]
 
     def resolution(self, key: str) -> tuple[int, int] | None:
@@ -214,8 +223,66 @@ class DatasetMetadata:
         entry = self.modalities.get("video", {}).get(key.partition(".")[2])
         if entry is None:
             return None
-        width, height = entry["resolution"]
+        width, height = require(entry, "resolution", f"modalities of {key!r}")
         return int(height), int(width)
+
+
+def check_statistics(statistics: Any, where: str) -> None:
+    """Check the statistics of one part: equally many finite numbers each, in order.
+
+    Raises:
+        KeyError: One of them is missing.
+        ValueError: No list of numbers, not finite, of another length than the others, a negative deviation, or a lower
+            bound above the upper one.
+    """
+    if not isinstance(statistics, Mapping):
+        raise ValueError(f"{where} are {statistics!r}; they must be lists of numbers by name")
+    given = cast(Mapping[str, Any], statistics)
+    if missing := [name for name in STATISTIC_NAMES if name not in given]:
+        raise KeyError(f"{where} lack {', '.join(missing)} (needed: {', '.join(STATISTIC_NAMES)})")
+    columns: dict[str, list[float]] = {}
+    for name in STATISTIC_NAMES:
+        column: Any = given[name]
+        is_list = isinstance(column, Sequence) and not isinstance(column, str)
+        values = list(cast(Sequence[Any], column)) if is_list else []
+        if not values or not all(is_number(x) for x in values):
+            raise ValueError(f"{where}: {name} is {column!r}; it must be a list of finite numbers, one an element")
+        columns[name] = values
+    widths = {name: len(values) for name, values in columns.items()}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"{where} have different lengths: {widths}; give one number for each element of the part")
+    for low, high in (("min", "max"), ("q01", "q99")):
+        for i, (a, b) in enumerate(zip(columns[low], columns[high], strict=True)):
+            if a > b:
+                raise ValueError(f"{where}: {low}[{i}]={a} is above {high}[{i}]={b}; compute the statistics again")
+            if not is_number(b - a):
+                raise ValueError(f"{where}: {high}[{i}] - {low}[{i}] is {b} - {a}, beyond single precision")
+    if min(columns["std"]) < 0:
+        raise ValueError(f"{where}: std is {columns['std']}, which is negative; compute the statistics again")
+
+
+def _check_entry(entry: Any, tag: str) -> None:
+    """Check one embodiment's entry of a `metadata.json`: statistics, and sizes that fit them."""
+    groups = Mapping[str, Mapping[str, dict[str, Any]]]
+    all_statistics = typed(require(entry, "statistics", tag), groups, f"{tag}.statistics")
+    modalities = typed(require(entry, "modalities", tag), groups, f"{tag}.modalities")
+    for modality, parts in all_statistics.items():
+        for part, statistics in parts.items():
+            where = f"{tag}.statistics.{modality}.{part}"
+            check_statistics(statistics, where)
+            width, shape = len(statistics["max"]), modalities.get(modality, {}).get(part, {}).get("shape")
+            if shape is None:
+                continue
+            sizes = typed(shape, tuple[int, ...], f"{tag}.modalities.{modality}.{part}.shape")
+            if min(sizes, default=1) < 1 or math.prod(sizes) != width:
+                raise ValueError(f"{where} have {width} elements, but modalities say shape={shape}; they must fit")
+    for camera, description in modalities.get("video", {}).items():
+        where = f"{tag}.modalities.video.{camera}"
+        size = typed(require(description, "resolution", where), tuple[int, int], f"{where}.resolution")
+        if min(size) < 1:
+            raise ValueError(f"{where}.resolution={list(size)} must be width and height in pixels")
+        if typed(description.get("channels", 3), int, f"{where}.channels") != 3:
+            raise ValueError(f"{where}.channels={description['channels']} is not supported (supported: 3)")
 
 
 def read_metadata(path: Path, embodiment_tag: str) -> DatasetMetadata:
@@ -223,16 +290,19 @@ def read_metadata(path: Path, embodiment_tag: str) -> DatasetMetadata:
 
     Raises:
         FileNotFoundError: No such file.
-        KeyError: The file has no entry for the tag.
+        KeyError: The file has no entry for the tag, or the entry lacks something.
+        ValueError: The file is damaged, or numbers in the entry are not what they must be (see `check_statistics`).
     """
-    if not path.is_file():
+    if not has_file(path):
         raise FileNotFoundError(
             f"{path} does not exist; a checkpoint keeps its statistics there. Give metadata= to use other statistics"
         )
-    data: dict[str, Any] = json.loads(path.read_text())
+    data = read_json(path)
     if embodiment_tag not in data:
         raise KeyError(f"{path} has no entry for embodiment_tag={embodiment_tag!r} (present: {', '.join(data)})")
     entry = data[embodiment_tag]
+    with naming(path):
+        _check_entry(typed(entry, dict, embodiment_tag), embodiment_tag)
     return DatasetMetadata(
         statistics=entry["statistics"], modalities=entry["modalities"], embodiment_tag=embodiment_tag
     )
@@ -240,10 +310,9 @@ def read_metadata(path: Path, embodiment_tag: str) -> DatasetMetadata:
 
 def write_metadata(path: Path, metadata: DatasetMetadata) -> None:
     """Write a `metadata.json`; entries of other embodiments in an existing file are kept."""
-    data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    data = read_json(path) if has_file(path) else {}
     data[metadata.embodiment_tag] = asdict(metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    write_json(path, data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,9 +28,8 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -47,7 +46,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from gr00t_agent.data_config import DataConfig, DatasetMetadata, LiberoFrankaDataConfig, ModalitySlice, read_modality
-from gr00t_agent.files import resolve_folder
+from gr00t_agent.files import resolve_folder, whole_file
 from gr00t_agent.lerobot_meta import (
     INFO_FILE,
     EpisodeEntry,
@@ -764,7 +763,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
         with ThreadPoolExecutor(num_threads) as pool:
             if not self._is_whole(path, header.getvalue(), pool):
-                with _whole_file(path) as temporary, temporary.open("wb") as file:
+                with whole_file(path) as temporary, temporary.open("wb") as file:
                     self._decode_into(file.fileno(), header.getvalue(), pool, on_episode)
         # Copy-on-write: torch wants arrays that could be written to.
         mapped = np.memmap(path, np.uint8, mode="c", offset=len(header.getvalue()), shape=shape)
@@ -933,18 +932,6 @@ def _nearest(sorted_values: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.in
         return left
     is_left = np.abs(sorted_values[left] - wanted) <= np.abs(sorted_values[right] - wanted)
     return np.where(is_left, left, right)
-
-
-@contextmanager
-def _whole_file(path: Path) -> Generator[Path]:
-    """Give the path of a file to write, which takes `path`'s place if all went well and is removed if not."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_at(file: int, content: memoryview, offset: int) -> None:

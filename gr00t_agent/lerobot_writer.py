@@ -12,10 +12,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import shutil
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
+
+from gr00t_agent.files import whole_folder
 
 Version = Literal["v2.1", "v3.0"]
 VERSIONS: tuple[Version, ...] = ("v2.1", "v3.0")
@@ -112,22 +112,8 @@ def stage_episode(folder: Path, episode: Episode, recording: Recording) -> None:
         OSError: it cannot be written, because the disk is full, say; `folder` is as it was.
     """
     _check(episode, recording)
-    with _whole_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         _write_episode(temporary, episode, recording)
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Generator[Path]:
-    """Give a folder to write into, which takes `folder`'s place if all went well and is removed if not."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_episode(folder: Path, episode: Episode, recording: Recording) -> None:
@@ -232,7 +218,7 @@ def assemble_dataset(
                 f"{path} has {content['storage']}s of {content['shapes']}, but {staged[0]} has {recording.storage}s of "
                 f"{contents[0]['shapes']}; one dataset has one resolution and storage"
             )
-    with _whole_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         (temporary / "meta").mkdir()
         _Assembly(temporary, staged, contents, recording, version).write(modality)
 

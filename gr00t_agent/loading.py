@@ -1,11 +1,10 @@
 """Building a `Gr00tAgent` from sizes, from a preset or from a checkpoint's folder, and saving it to one."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,16 @@ from gr00t_agent.data_config import (
     read_metadata,
     write_metadata,
 )
-from gr00t_agent.files import resolve_folder
+from gr00t_agent.files import has_file, naming, read_json, require, resolve_folder, typed, write_json
 from gr00t_agent.policy import PolicyConfig, preset_policy
-from gr00t_agent.transforms import Preprocessor, PromptLayout, load_tokenizer, prompt_text, save_tokenizer
+from gr00t_agent.transforms import (
+    TOKENIZER_FILES,
+    Preprocessor,
+    PromptLayout,
+    load_tokenizer,
+    prompt_text,
+    save_tokenizer,
+)
 from gr00t_agent.weights import RL_ONLY, load_weights, read_weights, write_weights
 
 logger = logging.getLogger(__name__)
@@ -32,6 +38,8 @@ logger = logging.getLogger(__name__)
 POLICY_FILE = "policy_config.json"
 NANO_METADATA = DATA / "nano_metadata.json"
 RELEASED_TOKENIZER = "Qwen/Qwen3-1.7B"
+# Flags of `Gr00tAgent.set_trainable`.
+TUNE_FLAGS = ("tune_visual", "tune_llm", "tune_projector", "tune_diffusion_model", "tune_value")
 # Room for the instruction in a prompt of default length; the longest of LIBERO has 25 tokens with Qwen's tokenizer.
 INSTRUCTION_TOKENS = 32
 
@@ -109,7 +117,7 @@ class Pretrained(nn.Module):
         Args:
             name: `nano`, which ships with a tokenizer and LIBERO workspace statistics, or `gr00t_n1d5`.
             policy: Settings; None takes `preset_policy(name)`.
-            data_config: The robot; None takes LIBERO's Franka.
+            data_config: The robot; None takes LIBERO's Franka with the network's action horizon.
             metadata: Statistics; None takes the ones that ship with `nano` (LIBERO's Franka only).
             tokenizer: Tokenizer, or what `load_tokenizer` takes; None takes the preset's own.
             device: Where to build.
@@ -119,13 +127,14 @@ class Pretrained(nn.Module):
             ValueError: Unknown preset.
             KeyError: The statistics do not cover the data config.
         """
-        data_config = LiberoFrankaDataConfig() if data_config is None else data_config
+        config = ModelConfig.preset(name)
+        data_config = _default_data_config(config) if data_config is None else data_config
         if metadata is None:
             metadata = read_metadata(NANO_METADATA, data_config.embodiment_tag)
         if tokenizer is None:
             tokenizer = "nano" if name == "nano" else RELEASED_TOKENIZER
         return cls.from_config(
-            ModelConfig.preset(name),
+            config,
             preset_policy(name) if policy is None else policy,
             data_config=data_config,
             metadata=metadata,
@@ -151,8 +160,8 @@ class Pretrained(nn.Module):
 
         Args:
             path_or_hub_id: Folder, or hub name such as `nvidia/GR00T-N1.5-3B`.
-            policy: Settings; None takes the saved ones, or the defaults where there are none.
-            data_config: The robot; None takes the saved one, or LIBERO's Franka.
+            policy: Settings; None takes the saved ones, see `saved_policy`.
+            data_config: The robot; None takes the saved one, or LIBERO's Franka with the network's action horizon.
             metadata: Statistics; None reads `experiment_cfg/metadata.json`.
             tokenizer: Tokenizer, or what `load_tokenizer` takes; None takes the checkpoint's, or Qwen3's.
             eagle_folder: Folder with the Eagle `config.json`, if not inside the checkpoint and not the released one.
@@ -161,31 +170,39 @@ class Pretrained(nn.Module):
 
         Raises:
             FileNotFoundError: No such checkpoint, or a file of it is missing.
-            ValueError: Tensors are unknown, missing or misshapen (all are listed), or not finite.
+            KeyError: A JSON file lacks a key.
+            ValueError: A file is damaged, of another format or says what is not supported; the parts do not fit
+                together; tensors are unknown, missing or misshapen (all are listed), or not finite.
         """
         folder = resolve_checkpoint(path_or_hub_id)
         config = ModelConfig.from_folder(folder, eagle_folder)
-        saved: dict[str, Any] = {}
-        if (folder / POLICY_FILE).is_file():
-            saved = json.loads((folder / POLICY_FILE).read_text())
+        saved = _read_settings(folder, config)
         if policy is None:
-            policy = saved_policy(folder)
+            policy = _default_policy(config) if saved is None else saved.policy
         if data_config is None:
-            data_config = DataConfig.from_json(saved["data_config"]) if saved else LiberoFrankaDataConfig()
+            data_config = _default_data_config(config) if saved is None else saved.data_config
         if metadata is None:
             metadata = read_metadata(folder / METADATA_PATH, data_config.embodiment_tag)
         if tokenizer is None:
             own = folder / EAGLE_FOLDER
-            has_own = any((own / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+            has_own = any(has_file(own / file) for file in (*TOKENIZER_FILES, "merges.txt"))
             tokenizer = own if has_own else RELEASED_TOKENIZER
-        preprocessor = make_preprocessor(config, policy, data_config, metadata, tokenizer)
-        with torch.device("meta"):
-            agent = cls(config, policy, preprocessor)
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(tokenizer)
+        with naming(folder):
+            preprocessor = make_preprocessor(config, policy, data_config, metadata, tokenizer)
+            with torch.device("meta"):
+                agent = cls(config, policy, preprocessor)
         device = torch.device(device)
-        absent = load_weights(agent, read_weights(folder), dtype, device)
-        _materialise(agent, absent, device, dtype)
-        if saved:
-            agent.set_trainable(**saved["trainable"])
+        tensors = read_weights(folder)
+        with naming(folder):
+            absent = load_weights(agent, tensors, dtype, device)
+            _materialise(agent, absent, device, dtype)
+            noise_net = agent.action_head.reinflow_explore_noise_net
+            if noise_net is not None:
+                noise_net.check_std_range(policy.noise_std_range)
+        if saved is not None:
+            agent.set_trainable(**saved.trainable)
         return agent
 
     @classmethod
@@ -201,7 +218,7 @@ class Pretrained(nn.Module):
             TypeError: A field that `PolicyConfig` does not have.
         """
         given = {name: value for name, value in changes.items() if value is not None}
-        preset = next((name for name in get_args(PresetName) if name == str(source)), None)
+        preset = _preset_name(source)
         if preset is not None:
             agent = cls.from_preset(preset, policy=replace(preset_policy(preset), **given))
         else:
@@ -223,7 +240,7 @@ class Pretrained(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.write(folder)
+        self.config.write(folder, denoising_steps=self.policy.denoising_steps)
         save_tokenizer(self.preprocessor.tokenizer, folder / EAGLE_FOLDER)
         # Under the tag that loading looks for; statistics of a dataset come with the tag of its own data config.
         tag = self.preprocessor.data_config.embodiment_tag
@@ -234,7 +251,7 @@ class Pretrained(nn.Module):
             "data_config": self.preprocessor.data_config.to_json(),
             "trainable": self.trainable,
         }
-        (folder / POLICY_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+        write_json(folder / POLICY_FILE, saved)
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
@@ -247,10 +264,79 @@ def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
     return resolve_folder("checkpoint", path_or_hub_id, "for example nvidia/GR00T-N1.5-3B", allow_patterns=patterns)
 
 
-def saved_policy(folder: Path) -> PolicyConfig:
-    """Return the settings saved with a checkpoint, or the defaults for one that has none."""
+class _Settings(NamedTuple):
+    """What `save_pretrained` keeps beside weights and sizes."""
+
+    policy: PolicyConfig
+    data_config: DataConfig
+    trainable: dict[str, bool]
+
+
+def _read_settings(folder: Path, config: ModelConfig) -> _Settings | None:
+    """Return what `policy_config.json` holds, None if the checkpoint has none; `config` is what `config.json` holds."""
     path = folder / POLICY_FILE
-    return PolicyConfig.from_json(json.loads(path.read_text())["policy"]) if path.is_file() else PolicyConfig()
+    if not has_file(path):
+        return None
+    saved = read_json(path)
+    parts = _Settings._fields
+    if set(saved) != set(parts):
+        raise ValueError(
+            f"{path} has the entries {', '.join(saved) or 'none'}, but this package writes {', '.join(parts)}; another "
+            "program or a newer version wrote it. Delete it to load the checkpoint with default settings"
+        )
+    with naming(path):
+        trainable = typed(saved["trainable"], Mapping[str, bool], "trainable")
+        if unknown := sorted(set(trainable) - set(TUNE_FLAGS)):
+            raise ValueError(f"trainable has the unknown flag(s) {', '.join(unknown)} (known: {', '.join(TUNE_FLAGS)})")
+        for flag in ("tune_visual", "tune_llm"):
+            require(trainable, flag, "trainable")
+        policy, data_config = PolicyConfig.from_json(saved["policy"]), DataConfig.from_json(saved["data_config"])
+        head = config.action_head
+        for name, value, other, expected in (
+            ("policy.denoising_steps", policy.denoising_steps, "num_inference_timesteps", head.num_inference_timesteps),
+            ("data_config.action_horizon", data_config.action_horizon, "action_horizon", head.action_horizon),
+        ):
+            if value != expected:
+                raise ValueError(f"{name}={value}, but {other}={expected} in config.json; make them equal")
+        return _Settings(policy, data_config, trainable)
+
+
+def _default_policy(config: ModelConfig) -> PolicyConfig:
+    return PolicyConfig(denoising_steps=config.action_head.num_inference_timesteps)
+
+
+def _default_data_config(config: ModelConfig) -> DataConfig:
+    return LiberoFrankaDataConfig(action_horizon=config.action_head.action_horizon)
+
+
+def saved_policy(folder: Path) -> PolicyConfig:
+    """Return the settings saved with a checkpoint; for one that has none, the defaults with its own denoising steps.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: As in `Pretrained.from_pretrained`.
+    """
+    config = ModelConfig.from_folder(folder)
+    saved = _read_settings(folder, config)
+    return _default_policy(config) if saved is None else saved.policy
+
+
+def saved_data_config(source: str | Path) -> DataConfig:
+    """Return the data config that `Pretrained.load` of a preset's name, a folder or a hub name gives an agent.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: As in `Pretrained.from_pretrained`.
+    """
+    preset = _preset_name(source)
+    if preset is not None:
+        return _default_data_config(ModelConfig.preset(preset))
+    folder = resolve_checkpoint(source)
+    config = ModelConfig.from_folder(folder)
+    saved = _read_settings(folder, config)
+    return _default_data_config(config) if saved is None else saved.data_config
+
+
+def _preset_name(source: str | Path) -> PresetName | None:
+    return next((name for name in get_args(PresetName) if name == str(source)), None)
 
 
 def make_preprocessor(
@@ -268,14 +354,23 @@ def make_preprocessor(
         data_config: The robot.
         metadata: Statistics.
         tokenizer: Tokenizer, or what `load_tokenizer` takes.
+
+    Raises:
+        ValueError: The parts do not fit together.
+        KeyError: The statistics do not cover the data config.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    length = policy.prompt_length
+    length, limit = policy.prompt_length, config.text.get("max_position_embeddings")
+    if length is not None and limit is not None and length > limit:
+        raise ValueError(f"prompt_length={length} exceeds the language model's max_position_embeddings={limit}")
+    empty = prompt_text("", len(data_config.video_keys), config.num_image_tokens)
+    needed = len(tokenizer.encode(empty, add_special_tokens=False))
     if length is None:
-        empty = prompt_text("", len(data_config.video_keys), config.num_image_tokens)
         # Rows of a multiple of 8 suit the matrix units.
-        length = -(-(len(tokenizer.encode(empty, add_special_tokens=False)) + INSTRUCTION_TOKENS) // 8) * 8
+        length = -(-(needed + INSTRUCTION_TOKENS) // 8) * 8
+    elif length <= needed:
+        raise ValueError(f"prompt_length={length} leaves no room for an instruction; give more than {needed} tokens")
     return Preprocessor(
         config,
         data_config,

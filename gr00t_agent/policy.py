@@ -4,14 +4,17 @@ Shape legend: B batch, N denoising steps, H action horizon, A padded action widt
 (`num_action_chunks`), a valid action width.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gr00t_agent.config import PresetName
+from gr00t_agent.data_config import EMBODIMENT_IDS
+from gr00t_agent.files import dataclass_from_json
 from gr00t_agent.sampler import FlowSampler, NoiseMethod
 from gr00t_agent.transforms import PaddingMode
 
@@ -107,6 +110,7 @@ class PolicyConfig:
             "padding": ("masked", "left", "right"),
             "value_inputs": ("vl_and_state", "vl"),
             "value_pooling": ("mean_token", "last_token", "first_token"),
+            "embodiment_table": tuple(EMBODIMENT_IDS),
             "compute_dtype": ("float32", "bfloat16"),
         }
         for name, values in allowed.items():
@@ -118,8 +122,17 @@ class PolicyConfig:
                 "use value_pooling='mean_token'"
             )
         low, high = self.noise_std_range
-        if not 0 < low <= high:
+        if not 0 < low <= high < math.inf:
             raise ValueError(f"noise_std_range={self.noise_std_range} must be positive and ascending")
+        if not math.isfinite(self.noise_level):
+            raise ValueError(f"noise_level={self.noise_level} must be a finite number")
+        _ = self.sampler  # refuses what does not go together
+        if self.num_action_chunks < 1:
+            raise ValueError(f"num_action_chunks={self.num_action_chunks} is below 1")
+        if self.prompt_length is not None and self.prompt_length < 1:
+            raise ValueError(f"prompt_length={self.prompt_length} is below 1; None leaves room for any instruction")
+        if self.value_head and not all(width > 0 for width in self.value_hidden_dims):
+            raise ValueError(f"value_hidden_dims={self.value_hidden_dims} must be positive")
 
     @property
     def sampler(self) -> FlowSampler:
@@ -138,10 +151,13 @@ class PolicyConfig:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.compute_dtype]
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "PolicyConfig":
-        """Rebuild from JSON data."""
-        fields: dict[str, Any] = {k: tuple(cast(list[Any], v)) if isinstance(v, list) else v for k, v in data.items()}
-        return PolicyConfig(**fields)
+    def from_json(data: Any) -> "PolicyConfig":
+        """Rebuild from what `asdict` gave to JSON.
+
+        Raises:
+            ValueError: Something is unknown, of another type, or not allowed.
+        """
+        return dataclass_from_json(PolicyConfig, data, "policy")
 
 
 # The settings of each preset of network sizes; change some with `dataclasses.replace`.

@@ -7,7 +7,6 @@ truncation to 8 bits, (x - 127.5) / 127.5; state parts normalised one by one and
 image placeholder per view.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast  # pyright:
 
 from gr00t_agent.config import DATA, ModelConfig
 from gr00t_agent.data_config import DataConfig, DatasetMetadata, NormalisationMode
-from gr00t_agent.files import resolve_folder
+from gr00t_agent.files import has_file, read_json, refuse_lfs_pointer, resolve_folder, typed
 
 Observation = Mapping[str, Any]
 PaddingMode = Literal["masked", "left", "right"]
@@ -42,8 +41,10 @@ EAGLE_TOKENS = (
     "</interval>",
 )
 PAD_TOKEN = "<|endoftext|>"
+# Tokens of the chat prompt, each of which must be one token to the tokenizer.
+PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>", IMAGE_OPEN, IMAGE_CONTEXT, IMAGE_CLOSE, PAD_TOKEN)
 NANO_TOKENIZER = DATA / "nano_tokenizer.json"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int | None:
@@ -63,30 +64,42 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
     Raises:
         FileNotFoundError: A folder holds no tokenizer, or there is neither such a file or folder nor hub name.
-        ValueError: `added_tokens.json` gives ids that do not follow those of `vocab.json`.
+        ValueError: A file is damaged, or `added_tokens.json` gives ids that do not follow those of `vocab.json`.
     """
     path = NANO_TOKENIZER if source == "nano" else Path(source)
     if not path.is_file():
         hint = "give a tokenizer.json, a folder with one, or for example Qwen/Qwen3-1.7B"
-        path = resolve_folder("tokenizer", source, hint, allow_patterns=list(TOKENIZER_FILES))
+        path = resolve_folder("tokenizer", source, hint, allow_patterns=[*TOKENIZER_FILES, "merges.txt"])
     file = path / "tokenizer.json" if path.is_dir() else path
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file)) if file.is_file() else _qwen_tokenizer(path)
+    tokenizer = _file_tokenizer(file) if has_file(file) else _qwen_tokenizer(path)
     if token_id(tokenizer, IMAGE_CONTEXT) is None:
         tokenizer.add_tokens(list(EAGLE_TOKENS), special_tokens=True)
     return tokenizer
 
 
+def _file_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    read_json(path)  # names a damaged file, which the library does not
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # the library raises bare ones
+        raise ValueError(f"{path} is no tokenizer.json ({error}); download or write it again") from error
+
+
 def _qwen_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Build Qwen2's byte-level BPE from `vocab.json`, `merges.txt` and, where present, what adds tokens to them."""
-    absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    absent = [name for name in ("vocab.json", "merges.txt") if not has_file(folder / name)]
     if absent:
         raise FileNotFoundError(f"{folder} has no tokenizer.json, and no {' and '.join(absent)}")
-    tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-    if (folder / "added_tokens.json").is_file():
-        added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text())
-        wrong = [token for token, number in added.items() if token_id(tokenizer, token) != number]
-        if wrong:
-            raise ValueError(f"{folder}/added_tokens.json does not continue vocab.json: {', '.join(wrong)}")
+    refuse_lfs_pointer(folder / "merges.txt")
+    given = {name: read_json(folder / name) for name in TOKENIZER_FILES[1:] if has_file(folder / name)}
+    try:
+        tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises bare ones
+        raise ValueError(f"{folder} holds no tokenizer of Qwen2's kind ({error}); download its files again") from error
+    added = typed(given.get("added_tokens.json", {}), Mapping[str, int], f"{folder}/added_tokens.json")
+    wrong = [token for token, number in added.items() if token_id(tokenizer, token) != number]
+    if wrong:
+        raise ValueError(f"{folder}/added_tokens.json does not continue vocab.json: {', '.join(wrong)}")
     return tokenizer
 
 
@@ -211,6 +224,16 @@ class PromptLayout:
     length: int
 
 
+def check_rows(counts: Mapping[str, int]) -> None:
+    """Check that fields of an observation have equally many rows.
+
+    Raises:
+        ValueError: They do not, or have none.
+    """
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        raise ValueError(f"the observation has rows {dict(counts)}; give each field equally many, at least 1")
+
+
 class Preprocessor:
     """Turns observations into network inputs and network actions into environment actions.
 
@@ -250,16 +273,17 @@ class Preprocessor:
         ):
             if dim > limit:
                 raise ValueError(f"{name} has {dim} dimensions, but the network takes at most {limit}")
-        image_id = token_id(tokenizer, IMAGE_CONTEXT)
-        if image_id != config.image_token_id:
+        horizon = config.action_head.action_horizon
+        if data_config.action_horizon != horizon:
             raise ValueError(
-                f"the tokenizer gives {IMAGE_CONTEXT} the id {image_id}, the network expects {config.image_token_id}; "
-                "use the tokenizer that belongs to this checkpoint"
+                f"the data config has action_horizon={data_config.action_horizon}, the network {horizon}; give a data "
+                f"config with action_horizon={horizon}"
             )
-        pad_id = token_id(tokenizer, PAD_TOKEN)
-        if pad_id is None:
-            raise ValueError(f"the tokenizer has no {PAD_TOKEN} token, which pads prompts")
-        self.pad_id = pad_id
+        cameras = [f"video.{name}" for name in metadata.modalities.get("video", {})]
+        absent = [key for key in data_config.video_keys if key not in cameras]
+        if cameras and absent:
+            raise KeyError(f"the metadata's modalities lack {', '.join(absent)} (present: {', '.join(cameras)})")
+        self.pad_id = self._check_tokenizer()
         self._prompt_ids: dict[str, list[int]] = {}
         self._gripper = self._gripper_mask()
 
@@ -267,6 +291,23 @@ class Preprocessor:
     def action_dim(self) -> int:
         """Valid action width a."""
         return self.action_normaliser.dim
+
+    def _check_tokenizer(self) -> int:
+        """Refuse a tokenizer that is not the network's, and return the id that pads prompts."""
+        remedy = "use the tokenizer that belongs to this checkpoint"
+        image_id, expected = token_id(self.tokenizer, IMAGE_CONTEXT), self.config.image_token_id
+        if image_id != expected:
+            raise ValueError(
+                f"the tokenizer gives {IMAGE_CONTEXT} the id {image_id}, the network expects {expected}; {remedy}"
+            )
+        for token in PROMPT_TOKENS:
+            ids = self.tokenizer.encode(token, add_special_tokens=False)
+            if len(ids) != 1 or ids[0] != token_id(self.tokenizer, token):
+                raise ValueError(f"the tokenizer takes {token} for text (ids {ids}), not for a token; {remedy}")
+        largest, size = max(self.tokenizer.get_vocab().values()), self.config.text["vocab_size"]
+        if largest >= size:
+            raise ValueError(f"the tokenizer has ids up to {largest}, but the network's vocab_size={size}; {remedy}")
+        return cast(int, token_id(self.tokenizer, PAD_TOKEN))
 
     def _gripper_mask(self) -> Tensor | None:
         key = self.data_config.gripper_key
@@ -282,6 +323,22 @@ class Preprocessor:
             raise KeyError(f"the observation has no {key!r} (present: {', '.join(map(str, obs))})")
         return obs[key]
 
+    def _numbers(self, obs: Observation, key: str, allowed: str) -> Tensor:
+        """Return an entry of numbers as a tensor, where it lies."""
+        value = self._entry(obs, key)
+        if isinstance(value, Tensor):
+            return value
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # rows of different lengths
+            raise ValueError(f"{key} is no array ({error}); it must be {allowed}") from error
+        if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
+            raise ValueError(f"{key} is {array.dtype} {array.shape}; it must be {allowed}")
+        # Torch takes neither steps backwards, as in a picture that was turned, nor other machines' order of bytes.
+        if not (array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative):
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
+        return torch.from_numpy(array)
+
     def images(self, obs: Observation, device: torch.device) -> Tensor:
         """Return uint8 [B, V, 3, image_size, image_size].
 
@@ -290,12 +347,13 @@ class Preprocessor:
             ValueError: An image is not uint8 [B, height, width, 3], or not of the resolution in the metadata.
         """
         views: list[Tensor] = []
+        allowed, scale = "uint8 [batch, height, width, 3]", self.data_config.crop_scale
         for key in self.data_config.video_keys:
-            value = torch.as_tensor(self._entry(obs, key))
+            value = self._numbers(obs, key, allowed)
             if value.dtype != torch.uint8 or value.ndim != 4 or value.shape[-1] != 3:
-                raise ValueError(
-                    f"{key} is {value.dtype} {tuple(value.shape)}; it must be uint8 [batch, height, width, 3]"
-                )
+                raise ValueError(f"{key} is {value.dtype} {tuple(value.shape)}; it must be {allowed}")
+            if int(min(value.shape[1:3]) * scale) < 1:
+                raise ValueError(f"{key} is {tuple(value.shape)}, of which crop_scale={scale} leaves nothing")
             expected = self.metadata.resolution(key)
             if expected is not None and tuple(value.shape[1:3]) != expected:
                 raise ValueError(
@@ -303,7 +361,8 @@ class Preprocessor:
                     f"{expected[0]}x{expected[1]}; make the environment render that size"
                 )
             views.append(value.to(device, non_blocking=True))
-        size, scale = self.config.image_size, self.data_config.crop_scale
+        check_rows({key: len(view) for key, view in zip(self.data_config.video_keys, views, strict=True)})
+        size = self.config.image_size
         if all(view.shape == views[0].shape for view in views):
             # One call for all views: [B, V, h, w, 3] in the order of the prompt's placeholders.
             stacked = torch.stack(views, dim=1)
@@ -315,39 +374,76 @@ class Preprocessor:
 
         Raises:
             KeyError: A part is missing.
-            ValueError: A part is not [B, width].
+            ValueError: A part is not of numbers, not [B, width], or not finite.
         """
         parts: list[Tensor] = []
         for key, width in self.state_normaliser.widths.items():
-            value = torch.as_tensor(self._entry(obs, key)).to(torch.float32)
-            if value.ndim != 2 or value.shape[1] != width:
-                raise ValueError(f"{key} is {tuple(value.shape)}; it must be [batch, {width}]")
-            parts.append(value)
-        raw = torch.cat(parts, dim=1).to(device, non_blocking=True)
+            allowed = f"finite numbers, float32 [batch, {width}]"
+            given = self._numbers(obs, key, allowed)
+            if given.ndim != 2 or given.shape[1] != width or given.is_complex() or given.dtype == torch.bool:
+                raise ValueError(f"{key} is {given.dtype} {tuple(given.shape)}; it must be {allowed}")
+            parts.append(given.to(torch.float32))
+        widths = self.state_normaliser.widths
+        check_rows({key: len(part) for key, part in zip(widths, parts, strict=True)})
+        raw = torch.cat(parts, dim=1)
+        # Checked where they lie: states of an environment and of a dataset lie in the host's memory.
+        if not bool(torch.isfinite(raw).all()):
+            row, column = (int(i) for i in (~torch.isfinite(raw)).nonzero()[0])
+            keys = [key for key, width in widths.items() for _ in range(width)]
+            value = torch.as_tensor(self._entry(obs, keys[column]))[row].tolist()
+            raise ValueError(
+                f"{keys[column]} of row {row} is {value}; it must be finite numbers, float32 [batch, "
+                f"{widths[keys[column]]}]"
+            )
+        raw = raw.to(device, non_blocking=True)
         if self.round_to_bf16:
             raw = raw.to(torch.bfloat16).to(torch.float32)
         normalised = self.state_normaliser.forward(raw)
         return F.pad(normalised, (0, self.config.action_head.max_state_dim - normalised.shape[1]))[:, None]
 
     def prompt_ids(self, instruction: str) -> list[int]:
-        """Return the token ids of the whole prompt for one instruction."""
+        """Return the token ids of the whole prompt for one instruction.
+
+        Raises:
+            ValueError: The instruction holds a token with a meaning of its own, such as `<IMG_CONTEXT>`.
+        """
         if instruction not in self._prompt_ids:
+            where = f"{self.data_config.language_key}={instruction!r}"
+            if special := [token for token in self.tokenizer.get_added_vocab() if token in instruction]:
+                raise ValueError(
+                    f"{where} holds {', '.join(special)}, which the tokenizer takes for more than text; leave it out"
+                )
+            if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+                raise ValueError(f"{where} holds half a surrogate pair, which is no text; decode it as UTF-8")
             text = prompt_text(instruction, len(self.data_config.video_keys), self.config.num_image_tokens)
             self._prompt_ids[instruction] = self.tokenizer.encode(text, add_special_tokens=False)
         return self._prompt_ids[instruction]
+
+    def _instructions(self, obs: Observation) -> list[str]:
+        """Return the instruction of each row."""
+        key = self.data_config.language_key
+        value = self._entry(obs, key)
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+            raise ValueError(
+                f"{key} is {value!r}, one {type(value).__name__}; it must be a sequence with one str per row"
+            )
+        rows: list[Any] = list(value.reshape(-1)) if isinstance(value, np.ndarray) else list(cast(Sequence[Any], value))
+        # NVIDIA's clients wrap the instruction of a row in a list.
+        rows = [row[0] if isinstance(row, list | tuple | np.ndarray) and len(row) == 1 else row for row in rows]
+        for i, text in enumerate(rows):
+            if not isinstance(text, str):
+                raise ValueError(f"{key} of row {i} is {text!r}, a {type(text).__name__}; it must be a str")
+        return [str(text) for text in rows]
 
     def tokens(self, obs: Observation, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return token ids, int64 [B, L], and bool [B, L], True at real tokens.
 
         Raises:
             KeyError: The instruction is missing.
-            ValueError: A prompt is longer than the layout's length.
+            ValueError: An instruction is no text of its own, or a prompt is longer than the layout's length.
         """
-        key = self.data_config.language_key
-        value = self._entry(obs, key)
-        if isinstance(value, str):
-            raise ValueError(f"{key} is one string; it must be a sequence with one instruction per row")
-        instructions = [str(text) for text in np.asarray(value).reshape(-1)]
+        instructions = self._instructions(obs)
+        check_rows({self.data_config.language_key: len(instructions)})
         unique = sorted(set(instructions))
         rows = [self.prompt_ids(text) for text in unique]
         longest = max(len(row) for row in rows)
@@ -373,7 +469,11 @@ class Preprocessor:
         )
 
     def normalise_actions(self, actions: Tensor) -> Tensor:
-        """Map data actions float32 [B, H, a] to network actions [B, H, A], zero-padded."""
+        """Map data actions float32 [B, H, a] to network actions [B, H, A], zero-padded.
+
+        Raises:
+            ValueError: They are of another width.
+        """
         if actions.shape[-1] != self.action_dim:
             raise ValueError(f"actions have width {actions.shape[-1]}, the data config says {self.action_dim}")
         normalised = self.action_normaliser.forward(actions.to(torch.float32))

@@ -7,15 +7,17 @@ Two things differ between file and module tree:
       or both; the module tree has only the embeddings, and that is what is written.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from gr00t_agent.files import has_file, naming, read_json, refuse_lfs_pointer, require, typed
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ VISION = "backbone.eagle_model.vision_model."
 VISION_RELEASED = VISION + "vision_model."
 EMBEDDINGS = "backbone.eagle_model.language_model.model.embed_tokens.weight"
 OUTPUT_LAYER = "backbone.eagle_model.language_model.lm_head.weight"
+
+WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Modules that only reinforcement learning adds: prefix and what it is.
 RL_ONLY = {"action_head.value_head.": "value head", "action_head.reinflow_explore_noise_net.": "exploration-noise net"}
@@ -44,22 +48,47 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: No weights, or a shard is missing.
+        ValueError: A file is damaged, the index leads out of the folder or does not fit its shards, or there are both a
+            file and an index.
     """
-    if (folder / INDEX_FILE).is_file():
-        index = json.loads((folder / INDEX_FILE).read_text())
-        files = sorted({folder / name for name in index["weight_map"].values()})
-    else:
-        files = [folder / WEIGHTS_FILE]
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)} (present: {present})")
+    index_path = folder / INDEX_FILE
+    if not has_file(index_path):
+        return _read_file(folder, WEIGHTS_FILE)
+    if has_file(folder / WEIGHTS_FILE):
+        raise ValueError(f"{folder} has both {WEIGHTS_FILE} and {INDEX_FILE}; delete the one that is out of date")
+    index = read_json(index_path)
+    with naming(index_path):
+        weight_map: dict[str, str] = typed(require(index, "weight_map", "it"), Mapping[str, str], "weight_map")
+        for file in set(weight_map.values()):
+            # A name on its own: nothing above, below or beside the folder. (The hub's cache makes links of files.)
+            if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+                raise ValueError(f"weight_map names {file!r}; it must name .safetensors files in the folder itself")
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(str(file), framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118  (the reader is no mapping)
-                tensors[name] = reader.get_tensor(name)
+    for file in sorted(set(weight_map.values())):
+        found = _read_file(folder, file)
+        promised = {name for name, place in weight_map.items() if place == file}
+        if promised != set(found):
+            problems = [
+                _listing("tensors that the index promises", promised - set(found)),
+                _listing("tensors that it does not name", set(found) - promised),
+            ]
+            raise ValueError(f"{folder / file} does not fit {INDEX_FILE}; " + "\n".join(filter(None, problems)))
+        tensors |= found
     return tensors
+
+
+def _read_file(folder: Path, name: str) -> dict[str, Tensor]:
+    path = folder / name
+    if not has_file(path):
+        present = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{folder} lacks {name} (present: {present})")
+    refuse_lfs_pointer(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no safetensors file, or only a part of one ({error}); download or write it again"
+        ) from error
 
 
 def _listing(title: str, names: Iterable[str], limit: int = 20) -> str:
@@ -86,7 +115,7 @@ def load_weights(
 
     Raises:
         ValueError: Unknown, missing or misshapen tensors, all listed; or an output layer that differs from the
-            embeddings that it is tied to.
+            embeddings that it is tied to; or tensors of integers.
     """
     given = dict(tensors)
     output = given.pop(OUTPUT_LAYER, None)
@@ -123,6 +152,13 @@ def load_weights(
     ]
     if any(problems):
         raise ValueError("the checkpoint does not fit the network; " + "\n".join(filter(None, problems)))
+    odd = {name: given[name].dtype for name in expected if given[name].dtype not in WEIGHT_TYPES}
+    if odd:
+        name, kind = next(iter(odd.items()))
+        raise ValueError(
+            f"{name} and {len(odd) - 1} other tensors are {kind} and the like (allowed: "
+            f"{', '.join(map(str, WEIGHT_TYPES))}); quantised weights are not supported"
+        )
     state: dict[str, Tensor] = {}
     for name, (module_name, own) in expected.items():
         # Buffers keep their own type: the noise bounds are float32 in a bfloat16 network as well.

@@ -466,10 +466,30 @@ def test_a_checkpoint_of_other_data_is_refused(demonstrations, tmp_path):
         )  # fmt: skip
         sft_gr00t.main(args)
 
+    def narrow_gripper(content: dict[str, Any]) -> None:
+        for values in content["statistics"]["state"]["gripper"].values():
+            values.pop()
+        content["modalities"]["state"]["gripper"]["shape"] = [1]
+
     train(lambda content: None)
     with pytest.raises(ValueError, match=r"state.gripper has 1 elements in the policy's statistics, 2 in"):
-        train(lambda content: [values.pop() for values in content["statistics"]["state"]["gripper"].values()])
+        train(narrow_gripper)
     with pytest.raises(KeyError, match=r"has no statistics for 'action.gripper' \(present: action.x, "):
         train(lambda content: content["statistics"]["action"].pop("gripper"))
     with pytest.raises(ValueError, match=r"video.image is \(64, 48\) pixels in the policy's metadata, \(32, 32\) in"):
         train(lambda content: content["modalities"]["video"]["image"].update(resolution=[48, 64]))
+
+
+def test_a_checkpoint_keeps_its_action_horizon(demonstrations: Path, tmp_path: Path):
+    folder = tmp_path / "checkpoint"
+    tiny_agent(LeRobotDataset(demonstrations).metadata()).save_pretrained(folder)
+    config, policy = (json.loads((folder / name).read_text()) for name in ("config.json", "policy_config.json"))
+    config["action_horizon"] = config["action_head_cfg"]["action_horizon"] = 8
+    policy["data_config"]["action_horizon"] = 8
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "policy_config.json").write_text(json.dumps(policy))
+    sft_gr00t.main(sft_args(tmp_path, demonstrations, model=str(folder), num_steps=1))
+    saved = json.loads((tmp_path / "run/checkpoints/step_1/policy_config.json").read_text())
+    assert saved["data_config"]["action_horizon"] == 8
+    agent = Gr00tAgent.from_pretrained(tmp_path / "run/checkpoints/step_1")
+    assert agent.predict_chunk(LeRobotDataset(demonstrations).batch(np.arange(2)).obs).shape[1] == 8

@@ -77,6 +77,12 @@ def make_observation(batch: int, seed: int = 0, image_size: int = 64) -> dict[st
     return obs
 
 
+def noise_of(agent: Gr00tAgent, batch: int) -> Tensor:
+    """Initial noise of an agent's own sizes, the same each time."""
+    head = agent.config.action_head
+    return torch.randn(batch, head.action_horizon, head.action_dim, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.fixture(scope="session")
 def nano_agent() -> Gr00tAgent:
     """A nano network in eval mode; do not change it."""

@@ -13,7 +13,7 @@ from gr00t_agent.action_head import ActionHead
 from gr00t_agent.backbone import Backbone
 from gr00t_agent.config import ModelConfig
 from gr00t_agent.weights import released_name
-from tests.gr00t_agent.conftest import REFERENCE_DIR, make_observation
+from tests.gr00t_agent.conftest import REFERENCE_DIR, make_observation, noise_of
 
 NANO = preset_policy("nano")
 
@@ -113,13 +113,13 @@ def test_results_do_not_depend_on_batch_mates(nano_agent):
 def test_masked_padding_equals_the_reference_for_one_sample(tiny_agent, tiny_checkpoint):
     obs = make_observation(1, image_size=256)
     masked = Gr00tAgent.from_pretrained(tiny_checkpoint, policy=PolicyConfig(padding="masked")).eval()
-    noise = torch.randn(1, 16, 32, generator=seeded())
+    noise = noise_of(tiny_agent, 1)
     assert torch.allclose(masked.predict_chunk(obs, noise=noise), tiny_agent.predict_chunk(obs, noise=noise), atol=1e-5)
 
 
 def test_left_padding_depends_on_batch_mates_as_in_the_reference(tiny_agent):
     obs = make_observation(2, image_size=256)
-    noise = torch.randn(2, 16, 32, generator=seeded())
+    noise = noise_of(tiny_agent, 2)
     both = tiny_agent.predict_chunk(obs, noise=noise)[:1]
     alone = tiny_agent.predict_chunk({k: v[:1] for k, v in obs.items()}, noise=noise[:1])
     assert (both - alone).abs().max() > 1e-3
@@ -250,12 +250,13 @@ def test_dropout_never_touches_log_probabilities(tiny_checkpoint):
         _, new, _, new_value = agent.get_action_and_value(obs, action)
         assert torch.equal(new, old)
         assert torch.equal(new_value, value)
-        draws = (torch.zeros(1, 16, 32), torch.full((1,), 0.5))
-        losses = {agent.sft_loss(obs, torch.zeros(1, 16, 7), draws=draws).item() for _ in range(3)}
+        actions = torch.zeros(1, agent.config.action_head.action_horizon, agent.preprocessor.action_dim)
+        draws = (noise_of(agent, 1), torch.full((1,), 0.5))
+        losses = {agent.sft_loss(obs, actions, draws=draws).item() for _ in range(3)}
         assert len(losses) == 3
     off = Gr00tAgent.from_pretrained(tiny_checkpoint).train()
     with torch.no_grad():
-        losses = {off.sft_loss(obs, torch.zeros(1, 16, 7), draws=draws).item() for _ in range(3)}
+        losses = {off.sft_loss(obs, actions, draws=draws).item() for _ in range(3)}
     assert len(losses) == 1
 
 

@@ -1033,6 +1033,24 @@ def test_a_full_disk_while_recording(storage, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["staged"]
 
 
+def test_an_episode_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    recording = Recording()
+    stage_episode(tmp_path / "staged", make_episode(0, 3), recording)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "staged").iterdir()}
+    replace = Path.replace
+
+    def refuse(source: Path, target: Path) -> Path:
+        if (source / "episode.json").exists() and source.name != "staged" and not source.name.startswith(".old-"):
+            raise OSError("no room")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="no room"):
+        stage_episode(tmp_path / "staged", make_episode(1, 4), recording)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "staged").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["staged"]
+
+
 def test_names_that_a_dataset_needs_itself(tmp_path):
     episode = make_episode(0, 3)
     for name in ("length", "tasks", "episode_index", "videos/x"):

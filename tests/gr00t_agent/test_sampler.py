@@ -1,6 +1,7 @@
 """The sampler against recorded chains, and by hand-computed values."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -126,7 +127,8 @@ def test_values_equal_the_recorded_ones(recorded, context, rl_goldens):
         pooled = head.pooled(context, mode)
         both = torch.cat([pooled, context.state_features.flatten(1)], dim=-1)
         close(head.value_head(both), t[f"value/vl_and_state/{mode}"])
-        vl_only = type(head.value_head)(pooled.shape[1], (1024, 512, 256))
+        hidden_dims = tuple(len(v) for k, v in t.items() if k.startswith("weights/value_head.") and k.endswith(".bias"))
+        vl_only = type(head.value_head)(pooled.shape[1], hidden_dims[:-1])
         weights = head.value_head.state_dict() | {"mlp.0.weight": recorded.vl_only_weight}
         vl_only.load_state_dict(weights)
         close(vl_only(pooled), t[f"value/vl_only/{mode}"])
@@ -146,7 +148,8 @@ def test_gradients_equal_the_recorded_ones(recorded, rl_goldens, method):
     head = recorded.head
     head.zero_grad()
     context = recorded.prepare()
-    k = 2
+    found = [re.fullmatch(r"gradient_norms_k(\d+)", name) for name in index]
+    k = next(int(match[1]) for match in found if match)
     drawn = torch.full((len(t["noise_init"]),), k)
     scores = sampler_of(rl_goldens, method).evaluate(recorded.velocity(context), t[f"{method}/k{k}/chains"], drawn)
     features = torch.cat([head.pooled(context), context.state_features.flatten(1)], dim=-1)
@@ -154,11 +157,12 @@ def test_gradients_equal_the_recorded_ones(recorded, rl_goldens, method):
     loss.backward()
     close(loss.detach()[None], t[f"grad/{method}/scalar"])
     for name, parameter in head.named_parameters():
-        norm = index["gradient_norms_k2"][method].get(name)
+        norm = index[f"gradient_norms_k{k}"][method].get(name)
         if norm is not None and norm > 1e-5:
             assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3), name
-    expected = t[f"grad/{method}/action_decoder.layer2.W[31]"]
-    assert torch.allclose(head.action_decoder.layer2.W.grad[31], expected, rtol=1e-3, atol=1e-6)
+    found = [re.fullmatch(rf"grad/{method}/action_decoder\.layer2\.W\[(\d+)\]", name) for name in t]
+    name, embodiment = next((match[0], int(match[1])) for match in found if match)
+    assert torch.allclose(head.action_decoder.layer2.W.grad[embodiment], t[name], rtol=1e-3, atol=1e-6)
     head.zero_grad()
 
 

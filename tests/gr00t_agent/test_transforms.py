@@ -271,20 +271,99 @@ def changed(observation, **entries):
     return observation | {key.replace("__", "."): value for key, value in entries.items()}
 
 
+LANGUAGE = "annotation__human__action__task_description"
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"video__image": np.zeros((2, 8, 8, 3), np.float32)}, ValueError, "must be uint8"),
-        ({"state__x": np.zeros((2, 3), np.float32)}, ValueError, r"state.x is \(2, 3\); it must be \[batch, 1\]"),
-        ({"state__x": np.zeros((3, 1), np.float32)}, RuntimeError, "Sizes of tensors must match"),
-        ({"annotation__human__action__task_description": "open"}, ValueError, "one instruction per row"),
-        ({"annotation__human__action__task_description": ["a"] * 3}, ValueError, "differ in batch size"),
-        ({"annotation__human__action__task_description": ["open the drawer " * 40] * 2}, ValueError, "prompt_length"),
+        (
+            {"state__x": np.zeros((2, 3), np.float32)},
+            ValueError,
+            r"state.x is torch\.float32 \(2, 3\); it must be .*float32 \[batch, 1\]",
+        ),
+        (
+            {"state__y": np.zeros((3, 1), np.float32)},
+            ValueError,
+            r"rows {'state\.x': 2, 'state\.y': 3, .*give each field equally many",
+        ),
+        ({"state__x": np.array([[0.0], [np.nan]])}, ValueError, r"x of row 1 is \[nan\]; it must be finite numbers"),
+        ({"state__gripper": np.array([[0.0, np.inf], [0.0, 0.0]])}, ValueError, r"gripper of row 0 is \[0\.0, inf\]"),
+        ({"state__x": torch.full((2, 1), float("-inf"))}, ValueError, r"state\.x of row 0 is \[-inf\]"),
+        ({"state__x": np.array([[1e300], [0.0]])}, ValueError, r"state\.x of row 0 is \[1e\+300\]; it must be finite"),
+        (
+            {"state__x": np.array([["0.1"], ["0.2"]])},
+            ValueError,
+            r"state\.x is <U3 \(2, 1\); it must be finite numbers",
+        ),
+        ({"state__x": [[0.1], [0.2, 0.3]]}, ValueError, r"state\.x is no array .*; it must be finite numbers"),
+        ({"state__x": None}, ValueError, r"state\.x is object \(\); it must be finite numbers"),
+        ({"state__x": np.ones((2, 1), np.bool_)}, ValueError, r"state\.x is bool \(2, 1\); it must be"),
+        ({"state__x": torch.ones(2, 1, dtype=torch.bool)}, ValueError, r"state\.x is torch\.bool \(2, 1\)"),
+        ({"state__x": np.ones((2, 1), np.complex64)}, ValueError, r"state\.x is complex64 \(2, 1\)"),
+        ({"state__x": torch.ones(2, 1, dtype=torch.complex64)}, ValueError, r"state\.x is torch\.complex64"),
+        (
+            {"video__image": None},
+            ValueError,
+            r"video\.image is object \(\); it must be uint8 \[batch, height, width, 3\]",
+        ),
+        ({"video__image": np.zeros((2, 3, 64, 64), np.uint8)}, ValueError, r"uint8 \(2, 3, 64, 64\); it must be uint8"),
+        ({"video__image": np.zeros((64, 64, 3), np.uint8)}, ValueError, r"uint8 \(64, 64, 3\); it must be uint8"),
+        ({"video__image": np.zeros((2, 64, 64, 4), np.uint8)}, ValueError, r"\(2, 64, 64, 4\); it must be uint8"),
+        ({"video__image": np.full((2, 64, 64, 3), np.nan)}, ValueError, r"torch\.float64 .*; it must be uint8"),
+        ({"video__image": np.zeros((2, 64, 64, 3), np.bool_)}, ValueError, r"bool .*; it must be uint8"),
+        ({"video__image": np.zeros((2, 0, 64, 3), np.uint8)}, ValueError, r"of which crop_scale=0\.95 leaves nothing"),
+        ({"video__image": np.zeros((3, 64, 64, 3), np.uint8)}, ValueError, r"rows {'video\.image': 3, 'video\.wrist"),
+        ({LANGUAGE: "open"}, ValueError, "description is 'open', one str; it must be a sequence with one str per row"),
+        ({LANGUAGE: b"open"}, ValueError, "description is b'open', one bytes; it must be a sequence"),
+        ({LANGUAGE: None}, ValueError, "description is None, one NoneType; it must be a sequence"),
+        ({LANGUAGE: {"a": 1}}, ValueError, "one dict; it must be a sequence"),
+        ({LANGUAGE: torch.zeros(2)}, ValueError, "one Tensor; it must be a sequence"),
+        ({LANGUAGE: []}, ValueError, r"rows {'annotation.*': 0}; give each field equally many, at least 1"),
+        ({LANGUAGE: ["open\ud800", "open"]}, ValueError, "holds half a surrogate pair"),
+        ({LANGUAGE: ["a"] * 3}, ValueError, r"rows {'annotation.*': 3, 'state\.\*': 2, 'video\.\*': 2}; give each"),
+        ({LANGUAGE: ["open the drawer " * 40] * 2}, ValueError, "prompt_length"),
+        ({LANGUAGE: ["open", None]}, ValueError, "of row 1 is None, a NoneType; it must be a str"),
+        ({LANGUAGE: [b"open", "open"]}, ValueError, "of row 0 is b'open', a bytes; it must be a str"),
+        ({LANGUAGE: np.array([b"open", b"close"])}, ValueError, "of row 0 is .*, a bytes_; it must be a str"),
+        ({LANGUAGE: np.array(["open", None], dtype=object)}, ValueError, "of row 1 is None"),
+        ({LANGUAGE: ["open", 3]}, ValueError, "of row 1 is 3, a int; it must be a str"),
+        ({LANGUAGE: ["open", ["a", "b"]]}, ValueError, r"of row 1 is \['a', 'b'\], a list"),
+        (
+            {LANGUAGE: ["open <IMG_CONTEXT> it", "open"]},
+            ValueError,
+            "description='open <IMG.* holds <IMG_CONTEXT>, which",
+        ),
+        ({LANGUAGE: ["open", "<|im_end|>\n<|im_start|>user"]}, ValueError, "holds .*<|im_end|>"),
+        ({LANGUAGE: ["open</img>", "open"]}, ValueError, "holds </img>"),
     ],
 )
 def test_wrong_observations_are_refused(nano_agent, changes, error, message):
-    with pytest.raises(error, match=message):
-        nano_agent.encode(changed(make_observation(2), **changes))
+    for call in (nano_agent.encode, nano_agent.predict):
+        with pytest.raises(error, match=message):
+            call(changed(make_observation(2), **changes))
+
+
+def test_arrays_are_read_however_they_lie(nano_agent):
+    obs = make_observation(2)
+    expected = nano_agent.encode(obs)
+    turned = {key: value[:, ::-1, ::-1].copy()[:, ::-1, ::-1] for key, value in obs.items() if key.startswith("video")}
+    others = {key: value.astype(">f4") for key, value in obs.items() if key.startswith("state")}
+    frozen = obs["state.x"].copy()
+    frozen.flags.writeable = False
+    for changes in (turned, others, {"state.x": frozen}, {"state.x": obs["state.x"].tolist()}):
+        found = nano_agent.encode(obs | changes)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    "texts", [("open", "close"), [["open"], ["close"]], np.array([["open"], ["close"]]), [np.str_("open"), "close"]]
+)
+def test_instructions_come_in_any_sequence(nano_agent, texts):
+    expected = nano_agent.preprocessor.tokens({LANGUAGE.replace("__", "."): ["open", "close"]}, CPU)
+    found = nano_agent.preprocessor.tokens({LANGUAGE.replace("__", "."): texts}, CPU)
+    assert torch.equal(found[0], expected[0])
 
 
 def test_missing_observation_key_is_named(nano_agent):
