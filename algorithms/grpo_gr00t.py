@@ -255,8 +255,7 @@ class Args:
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Returns what the best checkpoints are chosen by; None where none was evaluated.
 
-        Not the success of an iteration's own episodes: where an iteration is shorter than a
-        horizon, those that end early, successes, end in it more often than others.
+        Not the success of the training's own episodes, which explore and are of earlier weights.
         """
         return metrics.get("eval/success_once")
 

@@ -8,12 +8,14 @@ decisions this is PPO as published (Schulman et al. 2017, arXiv:1707.06347):
     delta_k = R_k + gamma * V(s_{k+1}) * (1 - terminated_k) - V(s_k)
     A_k     = delta_k + gamma * lambda * (1 - episode_end_k) * A_{k+1}
     L       = -E[min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)]
-              + vf_coef * L_V - ent_coef * H + kl_coef * KL
+              + vf_coef * L_V - ent_coef * H + kl_coef * KL + imitation_coef * L_I
 
 with L_V the larger of the Huber losses of the value and the clipped value, dual clipping for A < 0
 on request (Ye et al. 2020, arXiv:1912.09729), H the entropy of the noised step in closed form, and
 KL that from the policy training started from, by the estimator r' - 1 - log r' with r' = start
-policy / policy on the rollout's actions ("k3", as in GRPO). A truncated episode bootstraps from the
+policy / policy on the rollout's actions ("k3", as in GRPO). L_I is self-imitation: flow matching's
+error on the chunks of episodes that ended in success within the rollout, for which any noise, not
+only the one drawn, is led to what succeeded. A truncated episode bootstraps from the
 value of its own last observation (or counts as a failure, see `truncation`), a terminated one from
 zero, and no advantage crosses an episode's end. E is the mean over decisions, or over trajectories,
 of all processes.
@@ -32,10 +34,10 @@ of per batch; log-probabilities are fp32; an episode that ends makes room for th
 are reshuffled every epoch; a number that is not finite stops the run.
 
 Metrics: `actor/*` and `rollout/*` are means over an iteration's minibatches or decisions, `env/*`
-over the episodes that ended in the iteration (`env/success_once`: success at any step of the
-episode). `time/env_s` is spent stepping, `time/env_wait_s` is the part of it that decisions did not
-overlap, `time/policy_s` the rest of the rollout, and `charts/SPS` environment steps per second of
-the whole loop.
+over a cohort: the episodes that began in one iteration, as soon as all of them must have ended
+(`env/success_once`: success at any step of the episode). `time/env_s` is spent stepping,
+`time/env_wait_s` is the part of it that decisions did not overlap, `time/policy_s` the rest of the
+rollout, and `charts/SPS` environment steps per second of the whole loop.
 """
 
 from __future__ import annotations
@@ -124,8 +126,8 @@ class Args:
     task_ids: tuple[int, ...] | None = None
     """Tasks to train on, each drawn as often as it is named; all of the suite if not given."""
     task_sampling: Literal["uniform", "adaptive"] = "uniform"
-    """`adaptive` plays most the tasks that succeed about half of the time, and solved and hopeless ones now and
-    then."""
+    """`adaptive` plays most the tasks that succeed about half of the time, and solved and hopeless
+    ones now and then."""
     num_envs: int = 64
     """Parallel environments over all processes."""
     num_action_chunks: int = 5
@@ -255,11 +257,8 @@ class Args:
     """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
     follow it."""
     imitation_coef: float = 0.0
-    """Weight of flow matching on what the rollout's successful episodes did (self-imitation)."""
-    proto_weight: str = "success"
-    """x"""
-    proto_noise: str = "fresh"
-    """x"""
+    """Weight of flow matching on what the rollout's successful episodes did (self-imitation). A
+    policy whose mean moves by it needs a smaller step size than PPO alone would bear."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
@@ -312,11 +311,20 @@ class Args:
         is_due = self.save_interval > 0 and iteration % self.save_interval == 0
         return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
 
+    def policy_step_factor(self, updated: float) -> float:
+        """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
+
+        0 while only the critic learns, then rising to 1.
+        """
+        since = updated - self.critic_warmup_iterations
+        if self.policy_warmup_iterations == 0:
+            return float(since > 0)
+        return min(max(since / self.policy_warmup_iterations, 0.0), 1.0)
+
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Returns what the best checkpoints are chosen by; None where none was evaluated.
 
-        Not the success of an iteration's own episodes: where an iteration is shorter than a
-        horizon, those that end early, successes, end in it more often than others.
+        Not the success of the training's own episodes, which explore and are of earlier weights.
         """
         return metrics.get("eval/success_once")
 
@@ -345,6 +353,9 @@ def check_args(args: Args) -> None:
         "save_interval",
         "keep_best",
         "video_interval",
+        "critic_warmup_iterations",
+        "policy_warmup_iterations",
+        "imitation_coef",
     )
     if not 0 < args.final_noise <= 1:
         raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
@@ -560,6 +571,7 @@ def main(
     num_envs = share_of_process(args, "num_envs", num_processes)
     share_of_process(args, "micro_batch_size", num_processes)
     num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
+    updates_per_iteration = args.update_epochs * num_minibatches
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
     # Environments are numbered over all processes. Each group of them gives every minibatch equally
@@ -633,7 +645,7 @@ def main(
             stages,
             num_iterations=args.num_iterations,
             decisions=args.num_steps,
-            updates=args.update_epochs * num_minibatches,
+            updates=updates_per_iteration,
             longest_episode=horizon_decisions,
             num_action_chunks=args.num_action_chunks,
             recorder=recorder,
@@ -697,7 +709,6 @@ def main(
             episode_lengths = torch.zeros(
                 (args.num_steps, num_envs), dtype=torch.long
             )  # at its end
-            tasks = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
             final_obs: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
 
             for step in range(args.num_steps + 1):
@@ -725,10 +736,6 @@ def main(
                             cut_obs = index(outcome.infos["final_obs"], cut)
                             final_obs.append((step - 1, stage.offset + cut, cut_obs))
 
-                        task = outcome.infos["task_id"].copy()
-                        if is_end.any():
-                            task = np.where(is_end, outcome.infos["final_info"]["task_id"], task)
-                        tasks[step - 1, stage.rows] = torch.from_numpy(task)
                         next_obs[i] = encode(outcome.obs)
                         monitor.add_step(stage, outcome)
 
@@ -807,18 +814,9 @@ def main(
             b_advantages = advantages.flatten()
             b_returns = returns.flatten()
             b_weights = weights.flatten()
-            b_won = won_decisions(ended, succeeded.to(device))
-            if args.proto_weight == "learn":
-                tallies = monitor.tallies()
-                rate = np.full(64, 0.5)
-                rate[: len(tallies)] = (tallies[:, 1] + 1) / (tallies[:, 0] + 2)
-                b_won = b_won * torch.from_numpy(1.02 - rate).float().to(device)[tasks.to(device)]
-            elif args.proto_weight == "adv":
-                b_won = b_won * advantages.clamp(min=0)
-            elif args.proto_weight == "awr":
-                b_won = (advantages / 0.5).exp().clamp(max=20)
-            b_won = b_won.flatten()
-            b_won = b_won / mean_and_variance(accelerator, b_won)[0].clamp(min=1e-6)
+            won = won_decisions(ended, succeeded.to(device))
+            won_mean, _ = mean_and_variance(accelerator, won)
+            b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
             b_start_logprobs = b_logprobs
             if start_policy is not None:
                 with accelerator.autocast():
@@ -836,24 +834,20 @@ def main(
             monitor.begin_update()
             step_sizes.begin(progress)
             history: list[dict[str, Tensor]] = []  # means of each minibatch
-            warmup_done = iteration - 1 - args.critic_warmup_iterations
             ratio_deviation = 0.0
             kl_exceeded = False
 
             for epoch in range(args.update_epochs):
                 if args.imitation_coef:
-                    key = (args.seed, FLOW, iteration, epoch)
+                    noise_shape = tuple(b_actions.chain.shape[2:])  # of a chunk
                     b_flow_noise, b_flow_steps = flow_draws(
-                        key,
+                        (args.seed, FLOW, iteration, epoch),
                         env_ids,
                         args.num_steps,
                         args.denoising_steps,
-                        tuple(b_actions.chain.shape[2:]),
+                        noise_shape,
                     )
-                    b_flow_noise = b_flow_noise.to(device)
-                    b_flow_steps = b_flow_steps.to(device)
-                    if args.proto_noise == "own":
-                        b_flow_noise = b_actions.chain[:, 0]
+                    b_flow_noise, b_flow_steps = b_flow_noise.to(device), b_flow_steps.to(device)
                 key = (args.seed, MINIBATCHES, iteration, epoch)
                 for mb_inds in deal(b_groups, num_minibatches, key):
                     stats: list[dict[str, Tensor]] = []  # means of each micro-batch
@@ -864,12 +858,10 @@ def main(
                         is_last = micro == num_micro_batches - 1
                         at = torch.from_numpy(inds).to(device)
                         with nullcontext() if is_last else accelerator.no_sync(model):
+                            features = store.get(b_obs[inds])
+                            decided = index(b_actions, inds)
                             with accelerator.autocast():
-                                _, newlogprob, entropy, newvalue = model(
-                                    store.get(b_obs[inds]),
-                                    index(b_actions, inds),
-                                    **noise,
-                                )
+                                _, newlogprob, entropy, newvalue = model(features, decided, **noise)
                             executed = b_executed[at]
                             newlogprob = of_executed(newlogprob, executed, args.logprob_level)
                             entropy = of_executed(entropy, executed, args.logprob_level)
@@ -902,17 +894,15 @@ def main(
                             # At every level these weigh against the policy loss alike.
                             loss = loss - args.ent_coef * mean_of_executed(entropy, executed)
                             loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
-                            imitation_loss = torch.zeros_like(loss)
-                            if args.imitation_coef:
-                                with accelerator.autocast():
-                                    flow_error = model(
-                                        store.get(b_obs[inds]),
-                                        index(b_actions, inds),
-                                        flow_draws=(b_flow_noise[at], b_flow_steps[at]),
-                                    )
-                                imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
                             loss = (b_weights[at] * loss).mean()
-                            loss = loss + args.imitation_coef * imitation_loss.mean()
+
+                            imitation_loss = torch.zeros_like(newvalue)
+                            if args.imitation_coef:
+                                draws = b_flow_noise[at], b_flow_steps[at]
+                                with accelerator.autocast():
+                                    flow_error = model(features, decided, flow_draws=draws)
+                                imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
+                                loss = loss + args.imitation_coef * imitation_loss.mean()
                             accelerator.backward(loss / num_micro_batches)
 
                         terms = {
@@ -945,10 +935,8 @@ def main(
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, **dump)
-                    # From 0, where only the critic learns, to 1.
-                    warmup = warmup_done + (len(history) + 1) / (args.update_epochs * num_minibatches)
-                    warmup = warmup / max(args.policy_warmup_iterations, 1e-9)
-                    with step_sizes.policy_scaled(min(max(warmup, 0.0), 1.0)):
+                    updated = iteration - 1 + (len(history) + 1) / updates_per_iteration
+                    with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                         optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     monitor.end_minibatch()

@@ -67,6 +67,7 @@ PPO: dict[str, dict[str, Any]] = {
         minibatch_size=4096,
         micro_batch_size=4096,
         dual_clip=3.0,
+        imitation_coef=10.0,
         save_interval=25,
         eval_interval=50,
     ),

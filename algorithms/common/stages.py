@@ -175,7 +175,7 @@ class EnvStage:
         return base.task_ids
 
     def set_task_weights(self, weights: NDArray[np.float64]) -> None:
-        """Says how often the episodes that start from now on are of each of `task_ids`; not between send and receive."""
+        """Says how often the episodes that start from now on are of each of `task_ids`, between steps."""
         cast(Any, self.envs.unwrapped).set_task_weights(weights)
 
     def close(self) -> None:

@@ -30,8 +30,9 @@ from tests.algorithms.tiny_agent import tiny_agent
 TRAINERS = {"ppo": ppo_gr00t, "grpo": grpo_gr00t}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ppo": dict(
-        num_iterations=2, num_envs=8, num_steps=16, num_action_chunks=2, horizon=12, minibatch_size=32, micro_batch_size=32,
-        update_epochs=4, learning_rate=3e-3, value_learning_rate=3e-3, eval_episodes_per_task=0, log_with=(),
+        num_iterations=2, num_envs=8, num_steps=16, num_action_chunks=2, horizon=12, minibatch_size=32,
+        micro_batch_size=32, update_epochs=4, learning_rate=3e-3, value_learning_rate=3e-3, eval_episodes_per_task=0,
+        log_with=(),
     ),
     "grpo": dict(
         num_iterations=2, num_envs=16, group_size=8, num_groups=4, max_rollouts=4, num_action_chunks=2,

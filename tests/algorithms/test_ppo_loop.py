@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -108,6 +108,37 @@ def test_critic_warmup_trains_only_the_value_head(tmp_path: Path):
     warm, trained = ({name: not torch.equal(w[name], start[name]) for name in start} for w in runs)
     assert warm == {name: name.startswith("critic") for name in start}
     assert all(trained.values())
+
+
+def test_successful_episodes_are_imitated(tmp_path: Path):
+    """With nothing else to learn, the flow comes closer to what the episodes that succeeded did."""
+    options: dict[str, Any] = dict(make_agent=make_tiny_agent, num_iterations=4, num_steps=12, minibatch_size=96)
+    options |= dict(micro_batch_size=96, update_epochs=20, learning_rate=1e-3, gamma=0.0, reward_scale=0.0, vf_coef=0.0)
+    options |= dict(norm_adv=False, max_ratio_deviation=1.0)
+    train("ppo", tmp_path, imitation_coef=1.0, run_name="imitating", **options)
+    train("ppo", tmp_path, run_name="plain", **options)
+    imitating, plain = ([line["actor/imitation_loss"] for line in logged(tmp_path / n)] for n in ("imitating", "plain"))
+    assert plain == [0.0] * 4
+    assert 0 < imitating[-1] < 0.8 * imitating[0]
+
+
+def test_tasks_are_played_by_what_is_to_be_learnt(tmp_path: Path):
+    class TwoTasks(LineVectorEnv):
+        """Task 1 cannot be solved; tells what it is asked to sample."""
+
+        task_ids = (0, 1)
+        asked: ClassVar[list[list[float]]] = []
+
+        def set_task_weights(self, weights: np.ndarray) -> None:
+            self.asked.append(weights.tolist())
+
+    train("ppo", tmp_path, env=TwoTasks, task_sampling="adaptive", num_iterations=3)
+    last = logged(tmp_path / "ppo_libero_spatial_1")[-1]
+    assert TwoTasks.asked[0] == [1, 1]
+    assert TwoTasks.asked[-1] != [1, 1]
+    assert [last["env/weight_task_0"], last["env/weight_task_1"]] == TwoTasks.asked[-2]
+    with pytest.raises(TypeError, match="task_sampling='uniform'"):
+        train("ppo", tmp_path, task_sampling="adaptive")
 
 
 def test_divergence_from_the_start_policy_is_held_back_by_its_coefficient(tmp_path: Path):

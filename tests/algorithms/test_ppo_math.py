@@ -22,6 +22,7 @@ from algorithms.ppo_gr00t import (
     sum_per_decision,
     trajectory_weights,
     value_loss,
+    won_decisions,
 )
 
 
@@ -178,6 +179,22 @@ def test_a_fragment_weighs_its_share_of_an_episode():
     ended = steps % 4 == 3
     weights = trajectory_weights(ended, torch.full((6, 4), 4), 4)
     torch.testing.assert_close(weights, torch.full((6, 4), 0.25))
+
+
+def test_won_are_the_decisions_of_episodes_that_succeeded_within_the_rollout():
+    ended = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]], dtype=torch.bool)
+    success = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    # The first wins and then fails, the second fails, wins and is cut by the rollout, the third never ends.
+    assert won_decisions(ended, success).tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("critic", "policy", "factors"),
+    [(0, 0, (1, 1, 1, 1)), (2, 0, (0, 0, 1, 1)), (0, 2, (0.25, 0.75, 1, 1)), (1, 2, (0, 0.25, 0.75, 1))],
+)
+def test_the_policy_rests_and_then_warms_up(critic: int, policy: int, factors: tuple[float, ...]):
+    args = Args(critic_warmup_iterations=critic, policy_warmup_iterations=policy)
+    assert [args.policy_step_factor(updated) for updated in (0.5, 1.5, 2.5, 3.5)] == list(factors)
 
 
 def test_divergence_estimates_the_divergence_of_gaussians_and_is_never_negative():

@@ -454,3 +454,34 @@ def test_released_names_do_not_depend_on_the_transformers_version():
     new = "backbone.eagle_model.vision_model.encoder.layers.0.mlp.fc1.bias"
     old = "backbone.eagle_model.vision_model.vision_model.encoder.layers.0.mlp.fc1.bias"
     assert released_name(new) == released_name(old) == old
+
+
+def test_flow_error_is_that_of_the_velocity_on_the_straight_line_to_what_was_decided(nano_agent):
+    """Against a sum over scalars, for the velocity that the network gives at the point in question."""
+    obs, policy = make_observation(3), nano_agent.policy
+    with torch.no_grad():
+        action = nano_agent.get_action_and_value(obs, generator=seeded())[0]
+        noise, steps = torch.randn(action.chain[:, 0].shape, generator=seeded(1)), torch.tensor([0, 2, 3])
+        error = nano_agent(obs, action, flow_draws=(noise, steps))
+        assert error.shape == (3, policy.num_action_chunks, 7)
+        for row, step in enumerate(steps.tolist()):
+            part = step / policy.denoising_steps
+            target = action.chain[row, -1]
+            point = (1 - part) * noise[row] + part * target
+            one = {name: value[row : row + 1] for name, value in obs.items()}
+            # An Euler step of the sampler tells the velocity: it moves by velocity / N.
+            context = nano_agent._context(one)
+            velocity = nano_agent._predict(context, point[None], torch.tensor([step]), 1.0).velocity[0]
+            for c, a in ((0, 0), (policy.num_action_chunks - 1, 6)):
+                wanted = (velocity[c, a] - (target[c, a] - noise[row, c, a])).item() ** 2
+                assert error[row, c, a].item() == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+
+
+def test_imitation_reaches_the_policy_and_not_the_value_head(nano_agent):
+    obs = make_observation(2)
+    action = nano_agent.get_action_and_value(obs, generator=seeded())[0]
+    draws = torch.randn_like(action.chain[:, 0]), torch.tensor([0, 1])
+    nano_agent(obs, action, flow_draws=draws).sum().backward()
+    assert all(p.grad is None for p in nano_agent.value_parameters())
+    assert any(p.grad is not None and bool((p.grad != 0).any()) for p in nano_agent.policy_parameters())
+    nano_agent.zero_grad()
