@@ -109,6 +109,12 @@ def checked_folder(name: str) -> Generator[Path]:
         note_files(folder)
 
 
+def is_intact(folder: Path) -> bool:
+    """Return whether all files in a folder are as `note_files` found them."""
+    noted = _read_manifest(folder)
+    return bool(noted) and all(_is(folder / name, size, digest) for name, (size, _, digest) in noted.items())
+
+
 def drop_damaged(folder: Path, *, keeps_unknown: bool) -> None:
     """Delete the files of each folder in `folder` of which one is not as `note_files` found it.
 
