@@ -307,16 +307,17 @@ class Simulation(Uncopied):
             "success": np.array(self._success),
         }
 
-    def set_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def set_state(self, state: Mapping[str, npt.NDArray[Any]], *, must_be_finite: bool = True) -> None:
         """Restore what `get_state` returned.
+
+        Args:
+            state: the state.
+            must_be_finite: False takes numbers that are not finite, as the dump of a fault may hold.
 
         Raises:
             ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
                 another scene or to a task of another scene. The simulation has not been touched.
         """
-        self._restore(state, must_be_finite=True)
-
-    def _restore(self, state: Mapping[str, Any], *, must_be_finite: bool) -> None:
         check_keys(state, self._layout, optional=_DUMP_KEYS)
         task = check_scene(state, self.scene)
         state = check_entries(state, self._layout, must_be_finite=must_be_finite)
@@ -421,7 +422,7 @@ def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:
     with np.load(path, allow_pickle=False) as archive:
         state = dict(archive)
     simulation = Simulation(load_scene(read_task(state)))
-    simulation._restore(state, must_be_finite=False)
+    simulation.set_state(state, must_be_finite=False)
     return simulation, state["action"]
 
 

@@ -83,7 +83,7 @@ _warp_owner: Owner | None = None
 
 def _kernel_folder() -> Path | None:
     """Where Warp keeps compiled kernels; None if the user has given it another folder than this package's."""
-    folder = Path(wp.config.kernel_cache_dir)
+    folder = Path(str(wp.config.kernel_cache_dir))
     return folder if folder.is_relative_to(cache_dir()) and folder.is_dir() else None
 
 

@@ -112,7 +112,7 @@ def _extract(path: Path, target: Path) -> None:
 def _write_entries(archive: tarfile.TarFile, folder: Path, limit: int) -> dict[str, Any]:
     """Write what an archive holds, one file after another, and return its index."""
     index: Any = None
-    listed: dict[str, int] | None = None  # archives made before there was a list have none
+    listed: dict[str, Any] | None = None  # archives made before there was a list have none
     for number, entry in enumerate(archive):
         if listed is not None and listed.pop(entry.name, None) != entry.size:
             raise ValueError(f"it holds {entry.name!r} of {entry.size} bytes, which {INDEX_FILE} does not list so")
