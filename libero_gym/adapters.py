@@ -166,7 +166,9 @@ def action_from_modality(action: Mapping[str, Any], modality: Modality | None = 
                 "the key's width last, before it what all keys have in common"
             )
         if not np.isfinite(parts[key]).all():
-            raise ValueError(f"{key} holds values that are not finite")
+            rows = np.unique(np.argwhere(~np.isfinite(parts[key]))[:, 0]).tolist() if lead else []
+            where = f" in rows {rows}" if lead else ""
+            raise ValueError(f"{key} holds values that are not finite{where}; check the policy's output for NaN")
         result[..., start:end] = parts[key]
     if "gripper" in modality.action:
         start, end = modality.action["gripper"]

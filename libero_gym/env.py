@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsFloat, cast
 
 import gymnasium
@@ -10,6 +10,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.fork import Owner, Uncopied
 from libero_gym.options import (
     CLOSED,
     DEFAULT_CAMERAS,
@@ -23,6 +24,16 @@ from libero_gym.options import (
     step_reward,
 )
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
+from libero_gym.physics.states import (
+    INTEGER,
+    NUMBER,
+    TEXT,
+    check_entries,
+    check_keys,
+    read_generator,
+    read_task,
+    write_generator,
+)
 from libero_gym.rendering.protocol import RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
@@ -31,8 +42,11 @@ from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
 
 __all__ = ["LiberoEnv", "PhysicsError"]
 
+# What a state holds besides that of the simulation.
+_EPISODE_LAYOUT = {"episode_length": INTEGER, "last_value": NUMBER, "rng": TEXT}
 
-class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
+
+class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     """A Franka Panda arm at a table, with a task given as a sentence.
 
     ## Description
@@ -106,6 +120,10 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     """
 
     metadata: dict[str, Any] = dict(METADATA)  # noqa: RUF012 - Gymnasium's declaration
+    _HOW_TO_MAKE_ANOTHER = (
+        "make another one by gymnasium.make(env.spec), reset it, and give its unwrapped.set_state what this one's "
+        "unwrapped.get_state returns"
+    )
 
     def __init__(
         self,
@@ -148,6 +166,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self.observation_space = make_observation_space(image_size, has_images=observe_images)
         self.action_space = make_action_space()
         self.render_mode = render_mode
+        self._owner = Owner("the environment")
         self._renderer = self.options.open_renderer()
         self._simulations: dict[str, Simulation] = {}
         self._simulation: Simulation | None = None
@@ -188,7 +207,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         Raises:
             ValueError: an unknown option, an id that is no integer or out of range, or the environment is closed.
             TypeError: `task_id` is not an integer.
+            RuntimeError: this process was forked from the one that made the environment.
         """
+        self._owner.check()
         if self._is_closed:
             raise ValueError(CLOSED)
         super().reset(seed=seed)
@@ -215,6 +236,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         Raises:
             ValueError: `action` has not 7 elements, `reset` was not called, or the environment is closed.
             PhysicsError: `action` is not finite, or the simulation diverged.
+            RuntimeError: this process was forked from the one that made the environment.
         """
         simulation = self._require_simulation()
         is_success = simulation.step(action)
@@ -233,11 +255,63 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         if self.render_mode is None:
             return None
         self._require_simulation()
+        if self._images is None:
+            self._observe()
         return cast("npt.NDArray[np.uint8]", self._images)[0].copy()
 
+    def observe(self) -> dict[str, Any]:
+        """Return the current observation, for instance after `set_state`.
+
+        Raises:
+            ValueError: `reset` was not called, or the environment is closed.
+        """
+        return self._observe()
+
+    def get_state(self) -> dict[str, npt.NDArray[Any]]:
+        """Return everything that decides the future and the present observation, as arrays; no entry needs pickle.
+
+        Raises:
+            ValueError: `reset` was not called, or the environment is closed.
+        """
+        return self._require_simulation().get_state() | {
+            "episode_length": np.array(self._num_steps),
+            "last_value": np.array(self._last_value),
+            "rng": write_generator(self.np_random),
+        }
+
+    def set_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore what `get_state` returned, to the last bit; also in another environment, reset or not.
+
+        Raises:
+            ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
+                another suite, to a task that the environment was not made for, or to other versions. Nothing has been
+                touched.
+        """
+        self._owner.check()
+        if self._is_closed:
+            raise ValueError(CLOSED)
+        check_keys(state, _EPISODE_LAYOUT, optional=state)
+        task = read_task(state)
+        if task.suite != self.options.suite:
+            raise ValueError(f"the state belongs to suite {task.suite}, this environment to {self.options.suite}")
+        self._known_task(task.task_id)
+        episode = check_entries(state, _EPISODE_LAYOUT)
+        if episode["episode_length"] < 0:
+            raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
+        rng = read_generator(str(episode["rng"]))
+        simulation = self._open_simulation(task)
+        simulation.set_state({name: state[name] for name in state if name not in _EPISODE_LAYOUT})
+        self._simulation = simulation
+        self._num_steps = int(episode["episode_length"])
+        self._last_value = float(episode["last_value"])
+        self.np_random = rng
+        self._images = None
+
     def close(self) -> None:
-        """Release the renderer. A second call does nothing."""
+        """Release the renderer, in the process that made it. A second call does nothing."""
         self._is_closed = True
+        if not self._owner.is_this_process:
+            return
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
@@ -260,6 +334,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         return self._simulations[scene.key]
 
     def _require_simulation(self) -> Simulation:
+        self._owner.check()
         if self._simulation is None:
             raise ValueError(CLOSED if self._is_closed else "reset() must be called first")
         return self._simulation

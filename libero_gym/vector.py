@@ -6,9 +6,9 @@ Shape legend: N environments, C steps of an action chunk, K cameras, H = W = `im
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from libero_gym.conventions import ACTION_DIM, STATE_DIM
+from libero_gym.fork import Owner, Uncopied
 from libero_gym.options import (
     CLOSED,
     DEFAULT_CAMERAS,
@@ -33,6 +34,16 @@ from libero_gym.options import (
 )
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
+from libero_gym.physics.states import (
+    FLAG,
+    INTEGER,
+    NUMBER,
+    TEXT,
+    check_entries,
+    read_generator,
+    read_task,
+    write_generator,
+)
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
 from libero_gym.rendering.protocol import RendererKind
 from libero_gym.rendering.textures import TextureColorspace
@@ -55,7 +66,9 @@ class Episodes:
         is_done: bool [N], True from an episode's end to the start of the next.
     """
 
-    STATE_KEYS = frozenset({"episode_length", "episode_return", "last_value", "is_done"})
+    LAYOUT = MappingProxyType({
+        "episode_length": INTEGER, "episode_return": NUMBER, "last_value": NUMBER, "is_done": FLAG,
+    })  # fmt: skip
 
     def __init__(self, num_envs: int, *, horizon: int, reward: RewardKind) -> None:
         """Begin with no steps; `horizon` is the number of steps after which an episode is cut."""
@@ -96,7 +109,7 @@ class Episodes:
         return rewards, terminations, truncations
 
     def get_state(self, env_id: int) -> dict[str, npt.NDArray[Any]]:
-        """Return what is known of an episode, by `STATE_KEYS`."""
+        """Return what is known of an episode, by the keys of `LAYOUT`."""
         return {
             "episode_length": np.array(self.length[env_id]),
             "episode_return": np.array(self.total_reward[env_id]),
@@ -112,7 +125,7 @@ class Episodes:
         self.is_done[env_id] = bool(state["is_done"])
 
 
-class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.float32], npt.NDArray[Any]]):
+class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.float32], npt.NDArray[Any]]):
     """A batch of `libero_gym.env.LiberoEnv`, each with its own task, state and generator.
 
     Every environment behaves as a single one seeded with `seed + i` does, whatever the number of threads.
@@ -181,6 +194,9 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
     """
 
     metadata: dict[str, Any] = dict(METADATA)  # noqa: RUF012 - Gymnasium's declaration
+    _HOW_TO_MAKE_ANOTHER = (
+        "make another one with the same arguments, and give it what get_states returns by set_state(env_id, state)"
+    )
 
     def __init__(
         self,
@@ -257,6 +273,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
             self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape, np.float32)
         threads = len(os.sched_getaffinity(0)) if num_threads is None else _positive("num_threads", num_threads)
 
+        self._owner = Owner("the vector environment")
         self._renderer = self.options.open_renderer(num_worlds=self.num_envs, num_threads=threads)
         self._worlds: Worlds | None
         if physics == "cpu":
@@ -296,7 +313,9 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
 
         Raises:
             ValueError: the environment is closed.
+            RuntimeError: this process was forked from the one that made the environment.
         """
+        self._owner.check()
         if self._worlds is None:
             raise ValueError(CLOSED)
         return self._worlds
@@ -449,22 +468,28 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         """Restore in environment `env_id` what `get_state` returned, to the last bit; also from another environment.
 
         Raises:
-            ValueError: `env_id` is out of range, or the state is incomplete or belongs to another suite or other
-                versions; with `physics="warp"` also where it belongs to a task that these were not made for.
+            ValueError: `env_id` is out of range, or an entry of the state is missing, surplus, of another type or
+                shape, or not finite, or the state belongs to another suite or other versions; with `physics="warp"`
+                also where it belongs to a task that these were not made for. Nothing has been touched.
         """
         self._check_env_id(env_id)
-        missing = sorted((Episodes.STATE_KEYS | {"rng"}) - set(state))
+        layout = {**Episodes.LAYOUT, "rng": TEXT}
+        missing = sorted(set(layout) - set(state))
         if missing:
             raise ValueError(
                 f"the state lacks {missing}: give what get_state of a vector environment returned; that of a "
                 "simulation goes to simulations[env_id].set_state"
             )
-        if str(state["suite"]) != self.options.suite:
-            raise ValueError(f"the state belongs to suite {state['suite']}, these environments to {self.options.suite}")
-        rng = json.loads(str(state["rng"]))
-        self.worlds.set_state(env_id, state)
-        self._episodes.set_state(env_id, state)
-        self._rngs[env_id].bit_generator.state = rng
+        task = read_task(state)
+        if task.suite != self.options.suite:
+            raise ValueError(f"the state belongs to suite {task.suite}, these environments to {self.options.suite}")
+        episode = check_entries(state, layout)
+        if episode["episode_length"] < 0:
+            raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
+        rng = read_generator(str(episode["rng"]))
+        self.worlds.set_state(env_id, {name: state[name] for name in state if name not in layout})
+        self._episodes.set_state(env_id, episode)
+        self._rngs[env_id] = rng
         self._is_stale[env_id] = True
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -477,7 +502,9 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         return tuple(getattr(simulation, name) for simulation in self.simulations)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Release threads, renderer and worlds; called once by `close`."""
+        """Release threads, renderer and worlds, in the process that made them; called once by `close`."""
+        if not self._owner.is_this_process:
+            return
         if self._worlds is not None:
             self._worlds.close()
             self._worlds = None
@@ -574,7 +601,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.
         return self._episode_infos() | {"rewards": self._rewards.copy(), "num_steps": self._num_steps.copy()}
 
     def _with_episode(self, env_id: int, world_state: dict[str, Any]) -> dict[str, Any]:
-        rng = np.array(json.dumps(self._rngs[env_id].bit_generator.state))
+        rng = write_generator(self._rngs[env_id])
         return world_state | self._episodes.get_state(env_id) | {"rng": rng}
 
     def _known_task(self, task_id: int) -> TaskSpec:

@@ -13,21 +13,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping, check_state
+from libero_gym.fork import Owner, Uncopied
+from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
+from libero_gym.physics.states import read_task
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates
 from libero_gym.tasks.scenes import Scene, load_scenes
-from libero_gym.tasks.suites import TaskSpec, get_task
+from libero_gym.tasks.suites import TaskSpec
 
 # Worlds are reported as done in up to this many parts, of at least that many, each while later ones are still stepped.
 _MAX_PARTS, _MIN_PART = 4, 8
 
 
-class CpuWorlds:
+class CpuWorlds(Uncopied):
     """N worlds of any scenes; each equals a `Simulation` to the last bit, whatever the number of threads.
 
     See `libero_gym.physics.worlds.Worlds`, which this implements.
     """
+
+    _HOW_TO_MAKE_ANOTHER = (
+        "make other worlds with the same arguments, and give them these worlds' get_states by set_state"
+    )
 
     def __init__(self, num_worlds: int, *, stepping: Stepping = "exact", num_threads: int = 1) -> None:
         """Start the threads; simulations are made by the first reset.
@@ -37,6 +43,7 @@ class CpuWorlds:
             stepping: see `libero_gym.Simulation`.
             num_threads: threads to step and reset with; with one, the calling thread does it.
         """
+        self._owner = Owner("the simulated worlds")
         self.num_worlds = num_worlds
         self._stepping: Stepping = stepping
         self._simulations: list[Simulation | None] = [None] * num_worlds
@@ -72,9 +79,10 @@ class CpuWorlds:
 
     def reset(self, world_ids: IntArray, starts: Sequence[EpisodeStart], *, init_states: InitStates) -> None:
         """Put worlds where episodes start; see `Worlds.reset`."""
+        self._owner.check()
         scenes = load_scenes([start.task for start in starts])
         for i, scene in zip(world_ids.tolist(), scenes, strict=True):
-            self._take_simulation(i, scene)
+            self._put_simulation(i, self._find_simulation(i, scene))
         starts_by_world = dict(zip(world_ids.tolist(), starts, strict=True))
 
         def begin(i: int) -> None:
@@ -99,6 +107,7 @@ class CpuWorlds:
 
         An error names its world. Of several, the first world's is raised, and its `dump` holds the state before.
         """
+        self._owner.check()
         steps = Steps.none(self.num_worlds, actions.shape[1]) if out is None else out
 
         def run(i: int) -> None:
@@ -146,10 +155,11 @@ class CpuWorlds:
 
     def set_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore what `get_state` returned, to the last bit, also of another scene; see `Worlds.set_state`."""
-        (scene,) = load_scenes([get_task(str(state["suite"]), int(state["task_id"]))])
-        check_state(state, scene)
-        self._take_simulation(world_id, scene)
-        self._simulation(world_id).set_state(state)
+        self._owner.check()
+        (scene,) = load_scenes([read_task(state)])
+        simulation = self._find_simulation(world_id, scene)
+        simulation.set_state(state)  # raises before the world gives up its own
+        self._put_simulation(world_id, simulation)
 
     def physics_error(self, world_id: int, reason: str, action: npt.NDArray[np.float64]) -> PhysicsError:
         """Return the error to raise for an action, having dumped the world's state and the action."""
@@ -157,29 +167,35 @@ class CpuWorlds:
 
     def close(self) -> None:
         """Release threads and simulations; a second call does nothing."""
-        if self._pool is not None:
+        if self._pool is not None and self._owner.is_this_process:  # a forked child has no such threads to wait for
             self._pool.shutdown()
-            self._pool = None
+        self._pool = None
         self._spare.clear()
         self._simulations = [None] * self.num_worlds
 
     def _simulation(self, world_id: int) -> Simulation:
+        self._owner.check()
         simulation = self._simulations[world_id]
         if simulation is None:
             raise ValueError("reset() must be called first")
         return simulation
 
-    def _take_simulation(self, world_id: int, scene: Scene) -> None:
-        """Give a world a simulation of `scene`: its own, a spare one, or a new one."""
+    def _find_simulation(self, world_id: int, scene: Scene) -> Simulation:
+        """Return a simulation of `scene` for a world: its own, a spare one, or a new one."""
+        candidates = (self._simulations[world_id], *self._spare)
+        found = next((other for other in candidates if other is not None and other.scene is scene), None)
+        return Simulation(scene, stepping=self._stepping) if found is None else found
+
+    def _put_simulation(self, world_id: int, simulation: Simulation) -> None:
+        """Give a world a simulation from `_find_simulation`, and keep its former one."""
         own = self._simulations[world_id]
+        if own is simulation:
+            return
+        if simulation in self._spare:
+            self._spare.remove(simulation)
         if own is not None:
-            if own.scene is scene:
-                return
             self._spare.append(own)
-        spare = next((i for i, other in enumerate(self._spare) if other.scene is scene), None)
-        self._simulations[world_id] = (
-            Simulation(scene, stepping=self._stepping) if spare is None else self._spare.pop(spare)
-        )
+        self._simulations[world_id] = simulation
         del self._spare[: -self.num_worlds]
 
     def _run_chunk(self, i: int, chunk: FloatArray, steps_left: int, steps: Steps) -> None:

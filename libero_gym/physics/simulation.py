@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.conventions import ACTION_DIM
+from libero_gym.fork import Uncopied
 from libero_gym.physics.controller import (
     ArmKinematics,
     ControllerState,
@@ -30,6 +31,7 @@ from libero_gym.physics.controller import (
     step_numpy,
 )
 from libero_gym.physics.predicates import Goal
+from libero_gym.physics.states import IDENTITY, Entry, check_entries, check_keys, check_scene, read_task
 from libero_gym.rendering.protocol import RenderState
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.cache import cache_dir
@@ -42,7 +44,7 @@ from libero_gym.tasks.initial_states import (
 )
 from libero_gym.tasks.placements import FixtureSampler, make_fixture_sampler
 from libero_gym.tasks.scenes import Scene, load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
+from libero_gym.tasks.suites import TaskSpec, load_init_states
 
 Stepping = Literal["exact", "fast", "numpy"]
 
@@ -55,13 +57,7 @@ FloatArray = npt.NDArray[np.float64]
 _PHYSICS_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
-def check_state(state: Mapping[str, Any], scene: Scene) -> None:
-    """Raise ValueError unless `state`, of `Simulation.get_state`, is of `scene`."""
-    if str(state["scene"]) != scene.key:
-        raise ValueError(
-            f"the state belongs to scene {state['scene']}, this simulation to {scene.key}: "
-            "restore it in a simulation of the same task, built by the same versions"
-        )
+_DUMP_KEYS = ("action", "error")
 
 
 class PhysicsError(RuntimeError):
@@ -87,7 +83,7 @@ class TaskData:
     init_states: FloatArray
 
 
-class Simulation:
+class Simulation(Uncopied):
     """One world of a scene, which can be reset to any state of any of the scene's tasks.
 
     Simulations share the scene and own a copy of its physics model, because fixture poses live in the model (3 MB;
@@ -102,6 +98,10 @@ class Simulation:
         goal: decides from `data` after each step whether the goal holds. `reset` and `set_state` make it the task's
             (`libero_gym.physics.predicates.Goal`); another one may be put in its place until then.
     """
+
+    _HOW_TO_MAKE_ANOTHER = (
+        "make another one by Simulation(simulation.scene), and give it simulation.get_state() by set_state"
+    )
 
     def __init__(self, scene: Scene, *, stepping: Stepping = "exact") -> None:
         """Create a world; call `reset` before `step`.
@@ -147,6 +147,7 @@ class Simulation:
         )
         self.goal: Callable[[mujoco.MjData], bool] | None = None
         self._success = False
+        self._layout = IDENTITY | {name: Entry.of(value) for name, value in self._state_arrays().items()}
 
     def reset(
         self,
@@ -280,12 +281,17 @@ class Simulation:
         """
         if self.task is None:
             raise ValueError("reset() must be called before get_state()")
-        observation = self._observation
-        return {
+        identity = {
             "scene": np.array(self.scene.key),
             "suite": np.array(self.task.suite),
             "task_id": np.array(self.task.task_id),
             "init_state_id": np.array(self.init_state_id),
+        }
+        return identity | self._state_arrays()
+
+    def _state_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        observation = self._observation
+        return {
             "physics": self._physics_state(),
             "fixture_poses": self._fixture_poses(),
             "goal_pos": self._controller.goal_pos.copy(),
@@ -301,16 +307,23 @@ class Simulation:
             "success": np.array(self._success),
         }
 
-    def set_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def set_state(self, state: Mapping[str, npt.NDArray[Any]], *, must_be_finite: bool = True) -> None:
         """Restore what `get_state` returned.
 
+        Args:
+            state: the state.
+            must_be_finite: False takes numbers that are not finite, as the dump of a fault may hold.
+
         Raises:
-            ValueError: the state belongs to another scene.
+            ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
+                another scene or to a task of another scene. The simulation has not been touched.
         """
-        check_state(state, self.scene)
-        self.task = get_task(str(state["suite"]), int(state["task_id"]))
+        check_keys(state, self._layout, optional=_DUMP_KEYS)
+        task = check_scene(state, self.scene)
+        state = check_entries(state, self._layout, must_be_finite=must_be_finite)
+        goal = load_task_data(self.scene, task).goal
+        self.task, self.goal = task, goal
         self.init_state_id = int(state["init_state_id"])
-        self.goal = load_task_data(self.scene, self.task).goal
         self._set_fixture_poses(state["fixture_poses"])
         self._restore_physics(state["physics"])
         self._controller.goal_pos[:] = state["goal_pos"]
@@ -367,7 +380,7 @@ class Simulation:
         }
         if stepping == "numpy":
             return lambda action: step_numpy(action=action, **bound)
-        from libero_gym.physics.stepping import NativeStepper  # compiles on import
+        from libero_gym.physics.stepping import NativeStepper  # imports Numba
 
         return NativeStepper(is_exact=stepping == "exact", **bound)
 
@@ -399,8 +412,8 @@ class Simulation:
 def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:
     """Return (simulation in the dumped state, action float64 [7]); `simulation.step(action)` fails as it did then.
 
-    `Simulation.set_state` restores a dump too: it is what `get_state` returns, with "action" and "error" (the message)
-    added, in a `.npz` file without pickle.
+    `Simulation.set_state` restores a dump too, if its numbers are finite: it is what `get_state` returns, with "action"
+    and "error" (the message) added, in a `.npz` file without pickle.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -408,8 +421,8 @@ def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:
     """
     with np.load(path, allow_pickle=False) as archive:
         state = dict(archive)
-    simulation = Simulation(load_scene(get_task(str(state["suite"]), int(state["task_id"]))))
-    simulation.set_state(state)
+    simulation = Simulation(load_scene(read_task(state)))
+    simulation.set_state(state, must_be_finite=False)
     return simulation, state["action"]
 
 

@@ -8,7 +8,7 @@ called through their addresses in the shared library. Two modes:
 - fast: Cholesky factors and 3x3 adjugates written out. Equal to 1e-9 until the arm first touches something; contact
   then makes any rounding visible.
 
-Compiled code is cached in the package's cache folder.
+Compiled code is cached in the package's cache folder, and checked before it is used.
 """
 
 # The natively compiled functions are typed by Numba, and intrinsics are called without their typing context.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ from llvmlite import ir
 from numba.core import cgutils, config, types
 from numba.extending import get_cython_function_address, intrinsic
 
+from libero_gym.conventions import ACTION_DIM
+from libero_gym.fork import Uncopied
 from libero_gym.physics.controller import (
     NULLSPACE_STIFFNESS,
     SUBSTEPS,
@@ -39,30 +42,52 @@ from libero_gym.physics.controller import (
     inertia_addresses,
     sparse_inertia,
 )
-from libero_gym.tasks.cache import cache_dir
+from libero_gym.tasks.cache import cache_dir, checked_folder
 from libero_gym.tasks.scenes import Robot
 
 _OBSERVED_SUBSTEP = SUBSTEPS - 2
 
 
+# Each copy of the package has a folder of its own, so that all that is in it can be compiled at once.
+_CACHE_NAME = f"native/{hashlib.sha256(__file__.encode()).hexdigest()[:20]}"
+# Native functions and, where it is given, their signature.
+_functions: list[tuple[Any, str | None]] = []
+
+
 def _native(signature: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorate like `numba.njit(cache=True)`, with the cache in the package's folder instead of beside the source.
 
-    A `signature` keeps Numba from compiling one version for each combination of literal arguments.
+    Nothing is compiled before `_compile`. A `signature` keeps Numba from compiling one version for each combination of
+    literal arguments.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        folder = cache_dir() / "native"
-        folder.mkdir(exist_ok=True)
+        folder = cache_dir() / _CACHE_NAME
+        folder.mkdir(parents=True, exist_ok=True)
         previous = config.CACHE_DIR
         config.CACHE_DIR = str(folder)
         try:
-            arguments: list[Any] = [] if signature is None else [signature]
-            return numba.njit(*arguments, cache=True, error_model="numpy", **options)(function)
+            compiled = numba.njit(cache=True, error_model="numpy", **options)(function)
         finally:
             config.CACHE_DIR = previous
+        _functions.append((compiled, signature))
+        return compiled
 
     return decorate
+
+
+@functools.cache
+def _compile(argument_types: tuple[Any, ...]) -> None:
+    """Compile all functions, or read them from the cache, for `_run_substeps` of these types; once for all processes.
+
+    Numba itself would load a cut file or fail at it at every start.
+    """
+    with checked_folder(_CACHE_NAME):
+        for function, signature in _functions:
+            if signature is not None and not function.signatures:
+                function.compile(signature)
+                function.disable_compile()
+        _run_substeps.compile(argument_types)
 
 
 @intrinsic
@@ -497,7 +522,7 @@ def _linear_algebra_functions() -> tuple[int, ...]:
     )
 
 
-class NativeStepper:
+class NativeStepper(Uncopied):
     """Binds the native step to one model, data and controller state. Distinct ones may run in distinct threads."""
 
     def __init__(
@@ -567,6 +592,9 @@ class NativeStepper:
             observed,
             *_workspace(model.nv),
         )
+
+        action = np.zeros(ACTION_DIM)
+        _compile(tuple(numba.typeof(value) for value in (*self._functions, action, *self._arguments)))
 
     def __call__(self, action: npt.NDArray[np.float64]) -> None:
         """Advance by one environment step under `action`, float64 [7]."""

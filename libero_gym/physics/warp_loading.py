@@ -17,6 +17,8 @@ from typing import Any
 
 import warp as wp
 
+from libero_gym.rendering.raycast import note_kernels
+
 # Seconds after which compiling is said to go on: cached kernels load faster than that.
 _PATIENCE_S = 3.0
 
@@ -66,6 +68,7 @@ def load_modules(modules: Sequence[tuple[Any, Any, int | None]], num_threads: in
                     file=sys.stderr,
                     flush=True,
                 )
+    note_kernels()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ Shape legend: N worlds, C steps of an action chunk, R worlds that are reset, B b
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ import numpy.typing as npt
 import warp as wp
 
 from libero_gym.conventions import ACTION_DIM
+from libero_gym.fork import Owner, Uncopied
 from libero_gym.physics import predicates
 from libero_gym.physics import warp_kernels as kernels
 from libero_gym.physics.controller import (
@@ -44,13 +46,14 @@ from libero_gym.physics.controller import (
     creation_kinematics,
     inertia_addresses,
 )
-from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, check_state, load_task_data
+from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, load_task_data
+from libero_gym.physics.states import IDENTITY, Entry, check_entries, check_keys, check_scene
 from libero_gym.physics.warp_loading import find_modules, load_modules
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
 from libero_gym.rendering.raycast import DevicePoses, default_device, list_devices
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, load_recorded_states
 from libero_gym.tasks.scenes import JointTest, Scene, load_scenes
-from libero_gym.tasks.suites import TaskSpec, get_task
+from libero_gym.tasks.suites import TaskSpec
 
 # What an overflow of MuJoCo Warp's buffers loses. Its other reports (iterations spent, a penetration depth given up)
 # cost accuracy for one substep, as they do in MuJoCo, and are no errors there either.
@@ -95,7 +98,7 @@ class WarpOptions:
                 raise ValueError(f"{name}={value} must be at least 1")
 
 
-class WarpWorlds:
+class WarpWorlds(Uncopied):
     """N worlds of one scene on one device; each is at a task and a state of its own.
 
     See `libero_gym.physics.worlds.Worlds`, which this implements.
@@ -106,6 +109,10 @@ class WarpWorlds:
         num_worlds: N.
         device: Warp's name of the device.
     """
+
+    _HOW_TO_MAKE_ANOTHER = (
+        "make other worlds with the same arguments, and give them these worlds' get_states by set_state"
+    )
 
     def __init__(
         self,
@@ -133,6 +140,7 @@ class WarpWorlds:
         self.device = default_device() if device is None else device
         if self.device not in list_devices():
             raise ValueError(f"Warp has no device {self.device!r} (valid: {list_devices()})")
+        self._owner = Owner("the simulated worlds")
         options = options or WarpOptions()
         self.scene = scene
         self.tasks = tuple(tasks)
@@ -220,6 +228,7 @@ class WarpWorlds:
             FileNotFoundError: states of this kind are not recorded for the suite.
             PhysicsError: a world diverged or ran out of space while settling.
         """
+        self._owner.check()
         if not len(world_ids):
             return
         self._check_tasks([start.task for start in starts])
@@ -271,6 +280,7 @@ class WarpWorlds:
             ValueError: an active world was never reset.
             PhysicsError: a world diverged or ran out of space; it must be reset.
         """
+        self._owner.check()
         steps = Steps.none(self.num_worlds, self._actions.shape[1]) if out is None else out
         fresh = [i for i in np.flatnonzero(is_active).tolist() if self._current_tasks[i] is None]
         if fresh:
@@ -293,10 +303,12 @@ class WarpWorlds:
 
     def success(self) -> BoolArray:
         """Return bool [N], whether the goal held at the end of the last step."""
+        self._owner.check()
         return self._is_success.numpy().astype(np.bool_)
 
     def states(self, world_ids: IntArray | None = None) -> npt.NDArray[np.float32]:
         """Return the observed proprioception of some worlds (None: all), float32 [num, 8]; see `Worlds.states`."""
+        self._owner.check()
         observed = self._observed
         angles = axis_angles(observed.eef_quat.numpy())
         states = np.concatenate([observed.eef_pos.numpy(), angles, observed.fingers.numpy()], axis=1)
@@ -304,10 +316,12 @@ class WarpWorlds:
 
     def qpos(self) -> npt.NDArray[np.float32]:
         """Return positions, float32 [N, nq]."""
+        self._owner.check()
         return self._data.qpos.numpy().copy()
 
     def poses(self, world_ids: IntArray) -> DevicePoses:
         """Return what the images of some worlds show, on the device."""
+        self._owner.check()
         if len(world_ids) == self.num_worlds:
             body_pos, body_mat = self._observed.body_pos, self._observed.body_mat
         else:
@@ -343,14 +357,17 @@ class WarpWorlds:
         """Restore what `get_state` returned, also from another world of the same scene and tasks.
 
         Raises:
-            ValueError: the state belongs to another scene, or to a task that is not among those of these worlds.
+            ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
+                another scene, or to a task that is not among those of these worlds. No world has been touched.
         """
-        check_state(state, self.scene)
-        task = get_task(str(state["suite"]), int(state["task_id"]))
+        layout = IDENTITY | self._state_layout
+        check_keys(state, layout)
+        task = check_scene(state, self.scene)
         self._check_tasks([task])
+        state = check_entries(state, layout)
         one = slice(world_id, world_id + 1)
         for name, array in self._state_arrays().items():
-            array[one].assign(np.asarray(state[name])[None])
+            array[one].assign(state[name][None])
         self._world_task[one].fill_(self._task_index[task])
         self._current_tasks[world_id] = task
         self._init_state_ids[world_id] = int(state["init_state_id"])
@@ -363,8 +380,9 @@ class WarpWorlds:
         return PhysicsError(reason)
 
     def close(self) -> None:
-        """Release the captured step; the rest goes with the object."""
-        self._graph = None
+        """Release the captured step, in the process that made it; the rest goes with the object."""
+        if self._owner.is_this_process:
+            self._graph = None
 
     def _identity(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
         """Return the part of a world's state that says what it is a state of.
@@ -390,6 +408,7 @@ class WarpWorlds:
 
     def _state_arrays(self) -> dict[str, Any]:
         """Arrays with leading dimension N that make up the worlds' states."""
+        self._owner.check()
         arrays = {name: getattr(self._memory, name) for name in kernels.Memory.vars}
         arrays |= {f"observed_{name}": getattr(self._observed, name) for name in kernels.Observed.vars}
         return arrays | {
@@ -401,6 +420,11 @@ class WarpWorlds:
             "success": self._is_success,
             "is_lit": self._is_lit,
         }
+
+    @functools.cached_property
+    def _state_layout(self) -> dict[str, Entry]:
+        """What each array of a world's state is like."""
+        return {name: Entry.of(array[:1].numpy()[0]) for name, array in self._state_arrays().items()}
 
     def _start_values(self, starts: Sequence[EpisodeStart], init_states: InitStates) -> dict[str, Any]:
         """Return the arrays of `warp_kernels.Start` apart from `world`."""

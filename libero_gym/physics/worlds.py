@@ -134,7 +134,8 @@ class Worlds(Protocol):
         """Restore what `get_state` returned, also from other worlds of the same kind.
 
         Raises:
-            ValueError: the state belongs to another scene or task. The world has not been touched.
+            ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
+                another scene or task. No world has been touched.
         """
         ...
 

@@ -12,12 +12,14 @@ Shape legend: N worlds, K cameras, H x W pixels, B bodies, P parts, L lights, F 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mujoco
@@ -25,12 +27,12 @@ import numpy as np
 import numpy.typing as npt
 import warp as wp
 
-from libero_gym.fork import Owner
+from libero_gym.fork import Owner, Uncopied
 from libero_gym.rendering import ray_kernels
 from libero_gym.rendering.protocol import Drawable, Images, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import RayScene, build_ray_scene
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
-from libero_gym.tasks.cache import cache_dir
+from libero_gym.tasks.cache import cache_dir, drop_damaged, file_lock, note_files
 from libero_gym.tasks.scenes import Scene
 
 if TYPE_CHECKING:
@@ -69,10 +71,30 @@ def _start_warp() -> None:
         global _warp_owner
         if _warp_owner is None:
             _warp_owner = Owner("CUDA")
+            if (folder := _kernel_folder()) is not None:
+                with file_lock("warp"):
+                    drop_damaged(folder, keeps_unknown=True)
+                atexit.register(note_kernels)
 
 
 _start_lock = threading.Lock()
 _warp_owner: Owner | None = None
+
+
+def _kernel_folder() -> Path | None:
+    """Where Warp keeps compiled kernels; None if the user has given it another folder than this package's."""
+    folder = Path(str(wp.config.kernel_cache_dir))
+    return folder if folder.is_relative_to(cache_dir()) and folder.is_dir() else None
+
+
+def note_kernels() -> None:
+    """Notes the kernels that Warp has compiled, for the next process to check before it loads them.
+
+    Warp itself loads what is damaged, or fails at it at every start.
+    """
+    if (folder := _kernel_folder()) is not None:
+        with file_lock("warp"):
+            note_files(folder)
 
 
 @functools.lru_cache(maxsize=16)
@@ -80,13 +102,24 @@ def _load_kernels(device: str) -> Future[None]:
     """Begins to compile the ray caster's kernels side by side, once for each device; wait for it before launching."""
     kernels: Any = ray_kernels.KERNELS
     modules = [kernel.module for kernel in kernels]
+
+    def load() -> None:
+        wp.force_load(device=device, modules=modules, max_workers=len(modules))
+        note_kernels()
+
     pool = ThreadPoolExecutor(1, "warp-compile")
-    loading = pool.submit(wp.force_load, device=device, modules=modules, max_workers=len(modules))
+    loading = pool.submit(load)
+    _loadings.append(loading)
     pool.shutdown(wait=False)
     return loading
 
 
-class DeviceScene:
+# A child that is forked meanwhile has no thread that would finish it: it would wait for its kernels for ever.
+_loadings: list[Future[None]] = []
+os.register_at_fork(before=lambda: wait(_loadings))
+
+
+class DeviceScene(Uncopied):
     """One scene on one device, without the state of any world; immutable, so renderers share it.
 
     Attributes:
@@ -172,7 +205,7 @@ class DevicePoses:
     lit_sites: npt.NDArray[np.int32]
 
 
-class SceneCaster:
+class SceneCaster(Uncopied):
     """Draws worlds of one scene into buffers of its own. Not for concurrent use."""
 
     def __init__(
@@ -298,7 +331,7 @@ class SceneCaster:
         wp.launch(kernel, dim=num_threads, inputs=inputs, device=self._device)
 
 
-class WarpRenderer:
+class WarpRenderer(Uncopied):
     """Ray caster that draws all worlds of a scene at once.
 
     On a CUDA device `render_torch` leaves the images there.
@@ -385,10 +418,12 @@ class WarpRenderer:
         return self._collect_torch(len(poses.lit_sites), self._draw_poses(poses))
 
     def close(self) -> None:
-        """Releases threads and buffers; a second call does nothing."""
-        if self._pool is not None and self._owner.is_this_process:
+        """Releases threads and buffers, in the process that made them; a second call does nothing."""
+        if not self._owner.is_this_process:
+            return
+        if self._pool is not None:
             self._pool.shutdown()
-        self._pool = None
+            self._pool = None
         self._casters.clear()
         self._scratch.clear()
 

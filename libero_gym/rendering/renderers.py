@@ -39,7 +39,7 @@ from typing import Any, get_args
 import mujoco
 import numpy as np
 
-from libero_gym.fork import Owner
+from libero_gym.fork import Owner, Uncopied
 from libero_gym.rendering.protocol import Drawable, Images, Renderer, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import VISIBLE_GROUPS
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace, textures_in
@@ -284,7 +284,7 @@ def _abandon_opengl(platform: Any) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(renderer))
 
 
-class GlRenderer:
+class GlRenderer(Uncopied):
     """MuJoCo's classic renderer in an off-screen context, as robosuite sets it up.
 
     The context is created by the first image. Create renderers after starting worker processes, and start those by
@@ -402,7 +402,7 @@ class GlRenderer:
 _render_model_lock = threading.Lock()
 
 
-class _GlScene:
+class _GlScene(Uncopied):
     """OpenGL resources of one scene."""
 
     def __init__(

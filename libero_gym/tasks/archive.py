@@ -5,38 +5,53 @@ variable `LIBERO_GYM_SCENES` names it, the package runs the suites in it, whethe
 installed. It is unpacked into the cache once, and laid out like the `libero` package, so that the rest of this package
 reads both alike:
 
-    archive.json                            format and the versions that it was made with
+    archive.json                            format, the versions that it was made with, and the size of each other file
     benchmark/libero_suite_task_map.py      the suites in it and their tasks
     bddl_files/<suite>/<task>.bddl
     init_files/<suite>/<task>.pruned_init.npz
     scenes/<layout>/scene.xml, scene.json   what LIBERO and robosuite generated; the reader compiles it
     assets/libero/, assets/robosuite/       the meshes and textures that the scenes name
+
+An archive may come from anywhere. Only plain files below the folder are unpacked, only those listed in `archive.json`,
+which comes first, at the sizes listed there, and never more than a fixed multiple of the archive's own size.
 """
 
 from __future__ import annotations
 
+import bz2
+import contextlib
+import errno
 import functools
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 import shutil
 import tarfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from libero_gym.tasks.bddl import read_problem
-from libero_gym.tasks.cache import cache_dir, file_lock, publish_folder
+from libero_gym.tasks.cache import cache_dir, file_lock, is_intact, note_files, publish_folder
 
 ARCHIVE_VARIABLE = "LIBERO_GYM_SCENES"
 INDEX_FILE = "archive.json"
 _FORMAT = 1
+# How many times larger than the archive what is in it may be; of what the suites need it is 3 to 20 times.
+_MAX_EXPANSION = 100
+# Zeros at a tar file's end.
+_TAR_END = 1 << 16
+# What says nothing about an archive, only about the disk.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _ASSET_FILE = re.compile(r'file="@([^/"]+)/([^"]+)"')
 
 
@@ -73,33 +88,92 @@ def _unpack(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{ARCHIVE_VARIABLE}={path} does not exist; {_remedy()}")
     target = cache_dir() / "archives" / _digest(path)
-    with file_lock("archives"):
-        if not (target / INDEX_FILE).is_file():
-            publish_folder(target, functools.partial(_extract, path))
+    if not is_intact(target):
+        with file_lock("archives"):
+            if not is_intact(target):  # another process may have unpacked it while this one waited
+                publish_folder(target, functools.partial(_extract, path))
     return target
 
 
 def _extract(path: Path, target: Path) -> None:
+    limit = _MAX_EXPANSION * path.stat().st_size
     try:
-        with tarfile.open(path, "r:*") as archive:
-            for entry in archive:
-                _write_entry(archive, entry, target)
-        index = json.loads((target / INDEX_FILE).read_text(encoding="utf-8"))
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        with _decompressed(path, limit) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            index = _write_entries(archive, target, limit)
+    except (tarfile.TarError, OSError, EOFError, TypeError, ValueError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise
         raise ValueError(f"{path} is not a scene archive ({error}); {_remedy()}") from error
     if index.get("format") != _FORMAT:
         raise ValueError(f"{path} has format {index.get('format')}, this version reads {_FORMAT}; {_remedy()}")
+    note_files(target)
+
+
+def _write_entries(archive: tarfile.TarFile, folder: Path, limit: int) -> dict[str, Any]:
+    """Write what an archive holds, one file after another, and return its index."""
+    index: Any = None
+    listed: dict[str, Any] | None = None  # archives made before there was a list have none
+    for number, entry in enumerate(archive):
+        if listed is not None and listed.pop(entry.name, None) != entry.size:
+            raise ValueError(f"it holds {entry.name!r} of {entry.size} bytes, which {INDEX_FILE} does not list so")
+        _write_entry(archive, entry, folder)
+        if entry.name == INDEX_FILE:
+            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            if not isinstance(index, dict):
+                raise ValueError(f"its {INDEX_FILE} holds no object")
+            if number == 0 and "files" in index:
+                listed = dict(index["files"])
+                if not all(isinstance(size, int) and size >= 0 for size in listed.values()):
+                    raise ValueError(f"the files in its {INDEX_FILE} are not sizes by name")
+                if sum(listed.values()) > limit:
+                    raise ValueError(f"it lists {sum(listed.values())} bytes of files; {_too_large(limit)}")
+    if index is None:
+        raise ValueError(f"it holds no {INDEX_FILE}")
+    if listed:
+        raise ValueError(f"it lacks {sorted(listed)[:3]}")
+    return index
 
 
 def _write_entry(archive: tarfile.TarFile, entry: tarfile.TarInfo, folder: Path) -> None:
-    # Safe on every Python: extraction filters came with 3.11.4.
+    # Safe on every Python: extraction filters came with 3.11.4. A sparse file is larger than what is stored of it.
     name = PurePosixPath(entry.name)
-    content = archive.extractfile(entry) if entry.isreg() else None
+    content = archive.extractfile(entry) if entry.isreg() and not entry.issparse() else None
     if content is None or name.is_absolute() or ".." in name.parts:
         raise ValueError(f"it holds {entry.name!r}, which is not a plain file below it")
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    with content, (folder / name).open("wb") as file:
+    with content, (folder / name).open("xb") as file:
         shutil.copyfileobj(content, file)
+
+
+class _Bounded:
+    """The beginning of a stream; reading more of it is an error."""
+
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._left = limit
+
+    def read(self, size: int) -> bytes:
+        block = self._stream.read(size)
+        self._left -= len(block)
+        if self._left < 0:
+            raise ValueError(_too_large(self._limit))
+        return block
+
+
+@contextlib.contextmanager
+def _decompressed(path: Path, limit: int) -> Generator[Any]:
+    """Open a tar file, compressed or not, of which no more is read than files of `limit` bytes can take."""
+    openers = {b"\xfd7zXZ\x00": lzma.open, b"\x1f\x8b": gzip.open, b"BZh": bz2.open}
+    with path.open("rb") as file:
+        start = file.read(6)
+    opener: Any = next((opener for magic, opener in openers.items() if start.startswith(magic)), open)
+    with opener(path, "rb") as stream:
+        yield _Bounded(stream, limit + _TAR_END)
+
+
+def _too_large(limit: int) -> str:
+    return f"no more than {limit} bytes are unpacked from it, {_MAX_EXPANSION} times its size"
 
 
 def _remedy() -> str:
@@ -152,8 +226,7 @@ def write_archive(
     scenes = {layout_key(task.bddl_file): task.scene_folder for tasks in suites.values() for task in tasks}
     names = {suite: [task.name for task in tasks] for suite, tasks in suites.items()}
     content: dict[str, bytes | Path] = {
-        INDEX_FILE: json.dumps({"format": _FORMAT, "suites": list(names), "versions": dict(versions)}).encode(),
-        "benchmark/libero_suite_task_map.py": f"libero_task_map = {json.dumps(names, indent=4)}\n".encode(),
+        "benchmark/libero_suite_task_map.py": f"libero_task_map = {json.dumps(names, indent=4)}\n".encode()
     }
     for suite, tasks in suites.items():
         for task in tasks:
@@ -172,8 +245,10 @@ def write_archive(
     try:
         with tarfile.open(temporary, "w:xz", preset=preset) as archive:
             # Files of one kind side by side compress better.
-            for name in sorted(content, key=lambda name: (Path(name).suffix, name)):
-                item = content[name]
+            order = sorted(content, key=lambda name: (Path(name).suffix, name))
+            sizes = {name: _size(content[name]) for name in order}
+            index = {"format": _FORMAT, "suites": list(names), "versions": dict(versions), "files": sizes}
+            for name, item in ((INDEX_FILE, json.dumps(index).encode()), *((name, content[name]) for name in order)):
                 data = item.read_bytes() if isinstance(item, Path) else item
                 entry = tarfile.TarInfo(name)
                 entry.size = len(data)
@@ -181,3 +256,7 @@ def write_archive(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _size(item: bytes | Path) -> int:
+    return item.stat().st_size if isinstance(item, Path) else len(item)

@@ -8,7 +8,9 @@ from the home folder, none of which may happen to the user's own process.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -25,7 +27,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from libero_gym.tasks.cache import cache_dir
+from libero_gym.tasks.cache import cache_dir, drop_damaged, file_lock, note_files
 from libero_gym.tasks.suites import TaskSpec, libero_root
 
 _ASSET = re.compile(r'file="([^"]+)"')
@@ -41,7 +43,7 @@ def import_libero() -> Any:
         ImportError: LIBERO or one of its requirements is missing.
     """
     os.environ["LIBERO_CONFIG_PATH"] = str(_write_libero_config())
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba_robosuite"))
+    _use_numba_cache()
     os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     chosen_gl = os.environ.get("MUJOCO_GL")
     # robosuite imports a GL binding when it is imported unless told that no GPU renders; its settings module must be
@@ -81,6 +83,24 @@ def _accept_either_inertia_call() -> None:
     mujoco.mj_fullM = full_inertia
 
 
+@functools.cache
+def _use_numba_cache() -> None:
+    """Have robosuite's compiled functions kept in the cache, checked before they are used, noted when all is done."""
+    if "NUMBA_CACHE_DIR" in os.environ:
+        return
+    folder = cache_dir() / "numba_robosuite"
+    folder.mkdir(exist_ok=True)
+    os.environ["NUMBA_CACHE_DIR"] = str(folder)
+
+    def note() -> None:
+        with file_lock(folder.name):
+            note_files(folder)
+
+    with file_lock(folder.name):
+        drop_damaged(folder, keeps_unknown=True)
+    atexit.register(note)
+
+
 def _write_libero_config() -> Path:
     """Write the configuration that LIBERO's own distributions would otherwise prompt for."""
     folder = cache_dir() / "libero_config"
@@ -98,7 +118,7 @@ def _write_libero_config() -> Path:
     folder /= hashlib.sha256(text.encode()).hexdigest()[:20]
     folder.mkdir(exist_ok=True)
     target = folder / "config.yaml"
-    if not target.is_file():
+    if not target.is_file() or target.read_bytes() != text.encode():
         staging = folder / f".config.{os.getpid()}"
         staging.write_text(text, encoding="utf-8")
         staging.rename(target)

@@ -252,6 +252,11 @@ def load_scenes(tasks: Sequence[TaskSpec]) -> list[Scene]:
         return [_loaded[key] for key in keys]
 
 
+def scene_key(task: TaskSpec) -> str:
+    """Return `Scene.key` of the scene of `task`, without loading or building it."""
+    return _scene_key(task.bddl_file)
+
+
 @functools.lru_cache(maxsize=4096)
 def _scene_key(bddl_file: Path) -> str:
     content = [_SCENE_FORMAT, read_problem(bddl_file).layout(), mujoco.__version__, _installed_versions()]

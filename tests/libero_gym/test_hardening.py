@@ -4,12 +4,14 @@
 ten minutes on two cores. Without it, a fiftieth of that runs.
 """
 
+import copy
 import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -144,6 +146,49 @@ def test_resets_and_steps_do_not_make_memory_grow():
     print(f"{NUM_RESETS} resets of 10 environments, {NUM_STEPS} steps: {before:.1f} MB before, {after:.1f} MB after")
     # One environment's data is 5 MB: losing one at every tenth reset would be 20 MB in the short run.
     assert after - before < 15
+    env.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_states_errors_copies_and_environments_do_not_make_memory_grow():
+    env = LiberoEnv("libero_goal", task_id=3, image_size=16, renderer="warp")
+    env.reset(seed=0)
+    states, action = [env.get_state()], np.zeros(7, np.float32)
+
+    def run(num_rounds: int) -> None:
+        for _ in range(num_rounds):
+            env.reset()
+            for _ in range(20):
+                env.step(env.action_space.sample())
+            states[:] = [env.get_state()]
+            env.set_state(states[0])
+            env.observe()
+            with pytest.raises(ValueError, match="lacks"):
+                env.set_state({})
+            with pytest.raises(TypeError, match="native memory"):
+                copy.deepcopy(env)
+
+    def make(num_environments: int) -> None:
+        for _ in range(num_environments):
+            other = LiberoVectorEnv("libero_goal", 2, image_size=16, renderer="warp", num_threads=2)
+            other.reset(seed=0)
+            other.step(other.action_space.sample())
+            other.close()
+            single = LiberoEnv("libero_goal", task_id=3, image_size=16, renderer="warp")
+            single.reset(seed=0)
+            single.step(action)
+            single.close()
+
+    for work, count in ((run, NUM_STEPS // 20), (make, NUM_RESETS)):
+        work(max(count // 5, 10))
+        before, threads = resident_mb(), threading.active_count()
+        work(count)
+        after = resident_mb()
+        print(f"{work.__name__} {count}: {before:.1f} MB before, {after:.1f} MB after")
+        # A simulation is 5 MB, a state 5 kB: losing a tenth of either would be 20 MB.
+        assert after - before < 15
+        assert threading.active_count() <= threads
     env.close()
 
 

@@ -81,6 +81,68 @@ def test_equals_single_environments_step_by_step(num_threads):
             np.testing.assert_array_equal(terminations, [result[2] for result in expected])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("autoreset_mode", ["SAME_STEP", "DISABLED"])
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_equals_single_environments_over_many_episodes(autoreset_mode, num_chunks):
+    num_envs, num_calls, horizon = 4, 300 // num_chunks, 23
+    vector = make(
+        num_envs, num_threads=2, num_action_chunks=num_chunks, horizon=horizon, autoreset_mode=autoreset_mode,
+        reward="relative", observe_images=True, image_size=8, renderer="warp",
+    )  # fmt: skip
+    singles = [
+        LiberoEnv(SUITE, horizon=horizon, reward="relative", image_size=8, renderer="warp") for _ in range(num_envs)
+    ]
+    observation, _ = vector.reset(seed=5)
+    shown = [env.reset(seed=5 + i) for i, env in enumerate(singles)]
+    is_done, rng, num_ends = np.zeros(num_envs, np.bool_), np.random.default_rng(1), np.zeros(2, np.int64)
+
+    def assert_shows(observation, infos, i, expected, info):
+        for key, value in expected.items():
+            np.testing.assert_array_equal(observation[key][i], value, err_msg=key)
+        assert {key: infos[key][i] for key in info} == info
+
+    for call in range(num_calls):
+        actions = rng.uniform(-1, 1, (num_envs, num_chunks, 7)).astype(np.float32)
+        for i in np.flatnonzero(rng.random(num_envs) < 0.03):  # some succeed
+            force_success(vector, i)
+            singles[i].simulation.goal = lambda data: True
+        observation, rewards, terminations, truncations, infos = vector.step(actions.reshape(vector.action_space.shape))
+        for i, env in enumerate(singles):
+            paid, ends, count = [], (False, False), 0
+            while not is_done[i] and not any(ends) and count < num_chunks:
+                states, reward, *ends, info = env.step(actions[i, count])
+                shown[i] = states, info
+                paid.append(reward)
+                count += 1
+            assert (rewards[i], infos["num_steps"][i]) == (sum(paid), count)
+            assert infos["rewards"][i].tolist() == paid + [0] * (num_chunks - count)
+            assert [terminations[i], truncations[i]] == list(ends)
+            num_ends += ends
+            if autoreset_mode == "DISABLED":
+                is_done[i] |= any(ends)
+            elif any(ends):
+                assert infos["_final_obs"][i]
+                assert infos["_final_info"][i]
+                assert_shows(infos["final_obs"], infos["final_info"], i, *shown[i])
+                shown[i] = env.reset()
+            assert_shows(observation, infos, i, *shown[i])
+        if is_done.all() or (is_done.any() and rng.random() < 0.3):
+            observation, infos = vector.reset(options={"reset_mask": is_done})
+            for i in np.flatnonzero(is_done):
+                shown[i] = singles[i].reset()
+            is_done[:] = False
+            for i in range(num_envs):
+                assert_shows(observation, infos, i, *shown[i])
+        if call % 40 == 20:  # what is put back goes on the same way
+            for i, state in enumerate(vector.get_states()):
+                vector.set_state(i, state)
+                singles[i].set_state(singles[i].get_state())
+    assert num_ends.min() > 10
+    for env in (vector, *singles):
+        env.close()
+
+
 def test_images_equal_those_of_single_environments():
     vector = make(2, observe_images=True, image_size=24)
     observation, _ = vector.reset(seed=3)

@@ -91,6 +91,85 @@ def test_opengl_is_refused_in_a_forked_process(gl_kinds):
         assert new.startswith("OpenGL was opened by process ")
 
 
+ENVIRONMENT = """
+import os, sys
+import numpy as np
+from libero_gym.env import LiberoEnv
+env = LiberoEnv("libero_spatial", task_id=0, image_size=16, renderer={kind!r}, render_mode="rgb_array")
+env.reset(seed=0)
+if os.fork() == 0:
+    for call in (env.reset, lambda: env.step(np.zeros(7)), env.observe, env.render):
+        try:
+            call()
+        except RuntimeError as error:
+            print("AsyncVectorEnv" in str(error), flush=True)
+    env.close()
+    os._exit(0)
+print("exit code", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+env.step(np.zeros(7))
+env.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_environment_with_opengl_is_refused(gl_kinds):
+    for kind in gl_kinds:
+        command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", ENVIRONMENT.format(kind=kind)]
+        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        assert process.returncode == 0, process.stderr[-2000:]
+        assert process.stdout.split("\n") == [*["True"] * 4, "exit code 0", ""]
+
+
+# Stands in for EGL: a context that is used after its display was closed raises an error that cannot be printed.
+FAKE = """
+import atexit, sys, types
+import mujoco
+
+class EGLError(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+is_open = False
+
+def open_display():
+    global is_open
+    if not is_open:
+        is_open = True
+        atexit.register(terminate)
+
+def terminate():
+    global is_open
+    is_open = False
+    print("terminated")
+
+class GLContext:
+    def __init__(self, width, height):
+        open_display()
+
+    def make_current(self):
+        if not is_open:
+            raise EGLError
+
+    def free(self):
+        self.make_current()
+        print("freed")
+
+egl = types.SimpleNamespace(eglTerminate=terminate)
+sys.modules["mujoco.egl"] = types.SimpleNamespace(GLContext=GLContext, EGL=egl, EGL_DISPLAY="open")
+from libero_gym.rendering.renderers import GlRenderer
+renderers = [GlRenderer("egl", (), 8) for _ in range(3)]
+for renderer in renderers:
+    renderer._make_current()
+renderers[0].close()
+"""
+
+
+def test_contexts_that_are_left_open_are_freed_before_their_display_is_closed():
+    process = subprocess.run([sys.executable, "-c", FAKE], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.split() == ["freed", "freed", "freed", "terminated"]
+
+
 def test_a_gpu_is_refused_in_a_forked_process(monkeypatch):
     WarpRenderer(("agentview",), 8).close()  # starts Warp in this process
     monkeypatch.setattr(raycast, "list_devices", lambda: ["cpu", "cuda:0"])

@@ -1,10 +1,14 @@
 """Scene archives: a machine without LIBERO simulates and draws the same."""
 
+import errno
+import io
+import json
 import os
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -165,6 +169,145 @@ def test_nothing_is_written_outside_of_the_cache(name: str, use, tmp_path: Path)
     use(path)
     with pytest.raises(ValueError, match=rf"it holds '{name}', which is not a plain file below it"):
         archive_root()
+
+
+def refuse(path: Path, message: str, cache: Path) -> None:
+    """Check that an archive is refused by `message`, and that nothing of it stays."""
+    archive._unpack.cache_clear()
+    with pytest.raises(ValueError, match=rf"{path.name} is not a scene archive \(.*{message}.*make one with"):
+        archive_root()
+    assert [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".lock"] == []
+
+
+def write_tar(path: Path, entries: list[tuple[tarfile.TarInfo | str, bytes]], mode: Any = "w:xz") -> None:
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as made:
+        for entry, content in entries:
+            item = tarfile.TarInfo(entry) if isinstance(entry, str) else entry
+            item.size = len(content)
+            made.addfile(item, io.BytesIO(content))
+
+
+def index(**files: int) -> tuple[str, bytes]:
+    return "archive.json", json.dumps({"format": 1, "suites": [], "versions": {}, "files": files}).encode()
+
+
+def test_a_sparse_file_is_refused_before_it_is_written(use, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "sparse.tar.xz"
+    sparse = tarfile.TarInfo("GNUSparseFile.0/large")
+    sparse.pax_headers = {
+        "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "large",
+        "GNU.sparse.realsize": str(3 << 30),
+    }  # fmt: skip
+    write_tar(path, [(sparse, b"1\n0\n1\n".ljust(512, b"\0") + bytes(512))])
+    with tarfile.open(path) as made:
+        assert made.getmembers()[0].size == 3 << 30  # so it would be unpacked
+    use(path)
+    monkeypatch.setattr(archive.shutil, "copyfileobj", lambda *_: pytest.fail("written"))
+    refuse(path, "'large', which is not a plain file", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("mode", ["w:xz", "w:gz", "w:bz2", "w"])
+@pytest.mark.parametrize("first", [[], [index(large=300_000)]])
+def test_no_more_is_unpacked_than_a_multiple_of_the_archives_size(mode: str, first, use, tmp_path: Path, monkeypatch):
+    path = tmp_path / "bomb.tar.xz"
+    monkeypatch.setattr(archive, "_TAR_END", 10_240)
+    if mode == "w":
+        monkeypatch.setattr(archive, "_MAX_EXPANSION", 0.01)
+    write_tar(path, [*first, ("large", bytes(300_000))], mode)
+    limit = archive._MAX_EXPANSION * path.stat().st_size
+    assert limit < 200_000
+    written = []
+    copy = archive.shutil.copyfileobj
+    monkeypatch.setattr(
+        archive.shutil, "copyfileobj", lambda source, file: (copy(source, file), written.append(source))
+    )
+    use(path)
+    refuse(path, r"no more than \S+ bytes are unpacked from it, \S+ times its size", tmp_path / "cache")
+    assert len(written) == len(first)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([index(a=1), ("a", b"12")], r"holds 'a' of 2 bytes, which archive\.json does not list so"),
+        ([index(a=1), ("b", b"1")], r"holds 'b' of 1 bytes, which archive\.json does not list so"),
+        ([index(a=1), ("a", b"1"), ("a", b"1")], "holds 'a' of 1 bytes"),
+        ([index(a=1), ("a", b"1"), index(a=1)], "holds 'archive.json'"),
+        ([index(a=1, b=2), ("a", b"1")], r"it lacks \['b'\]"),
+        ([index(a=-1)], "are not sizes by name"),
+        ([("archive.json", b'{"format": 1, "files": {"a": "1"}}')], "are not sizes by name"),
+        ([("archive.json", b'{"format": 1, "files": 3}')], "not iterable"),
+        ([("archive.json", b"[1]")], "holds no object"),
+        ([("archive.json", b"{")], "Expecting"),
+        ([("a", b"1"), ("a", b"2")], "File exists"),
+        ([("a", b"1"), ("a/b", b"2")], "exists|Not a directory"),
+        ([(".", b"1")], "'.', which is not|File exists"),
+        ([("a", b"1")], r"it holds no archive\.json"),
+    ],
+)
+def test_archives_that_hold_something_else_than_they_say_are_refused(entries, message, use, tmp_path: Path):
+    path = tmp_path / "wrong.tar.xz"
+    write_tar(path, entries)
+    use(path)
+    refuse(path, message, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_only_plain_files_are_unpacked(kind: bytes, use, tmp_path: Path):
+    path, entry = tmp_path / "kinds.tar.xz", tarfile.TarInfo("entry")
+    entry.type, entry.linkname = kind, "/etc/hostname"
+    write_tar(path, [index(entry=0), (entry, b"")])
+    use(path)
+    refuse(path, "'entry', which is not a plain file", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_cut_archive_is_refused(share: float, archive_file: Path, use, tmp_path: Path):
+    path = tmp_path / "cut.tar.xz"
+    path.write_bytes(archive_file.read_bytes()[: int(share * archive_file.stat().st_size)])
+    use(path)
+    refuse(path, "", tmp_path / "cache")
+
+
+def test_a_full_disk_is_not_said_to_be_the_archives_fault(archive_file: Path, use, monkeypatch: pytest.MonkeyPatch):
+    use(archive_file)
+    fail = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(archive.shutil, "copyfileobj", lambda *_: (_ for _ in ()).throw(fail))
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device$"):
+        archive_root()
+
+
+@pytest.mark.parametrize("damage", ["cut", "deleted", "changed"])
+def test_a_damaged_file_of_an_unpacked_archive_is_unpacked_anew(damage: str, archive_file: Path, use):
+    use(archive_file)
+    root = archive_root()
+    assert root is not None
+    file = sorted(root.rglob("*.bddl"))[0]
+    content = file.read_bytes()
+    if damage == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-9] if damage == "cut" else content[:-1] + b"?")
+    archive._unpack.cache_clear()
+    assert archive_root() == root
+    assert file.read_bytes() == content
+
+
+def test_archives_without_a_list_of_files_are_read(archive_file: Path, use, tmp_path: Path):
+    path, entries = tmp_path / "older.tar", list[Any]()
+    with tarfile.open(archive_file) as known:
+        for entry in known:
+            content = known.extractfile(entry)
+            assert content is not None
+            entries.append((entry.name, content.read()))
+    (name, first), *rest = entries
+    assert name == "archive.json"
+    older = {key: value for key, value in json.loads(first).items() if key != "files"}
+    write_tar(path, [*rest, (name, json.dumps(older).encode())], "w")  # not the first then
+    use(path)
+    root = archive_root()
+    assert root is not None
+    assert all((root / name).read_bytes() == content for name, content in rest)
 
 
 def test_a_scene_that_the_archive_lacks_is_an_error(archive_file: Path, use, tmp_path: Path):
