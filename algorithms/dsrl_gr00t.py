@@ -204,20 +204,20 @@ class Args:
     values clipped to it, so that an overestimate cannot feed itself."""
 
     # --- optimisation ---
-    num_updates: int = 200
-    """Updates per iteration: of the critics, then of the actor and the temperature."""
-    minibatch_size: int = 256
-    """Decisions per update over all processes, drawn with replacement."""
     learning_rate: float = 1e-4
     """Adam's step size for the actor."""
     critic_learning_rate: float = 3e-4
     """Adam's step size for the critics."""
     alpha_learning_rate: float = 3e-4
     """Adam's step size for the logarithm of the temperature."""
-    polyak: float = 0.005
-    """Part of the critics that enters their targets at each update (SAC's tau)."""
+    num_updates: int = 200
+    """Updates per iteration: of the critics, then of the actor and the temperature."""
+    minibatch_size: int = 256
+    """Decisions per update over all processes, drawn with replacement."""
     max_grad_norm: float = 10.0
     """Norm to which gradients are clipped, those of the critics and of the actor each."""
+    polyak: float = 0.005
+    """Part of the critics that enters their targets at each update (SAC's tau)."""
     initial_alpha: float = 0.1
     """Temperature at the start: worth of a nat of entropy."""
     target_entropy: float | None = None
