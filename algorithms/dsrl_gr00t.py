@@ -31,8 +31,8 @@ processes or stages (rounding excepted), and a resumed run is the same run. Not 
 What differs from the paper's code for pi0 on LIBERO (github.com/nakamotoo/dsrl_pi0): the networks
 see the policy's own pooled features instead of a small image encoder's; many environments play at
 once, so that fewer updates fall on a decision; success is worth 1 and all else 0, where they have 0
-and -1 (`reward_shift` -1); the temperature begins at 0.1 to suit such values, where theirs is 1; an
-evaluation takes the actor's mode, not a sample.
+and -1 (`reward_shift` -1), and the temperature begins at 0.02 instead of 1, as values span 1 instead
+of some 50; an evaluation takes the actor's mode, not a sample.
 
 Metrics: `actor/*`, `critic/*` and `alpha` are means over an iteration's updates, `rollout/*` over
 its decisions, `env/*` over the episodes that ended in it (`env/success_once`: success at any step of
@@ -218,8 +218,9 @@ class Args:
     """Norm to which gradients are clipped, those of the critics and of the actor each."""
     polyak: float = 0.005
     """Part of the critics that enters their targets at each update (SAC's tau)."""
-    initial_alpha: float = 0.1
-    """Temperature at the start: worth of a nat of entropy."""
+    initial_alpha: float = 0.02
+    """Temperature at the start: what a nat of entropy is worth, where success is worth
+    reward_scale."""
     target_entropy: float | None = None
     """Entropy that the temperature is adapted to, nats per decision of the density of the noise
     itself; -d/2 for d decided numbers if not given, the paper's. A uniform density has d ln(2

@@ -188,14 +188,14 @@ def test_the_first_update_is_what_the_equations_say(tmp_path: Path, changes: dic
         each = torch.stack([networks.critics(next_z, next_decision)[j] for j in range(3)])
         next_value = each.min(0).values if changes else each.mean(0)
         if changes:
-            next_value = (next_value - 0.1 * next_logprob).clamp(0.0, 0.02)
+            next_value = (next_value - 0.02 * next_logprob).clamp(0.0, 0.02)
         target = replay["reward"][inds] + 0.9 * next_value * (1 - replay["terminal"][inds].float())
         errors = networks.critics(z, replay["decision"][inds]) - target
         _, logprob = decide(z, eps[1])
     assert metrics["critic/target"] == pytest.approx(target.mean().item(), rel=1e-4, abs=1e-6)
     assert metrics["critic/loss"] == pytest.approx((errors**2).mean().item(), rel=1e-4)
     assert metrics["actor/entropy"] == pytest.approx(-logprob.mean().item(), rel=1e-4)
-    assert metrics["alpha"] == pytest.approx(0.1)
+    assert metrics["alpha"] == pytest.approx(0.02)
 
     # Critics after a first step of Adam; the actor's loss is by these; targets follow by a quarter.
     parameters = dict(networks.critics.named_parameters())
@@ -211,9 +211,9 @@ def test_the_first_update_is_what_the_equations_say(tmp_path: Path, changes: dic
         decision, logprob = decide(z, eps[1])
         values = networks.critics(z, decision)
         value = values.min(0).values if changes else values.mean(0)
-        assert metrics["actor/loss"] == pytest.approx((0.1 * logprob - value).mean().item(), rel=1e-3, abs=1e-4)
+        assert metrics["actor/loss"] == pytest.approx((0.02 * logprob - value).mean().item(), rel=1e-3, abs=1e-4)
     # Adam's first step has the size of the step size; the entropy is above its target, so alpha falls.
-    assert weights["log_alpha"].item() == pytest.approx(math.log(0.1) - args.alpha_learning_rate, abs=1e-6)
+    assert weights["log_alpha"].item() == pytest.approx(math.log(0.02) - args.alpha_learning_rate, abs=1e-6)
 
 
 # --- the same run ---
