@@ -153,6 +153,24 @@ def test_the_policy_is_frozen(tmp_path: Path):
     assert agents[0].sixth.item() == pytest.approx(1 / 6)
 
 
+def test_actions_that_are_not_finite_never_reach_the_environment(tmp_path: Path):
+    class Faulty(LineFlow):
+        def predict(self, encoded: Any, *, noise: torch.Tensor) -> torch.Tensor:
+            return super().predict(encoded, noise=noise).index_fill(0, torch.tensor([3]), torch.nan)
+
+    with pytest.raises(FloatingPointError, match=r"actions that are not finite in rows \[3\] of iteration 1"):
+        train("dsrl", tmp_path, make_agent=lambda args: Faulty(2))
+    (dump,) = (tmp_path / NAME / "faults").iterdir()
+    assert {"actions", "decision", "features"} == set(load_file(dump))
+
+
+def test_an_update_that_is_not_finite_stops_the_run(tmp_path: Path):
+    with pytest.raises(FloatingPointError, match=r"not finite in the minibatch are \['loss'.*Lower the step sizes"):
+        train("dsrl", tmp_path, critic_learning_rate=1e15)
+    (dump,) = (tmp_path / NAME / "faults").iterdir()
+    assert {"decision", "reward", "terminal", "values", "target"} <= set(load_file(dump))
+
+
 # --- one update by value ---
 
 
