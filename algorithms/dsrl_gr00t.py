@@ -29,10 +29,11 @@ and environment, or by seed, iteration and update: the result does not depend on
 processes or stages (rounding excepted), and a resumed run is the same run. Not under FSDP.
 
 What differs from the paper's code for pi0 on LIBERO (github.com/nakamotoo/dsrl_pi0): the networks
-see the policy's own pooled features instead of a small image encoder's; many environments play at
-once, so that fewer updates fall on a decision; success is worth 1 and all else 0, where they have 0
-and -1 (`reward_shift` -1), and the temperature begins at 0.02 instead of 1, as values span 1 instead
-of some 50; an evaluation takes the actor's mode, not a sample.
+see the policy's own pooled features instead of a small image encoder's; the executed steps of a
+chunk have noise of their own, where theirs repeat one vector (`noise_form` repeated); many
+environments play at once, so that fewer updates fall on a decision; success is worth 1 and all else
+0, where they have 0 and -1 (`reward_shift` -1), and the temperature begins at 0.02 instead of 1, as
+values span 1 instead of some 50; an evaluation takes the actor's mode, not a sample.
 
 Metrics: `actor/*`, `critic/*` and `alpha` are means over an iteration's updates, `rollout/*` over
 its decisions, `env/*` over the episodes that ended in it (`env/success_once`: success at any step of
@@ -162,10 +163,11 @@ class Args:
     """Compile the network with torch.compile; the first iterations then take minutes longer."""
 
     # --- noise: the decision ---
-    noise_form: NoiseForm = "repeated"
-    """One noise vector for all steps of a chunk (as the paper has it for pi0: 7 numbers), or one
-    for each step (16 x 7 numbers, all that the policy can do). Only elements that become actions
-    are decided; padding is drawn from N(0, 1)."""
+    noise_form: NoiseForm = "executed"
+    """One noise vector for each step that is executed (5 x 7 numbers; the other steps' noise is
+    drawn from N(0, 1)), one for each step of the chunk (16 x 7), or one for all steps (7; the
+    paper's for pi0). Only elements that become actions are decided; padding is drawn from
+    N(0, 1)."""
     noise_bound: float = 1.0
     """Largest magnitude of a decided element; the policy was trained on N(0, 1)."""
 
@@ -693,6 +695,7 @@ def main(
     num_chunk_steps, padded_dim = agent.noise_shape
     space = NoiseSpace(
         num_steps=num_chunk_steps,
+        num_executed=args.num_action_chunks,
         padded_dim=padded_dim,
         action_dim=agent.action_dim,
         form=args.noise_form,

@@ -6,7 +6,7 @@
 The base policy is not copied. It is named, and its weights' digest tells whether what is loaded is what was steered.
 
 Shape legend: B batch, F width of the features, H steps of a chunk, A their padded width, a valid action width, C
-executed steps, d width of a decision (a, or H * a).
+executed steps, S steps that are decided, d = S * a width of a decision.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gr00t_agent.config import PresetName
 from gr00t_agent.files import whole_file, write_json
 from gr00t_agent.loading import resolve_checkpoint
 
-NoiseForm = Literal["repeated", "per_step"]
+NoiseForm = Literal["executed", "per_step", "repeated"]
 
 CONFIG_FILE, WEIGHTS_FILE = "noise_actor.json", "noise_actor.safetensors"
 # Bounds of the standard deviation's logarithm, before squashing.
@@ -47,10 +47,12 @@ class NoiseSpace:
 
     Attributes:
         num_steps: H.
+        num_executed: C, the leading steps that are executed.
         padded_dim: A.
         action_dim: a, the leading elements of a step that become an action. The others are always drawn from N(0, 1),
             as the base policy does.
-        form: `repeated` has one vector for all steps, d = a; `per_step` has one for each, d = H * a.
+        form: `executed` has one vector for each step that is executed, and draws the others from N(0, 1); `per_step`
+            has one for each step; `repeated` has one for all.
         bound: largest magnitude of a decided element.
 
     Raises:
@@ -58,6 +60,7 @@ class NoiseSpace:
     """
 
     num_steps: int
+    num_executed: int
     padded_dim: int
     action_dim: int
     form: NoiseForm
@@ -68,27 +71,33 @@ class NoiseSpace:
             raise ValueError(f"form={self.form!r} is unknown (valid: {', '.join(get_args(NoiseForm))})")
         if self.bound <= 0:
             raise ValueError(f"bound={self.bound} must be positive")
-        if not 1 <= self.action_dim <= self.padded_dim or self.num_steps < 1:
+        if not (1 <= self.action_dim <= self.padded_dim and 1 <= self.num_executed <= self.num_steps):
             raise ValueError(
                 f"action_dim={self.action_dim} must be in 1-{self.padded_dim} (padded_dim), and "
-                f"num_steps={self.num_steps} at least 1"
+                f"num_executed={self.num_executed} in 1-{self.num_steps} (num_steps)"
             )
+
+    @property
+    def num_decided(self) -> int:
+        """Vectors S of a decision."""
+        return {"executed": self.num_executed, "per_step": self.num_steps, "repeated": 1}[self.form]
 
     @property
     def dim(self) -> int:
         """Width d of a decision."""
-        return self.action_dim * (1 if self.form == "repeated" else self.num_steps)
+        return self.num_decided * self.action_dim
 
     def of_base_policy(self, normal: Tensor) -> Tensor:
         """Returns decisions [B, d] distributed as the base policy's noise, N(0, 1), from `normal` [B, H, A]."""
-        steps = 1 if self.form == "repeated" else self.num_steps
-        return normal[:, :steps, : self.action_dim].flatten(1)
+        return normal[:, : self.num_decided, : self.action_dim].flatten(1)
 
     def chunk_noise(self, decision: Tensor, normal: Tensor) -> Tensor:
-        """Returns what a chunk is denoised from, [B, H, A]: `decision` [B, d], and `normal` [B, H, A] where padded."""
-        steps = decision.unflatten(1, (-1, self.action_dim))  # [B, 1 or H, a]
-        steps = steps.expand(-1, self.num_steps, -1)  # [B, H, a]
-        return torch.cat([steps, normal[..., self.action_dim :].to(steps)], dim=-1)
+        """Returns what a chunk is denoised from, [B, H, A]: `decision` [B, d], and elsewhere `normal` [B, H, A]."""
+        noise = normal.clone()
+        decided = decision.unflatten(1, (self.num_decided, self.action_dim))  # [B, S, a]
+        until = self.num_steps if self.form == "repeated" else self.num_decided
+        noise[:, :until, : self.action_dim] = decided
+        return noise
 
     def draw(self, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Returns standard normal draws of each row's own generator, [B, H, A] and [B, d], in this order."""
@@ -210,7 +219,7 @@ class SteeredAgent:
 
         Args:
             obs: observation.
-            generator: one CPU generator per row, for the noise of padded elements.
+            generator: one CPU generator per row, for the noise that is not decided.
         """
         encoded = self.agent.encode(obs)
         features = self.agent.value_features(encoded)

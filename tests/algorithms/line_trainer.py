@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dsrl": dict(
         num_iterations=3, num_envs=8, num_steps=8, num_action_chunks=2, warmup_iterations=1, replay_capacity=160,
         num_updates=4, minibatch_size=32, num_critics=3, latent_dim=16, hidden_dims=(32, 32),
-        eval_episodes_per_task=0, log_with=(),
+        noise_form="repeated", eval_episodes_per_task=0, log_with=(),
     ),
 }  # fmt: skip
 AUTORESET = {"ppo": AutoresetMode.SAME_STEP, "grpo": AutoresetMode.DISABLED, "dsrl": AutoresetMode.SAME_STEP}

@@ -39,7 +39,7 @@ NAMED_METRICS = (
 LEARNING: dict[str, Any] = dict(
     num_envs=16, num_steps=6, num_iterations=16, warmup_iterations=5, replay_capacity=10_000, num_updates=60,
     minibatch_size=128, learning_rate=1e-3, critic_learning_rate=1e-3, alpha_learning_rate=3e-3, num_critics=2,
-    truncation="failure", hidden_dims=(64, 64),
+    truncation="failure", hidden_dims=(64, 64), noise_form="executed",
 )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def test_the_first_update_is_what_the_equations_say(tmp_path: Path, changes: dic
 
     set_seed(args.seed)
     LineFlow(2)
-    space = NoiseSpace(num_steps=4, padded_dim=8, action_dim=7, form="repeated", bound=1.0)
+    space = NoiseSpace(num_steps=4, num_executed=2, padded_dim=8, action_dim=7, form="repeated", bound=1.0)
     networks = dsrl_gr00t.Networks(args, space, 2)
     initial = {name: value.clone() for name, value in networks.critics.state_dict().items()}
 
@@ -452,7 +452,9 @@ def test_presets_can_be_run_and_keep_the_budget(monkeypatch: pytest.MonkeyPatch)
     large = dsrl_gr00t.PRESETS["libero_spatial_gr00t_24gb"]
     row_bytes = 2 * 2 * (2048 + 1536)  # features before and after, float16
     assert large.replay_capacity * row_bytes < 2e9
-    space = NoiseSpace(num_steps=16, padded_dim=32, action_dim=7, form=large.noise_form, bound=large.noise_bound)
+    space = NoiseSpace(
+        num_steps=16, num_executed=5, padded_dim=32, action_dim=7, form=large.noise_form, bound=large.noise_bound
+    )
     networks = dsrl_gr00t.Networks(large, space, 2048 + 1536)
     assert 500_000 < sum(p.numel() for p in networks.parameters()) < 700_000
     assert isinstance(networks.actor, NoiseActor)

@@ -26,7 +26,9 @@ from algorithms.dsrl_gr00t import (
 
 
 def space(**changes: Any) -> NoiseSpace:
-    return NoiseSpace(**(dict(num_steps=3, padded_dim=4, action_dim=2, form="repeated", bound=1.5) | changes))
+    return NoiseSpace(
+        **(dict(num_steps=3, num_executed=2, padded_dim=4, action_dim=2, form="repeated", bound=1.5) | changes)
+    )
 
 
 def make_actor(noise_space: NoiseSpace, feature_dim: int = 5) -> NoiseActor:
@@ -50,6 +52,17 @@ def test_repeated_noise_is_one_vector_beside_padding_that_is_drawn():
     assert noise.tolist() == [[[7, 8, 2, 3], [7, 8, 6, 7], [7, 8, 10, 11]]]
 
 
+def test_noise_of_executed_steps_leaves_the_others_as_they_are_drawn():
+    normal = torch.arange(12.0).reshape(1, 3, 4)
+    own = space(form="executed")
+    assert own.dim == 4
+    assert own.of_base_policy(normal).tolist() == [[0, 1, 4, 5]]
+    assert torch.equal(own.chunk_noise(own.of_base_policy(normal), normal), normal)
+    noise = own.chunk_noise(torch.tensor([[-1.0, -2.0, -3.0, -4.0]]), normal)
+    assert noise.tolist() == [[[-1, -2, 2, 3], [-3, -4, 6, 7], [8, 9, 10, 11]]]
+    assert normal[0, 0, 0] == 0
+
+
 def test_noise_for_each_step_is_all_that_the_policy_was_trained_on():
     normal = torch.arange(24.0).reshape(2, 3, 4)
     own = space(form="per_step")
@@ -67,9 +80,10 @@ def test_a_row_draws_what_the_evaluation_draws_for_the_base_policy():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(form="free"), r"form='free' is unknown \(valid: repeated, per_step\)"),
+        (dict(form="free"), r"form='free' is unknown \(valid: executed, per_step, repeated\)"),
         (dict(bound=0.0), "bound=0.0 must be positive"),
         (dict(action_dim=5), "action_dim=5 must be in 1-4"),
+        (dict(num_executed=4), "num_executed=4 in 1-3"),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str):
@@ -80,7 +94,7 @@ def test_a_space_that_makes_no_sense_is_refused(changes: dict[str, Any], message
 # --- the actor ---
 
 
-@pytest.mark.parametrize("form", ["repeated", "per_step"])
+@pytest.mark.parametrize("form", ["executed", "per_step", "repeated"])
 def test_the_log_density_is_that_of_the_squashed_gaussian(form: Any):
     actor = make_actor(space(form=form)).double()
     z, eps = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, actor.space.dim, dtype=torch.float64)
