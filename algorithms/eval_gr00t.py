@@ -10,6 +10,7 @@ saved with the checkpoint. An exception ends the evaluation: it never counts as 
     python algorithms/eval_gr00t.py --checkpoint checkpoints/libero_spatial_rl --num-envs 20
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --seeds 0 1 2
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --reference-env
+    python algorithms/eval_gr00t.py --checkpoint runs/dsrl_libero_spatial_1/checkpoints/iteration_65
 
 Writes result.json (the protocol, the tables, every episode), one video per task and one of all, and
 report.html with all of that. Episodes are also written as they end, and the same command with
@@ -20,13 +21,12 @@ ours. How episodes stream through the environments is in `algorithms.common.eval
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
@@ -40,9 +40,15 @@ from algorithms.common.episode_log import EpisodeLog, EvalEpisode
 from algorithms.common.evaluation import EvalResult, Job, episode_keys, evaluate, evaluation_jobs
 from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.common.report import write_report
+from algorithms.common.steering import (
+    WEIGHTS_FILE,
+    SteeredAgent,
+    file_digest,
+    is_noise_actor,
+    load_steered,
+    weights_digest,
+)
 from gr00t_agent import Gr00tAgent
-from gr00t_agent.config import PresetName
-from gr00t_agent.loading import resolve_checkpoint
 from libero_gym.adapters import ModalityVectorObservation
 from libero_gym.tasks.initial_states import InitStates, check_init_states
 from libero_gym.tasks.suites import get_task, horizon
@@ -54,8 +60,11 @@ class Args:
 
     # --- what is evaluated ---
     checkpoint: str
-    """A folder or hub id that `Gr00tAgent.from_pretrained` loads, or a preset's name (random
-    weights)."""
+    """A folder or hub id that `Gr00tAgent.from_pretrained` loads, a preset's name (random weights),
+    or a checkpoint of dsrl_gr00t.py, which names the policy that it steers."""
+    base_model: str | None = None
+    """Folder or hub id of the policy that a checkpoint of dsrl_gr00t.py steers, if it is elsewhere
+    than it was; its weights must be the same."""
     suite: str = "libero_spatial"
     """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
     task_ids: tuple[int, ...] | None = None
@@ -98,7 +107,31 @@ class Args:
     """Go on with the evaluation in output_dir, if there is one; give the same arguments."""
 
 
-# --- environments ---
+# --- policy and environments ---
+
+
+def load_policy(args: Args) -> Gr00tAgent | SteeredAgent:
+    """Returns the policy on its device: an agent, or one that is steered by its noise.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or not the policy that it steers.
+        ValueError: `base_model` is given for a checkpoint that steers none, or has other weights.
+    """
+    settings: dict[str, Any] = dict(
+        num_action_chunks=args.num_action_chunks,
+        denoising_steps=args.denoising_steps,
+        compute_dtype=args.compute_dtype,
+    )
+    if is_noise_actor(args.checkpoint):
+        return load_steered(
+            args.checkpoint, base_model=args.base_model, device=args.device, **settings
+        )
+    if args.base_model is not None:
+        raise ValueError(
+            f"base_model={args.base_model!r} goes with a checkpoint of dsrl_gr00t.py, and "
+            f"{args.checkpoint} is none; leave it out, or give such a checkpoint"
+        )
+    return Gr00tAgent.load(args.checkpoint, **settings).to(args.device).eval()
 
 
 def make_envs(
@@ -127,23 +160,19 @@ def make_envs(
 # --- protocol ---
 
 
-def weights_digest(checkpoint: str) -> str | None:
-    """Returns a SHA-256 over a checkpoint's weight files; None for a preset's random weights."""
-    if checkpoint in get_args(PresetName):
-        return None
-    total = hashlib.sha256()
-    for path in sorted(resolve_checkpoint(checkpoint).glob("model*.safetensors")):
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
 def make_protocol(
-    args: Args, agent: Gr00tAgent, envs: gym.vector.VectorEnv, jobs: Sequence[Job]
+    args: Args, agent: Gr00tAgent | SteeredAgent, envs: gym.vector.VectorEnv, jobs: Sequence[Job]
 ) -> dict[str, Any]:
     """Returns all that decides the outcomes, apart from package versions and hardware."""
     policy = agent.policy
-    return {
+    weights: dict[str, Any] = {"checkpoint": args.checkpoint}
+    if isinstance(agent, SteeredAgent):
+        weights["noise_actor_sha256"] = file_digest(Path(args.checkpoint) / WEIGHTS_FILE)
+        weights["base_model"] = agent.model
+        weights["weights_sha256"] = weights_digest(agent.model)
+    else:
+        weights["weights_sha256"] = weights_digest(args.checkpoint)
+    return weights | {
         "suite": args.suite,
         "task_ids": sorted({task_id for task_id, _ in jobs}),
         "episodes_per_task": args.episodes_per_task,
@@ -155,8 +184,6 @@ def make_protocol(
         "texture_colorspace": cast(Any, envs.unwrapped).texture_colorspace,
         "image_size": agent.image_size,
         "num_envs": envs.num_envs,
-        "checkpoint": args.checkpoint,
-        "weights_sha256": weights_digest(args.checkpoint),
         "policy": {
             "num_action_chunks": policy.num_action_chunks,
             "denoising_steps": policy.denoising_steps,
@@ -204,13 +231,7 @@ def main(args: Args) -> EvalResult:
     """Evaluates, prints the tables, writes result.json and videos."""
     # --- agent ---
     set_seed(args.seeds[0])  # a preset's random weights
-    agent = Gr00tAgent.load(
-        args.checkpoint,
-        num_action_chunks=args.num_action_chunks,
-        denoising_steps=args.denoising_steps,
-        compute_dtype=args.compute_dtype,
-    )
-    agent = agent.to(args.device).eval()
+    agent = load_policy(args)
 
     # --- environments ---
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)

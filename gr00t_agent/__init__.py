@@ -10,7 +10,7 @@ from gr00t_agent.data_config import (
     write_metadata,
 )
 from gr00t_agent.policy import FlowAction, PolicyConfig, SamplingDraws, preset_policy
-from gr00t_agent.protocol import Agent, check_agent
+from gr00t_agent.protocol import Agent, SteerableAgent, check_agent
 
 __all__ = [
     "Agent",
@@ -21,6 +21,7 @@ __all__ = [
     "LiberoFrankaDataConfig",
     "PolicyConfig",
     "SamplingDraws",
+    "SteerableAgent",
     "check_agent",
     "load_data_config",
     "preset_policy",

@@ -58,11 +58,11 @@ class Gr00tAgent(Pretrained):
                 "set PolicyConfig.embodiment_id"
             )
         self.backbone = Backbone(config)
-        value_in = head.backbone_embedding_dim
-        value_in += head.input_embedding_dim if policy.value_inputs == "vl_and_state" else 0
+        self.value_feature_dim = head.backbone_embedding_dim
+        self.value_feature_dim += head.input_embedding_dim if policy.value_inputs == "vl_and_state" else 0
         self.action_head = ActionHead(
             head,
-            value_in_dim=value_in if policy.value_head else 0,
+            value_in_dim=self.value_feature_dim if policy.value_head else 0,
             value_hidden_dims=policy.value_hidden_dims,
             noise_std_range=policy.noise_std_range if self.sampler.is_learned else None,
         )
@@ -184,6 +184,16 @@ class Gr00tAgent(Pretrained):
             raise ValueError(f"the cameras have no common square size: {known} (height, width)")
         return sides.pop()
 
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Steps H and width A of the noise that a chunk is denoised from."""
+        return self.config.action_head.action_horizon, self.config.action_head.action_dim
+
+    @property
+    def action_dim(self) -> int:
+        """Leading elements a of each step's noise that become an action; the rest is padding."""
+        return self.preprocessor.action_dim
+
     def encode(self, obs: Observation) -> dict[str, Tensor]:
         """Return what of an observation does not depend on trained parameters, for storing and reuse.
 
@@ -299,11 +309,20 @@ class Gr00tAgent(Pretrained):
 
     def get_value(self, obs: Observation) -> Tensor:
         """Return state values, float32 [B]."""
-        with self._without_dropout(), self._autocast():
-            features, valid_mask, state = self._inputs(obs)
-            vl_embs = self.action_head.process_backbone(features, valid_mask)
-            state_features = self.action_head.state_encoder(state, self.embodiment)
-        return self._value(HeadContext(vl_embs, valid_mask, state_features, [], self.embodiment))
+        return self._value(self._value_context(obs))
+
+    @torch.no_grad()
+    def value_features(self, obs: Observation) -> Tensor:
+        """Return what the value head sees of an observation, float32 [B, value_feature_dim]; it needs no value head.
+
+        These are the pooled vision-language features, followed by the state features if `value_inputs` says so.
+
+        Args:
+            obs: Observation, or `encode`'s result.
+        """
+        context = self._value_context(obs)
+        with self._autocast():
+            return self._value_inputs(context).float()
 
     @torch.no_grad()
     def predict(self, obs: Observation, *, generator: NoiseSource = None, noise: Tensor | None = None) -> Tensor:
@@ -493,14 +512,26 @@ class Gr00tAgent(Pretrained):
             std = net(hidden, noise_anneal) if net is not None and learned_std else None
         return Prediction(velocity.float(), std)
 
+    def _value_context(self, obs: Observation) -> HeadContext:
+        """Return a context without the keys and values that denoising alone needs."""
+        with self._without_dropout(), self._autocast():
+            features, valid_mask, state = self._inputs(obs)
+            vl_embs = self.action_head.process_backbone(features, valid_mask)
+            state_features = self.action_head.state_encoder(state, self.embodiment)
+        return HeadContext(vl_embs, valid_mask, state_features, [], self.embodiment)
+
+    def _value_inputs(self, context: HeadContext) -> Tensor:
+        features = self.action_head.pooled(context, self.policy.value_pooling)
+        if self.policy.value_inputs == "vl_and_state":
+            features = torch.cat([features, context.state_features.flatten(1).to(features.dtype)], dim=-1)
+        return features  # [B, value_feature_dim]
+
     def _value(self, context: HeadContext) -> Tensor:
         head = self.action_head.value_head
         if head is None:
             raise ValueError("this policy has no value head; build it with PolicyConfig(value_head=True)")
         with self._autocast():
-            features = self.action_head.pooled(context, self.policy.value_pooling)
-            if self.policy.value_inputs == "vl_and_state":
-                features = torch.cat([features, context.state_features.flatten(1).to(features.dtype)], dim=-1)
+            features = self._value_inputs(context)
             return head(features.detach() if self.policy.critic_detach else features)
 
     def _initial_noise(self, batch: int, generator: NoiseSource) -> Tensor:

@@ -1,6 +1,7 @@
 """What the trainers take as an agent, and a check that an agent of one's own is one.
 
-Shape legend: B batch, C executed steps of an action chunk, a action width.
+Shape legend: B batch, C executed steps of an action chunk, a action width, H steps of a whole chunk, A their padded
+width, F width of the features.
 """
 
 import inspect
@@ -94,6 +95,51 @@ class Agent(Protocol[ActionT]):
         """Write the weights, and whatever loading them takes, as files into a folder that exists.
 
         For training with sharded weights (FSDP2) it takes `state_dict`, the whole weights by name, too.
+        """
+        ...
+
+
+class SteerableAgent(Protocol):
+    """What `algorithms/dsrl_gr00t.py` needs of a frozen policy that denoises action chunks: no gradient, no value.
+
+    A `torch.nn.Module` like `Agent`, whose rows are independent of each other. With `--compile` it has a method
+    `compile_network()` too.
+    """
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels that the environment's cameras shall have."""
+        ...
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Steps H and width A of the noise that a chunk is denoised from; it was trained on N(0, 1)."""
+        ...
+
+    @property
+    def action_dim(self) -> int:
+        """Leading elements a of each step's noise that become an action; the rest is padding."""
+        ...
+
+    @property
+    def value_feature_dim(self) -> int:
+        """Width F of `value_features`."""
+        ...
+
+    def encode(self, obs: Observation) -> Mapping[str, Tensor]:
+        """Return what the two methods below take in place of an observation: a dict of tensors [B, ...]."""
+        ...
+
+    def value_features(self, obs: Observation) -> Tensor:
+        """Return what a critic shall see of an observation, or of `encode`'s result: float32 [B, F]."""
+        ...
+
+    def predict(self, obs: Observation, *, noise: Tensor) -> Tensor:
+        """Return what the environment takes, a function of its arguments alone: float32 [B, C, a].
+
+        Args:
+            obs: Observation, or `encode`'s result.
+            noise: float32 [B, H, A], what the chunk is denoised from.
         """
         ...
 

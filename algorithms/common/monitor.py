@@ -283,6 +283,8 @@ def describe_iteration(metrics: Mapping[str, float]) -> str:
     parts.append(f"loss {metrics['actor/loss']:.4f}" if "actor/loss" in metrics else "no update")
     if "actor/value_loss" in metrics:
         parts.append(f"value loss {metrics['actor/value_loss']:.4f}")
+    if "critic/loss" in metrics:
+        parts.append(f"critic loss {metrics['critic/loss']:.4f}  value {metrics['critic/value']:.3f}")
     if "actor/approx_kl" in metrics:
         parts.append(f"kl {metrics['actor/approx_kl']:.2g}")
     parts.append(f"{metrics['charts/SPS']:.0f} env-steps/s")

@@ -199,6 +199,60 @@ PPO: dict[str, dict[str, Any]] = {
     ),
 }
 
+# Ours; settings of the paper's code for pi0 that they keep are the trainer's defaults.
+DSRL: dict[str, dict[str, Any]] = {
+    # A first look: minutes on a CPU.
+    "demo": dict(
+        run_name="demo_dsrl",
+        model=SPATIAL_START,
+        num_iterations=3,
+        num_envs=4,
+        num_steps=24,
+        warmup_iterations=1,
+        num_updates=100,
+        minibatch_size=64,
+        eval_episodes_per_task=1,
+    ),
+    # One GPU; 65 iterations are 266,240 decisions, at most 1.33 million environment steps. Not run yet.
+    "libero_spatial_nano": dict(
+        suite="libero_spatial",
+        model=SPATIAL_START,
+        num_iterations=65,
+        num_envs=1024,
+        physics="warp",  # one scene: a GPU simulates it faster than the cores beside it
+        num_action_chunks=5,
+        num_steps=4,
+        warmup_iterations=12,  # a horizon
+        replay_capacity=300_000,  # all of the run
+        truncation="failure",
+        value_bounds=(0.0, 1.0),
+        learning_rate=3e-4,
+        num_updates=800,
+        minibatch_size=1024,
+        save_interval=25,
+        eval_interval=0,
+    ),
+    # GR00T-N1.5 on a GPU of 24 GB: 6 GB of weights, 1.5 GB of replay. Not run yet.
+    "libero_spatial_gr00t_24gb": dict(
+        suite="libero_spatial",
+        model="RLinf/RLinf-Gr00t-SFT-Spatial",
+        num_iterations=500,
+        num_envs=16,
+        num_action_chunks=5,
+        compute_dtype="bfloat16",
+        latent_dim=32,  # of 3,584 features
+        num_steps=12,
+        warmup_iterations=8,  # two horizons
+        replay_capacity=100_000,
+        truncation="failure",
+        value_bounds=(0.0, 1.0),
+        num_updates=200,
+        minibatch_size=256,
+        save_interval=25,
+        eval_interval=100,
+    ),
+}
+
 GRPO: dict[str, dict[str, Any]] = {
     # A first look: minutes on a CPU.
     "demo": dict(

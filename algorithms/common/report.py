@@ -35,6 +35,7 @@ GROUP_TITLES = {
     "env": "Episodes of training",
     "train": "Training",
     "actor": "Policy update",
+    "critic": "Critics' update",
     "rollout": "Rollout",
     "charts": "Throughput",
     "time": "Time (s)",
@@ -278,7 +279,7 @@ def _curves(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
         is_rate = "success" in name
         last = percent(y[-1]) if is_rate else compact(y[-1])
         picture = curve(x, y, name, is_rate=is_rate)
-        charts.append(dict(name=name.partition("/")[2], last=last, picture=picture))
+        charts.append(dict(name=name.partition("/")[2] or name, last=last, picture=picture))
     return charts
 
 

@@ -175,8 +175,8 @@ class RunFolder:
             culprits = [name for name, value in batch.items() if not torch.isfinite(value).all()]
             raise FloatingPointError(
                 f"gradient norm is {grad_norm.item()} in iteration {iteration}, and not finite in the minibatch are "
-                f"{culprits or 'no values'}; it is in {dump}. Lower learning_rate or noise_level and start from the "
-                "last checkpoint."
+                f"{culprits or 'no values'}; it is in {dump}. Lower the step sizes, or noise_level where there is "
+                "one, and start from the last checkpoint."
             )
 
     def check_ratio(self, deviation: float, largest: float) -> None:
@@ -197,9 +197,16 @@ class RunFolder:
                 f"{iteration}; the decision is in {dump}. Look at the weights and the observation's normalisation."
             )
 
-    def summary(self, checkpoint: str, suite: str) -> str:
-        """Returns what to tell at the end of a run: where its files are and what to run next."""
+    def summary(self, checkpoint: str, suite: str, *, is_whole_policy: bool = True) -> str:
+        """Returns what to tell at the end of a run: where its files are and what to run next.
+
+        Args:
+            checkpoint: name of the last one.
+            suite: that it was trained on.
+            is_whole_policy: the checkpoint is one that another training can start from.
+        """
         weights = self.path / "checkpoints" / checkpoint
+        training = f"  accelerate launch algorithms/ppo_gr00t.py --model {weights} --suite {suite}"
         return "\n".join(
             (
                 "",
@@ -212,7 +219,7 @@ class RunFolder:
                 "next:",
                 f"  tensorboard --logdir {self.path.parent}",
                 f"  python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite}",
-                f"  accelerate launch algorithms/ppo_gr00t.py --model {weights} --suite {suite}",
+                *([training] if is_whole_policy else []),
             )
         )
 

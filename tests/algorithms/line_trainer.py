@@ -17,9 +17,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from gymnasium.vector import AutoresetMode
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from algorithms import grpo_gr00t, ppo_gr00t
+from algorithms import dsrl_gr00t, grpo_gr00t, ppo_gr00t
 from algorithms.common import processes
 from examples.own_agent_in_ppo import MLPAgent
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
@@ -27,7 +28,7 @@ from gr00t_agent.loading import NANO_METADATA
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.tiny_agent import tiny_agent
 
-TRAINERS = {"ppo": ppo_gr00t, "grpo": grpo_gr00t}
+TRAINERS = {"ppo": ppo_gr00t, "grpo": grpo_gr00t, "dsrl": dsrl_gr00t}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ppo": dict(
         num_iterations=2, num_envs=8, num_steps=16, num_action_chunks=2, horizon=12, minibatch_size=32,
@@ -38,8 +39,36 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         num_iterations=2, num_envs=16, group_size=8, num_groups=4, max_rollouts=4, num_action_chunks=2,
         num_minibatches=4, update_epochs=4, learning_rate=3e-3, eval_episodes_per_task=0, log_with=(),
     ),
+    "dsrl": dict(
+        num_iterations=3, num_envs=8, num_steps=8, num_action_chunks=2, horizon=12, warmup_iterations=1,
+        replay_capacity=160, num_updates=4, minibatch_size=32, num_critics=3, latent_dim=16, hidden_dims=(32, 32),
+        noise_form="repeated", eval_episodes_per_task=0, log_with=(),
+    ),
 }  # fmt: skip
-AUTORESET = {"ppo": AutoresetMode.SAME_STEP, "grpo": AutoresetMode.DISABLED}
+AUTORESET = {"ppo": AutoresetMode.SAME_STEP, "grpo": AutoresetMode.DISABLED, "dsrl": AutoresetMode.SAME_STEP}
+
+
+class LineFlow(nn.Module):
+    """A frozen policy of chunks of four steps whose actions are their noise, of which a sixth is added to each.
+
+    Its features are the position and its square.
+    """
+
+    noise_shape, action_dim, value_feature_dim, image_size = (4, 8), 7, 2, 8
+
+    def __init__(self, num_action_chunks: int) -> None:
+        super().__init__()
+        self.num_action_chunks = num_action_chunks
+        self.sixth = nn.Parameter(torch.tensor(1 / 6))
+
+    def encode(self, obs: Any) -> dict[str, torch.Tensor]:
+        return {"x": torch.as_tensor(obs["state.x"])}
+
+    def value_features(self, encoded: Any) -> torch.Tensor:
+        return torch.cat([encoded["x"], encoded["x"] ** 2], -1)
+
+    def predict(self, encoded: Any, *, noise: torch.Tensor) -> torch.Tensor:
+        return noise[:, : self.num_action_chunks, :7] * (1 + self.sixth)
 
 
 class SlowLineEnv(LineVectorEnv):
@@ -58,18 +87,28 @@ def make_mlp_agent(args: Any) -> MLPAgent:
     return MLPAgent(("state.x",), 1, args.num_action_chunks)
 
 
+def make_line_flow(args: Any) -> LineFlow:
+    return LineFlow(args.num_action_chunks)
+
+
 def make_tiny_agent(args: Any) -> Gr00tAgent:
     """A GR00T of 300,000 parameters with a frozen backbone."""
     metadata = read_metadata(NANO_METADATA, LiberoFrankaDataConfig().embodiment_tag)
     names = ("num_action_chunks", "noise_method", "noise_level", "denoising_steps", "logprob_level")
-    agent = tiny_agent(metadata, **{name: getattr(args, name) for name in names})
-    agent.set_trainable(tune_visual=args.train_backbone, tune_llm=args.train_backbone)
+    agent = tiny_agent(metadata, **{name: getattr(args, name) for name in names if hasattr(args, name)})
+    train_backbone = getattr(args, "train_backbone", False)
+    agent.set_trainable(tune_visual=train_backbone, tune_llm=train_backbone)
     return agent
 
 
+MAKE_AGENT = {"ppo": make_mlp_agent, "grpo": make_mlp_agent, "dsrl": make_line_flow}
+
+
 def train(
-    algorithm: str, folder: Path, *, make_agent: Any = make_mlp_agent, env: Any = LineVectorEnv, **changes: Any
+    algorithm: str, folder: Path, *, make_agent: Any = None, env: Any = LineVectorEnv, **changes: Any
 ) -> dict[str, float]:
+    make_agent = make_agent or MAKE_AGENT[algorithm]
+
     def make_envs(args: Any, num_envs: int, image_size: int, autoreset: Any = AUTORESET[algorithm]) -> Any:
         return env(num_envs, args.num_action_chunks, autoreset=autoreset, image_size=image_size)
 
@@ -115,12 +154,12 @@ def main() -> None:
     if is_sharded := changes.pop("sharded", False):
         make_accelerator = processes.make_accelerator
         processes.make_accelerator = lambda *inputs: shard(make_accelerator(*inputs))
-    agents = {"mlp": make_mlp_agent, "tiny": make_tiny_agent}
+    agents = {"default": MAKE_AGENT[algorithm], "tiny": make_tiny_agent}
     envs = {"fast": LineVectorEnv, "slow": SlowLineEnv}
     folder = Path(changes.pop("output_dir"))
     if changes.get("resume") not in (None, "auto"):
         changes["resume"] = Path(changes["resume"])
-    make_agent, env = agents[changes.pop("agent", "mlp")], envs[changes.pop("env", "fast")]
+    make_agent, env = agents[changes.pop("agent", "default")], envs[changes.pop("env", "fast")]
     train(algorithm, folder, make_agent=make_agent, env=env, **changes)
     if is_sharded:
         release_process_group()

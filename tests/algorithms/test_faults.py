@@ -80,7 +80,7 @@ def test_an_action_that_is_not_finite_never_reaches_the_environment(tmp_path: Pa
     assert "logprob" in dump
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dsrl"])
 def test_physics_that_diverge(tmp_path: Path, algorithm: str):
     class Diverges(LineVectorEnv):
         def step(self, actions: np.ndarray) -> Any:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": dict(num_iterations=2, num_steps=4, minibatch_size=16, micro_batch_size=8, update_epochs=2, kl_coef=0.1),
     "grpo": dict(num_iterations=2, max_rollouts=2, micro_batch_size=16, update_epochs=1),
+    "dsrl": dict(num_iterations=2, num_updates=2),
 }
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -46,7 +47,7 @@ def test_rows_come_back_from_pinned_memory(placement: Any):
     assert torch.equal(got["features"][:, 7].cpu(), order.half())
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dsrl"])
 def test_one_gpu_gives_what_a_cpu_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # else patches are embedded to 3 digits
     options = SMALL[algorithm]

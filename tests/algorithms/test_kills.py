@@ -16,12 +16,13 @@ from tests.algorithms.sft_trainer import fine_tune
 from tests.gr00t_agent.lerobot_data import write_dataset
 from tests.kills import Killed, killed_at
 
-ALGORITHMS = ("ppo", "grpo", "sft")
+ALGORITHMS = ("ppo", "grpo", "dsrl", "sft")
 # Every iteration is saved, and all but the last deleted.
 SAVING: dict[str, Any] = dict(save_interval=1, keep_last=1, keep_best=0)
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": dict(num_envs=4, num_steps=2, minibatch_size=8, micro_batch_size=8, update_epochs=1),
     "grpo": dict(num_envs=4, group_size=2, num_groups=1, max_rollouts=1, num_minibatches=1, update_epochs=1),
+    "dsrl": dict(num_envs=4, num_steps=2, replay_capacity=12, num_updates=2, minibatch_size=8),
     "sft": dict(num_steps=2, batch_size=2, micro_batch_size=2, log_interval=2, ema_decay=0.9),
 }
 

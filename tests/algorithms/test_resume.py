@@ -104,7 +104,7 @@ def test_generator_states_survive_json():
     assert again == drawn
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dsrl"])
 def test_killed_at_any_moment_and_resumed_it_is_the_same_run(tmp_path: Path, algorithm: str):
     options = dict(num_iterations=5, save_interval=1, keep_last=2)
     train(algorithm, tmp_path / "whole", **options)
@@ -121,7 +121,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(tmp_path: Path, alg
     assert logged(run) == logged(run_folder(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dsrl"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_request_to_stop_saves_and_ends(tmp_path: Path, algorithm: str, number: int, status: int):
     process = start(algorithm, output_dir=str(tmp_path), env="slow", num_iterations=1000)

@@ -178,6 +178,32 @@ def test_value_inputs(inputs):
     assert changed == (inputs == "vl_and_state")
 
 
+@pytest.mark.parametrize("inputs", ["vl_and_state", "vl"])
+def test_value_features_are_what_the_value_head_sees(inputs):
+    agent, obs = build(value_inputs=inputs).eval(), make_observation(3)
+    features = agent.value_features(obs)
+    assert features.shape == (3, agent.value_feature_dim)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    assert torch.equal(agent.action_head.value_head(features), agent.get_value(obs))
+    assert torch.equal(agent.value_features(agent.encode(obs)), features)
+    headless = build(value_inputs=inputs, value_head=False).eval()
+    assert headless.value_features(obs).shape == features.shape
+
+
+def test_the_noise_that_decides_a_chunk_has_the_shape_that_is_told(nano_agent):
+    obs, (num_steps, padded_dim) = make_observation(2), nano_agent.noise_shape
+    noise = torch.randn((2, num_steps, padded_dim), generator=seeded())
+    first = nano_agent.predict_chunk(obs, noise=noise)
+    assert first.shape == noise.shape
+    assert torch.equal(nano_agent.predict_chunk(obs, noise=noise), first)
+    assert nano_agent.action_dim == nano_agent.predict(obs, noise=noise).shape[-1] == 7
+    noise[1, :, : nano_agent.action_dim] += 1
+    moved = (nano_agent.predict_chunk(obs, noise=noise) - first).abs().amax((1, 2))
+    assert moved[0] == 0
+    assert moved[1] > 0.01
+
+
 def test_gradients_reach_the_backbone_when_it_is_trained():
     agent = build()
     obs = make_observation(2)
