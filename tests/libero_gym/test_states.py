@@ -126,10 +126,12 @@ def test_vector_environments_refuse_states_and_stay_as_they_were(num_threads: in
         tasks = {"tasks": [simulation.task for simulation in env.simulations]}
         return [*env.get_states(), env.observe(), tasks, {"spare": len(env.worlds.spare_simulations)}]
 
+    before = look()
     with pytest.raises(ValueError, match="belongs to scene"):  # each of the two is right, but not together
         env.set_state(1, state | {"task_id": np.array(3)})
     with pytest.raises(ValueError, match=r"env_id=3 is out of range"):
         env.set_state(3, state)
+    assert_same(look(), before)
     assert_all_refused(state, lambda spoiled: env.set_state(1, spoiled), look)
     assert [simulation.task.task_id for simulation in env.simulations] == [0, 2, 1]
     env.close()
@@ -144,8 +146,10 @@ def test_gpu_environments_refuse_states_and_stay_as_they_were(monkeypatch: pytes
     env.reset(seed=0)
     state = env.get_state(1)
     env.reset(seed=7)
+    before = env.get_states()
     with pytest.raises(ValueError, match="are not among those of these worlds"):
         env.set_state(0, state | {"task_id": np.array(2)})
+    assert_same(env.get_states(), before)
     assert_all_refused(state, lambda spoiled: env.set_state(0, spoiled), lambda: [*env.get_states(), env.observe()])
     env.close()
 
