@@ -37,9 +37,10 @@ values span 1 instead of some 50; an evaluation takes the actor's mode, not a sa
 
 Metrics: `actor/*`, `critic/*` and `alpha` are means over an iteration's updates, `rollout/*` over
 its decisions, `env/*` over a cohort: the episodes that began in one iteration, as soon as all of them
-must have ended (`env/success_once`: success at any step of the episode; with exploration). `time/env_s` is spent stepping, `time/env_wait_s` is the part of it
-that decisions did not overlap, `time/policy_s` the rest of the rollout, and `charts/SPS` environment
-steps per second of the whole loop.
+must have ended (`env/success_once`: success at any step of the episode; with exploration).
+`time/env_s` is spent stepping, `time/env_wait_s` is the part of it that decisions did not overlap,
+`time/policy_s` the rest of the rollout, and `charts/SPS` environment steps per second of the whole
+loop.
 
 Shape legend: N environments of this process, K decisions of each in an iteration, M rows, F width of
 the features, d width of a decision, E critics, H x A the noise of a chunk.
