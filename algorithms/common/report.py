@@ -25,7 +25,6 @@ from rich.console import Console
 from algorithms.common.charts import compact, curve, heatmap
 from gr00t_agent.files import write_text
 
-REPORT_NAME = "report.html"
 TEMPLATE_NAME = "report.html.jinja"
 MAX_VIDEO_MB = 30.0
 MAX_VIDEOS = 24
@@ -385,7 +384,7 @@ def write_report(run_path: Path, *, max_video_mb: float = MAX_VIDEO_MB) -> Path:
     Raises:
         FileNotFoundError: the folder holds neither a run nor an evaluation.
     """
-    path = run_path / REPORT_NAME
+    path = run_path / "report.html"
     write_text(path, render(read_run(run_path), max_video_mb))
     return path
 

@@ -38,7 +38,6 @@ from torch import Tensor
 
 from algorithms.common.processes import leave
 from algorithms.common.provenance import describe_environment
-from algorithms.common.report import REPORT_NAME, write_report
 from algorithms.common.stages import EnvStages
 from gr00t_agent.files import whole_file, write_json, write_text
 
@@ -214,7 +213,7 @@ class RunFolder:
                 f"checkpoint   {weights}",
                 f"videos       {self.path / 'videos'}",
                 f"metrics      {self.path / 'metrics.jsonl'}",
-                f"report       {self.path / REPORT_NAME}",
+                f"report       {self.path / 'report.html'}",
                 "",
                 "next:",
                 f"  tensorboard --logdir {self.path.parent}",
@@ -227,6 +226,9 @@ class RunFolder:
         """Writes the report and closes the trackers and the process group, whose threads end when the program does."""
         leave(farewell=True)
         if self._accelerator.is_main_process:
+            # An eighth of what a trainer imports, for charts that are drawn at its end.
+            from algorithms.common.report import write_report
+
             write_report(self.path)
         if torch.distributed.is_initialized():
             atexit.register(_destroy, [torch.distributed.group.WORLD])

@@ -310,7 +310,7 @@ def test_evaluation_in_training_leaves_its_files(tmp_path: Path):
         ("algorithms.common.evaluation", ("algorithms.common.report", "matplotlib")),
         (
             "algorithms.ppo_gr00t, algorithms.grpo_gr00t, algorithms.dsrl_gr00t, algorithms.sft_gr00t",
-            ("algorithms.eval_gr00t", "algorithms.common.reference_env"),
+            ("algorithms.eval_gr00t", "algorithms.common.reference_env", "algorithms.common.report", "matplotlib"),
         ),
     ],
 )
