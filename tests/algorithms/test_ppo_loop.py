@@ -40,6 +40,7 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(newest / "model.safetensors")
 
 
+@pytest.mark.charts
 def test_every_named_metric_is_logged_and_the_run_folder_is_complete(tmp_path: Path):
     metrics = train("ppo", tmp_path, log_with=("tensorboard",))
     assert set(NAMED_METRICS) <= set(metrics)
@@ -53,6 +54,7 @@ def test_every_named_metric_is_logged_and_the_run_folder_is_complete(tmp_path: P
     assert environment["versions"]["torch"] == torch.__version__
     assert (run / "checkpoints" / "iteration_2" / "model.safetensors").is_file()
     assert list(run.rglob("events.out.tfevents.*"))
+    assert (run / "report.html").read_text().count("<path") > 20  # of its charts
 
 
 def test_recorded_losses_of_five_iterations(tmp_path: Path):

@@ -14,6 +14,8 @@ from algorithms.common.episode_log import EvalEpisode
 from algorithms.common.evaluation import EvalResult
 from algorithms.common.report import duration, read_metrics, write_report
 
+pytestmark = pytest.mark.charts
+
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
