@@ -277,7 +277,7 @@ def describe_tasks(rates: Mapping[int, float]) -> str:
 def describe_iteration(metrics: Mapping[str, float]) -> str:
     """Returns an iteration's success, losses and speed in a line."""
     success = metrics.get("env/success_once")
-    parts = ["success - (no cohort of episodes has ended)" if success is None else f"success {success:.1%}"]
+    parts = ["success - (not all of the first episodes have ended)" if success is None else f"success {success:.1%}"]
     if "rollout/groups_kept" in metrics:
         parts.append(f"groups kept {metrics['rollout/groups_kept']:.0%}")
     parts.append(f"loss {metrics['actor/loss']:.4f}" if "actor/loss" in metrics else "no update")

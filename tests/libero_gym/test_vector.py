@@ -1,6 +1,7 @@
 """The vector environment: Gymnasium's contract, equality with single environments, chunks, autoreset, bad input."""
 
 import itertools
+import os
 import sys
 
 import gymnasium
@@ -85,7 +86,9 @@ def test_equals_single_environments_step_by_step(num_threads):
 @pytest.mark.parametrize("autoreset_mode", ["SAME_STEP", "DISABLED"])
 @pytest.mark.parametrize("num_chunks", [1, 3])
 def test_equals_single_environments_over_many_episodes(autoreset_mode, num_chunks):
-    num_envs, num_calls, horizon = 4, 300 // num_chunks, 23
+    """For 120 steps, some twenty episodes; `LIBERO_GYM_SOAK=full` makes it 3,000."""
+    num_steps = 3000 if os.environ.get("LIBERO_GYM_SOAK") == "full" else 120
+    num_envs, num_calls, horizon = 4, num_steps // num_chunks, 23
     vector = make(
         num_envs, num_threads=2, num_action_chunks=num_chunks, horizon=horizon, autoreset_mode=autoreset_mode,
         reward="relative", observe_images=True, image_size=8, renderer="warp",
@@ -138,7 +141,7 @@ def test_equals_single_environments_over_many_episodes(autoreset_mode, num_chunk
             for i, state in enumerate(vector.get_states()):
                 vector.set_state(i, state)
                 singles[i].set_state(singles[i].get_state())
-    assert num_ends.min() > 10
+    assert num_ends.min() >= 2
     for env in (vector, *singles):
         env.close()
 

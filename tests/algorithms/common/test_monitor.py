@@ -24,7 +24,7 @@ def test_an_iteration_is_told_by_what_it_has():
     assert describe_iteration(metrics) == ppo
     del metrics["env/success_once"], metrics["actor/value_loss"]
     metrics["rollout/groups_kept"] = 0.75
-    grpo = "success - (no cohort of episodes has ended)  groups kept 75%  loss 0.1000  kl 0.012  123 env-steps/s"
+    grpo = "success - (not all of the first episodes have ended)  groups kept 75%  loss 0.1000  kl 0.012  123 env-steps/s"
     assert describe_iteration(metrics) == grpo
 
 
@@ -33,11 +33,11 @@ def test_a_log_has_two_lines_an_iteration(capsys: pytest.CaptureFixture[str]):
         progress.decision(100.0)
         progress.update()
         progress.end_iteration("success 50.0%", {"env/success_once_task_3": 0.5, "env/success_once": 0.5})
-        progress.end_iteration("success - (no cohort of episodes has ended)", {})
+        progress.end_iteration("success - (not all of the first episodes have ended)", {})
     assert capsys.readouterr().out.splitlines() == [
         "iteration 1/2  success 50.0%",
         "  by task: 3 50%",
-        "iteration 2/2  success - (no cohort of episodes has ended)",
+        "iteration 2/2  success - (not all of the first episodes have ended)",
     ]
 
 
