@@ -24,7 +24,9 @@ def test_an_iteration_is_told_by_what_it_has():
     assert describe_iteration(metrics) == ppo
     del metrics["env/success_once"], metrics["actor/value_loss"]
     metrics["rollout/groups_kept"] = 0.75
-    grpo = "success - (not all of the first episodes have ended)  groups kept 75%  loss 0.1000  kl 0.012  123 env-steps/s"
+    grpo = (
+        "success - (not all of the first episodes have ended)  groups kept 75%  loss 0.1000  kl 0.012  123 env-steps/s"
+    )
     assert describe_iteration(metrics) == grpo
 
 
