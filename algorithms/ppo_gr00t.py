@@ -838,16 +838,16 @@ def main(
             kl_exceeded = False
 
             for epoch in range(args.update_epochs):
+                b_flow: list[Tensor] = []  # fresh noise [K * N, H, A], and times to denoise it at
                 if args.imitation_coef:
-                    noise_shape = tuple(b_actions.chain.shape[2:])  # of a chunk
-                    b_flow_noise, b_flow_steps = flow_draws(
+                    draws = flow_draws(
                         (args.seed, FLOW, iteration, epoch),
                         env_ids,
                         args.num_steps,
                         args.denoising_steps,
-                        noise_shape,
+                        tuple(b_actions.chain.shape[2:]),
                     )
-                    b_flow_noise, b_flow_steps = b_flow_noise.to(device), b_flow_steps.to(device)
+                    b_flow = [x.to(device) for x in draws]
                 key = (args.seed, MINIBATCHES, iteration, epoch)
                 for mb_inds in deal(b_groups, num_minibatches, key):
                     stats: list[dict[str, Tensor]] = []  # means of each micro-batch
@@ -898,9 +898,11 @@ def main(
 
                             imitation_loss = torch.zeros_like(newvalue)
                             if args.imitation_coef:
-                                draws = b_flow_noise[at], b_flow_steps[at]
+                                noise_and_steps = [x[at] for x in b_flow]
                                 with accelerator.autocast():
-                                    flow_error = model(features, decided, flow_draws=draws)
+                                    flow_error = model(
+                                        features, decided, flow_draws=noise_and_steps
+                                    )
                                 imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
                                 loss = loss + args.imitation_coef * imitation_loss.mean()
                             accelerator.backward(loss / num_micro_batches)

@@ -230,7 +230,7 @@ class Gr00tAgent(Pretrained):
         action: FlowAction | None = None,
         *,
         sft_actions: Tensor | None = None,
-        flow_draws: tuple[Tensor, Tensor] | None = None,
+        flow_draws: Sequence[Tensor] | None = None,
         **options: Any,
     ) -> Any:
         """Dispatch to `get_action_and_value`, to `sft_loss` if `sft_actions` is given, or to `flow_error` if
@@ -383,7 +383,7 @@ class Gr00tAgent(Pretrained):
             draws = self._initial_noise(len(target), generator), self._training_time(len(target), generator)
         return self.flow_matching_loss(self._context(obs), target, mask, draws)
 
-    def flow_error(self, obs: Observation, action: FlowAction, draws: tuple[Tensor, Tensor]) -> Tensor:
+    def flow_error(self, obs: Observation, action: FlowAction, draws: Sequence[Tensor]) -> Tensor:
         """Return by how much the flow misses decided actions: flow matching's squared error, float32 [B, C, a].
 
         The error of the velocity on the straight line from fresh noise to the chain's end, at the times at which the
