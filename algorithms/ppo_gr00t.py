@@ -814,9 +814,11 @@ def main(
             b_advantages = advantages.flatten()
             b_returns = returns.flatten()
             b_weights = weights.flatten()
-            won = won_decisions(ended, succeeded.to(device))
-            won_mean, _ = mean_and_variance(accelerator, won)
-            b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
+            b_won = torch.zeros_like(b_returns)
+            if args.imitation_coef:
+                won = won_decisions(ended, succeeded.to(device))
+                won_mean, _ = mean_and_variance(accelerator, won)
+                b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
             b_start_logprobs = b_logprobs
             if start_policy is not None:
                 with accelerator.autocast():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.config import PresetName
-from gr00t_agent.files import whole_file, write_json
+from gr00t_agent.files import dataclass_from_json, naming, read_json, require, whole_file, write_json
 from gr00t_agent.loading import resolve_checkpoint
 
 NoiseForm = Literal["executed", "per_step", "repeated"]
@@ -295,10 +294,14 @@ def is_noise_actor(folder: str | Path) -> bool:
 
 def load_noise_actor(folder: str | Path) -> tuple[NoiseActor, BasePolicy]:
     """Returns the actor in `folder`, on the CPU, and the base policy that it steers."""
-    content = json.loads((Path(folder) / CONFIG_FILE).read_text("utf-8"))
-    actor = NoiseActor(NoiseSpace(**content["space"]), **content["sizes"])
+    path = Path(folder) / CONFIG_FILE
+    content = read_json(path)
+    with naming(path):
+        space, sizes, base = (require(content, name, "the file") for name in ("space", "sizes", "base"))
+        actor = NoiseActor(dataclass_from_json(NoiseSpace, space, "space"), **sizes)
+        base_policy = dataclass_from_json(BasePolicy, base, "base")
     actor.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
-    return actor.eval(), BasePolicy(**content["base"])
+    return actor.eval(), base_policy
 
 
 def load_steered(
