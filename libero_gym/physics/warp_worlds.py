@@ -49,6 +49,7 @@ from libero_gym.physics.controller import (
 from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, load_task_data
 from libero_gym.physics.states import IDENTITY, Entry, check_entries, check_keys, check_scene
 from libero_gym.physics.warp_loading import find_modules, load_modules
+from libero_gym.physics.warp_stepping import Substep
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
 from libero_gym.rendering.raycast import DevicePoses, default_device, list_devices
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, load_recorded_states
@@ -155,6 +156,7 @@ class WarpWorlds(Uncopied):
         self._creation = creation_kinematics(model, robot)
         # MuJoCo Warp reads the second flag as: boxes collide by MuJoCo's algorithm for boxes.
         model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_SENSOR | mujoco.mjtDisableBit.mjDSBL_NATIVECCD)
+        model.opt.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
         model.opt.iterations = options.solver_iterations
         model.opt.ls_iterations = options.linesearch_iterations
         with wp.ScopedDevice(self.device):
@@ -168,9 +170,7 @@ class WarpWorlds(Uncopied):
                 nccdmax=min(options.convex_contacts_per_world, options.contacts_per_world),
             )
         self._model.opt.warn_overflow = 0  # read from `overflow` instead of printed
-        if self.device != "cpu":
-            self._model.opt.graph_conditional = wp.is_conditional_graph_supported()
-        self._substep = 0
+        self._substep = Substep(model, self._model, self._data, device=self.device)
         self._graph: Any = None
 
         # Worlds that were never reset share the space for contacts, so they hold a state with few of them.
@@ -511,13 +511,10 @@ class WarpWorlds(Uncopied):
 
     def _load_kernels(self) -> None:
         """Compile the kernels of resets and steps side by side; what is missed is compiled when it is launched."""
-        option = self._model.opt
-        conditional, option.graph_conditional = option.graph_conditional, False  # or the solver's loop would not end
         kept = {name: wp.clone(array) for name, array in self._state_arrays().items()}
         try:
             modules = find_modules(self._launch_all)
         finally:
-            option.graph_conditional = conditional
             for name, array in self._state_arrays().items():  # copies and fills are no kernels, and have been done
                 wp.copy(array, kept[name])
         load_modules(modules)
@@ -530,12 +527,8 @@ class WarpWorlds(Uncopied):
     def _launch_step(self) -> None:
         """Launch the kernels of one environment step."""
         self._begin_step()
-        self._model.callback.control = self._control
-        with wp.ScopedDevice(self.device):
-            for substep in range(SUBSTEPS):
-                self._substep = substep
-                mujoco_warp.step(self._model, self._data)
-        self._model.callback.control = None  # or the model would keep this object and its memory alive
+        for substep in range(SUBSTEPS):
+            self._substep.run(functools.partial(self._control, substep))
         self._judge()
         self._launch(
             kernels.end_step,
@@ -557,12 +550,12 @@ class WarpWorlds(Uncopied):
         inputs = (self._live, self._data.overflow, self._saved, self._is_active, self._is_lit, self._observed)
         self._launch(kernels.begin_step, self.num_worlds, *inputs)
 
-    def _control(self, model: Any, data: Any) -> None:
-        """MuJoCo Warp calls this where LIBERO's controller runs: between `mj_step1` and `mj_step2`."""
+    def _control(self, substep: int) -> None:
+        """Run LIBERO's controller, between what MuJoCo calls `mj_step1` and `mj_step2`."""
         # Sensors hold the values after substep 24 of 25, whose poses are those of the positions before it.
-        if self._substep == SUBSTEPS - 2:
+        if substep == SUBSTEPS - 2:
             self._launch(kernels.observe_poses, self._observed.body_pos.shape, *self._observing)
-        elif self._substep == SUBSTEPS - 1:
+        elif substep == SUBSTEPS - 1:
             self._launch(kernels.observe_fingers, self.num_worlds, *self._observing)
         self._launch(
             kernels.control,
@@ -574,7 +567,7 @@ class WarpWorlds(Uncopied):
             self._actions,
             self._step,
             self._is_active,
-            int(self._substep == 0),
+            int(substep == 0),
         )
 
     def _judge(self) -> None:
