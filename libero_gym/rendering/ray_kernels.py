@@ -12,8 +12,12 @@ from libero_gym.rendering.ray_scene import TEXTURE_CUBE
 # Neighbouring pixels that differ by more than this in a channel, on different surfaces, folds or depths, are an edge.
 _EDGE_COLOR = 6.0 / 255.0
 _EDGE_DEPTH = 0.02
+# Side in pixels of the tiles for which the parts that can be seen in them are found beforehand.
+TILE_SIZE = 8
 _MAX_BACK_FACES = 8
 _RAY_STEP = 1.0e-5
+# Cosine by which a tile's cone is widened, so that rounding leaves nothing out.
+_CULL_SLACK = 1.0e-5
 
 # Each kernel is a module of its own, so that they compile side by side. Four samples of an edge written out as four
 # copies of the ray caster would take four times as long.
@@ -74,6 +78,19 @@ class Worlds:
 
 
 @wp.struct
+class Tiles:
+    """Parts that rays through a tile of `TILE_SIZE` x `TILE_SIZE` pixels can meet, of T tiles of all images.
+
+    Tile t = (image * rows + row) * columns + column, image = world * K + camera.
+    """
+
+    num_rows: int
+    num_columns: int
+    num_parts: wp.array(dtype=int)
+    parts: wp.array2d(dtype=wp.int16)
+
+
+@wp.struct
 class Hit:
     """Where a ray ends: part (-1 if nowhere), face within it, distance (m), barycentric weights of corners 0, 1."""
 
@@ -127,13 +144,68 @@ def place(
             worlds.light_dir[world, i] = body_mat[world, body] @ scene.light_dir[i]
 
 
+@wp.kernel(module="unique", module_options=_OPTIONS)
+def cull(scene: Scene, worlds: Worlds, width: int, height: int, tiles: Tiles):
+    """Lists the parts whose spheres touch the cone around the rays of a tile; dim T."""
+    tile = wp.tid()
+    column = tile % tiles.num_columns
+    row = tile / tiles.num_columns % tiles.num_rows
+    image = tile / (tiles.num_columns * tiles.num_rows)
+    world = image / scene.num_cameras
+    camera = image % scene.num_cameras
+    eye = worlds.camera_pos[world, camera]
+    mat = worlds.camera_mat[world, camera]
+    pixel_size = 2.0 * scene.camera_tan[camera] / float(height)
+    side = float(wp.static(TILE_SIZE))
+    left = (float(column) * side - 0.5 * float(width)) * pixel_size
+    top = (0.5 * float(height) - float(row) * side) * pixel_size
+    extent = side * pixel_size
+    axis = wp.normalize(wp.vec3(left + 0.5 * extent, top - 0.5 * extent, -1.0))
+    cosine = wp.min(
+        wp.min(
+            wp.dot(axis, wp.normalize(wp.vec3(left, top, -1.0))),
+            wp.dot(axis, wp.normalize(wp.vec3(left + extent, top, -1.0))),
+        ),
+        wp.min(
+            wp.dot(axis, wp.normalize(wp.vec3(left, top - extent, -1.0))),
+            wp.dot(axis, wp.normalize(wp.vec3(left + extent, top - extent, -1.0))),
+        ),
+    )
+    sine = wp.sqrt(wp.max(1.0 - cosine * cosine, 0.0))
+    count = int(0)
+    for part in range(scene.num_parts):
+        sphere = worlds.part_sphere[world, part]
+        radius = sphere[3]
+        if radius < 0.0:
+            continue
+        to_centre = wp.transpose(mat) @ (wp.vec3(sphere[0], sphere[1], sphere[2]) - eye)
+        distance = wp.length(to_centre)
+        if distance > radius:
+            # The angle between axis and centre against the cone's half angle and that under which the sphere is seen.
+            part_sine = radius / distance
+            limit = cosine * wp.sqrt(1.0 - part_sine * part_sine) - sine * part_sine
+            if wp.dot(axis, to_centre) < (limit - wp.static(_CULL_SLACK)) * distance:
+                continue
+        tiles.parts[tile, count] = wp.int16(part)
+        count += 1
+    tiles.num_parts[tile] = count
+
+
 @wp.func
-def _trace(scene: Scene, worlds: Worlds, world: int, origin: wp.vec3, direction: wp.vec3, start: float) -> Hit:
-    """The first triangle that faces the ray beyond `start`; part -1 if there is none."""
+def _trace(
+    scene: Scene, worlds: Worlds, tiles: Tiles, tile: int, world: int, origin: wp.vec3, direction: wp.vec3, start: float
+) -> Hit:
+    """The first triangle that faces the ray beyond `start`, of a tile's parts or (-1) of all; part -1 if none does."""
     hit = Hit()
     hit.part = -1
     hit.distance = 1.0e6
-    for part in range(scene.num_parts):
+    count = scene.num_parts
+    if tile >= 0:
+        count = tiles.num_parts[tile]
+    for index in range(count):
+        part = index
+        if tile >= 0:
+            part = int(tiles.parts[tile, index])
         sphere = worlds.part_sphere[world, part]
         radius = sphere[3]
         to_centre = wp.vec3(sphere[0], sphere[1], sphere[2]) - origin
@@ -375,7 +447,18 @@ def _surface_color(
 
 
 @wp.func
-def _shade(scene: Scene, worlds: Worlds, world: int, camera: int, x: float, y: float, width: int, height: int) -> Pixel:
+def _shade(
+    scene: Scene,
+    worlds: Worlds,
+    tiles: Tiles,
+    tile: int,
+    world: int,
+    camera: int,
+    x: float,
+    y: float,
+    width: int,
+    height: int,
+) -> Pixel:
     """What the camera sees at image position (x, y) in pixels, y down."""
     tangent = scene.camera_tan[camera]
     pixel_size = 2.0 * tangent / float(height)
@@ -387,7 +470,7 @@ def _shade(scene: Scene, worlds: Worlds, world: int, camera: int, x: float, y: f
     step_x = mat @ wp.vec3(pixel_size / length, 0.0, 0.0)
     step_y = mat @ wp.vec3(0.0, -pixel_size / length, 0.0)
     headlight = -wp.vec3(mat[0, 2], mat[1, 2], mat[2, 2])
-    hit = _trace(scene, worlds, world, eye, direction, scene.znear * length)
+    hit = _trace(scene, worlds, tiles, tile, world, eye, direction, scene.znear * length)
     pixel = Pixel()
     if hit.part < 0:
         pixel.surface = -1
@@ -407,7 +490,7 @@ def _shade(scene: Scene, worlds: Worlds, world: int, camera: int, x: float, y: f
         point = eye + direction * hit.distance
         mirrored_eye = eye - normal * (2.0 * wp.dot(normal, eye - point))
         mirrored = direction - normal * (2.0 * wp.dot(normal, direction))
-        second = _trace(scene, worlds, world, mirrored_eye, mirrored, hit.distance + 1.0e-4)
+        second = _trace(scene, worlds, tiles, -1, world, mirrored_eye, mirrored, hit.distance + 1.0e-4)
         if second.part >= 0:
             color += _surface_color(
                 scene,
@@ -443,11 +526,25 @@ def _pixel_of_thread(thread: int, first_row: int, width: int) -> wp.vec2i:
 
 
 @wp.func
-def _sample(scene: Scene, worlds: Worlds, row: int, x: float, down: float, width: int, height: int) -> Pixel:
-    """What is seen in line `row` of all images, `down` pixels below its upper border."""
+def _sample(
+    scene: Scene, worlds: Worlds, tiles: Tiles, row: int, x: int, right: float, down: float, width: int, height: int
+) -> Pixel:
+    """What is seen in pixel `x` of line `row` of all images, `right` and `down` pixels from its upper left corner."""
     image = row / height
-    y = float(row % height) + down
-    return _shade(scene, worlds, image / scene.num_cameras, image % scene.num_cameras, x, y, width, height)
+    y = row % height
+    tile = (image * tiles.num_rows + y / wp.static(TILE_SIZE)) * tiles.num_columns + x / wp.static(TILE_SIZE)
+    return _shade(
+        scene,
+        worlds,
+        tiles,
+        tile,
+        image / scene.num_cameras,
+        image % scene.num_cameras,
+        float(x) + right,
+        float(y) + down,
+        width,
+        height,
+    )
 
 
 @wp.func
@@ -465,6 +562,7 @@ def _store(
 def render(
     scene: Scene,
     worlds: Worlds,
+    tiles: Tiles,
     num_worlds: int,
     first_row: int,
     last_row: int,
@@ -481,7 +579,7 @@ def render(
     x = pixel[1]
     if row >= last_row or x >= width:
         return
-    sample = _sample(scene, worlds, row, float(x) + 0.5, 0.5, width, height)
+    sample = _sample(scene, worlds, tiles, row, x, 0.5, 0.5, width, height)
     if colors.shape[0] > 0:
         colors[row, x] = sample.color
         geometry[row, x] = wp.vec4(sample.normal[0], sample.normal[1], sample.normal[2], sample.distance)
@@ -544,37 +642,61 @@ def find_edges(
         edges[first_row * width + wp.atomic_add(num_edges, strip, 1)] = row * width + x
 
 
+@wp.func_native(
+    snippet="""
+#if defined(__CUDA_ARCH__)
+    const unsigned int four = 0xfu << (threadIdx.x & 28u);
+    value += __shfl_xor_sync(four, value, 1);
+    value += __shfl_xor_sync(four, value, 2);
+#endif
+    return value;
+"""
+)
+def _sum_of_four(value: float) -> float:
+    """Sum over the four neighbouring threads of a GPU's warp, in each of them."""
+    ...
+
+
 @wp.kernel(module="unique", module_options=_OPTIONS)
 def smooth_edges(
     scene: Scene,
     worlds: Worlds,
+    tiles: Tiles,
     num_worlds: int,
     first_row: int,
     strip: int,
+    samples_per_thread: int,
     num_edges: wp.array(dtype=int),
     edges: wp.array(dtype=int),
     images: wp.array(dtype=wp.uint8, ndim=4),
 ):
-    """Replaces the listed pixels by the mean of four samples; dim at least the number of pixels listed."""
-    thread = wp.tid()
-    if thread >= num_edges[strip]:
+    """Replaces the listed pixels by the mean of four samples; dim at least that of all samples in threads.
+
+    On a GPU four threads take a sample each, and their rays stay close; on a CPU one takes all four.
+    """
+    first_sample = wp.tid() * samples_per_thread
+    edge = first_sample / 4
+    if edge >= num_edges[strip]:
         return
     height = images.shape[1]
     width = images.shape[2]
-    pixel = edges[first_row * width + thread]
+    pixel = edges[first_row * width + edge]
     row = pixel / width
     x = pixel % width
     color = wp.vec3(0.0)
-    for index in range(4):
+    for index in range(first_sample % 4, first_sample % 4 + samples_per_thread):
         # The standard multisampling pattern: (3, 1), (7, 3), (1, 5), (5, 7) eighths of a pixel.
         right = float((4 * index + 3) % 8 - 2 * (index / 2)) / 8.0
         down = (2.0 * float(index) + 1.0) / 8.0
-        sample = _sample(scene, worlds, row, float(x) + right, down, width, height)
+        sample = _sample(scene, worlds, tiles, row, x, right, down, width, height)
         color += sample.color * 0.25
-    _store(color, row, x, scene.num_cameras, num_worlds, images)
+    if samples_per_thread == 1:
+        color = wp.vec3(_sum_of_four(color[0]), _sum_of_four(color[1]), _sum_of_four(color[2]))
+    if first_sample % 4 == 0:
+        _store(color, row, x, scene.num_cameras, num_worlds, images)
 
 
-KERNELS = (place, render, find_edges, smooth_edges)
+KERNELS = (place, cull, render, find_edges, smooth_edges)
 
 
 def num_threads(num_rows: int, width: int) -> int:

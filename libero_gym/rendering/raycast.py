@@ -232,6 +232,7 @@ class SceneCaster(Uncopied):
         self._num_places = max(self._num_parts, self._num_cameras, self._num_lights)
         self._capacity = 0
         self._worlds: Any = None
+        self._tiles: Any = None
         self._buffers: tuple[Any, Any, Any] = (None, None, None)
         self._edges: tuple[Any, Any] = (None, None)
         self._images: Any = None
@@ -265,19 +266,29 @@ class SceneCaster(Uncopied):
             inputs=[self._scene, *arrays, self._worlds],
             device=self._device,
         )
+        num_tiles = num_worlds * self._num_cameras * self._tiles.num_rows * self._tiles.num_columns
+        wp.launch(
+            ray_kernels.cull,
+            dim=num_tiles,
+            inputs=[self._scene, self._worlds, self._size, self._size, self._tiles],
+            device=self._device,
+        )
         strips = self._strips(num_worlds * self._num_cameras * self._size)
 
         def cast(strip: int) -> None:
             rows = strips[strip : strip + 2]
-            inputs = [self._scene, self._worlds, num_worlds, *rows, *self._buffers, self._images]
+            inputs = [self._scene, self._worlds, self._tiles, num_worlds, *rows, *self._buffers, self._images]
             self._launch(ray_kernels.render, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
 
         def smooth(strip: int) -> None:
             rows = strips[strip : strip + 2]
             inputs = [*rows, strip, self._size, *self._buffers, *self._edges]
             self._launch(ray_kernels.find_edges, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
-            inputs = [self._scene, self._worlds, num_worlds, rows[0], strip, *self._edges, self._images]
-            self._launch(ray_kernels.smooth_edges, (rows[1] - rows[0]) * self._size, inputs)
+            samples_per_thread = 4 if self._device == "cpu" else 1
+            at = [num_worlds, rows[0], strip, samples_per_thread]
+            inputs = [self._scene, self._worlds, self._tiles, *at, *self._edges, self._images]
+            num_pixels = (rows[1] - rows[0]) * self._size
+            self._launch(ray_kernels.smooth_edges, num_pixels * 4 // samples_per_thread, inputs)
 
         self._for_each(cast, len(strips) - 1)
         if self._antialiasing:
@@ -306,6 +317,11 @@ class SceneCaster(Uncopied):
         self._worlds.camera_mat = empty((n, cameras), wp.mat33)
         self._worlds.light_pos = empty((n, self._num_lights), wp.vec3)
         self._worlds.light_dir = empty((n, self._num_lights), wp.vec3)
+        self._tiles = ray_kernels.Tiles()
+        self._tiles.num_rows = self._tiles.num_columns = -(-size // ray_kernels.TILE_SIZE)
+        num_tiles = n * cameras * self._tiles.num_rows * self._tiles.num_columns
+        self._tiles.num_parts = empty((num_tiles,), int)
+        self._tiles.parts = empty((num_tiles, self._num_parts), wp.int16)
         rows = n * cameras * size if self._antialiasing else 0
         self._buffers = (empty((rows, size), wp.vec3), empty((rows, size), wp.vec4), empty((rows, size), int))
         self._edges = (empty((rows,), int), empty((rows * size,), int))  # at most one strip a line
