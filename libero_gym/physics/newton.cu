@@ -13,10 +13,11 @@
 // bodies that touch something that moves; where nothing couples the degrees of freedom before `i` with those from `i`
 // on, it falls apart, and the parts are factorised side by side, one by each warp.
 //
-// The same code runs on a CPU, where a block is one thread.
+// The same code runs on a CPU, where a block is one thread. Every part of an iteration stands here once, and loops that
+// gain nothing by it are not unrolled: a GPU waits for instructions that do not fit into its cache.
 //
-// Names from outside: NV (at least nv), MAX_WARPS, MIN_VALUE, FRICTION_DOF, CONTACT_ELLIPTIC, SATISFIED, QUADRATIC,
-// LINEAR, CONE; the arguments of `libero_gym.physics.newton.solve`.
+// Names from outside: NV (at least nv), MAX_ROWS (of a constraint), MAX_WARPS, MIN_VALUE, FRICTION_DOF,
+// CONTACT_ELLIPTIC, SATISFIED, QUADRATIC, LINEAR, CONE; the arguments of `libero_gym.physics.newton.solve`.
 
 #if defined(__CUDA_ARCH__)
 #define SHARED __shared__
@@ -36,14 +37,15 @@
     const int team_size = 1;
 #endif
 #define ENTRY(row, column) hessian[(row) * ((row) + 1) / 2 + (column)]
+// Rows of a constraint, with a bound that the compiler knows.
+#define FOR_ROWS(r, from) _Pragma("unroll") for (int r = from; r < MAX_ROWS; ++r) if (r < rows)
 
     const int warp = lane / width, num_warps = lanes / width, thread = lane % width;
     const int team = lane / team_size, num_teams = lanes / team_size, member = lane % team_size;
 
     const int num_rows = wp::min(problem.nefc.data[world], problem.njmax);
     const int num_blocks = wp::min(problem.num_blocks.data[world], num_rows);
-    const int num_frictions = wp::min(problem.nf.data[world], num_rows);
-    const int num_items = num_blocks + num_frictions;
+    const int num_items = num_blocks + wp::min(problem.nf.data[world], num_rows);
 
     const float* M = wp::address(problem.M, world, 0);
     const float* qfrc_smooth = wp::address(problem.qfrc_smooth, world, 0);
@@ -56,13 +58,12 @@
     const int* efc_type = wp::address(problem.efc_type, world, 0);
     const int* efc_id = wp::address(problem.efc_id, world, 0);
     const float* efc_D = wp::address(problem.efc_D, world, 0);
-    const float* efc_aref = wp::address(problem.efc_aref, world, 0);
     const float* efc_frictionloss = wp::address(problem.efc_frictionloss, world, 0);
     float* efc_force = wp::address(problem.efc_force, world, 0);
     int* efc_state = wp::address(problem.efc_state, world, 0);
     float* residual = wp::address(problem.residual, world, 0);    // J qacc - aref
     float* motion = wp::address(problem.motion, world, 0);        // J search
-    float* curvature = wp::address(problem.curvature, world, 0);  // Hessian of a block's cost: 6 numbers a row
+    float* curvature = wp::address(problem.curvature, world, 0);  // Hessian of a constraint's cost, MAX_ROWS a row
 
     SHARED float hessian[NV * (NV + 1) / 2];
     SHARED float qacc[NV], Ma[NV], gradient[NV], search[NV], Msearch[NV];
@@ -74,6 +75,7 @@
 
     auto sum = [&](float& a, float& b, float& c) {
 #if defined(__CUDA_ARCH__)
+#pragma unroll 1
         for (int offset = width / 2; offset > 0; offset /= 2) {
             a += __shfl_xor_sync(0xffffffffu, a, offset);
             b += __shfl_xor_sync(0xffffffffu, b, offset);
@@ -88,6 +90,7 @@
             }
             BLOCK_SYNC();
             a = b = c = 0.0f;
+#pragma unroll 1
             for (int w = 0; w < num_warps; ++w) {
                 a += sums[parity][0][w];
                 b += sums[parity][1][w];
@@ -98,59 +101,32 @@
 #endif
     };
 
-    auto multiply_by_inertia = [&](const float* vector, float* product) {
-        for (int i = lane; i < nv; i += lanes) product[i] = 0.0f;
-        BLOCK_SYNC();
-        for (int i = lane; i < nv; i += lanes) {
-            const int begin = problem.M_rowadr.data[i], end = begin + problem.M_rownnz.data[i];
-            float row_sum = 0.0f;
-            for (int k = begin; k < end; ++k) {
-                const int j = problem.M_colind.data[k];
-                row_sum += M[k] * vector[j];
-                if (j != i) ADD(product[j], M[k] * vector[i]);
-            }
-            ADD(product[i], row_sum);
-        }
-        BLOCK_SYNC();
-    };
-
-    auto multiply_row = [&](int row, const float* vector) {
-        const int begin = J_rowadr[row], count = J_rownnz[row];
-        float product = 0.0f;
-        for (int k = begin; k < begin + count; ++k) product += J[k] * vector[J_colind[k]];
-        return product;
-    };
-
     // A constraint: its first row, number of rows, and kind.
     auto item_row = [&](int item) { return item < num_blocks ? block_adr[item] : item - num_blocks; };
     auto item_rows = [&](int item) { return item < num_blocks ? block_nrow[item] : 1; };
 
     // Force and curvature of a row that is no contact's, at `x` = J qacc - aref.
-    auto evaluate_row = [&](int row, float x, float& force, float& curve) {
+    auto evaluate_row = [&](int row, int type, float x, float& force, float& curve) {
         const float D = efc_D[row];
         force = -D * x;
         curve = D;
-        if (efc_type[row] == FRICTION_DOF) {
+        if (type == FRICTION_DOF) {
             const float loss = efc_frictionloss[row];
-            if (wp::abs(x) * D >= loss) {
-                force = x > 0.0f ? -loss : loss;
-                curve = 0.0f;
-                return LINEAR;
-            }
-            return QUADRATIC;
+            if (wp::abs(x) * D < loss) return QUADRATIC;
+            force = x > 0.0f ? -loss : loss;
+            curve = 0.0f;
+            return LINEAR;
         }
-        if (x >= 0.0f) {
-            force = curve = 0.0f;
-            return SATISFIED;
-        }
-        return QUADRATIC;
+        if (x < 0.0f) return QUADRATIC;
+        force = curve = 0.0f;
+        return SATISFIED;
     };
 
-    auto contact_friction = [&](int row, int rows, float& mu, float* scale) {
+    // Factors of a contact's rows with which its cone is N >= mu T, N = scale[0] x[0] and T = |scale[1:] x[1:]|.
+    auto read_scale = [&](int row, int rows, float* scale) {
         const auto& friction = problem.contact_friction.data[efc_id[row]];
-        mu = friction[0] * impratio_invsqrt;
-        for (int r = 1; r < rows; ++r) scale[r] = friction[r - 1];
-        scale[0] = mu;  // so that the cone is N >= mu * T, N = scale[0] * x[0], T = |scale[1:] * x[1:]|
+        FOR_ROWS(r, 1) scale[r] = friction[r - 1];
+        scale[0] = friction[0] * impratio_invsqrt;
     };
 
     auto cone_zone = [&](float mu, float N, float T) {
@@ -159,90 +135,112 @@
         return mu * N + T <= 0.0f ? QUADRATIC : CONE;
     };
 
-    // First and second derivative of the constraints' cost along `search`, at a distance `alpha`.
+    // First and second derivative of the cost along `search` at a distance `alpha`, and the sum of the first's terms
+    // without their signs.
     auto evaluate_line = [&](float alpha, float& slope, float& curve, float& magnitude) {
+        slope = curve = magnitude = 0.0f;
+#pragma unroll 1
+        for (int i = lane; i < nv; i += lanes) {
+            const float term = search[i] * (Ma[i] - qfrc_smooth[i] + alpha * Msearch[i]);
+            slope += term;
+            curve += search[i] * Msearch[i];
+            magnitude += wp::abs(term);
+        }
+#pragma unroll 1
         for (int item = lane; item < num_items; item += lanes) {
-            const int row = item_row(item), rows = item_rows(item);
-            if (efc_type[row] != CONTACT_ELLIPTIC) {
+            const int row = item_row(item), rows = item_rows(item), type = efc_type[row];
+            if (type != CONTACT_ELLIPTIC) {
+                const float v = motion[row];
                 float force, row_curve;
-                evaluate_row(row, residual[row] + alpha * motion[row], force, row_curve);
-                slope -= force * motion[row];
-                curve += row_curve * motion[row] * motion[row];
-                magnitude += wp::abs(force * motion[row]);
+                evaluate_row(row, type, residual[row] + alpha * v, force, row_curve);
+                slope -= force * v;
+                curve += row_curve * v * v;
+                magnitude += wp::abs(force * v);
                 continue;
             }
-            float mu, scale[6];
-            contact_friction(row, rows, mu, scale);
-            const float N = mu * (residual[row] + alpha * motion[row]), dN = mu * motion[row];
-            float TT = 0.0f, uv = 0.0f, vv = 0.0f;
-            for (int r = 1; r < rows; ++r) {
-                const float v = scale[r] * motion[row + r], u = scale[r] * residual[row + r] + alpha * v;
-                TT += u * u;
-                uv += u * v;
-                vv += v * v;
+            float scale[MAX_ROWS], x[MAX_ROWS], v[MAX_ROWS];
+            read_scale(row, rows, scale);
+            FOR_ROWS(r, 0) {
+                v[r] = motion[row + r];
+                x[r] = residual[row + r] + alpha * v[r];
             }
-            const float T = wp::sqrt(TT);
+            float TT = 0.0f, uv = 0.0f, vv = 0.0f;
+            FOR_ROWS(r, 1) {
+                const float scaled_x = scale[r] * x[r], scaled_v = scale[r] * v[r];
+                TT += scaled_x * scaled_x;
+                uv += scaled_x * scaled_v;
+                vv += scaled_v * scaled_v;
+            }
+            const float mu = scale[0], N = mu * x[0], T = wp::sqrt(TT);
             const int zone = cone_zone(mu, N, T);
             if (zone == QUADRATIC) {
-                for (int r = row; r < row + rows; ++r) {
-                    const float v = motion[r], Dv = efc_D[r] * v, row_slope = Dv * (residual[r] + alpha * v);
-                    slope += row_slope;
-                    curve += Dv * v;
-                    magnitude += wp::abs(row_slope);
+                FOR_ROWS(r, 0) {
+                    const float Dv = efc_D[row + r] * v[r];
+                    slope += Dv * x[r];
+                    curve += Dv * v[r];
+                    magnitude += wp::abs(Dv * x[r]);
                 }
             } else if (zone == CONE) {
                 const float D = efc_D[row] / wp::max(mu * mu * (1.0f + mu * mu), MIN_VALUE);
                 const float gap = N - mu * T, dT = uv / T;
-                const float dgap = dN - mu * dT, ddT = wp::max(vv - dT * dT, 0.0f) / T;
+                const float dgap = mu * (v[0] - dT), ddT = wp::max(vv - dT * dT, 0.0f) / T;
                 slope += D * gap * dgap;
                 curve += D * (dgap * dgap - mu * gap * ddT);
                 magnitude += wp::abs(D * gap * dgap);
             }
         }
+        sum(slope, curve, magnitude);
     };
 
     // Forces, states and curvatures of the constraints at `residual`.
     auto evaluate_constraints = [&]() {
+#pragma unroll 1
         for (int item = lane; item < num_items; item += lanes) {
-            const int row = item_row(item), rows = item_rows(item);
-            if (efc_type[row] != CONTACT_ELLIPTIC) {
-                efc_state[row] = evaluate_row(row, residual[row], efc_force[row], curvature[6 * row]);
+            const int row = item_row(item), rows = item_rows(item), type = efc_type[row];
+            if (type != CONTACT_ELLIPTIC) {
+                efc_state[row] = evaluate_row(row, type, residual[row], efc_force[row], curvature[MAX_ROWS * row]);
                 continue;
             }
-            float mu, scale[6], tangent[6];
-            contact_friction(row, rows, mu, scale);
-            const float N = mu * residual[row];
-            float TT = 0.0f;
-            for (int r = 1; r < rows; ++r) {
-                tangent[r] = scale[r] * residual[row + r];
-                TT += tangent[r] * tangent[r];
+            float scale[MAX_ROWS], x[MAX_ROWS], D[MAX_ROWS];
+            read_scale(row, rows, scale);
+            FOR_ROWS(r, 0) {
+                x[r] = residual[row + r];
+                D[r] = efc_D[row + r];
             }
-            const float T = wp::sqrt(TT);
+            float TT = 0.0f;
+            FOR_ROWS(r, 1) TT += scale[r] * scale[r] * x[r] * x[r];
+            const float mu = scale[0], N = mu * x[0], T = wp::sqrt(TT);
             const int zone = cone_zone(mu, N, T);
-            const float D = efc_D[row] / wp::max(mu * mu * (1.0f + mu * mu), MIN_VALUE);
-            const float gap = N - mu * T;
-            for (int r = 0; r < rows; ++r) {
-                const int here = row + r;
-                efc_state[here] = zone;
-                float* curve = curvature + 6 * here;
-                if (zone == SATISFIED) {
-                    efc_force[here] = 0.0f;
-                } else if (zone == QUADRATIC) {
-                    efc_force[here] = -efc_D[here] * residual[here];
-                    for (int c = 0; c < rows; ++c) curve[c] = c == r ? efc_D[here] : 0.0f;
-                } else if (r == 0) {
-                    efc_force[here] = -D * gap * mu;
-                    curve[0] = D * mu * mu;
-                    for (int c = 1; c < rows; ++c) curve[c] = -D * mu * mu * scale[c] * tangent[c] / T;
-                } else {
-                    const float unit = tangent[r] / T;
-                    efc_force[here] = D * gap * mu * scale[r] * unit;
-                    curve[0] = -D * mu * mu * scale[r] * unit;
-                    for (int c = 1; c < rows; ++c) {
-                        const float other = tangent[c] / T, pull = mu * N / T;
-                        const float entry = pull * unit * other + (c == r ? mu * mu - pull : 0.0f);
-                        curve[c] = D * scale[r] * scale[c] * entry;
+            // In the cone: force and curvature by the scaled rows, times their scales; `unit` points along the friction.
+            const float weight = D[0] / wp::max(mu * mu * (1.0f + mu * mu), MIN_VALUE);
+            const float gap = N - mu * T, inverse = 1.0f / wp::max(T, MIN_VALUE);
+            float unit[MAX_ROWS];
+            FOR_ROWS(r, 1) unit[r] = -mu * scale[r] * x[r] * inverse;
+            unit[0] = 1.0f;
+            FOR_ROWS(r, 0) {
+                efc_state[row + r] = zone;
+                float force = 0.0f;
+                if (zone == QUADRATIC) force = -D[r] * x[r];
+                if (zone == CONE) force = -weight * gap * scale[r] * unit[r];
+                efc_force[row + r] = force;
+            }
+            if (zone == SATISFIED) continue;
+#pragma unroll
+            for (int a = 0; a < MAX_ROWS; ++a) {
+#pragma unroll
+                for (int b = 0; b < MAX_ROWS; ++b) {
+                    if (a >= rows || b >= rows) continue;
+                    float entry = a == b ? D[a] : 0.0f;
+                    if (zone == CONE) {
+                        // d2/dN2 = 1, d2/dN dt = -mu t', d2/dt2 = mu^2 t t' - mu gap / T (1 - t t')
+                        float part = unit[a] * unit[b];
+                        if (a > 0 && b > 0) {
+                            part *= 1.0f + gap * inverse / mu;
+                            if (a == b) part -= mu * gap * inverse;
+                        }
+                        entry = weight * scale[a] * scale[b] * part;
                     }
+                    curvature[MAX_ROWS * (row + a) + b] = entry;
                 }
             }
         }
@@ -251,35 +249,53 @@
 
     // Gradient M qacc - qfrc_smooth - J' force and Hessian M + J' curvature J.
     auto assemble = [&]() {
+#pragma unroll 1
+        for (int entry = lane; entry < nv * (nv + 1) / 2; entry += lanes) hessian[entry] = 0.0f;
+        BLOCK_SYNC();
+#pragma unroll 1
         for (int i = lane; i < nv; i += lanes) {
+            const int begin = problem.M_rowadr.data[i], end = begin + problem.M_rownnz.data[i];
             gradient[i] = Ma[i] - qfrc_smooth[i];
-            const int begin = problem.M_rowadr.data[i], count = problem.M_rownnz.data[i];
             first[i] = problem.M_colind.data[begin];
-            for (int j = 0; j <= i; ++j) ENTRY(i, j) = 0.0f;
-            for (int k = begin; k < begin + count; ++k) ENTRY(i, problem.M_colind.data[k]) = M[k];
+#pragma unroll 1
+            for (int k = begin; k < end; ++k) ENTRY(i, problem.M_colind.data[k]) = M[k];
         }
         BLOCK_SYNC();
+#pragma unroll 1
         for (int item = team; item < num_items; item += num_teams) {
-            const int row = item_row(item), rows = item_rows(item);
-            if (efc_state[row] == SATISFIED) continue;
+            const int row = item_row(item), rows = item_rows(item), state = efc_state[row];
+            if (state == SATISFIED) continue;
             const int begin = J_rowadr[row], count = J_rownnz[row];
+            const int* columns = J_colind + begin;
+            float force[MAX_ROWS];
+            FOR_ROWS(r, 0) force[r] = efc_force[row + r];
+#pragma unroll 1
             for (int k = member; k < count; k += team_size) {
                 float pull = 0.0f;
-                for (int r = 0; r < rows; ++r) pull += J[begin + r * count + k] * efc_force[row + r];
-                ADD(gradient[J_colind[begin + k]], -pull);
+                FOR_ROWS(r, 0) pull += J[begin + r * count + k] * force[r];
+                ADD(gradient[columns[k]], -pull);
             }
-            if (efc_state[row] == LINEAR) continue;
+            if (state == LINEAR) continue;
+            float curve[MAX_ROWS][MAX_ROWS];
+            FOR_ROWS(r, 0) {
+#pragma unroll
+                for (int c = 0; c < MAX_ROWS; ++c) curve[r][c] = c < rows ? curvature[MAX_ROWS * (row + r) + c] : 0.0f;
+            }
+#pragma unroll 1
             for (int entry = member; entry < count * (count + 1) / 2; entry += team_size) {
-                int a = static_cast<int>((wp::sqrt(8.0f * entry + 1.0f) - 1.0f) * 0.5f);
+                const int a = static_cast<int>((wp::sqrt(8.0f * entry + 1.0f) - 1.0f) * 0.5f);
                 const int b = entry - a * (a + 1) / 2;
-                float value = 0.0f;
-                for (int r = 0; r < rows; ++r) {
-                    float curved = 0.0f;
-                    for (int c = 0; c < rows; ++c) curved += curvature[6 * (row + r) + c] * J[begin + c * count + b];
-                    value += J[begin + r * count + a] * curved;
+                float here[MAX_ROWS], there[MAX_ROWS], value = 0.0f;
+#pragma unroll
+                for (int r = 0; r < MAX_ROWS; ++r) {
+                    here[r] = r < rows ? J[begin + r * count + a] : 0.0f;
+                    there[r] = r < rows ? J[begin + r * count + b] : 0.0f;
                 }
-                const int i = wp::max(J_colind[begin + a], J_colind[begin + b]);
-                const int j = wp::min(J_colind[begin + a], J_colind[begin + b]);
+                FOR_ROWS(r, 0) {
+#pragma unroll
+                    for (int c = 0; c < MAX_ROWS; ++c) value += here[r] * curve[r][c] * there[c];
+                }
+                const int i = wp::max(columns[a], columns[b]), j = wp::min(columns[a], columns[b]);
                 ADD(ENTRY(i, j), value);
                 LOWER(first[i], j);
             }
@@ -288,8 +304,9 @@
     };
 
     // Factorise rows and columns begin..end-1 of the Hessian, which nothing couples with others, and solve for `search`.
-    // The factor L overwrites the lower triangle.
+    // The factor overwrites the lower triangle, its diagonal inverted.
     auto solve_part = [&](int begin, int end) {
+#pragma unroll 1
         for (int k = begin; k < end; ++k) {
             const float inverse = 1.0f / wp::sqrt(wp::max(ENTRY(k, k), MIN_VALUE));
             const float solved = search[k] * inverse;
@@ -298,6 +315,7 @@
                 ENTRY(k, k) = inverse;
                 search[k] = solved;
             }
+#pragma unroll 1
             for (int i = k + 1 + thread; i < end; i += width) {
                 if (first[i] > k) continue;
                 ENTRY(i, k) *= inverse;
@@ -305,6 +323,7 @@
             }
             WARP_SYNC();
             const int left = end - k - 1;
+#pragma unroll 1
             for (int pair = thread; pair < left * (left + 1) / 2; pair += width) {
                 const int a = static_cast<int>((wp::sqrt(8.0f * pair + 1.0f) - 1.0f) * 0.5f);
                 const int i = k + 1 + a, j = k + 1 + pair - a * (a + 1) / 2;
@@ -312,133 +331,168 @@
             }
             WARP_SYNC();
         }
+#pragma unroll 1
         for (int k = end - 1; k >= begin; --k) {
             const float solved = search[k] * ENTRY(k, k);
             WARP_SYNC();
             if (thread == 0) search[k] = solved;
+#pragma unroll 1
             for (int j = first[k] + thread; j < k; j += width) search[j] -= ENTRY(k, j) * solved;
             WARP_SYNC();
         }
     };
 
+    // Newton's direction: minus the Hessian's inverse times the gradient.
     auto find_search = [&]() {
+#pragma unroll 1
         for (int i = lane; i < nv; i += lanes) {
+            int low = i;
+#pragma unroll 4
+            for (int row = i; row < nv; ++row) low = wp::min(low, first[row]);
+            lowest[i] = low;
             search[i] = -gradient[i];
-            lowest[i] = i;
-            for (int row = i; row < nv; ++row) lowest[i] = wp::min(lowest[i], first[row]);
         }
         BLOCK_SYNC();
+#pragma unroll 1
         for (int i = lane; i < nv; i += lanes) {
-            next[i] = i + 1;
-            while (next[i] < nv && lowest[next[i]] < next[i]) ++next[i];
+            int end = i + 1;
+            while (end < nv && lowest[end] < end) ++end;
+            next[i] = end;
         }
         BLOCK_SYNC();
         int part = 0;
+#pragma unroll 1
         for (int begin = 0; begin < nv; begin = next[begin], ++part) {
             if (part % num_warps == warp) solve_part(begin, next[begin]);
         }
         BLOCK_SYNC();
     };
 
+    // M search and J search.
+    auto follow_search = [&]() {
+#pragma unroll 1
+        for (int i = lane; i < nv; i += lanes) Msearch[i] = 0.0f;
+        BLOCK_SYNC();
+#pragma unroll 1
+        for (int i = lane; i < nv; i += lanes) {
+            const int begin = problem.M_rowadr.data[i], end = begin + problem.M_rownnz.data[i];
+            float product = 0.0f;
+#pragma unroll 1
+            for (int k = begin; k < end; ++k) {
+                const int j = problem.M_colind.data[k];
+                product += M[k] * search[j];
+                if (j != i) ADD(Msearch[j], M[k] * search[i]);
+            }
+            ADD(Msearch[i], product);
+        }
+#pragma unroll 1
+        for (int item = lane; item < num_items; item += lanes) {
+            const int row = item_row(item), rows = item_rows(item);
+            const int begin = J_rowadr[row], count = J_rownnz[row];
+            float product[MAX_ROWS];
+            FOR_ROWS(r, 0) product[r] = 0.0f;
+#pragma unroll 2
+            for (int k = 0; k < count; ++k) {
+                const float value = search[J_colind[begin + k]];
+                FOR_ROWS(r, 0) product[r] += J[begin + r * count + k] * value;
+            }
+            FOR_ROWS(r, 0) motion[row + r] = product[r];
+        }
+        BLOCK_SYNC();
+    };
+
     float trace = 0.0f, unused_a = 0.0f, unused_b = 0.0f;
+#pragma unroll 1
     for (int i = lane; i < nv; i += lanes) {
-        qacc[i] = num_items > 0 ? wp::address(problem.qacc_warmstart, world, 0)[i]
-                                : wp::address(problem.qacc_smooth, world, 0)[i];
+        qacc[i] = Ma[i] = 0.0f;
+        search[i] = num_items > 0 ? wp::address(problem.qacc_warmstart, world, 0)[i]
+                                  : wp::address(problem.qacc_smooth, world, 0)[i];
         trace += M[problem.M_rowadr.data[i] + problem.M_rownnz.data[i] - 1];
     }
+#pragma unroll 1
+    for (int row = lane; row < num_rows; row += lanes) residual[row] = -wp::address(problem.efc_aref, world, row)[0];
     sum(trace, unused_a, unused_b);
     const float scale = 1.0f / wp::max(trace, MIN_VALUE);
     BLOCK_SYNC();
-    multiply_by_inertia(qacc, Ma);
-    for (int item = lane; item < num_items; item += lanes) {
-        const int row = item_row(item), rows = item_rows(item);
-        for (int r = row; r < row + rows; ++r) residual[r] = multiply_row(r, qacc) - efc_aref[r];
-    }
-    evaluate_constraints();
 
-    int iteration = 0;
-    float improvement = 0.0f;
-    if (num_items == 0) {
-        for (int i = lane; i < nv; i += lanes) gradient[i] = Ma[i] - qfrc_smooth[i];
-    }
-    for (; num_items > 0; ++iteration) {
-        assemble();
-        float gradient_norm = 0.0f, decrement = 0.0f, search_norm = 0.0f;
-        for (int i = lane; i < nv; i += lanes) gradient_norm += gradient[i] * gradient[i];
-        sum(gradient_norm, decrement, search_norm);
-        const bool is_flat = scale * wp::sqrt(gradient_norm) < tolerance;
-        const bool is_slow = improvement > 0.0f && scale * improvement < tolerance;
-        if (iteration == max_iterations || (iteration > 0 && (is_flat || is_slow))) break;
+    // The first step leads from 0 to the start, each of the others to the minimum along Newton's direction.
+    float search_norm = 0.0f;
+    int iteration = -1;
+#pragma unroll 1
+    while (true) {
+        follow_search();
 
-        find_search();
-        multiply_by_inertia(search, Msearch);
-        float slope = 0.0f, curve = 0.0f;
-        decrement = search_norm = 0.0f;
-        for (int i = lane; i < nv; i += lanes) {
-            slope += search[i] * (Ma[i] - qfrc_smooth[i]);
-            curve += search[i] * Msearch[i];
-            decrement -= search[i] * gradient[i];
-            search_norm += search[i] * search[i];
-        }
-        sum(slope, curve, decrement);
-        unused_a = unused_b = 0.0f;
-        sum(search_norm, unused_a, unused_b);
-        if (iteration > 0 && scale * 0.5f * decrement < tolerance) break;
-
-        for (int item = lane; item < num_items; item += lanes) {
-            const int row = item_row(item), rows = item_rows(item);
-            for (int r = row; r < row + rows; ++r) motion[r] = multiply_row(r, search);
-        }
-
-        // The slope grows along the line: Newton's steps towards its root, halving where they leave the bracket.
-        const float smooth_slope = slope, smooth_curve = curve;
-        auto evaluate = [&](float alpha, float& d1, float& d2) {
-            float magnitude = 0.0f;
-            d1 = d2 = 0.0f;
-            evaluate_line(alpha, d1, d2, magnitude);
-            sum(d1, d2, magnitude);
-            d1 += smooth_slope + alpha * smooth_curve;
-            d2 += smooth_curve;
-            return magnitude + wp::abs(smooth_slope);
-        };
-        float slope_here, curve_here;
-        const float magnitude = evaluate(0.0f, slope_here, curve_here);
-        const float slope_at_start = slope_here;
-        // What float32 cannot resolve is no slope: eight units in the last place of the sum's terms.
-        const float noise = 8.0f * 1.1920929e-7f * magnitude;
-        const float accepted = wp::max(wp::max(tolerance * ls_tolerance * wp::sqrt(search_norm) / scale, 1e-6f), noise);
-        float alpha = 0.0f, low = 0.0f, high = -1.0f;  // high < 0: not known yet
-        if (slope_at_start < -noise) {
-            for (int step = 0; step < max_linesearch; ++step) {
-                float candidate = alpha - slope_here / wp::max(curve_here, MIN_VALUE);
-                if (candidate <= low || (high > 0.0f && candidate >= high)) {
-                    candidate = high > 0.0f ? 0.5f * (low + high) : 2.0f * low + 1.0f;
-                }
-                if (candidate == alpha) break;
-                alpha = candidate;
-                evaluate(alpha, slope_here, curve_here);
-                if (wp::abs(slope_here) < accepted) break;
-                if (slope_here < 0.0f) {
+        float alpha = 0.0f, gain = 0.0f;
+        if (iteration < 0) {
+            alpha = 1.0f;
+        } else {
+            // The slope grows along the line: Newton's steps towards its root, halving where they leave the bracket.
+            float low = 0.0f, high = -1.0f, accepted = 0.0f;  // high < 0: not known yet
+#pragma unroll 1
+            for (int step = 0; step <= max_linesearch; ++step) {
+                float slope, curve, magnitude;
+                evaluate_line(alpha, slope, curve, magnitude);
+                if (step == 0) {
+                    // What float32 cannot resolve is no slope: eight units in the last place of the sum's terms.
+                    const float noise = 8.0f * 1.1920929e-7f * magnitude;
+                    if (slope >= -noise) break;
+                    accepted = wp::max(wp::max(tolerance * ls_tolerance * search_norm / scale, 1e-6f), noise);
+                    gain = -slope;
+                } else if (wp::abs(slope) < accepted) {
+                    break;
+                } else if (slope < 0.0f) {
                     low = alpha;
                 } else {
                     high = alpha;
                 }
+                float candidate = alpha - slope / wp::max(curve, MIN_VALUE);
+                if (candidate <= low || (high > 0.0f && candidate >= high)) {
+                    candidate = high > 0.0f ? 0.5f * (low + high) : 2.0f * low + 1.0f;
+                }
+                if (step == max_linesearch || candidate == alpha) break;
+                alpha = candidate;
             }
+            if (alpha == 0.0f) break;
         }
-        if (alpha == 0.0f) break;
-        improvement = -alpha * slope_at_start;  // at least what was gained: the slope only grows
 
+#pragma unroll 1
         for (int i = lane; i < nv; i += lanes) {
             qacc[i] += alpha * search[i];
             Ma[i] += alpha * Msearch[i];
         }
+#pragma unroll 1
         for (int item = lane; item < num_items; item += lanes) {
             const int row = item_row(item), rows = item_rows(item);
-            for (int r = row; r < row + rows; ++r) residual[r] += alpha * motion[r];
+            FOR_ROWS(r, 0) residual[row + r] += alpha * motion[row + r];
         }
+        ++iteration;
+        BLOCK_SYNC();
         evaluate_constraints();
+        assemble();
+
+        float gradient_norm = 0.0f;
+        unused_a = unused_b = 0.0f;
+#pragma unroll 1
+        for (int i = lane; i < nv; i += lanes) gradient_norm += gradient[i] * gradient[i];
+        sum(gradient_norm, unused_a, unused_b);
+        // The slope only grows along the line, so that no step gained more than its length times the slope at its start.
+        const bool is_small = scale * alpha * gain < tolerance || scale * wp::sqrt(gradient_norm) < tolerance;
+        if (iteration == max_iterations || (iteration > 0 && is_small)) break;
+
+        find_search();
+        float decrement = 0.0f;
+        search_norm = unused_a = 0.0f;
+#pragma unroll 1
+        for (int i = lane; i < nv; i += lanes) {
+            decrement -= search[i] * gradient[i];
+            search_norm += search[i] * search[i];
+        }
+        sum(decrement, search_norm, unused_a);
+        search_norm = wp::sqrt(search_norm);
+        if (iteration > 0 && scale * 0.5f * decrement < tolerance) break;
     }
 
+#pragma unroll 1
     for (int i = lane; i < nv; i += lanes) {
         wp::address(problem.qacc, world, 0)[i] = qacc[i];
         wp::address(problem.Ma, world, 0)[i] = Ma[i];
@@ -452,3 +506,4 @@
 #undef ADD
 #undef LOWER
 #undef ENTRY
+#undef FOR_ROWS

@@ -67,12 +67,13 @@ class Problem:
 
 
 @functools.lru_cache
-def _make_kernel(max_nv: int) -> Any:
-    """Return the kernel for at most `max_nv` degrees of freedom."""
+def _make_kernel(max_nv: int, max_rows: int, block_size: int) -> Any:
+    """Return the kernel for at most `max_nv` degrees of freedom and contacts of at most `max_rows` rows."""
     constraint, state = mujoco.mjtConstraint, mujoco.mjtConstraintState
     names = {
         "NV": max_nv,
-        "MAX_WARPS": BLOCK_SIZE // _WARP_SIZE,
+        "MAX_ROWS": max_rows,
+        "MAX_WARPS": block_size // _WARP_SIZE,
         "MIN_VALUE": f"{mujoco.mjMINVAL}f",
         "FRICTION_DOF": int(constraint.mjCNSTR_FRICTION_DOF),
         "CONTACT_ELLIPTIC": int(constraint.mjCNSTR_CONTACT_ELLIPTIC),
@@ -163,8 +164,9 @@ class NewtonSolver:
             "njmax": data.njmax,
             "Ma": efc.Ma,
         }
+        max_rows = max(3, int(mjm.geom_condim.max()), *mjm.pair_dim.tolist())
         shape = (data.nworld, data.njmax)
-        own = {"residual": shape, "motion": shape, "curvature": (data.nworld, 6 * data.njmax)}
+        own = {"residual": shape, "motion": shape, "curvature": (data.nworld, max_rows * data.njmax)}
         for name in Problem.vars:
             if name in own:
                 value = wp.zeros(own[name], dtype=float, device=device)
@@ -186,7 +188,7 @@ class NewtonSolver:
             option.ls_tolerance,
             option.impratio**-0.5,
         )
-        kernel = _make_kernel(-(-mjm.nv // _SIZE_STEP) * _SIZE_STEP)
+        kernel = _make_kernel(-(-mjm.nv // _SIZE_STEP) * _SIZE_STEP, max_rows, BLOCK_SIZE)
         return cls(kernel, problem, settings, data.nworld, device)
 
     def solve(self) -> None:
