@@ -7,8 +7,8 @@ as long as their slowest thread. Here the step falls into strands, which are str
     kinematics -> broad phase -> contacts of each pair of shapes (side by side) -> constraints -> solver -> integration
                -> inertia, velocities, bias, controller, actuators, smooth acceleration ------^
 
-The broad phase compares bounding spheres, read from 16 bytes a shape, before MuJoCo Warp's own test of a pair, which
-reads ten times as much. The solver is `libero_gym.physics.newton`. Results are those of `mujoco_warp.step` but for the
+The broad phase compares boxes along the world's axes, six numbers a shape, before MuJoCo Warp's own test of a pair, which
+reads and computes many times as much. The solver is `libero_gym.physics.newton`. Results are those of `mujoco_warp.step` but for the
 order in which contacts are found and sums rounded.
 
 Shape legend: N worlds, G geoms, P pairs of geoms that can collide.
@@ -59,7 +59,7 @@ class Substep:
         self._model, self._data, self._device = model, data, device
         with wp.ScopedDevice(device):
             self._collisions = create_collision_context(data.naconmax)
-            self._spheres = wp.zeros((data.nworld, mjm.ngeom), dtype=wp.vec4)
+            self._bounds = wp.zeros((data.nworld, mjm.ngeom, 2), dtype=wp.vec3)
         self._convex_pairs, self._primitive_pairs = _pairs_of_shapes(model)
         num_strands = 1 + len(self._convex_pairs)
         self._strands = [wp.Stream(device) for _ in range(num_strands)] if wp.get_device(device).is_cuda else []
@@ -105,9 +105,16 @@ class Substep:
         model, data, found = self._model, self._data, self._collisions
         wp.launch(
             _bound_geoms,
-            dim=self._spheres.shape,
-            inputs=[data.geom_xpos, model.geom_rbound, model.geom_margin, model.geom_gap],
-            outputs=[self._spheres],
+            dim=self._bounds.shape[:2],
+            inputs=[
+                model.geom_type,
+                model.geom_aabb,
+                model.geom_margin,
+                model.geom_gap,
+                data.geom_xpos,
+                data.geom_xmat,
+            ],
+            outputs=[self._bounds],
         )
         sizes = tuple(
             array.shape[0]
@@ -135,7 +142,7 @@ class Substep:
                 model.nxn_pairid_filtered,
                 data.geom_xpos,
                 data.geom_xmat,
-                self._spheres,
+                self._bounds,
                 data.naconmax,
             ],
             outputs=[data.ncollision, found.collision_pair, found.collision_pairid, found.collision_worldid],
@@ -175,21 +182,30 @@ def _pairs_of_shapes(model: Any) -> tuple[list[Any], list[Any]]:
 
 @wp.kernel(enable_backward=False)
 def _bound_geoms(
-    geom_xpos: wp.array2d(dtype=wp.vec3),
-    geom_rbound: wp.array2d(dtype=float),
+    geom_type: wp.array(dtype=int),
+    geom_aabb: wp.array3d(dtype=wp.vec3),
     geom_margin: wp.array2d(dtype=float),
     geom_gap: wp.array2d(dtype=float),
-    spheres: wp.array2d(dtype=wp.vec4),
+    geom_xpos: wp.array2d(dtype=wp.vec3),
+    geom_xmat: wp.array2d(dtype=wp.mat33),
+    bounds: wp.array3d(dtype=wp.vec3),
 ):
-    """Write centre and radius of what must be near a geom for it to collide; planes are near to everything."""
+    """Write the lower and the upper corner of the box that another's must touch to collide; dim (N, G)."""
     world, geom = wp.tid()
-    center = geom_xpos[world, geom]
-    radius = geom_rbound[world % geom_rbound.shape[0], geom]
-    if radius == 0.0:
-        radius = 1.0e10
-    else:
-        radius += geom_margin[world % geom_margin.shape[0], geom] + geom_gap[world % geom_gap.shape[0], geom]
-    spheres[world, geom] = wp.vec4(center[0], center[1], center[2], radius)
+    if geom_type[geom] == wp.static(int(mujoco_warp.GeomType.PLANE)):
+        bounds[world, geom, 0] = wp.vec3(-1.0e10)
+        bounds[world, geom, 1] = wp.vec3(1.0e10)
+        return
+    mat = geom_xmat[world, geom]
+    center = geom_xpos[world, geom] + mat @ geom_aabb[world % geom_aabb.shape[0], geom, 0]
+    half = geom_aabb[world % geom_aabb.shape[0], geom, 1]
+    margin = geom_margin[world % geom_margin.shape[0], geom] + geom_gap[world % geom_gap.shape[0], geom]
+    reach = wp.vec3(margin)
+    for axis in range(3):
+        for side in range(3):
+            reach[axis] += wp.abs(mat[axis, side]) * half[side]
+    bounds[world, geom, 0] = center - reach
+    bounds[world, geom, 1] = center + reach
 
 
 @functools.lru_cache
@@ -210,7 +226,7 @@ def _make_broad_phase(broadphase_filter: int, *sizes: int) -> Any:
         pair_ids: wp.array(dtype=wp.vec2i),
         geom_xpos: wp.array2d(dtype=wp.vec3),
         geom_xmat: wp.array2d(dtype=wp.mat33),
-        spheres: wp.array2d(dtype=wp.vec4),
+        bounds: wp.array3d(dtype=wp.vec3),
         naconmax: int,
         ncollision: wp.array(dtype=int),
         collision_pair: wp.array(dtype=wp.vec2i),
@@ -220,13 +236,11 @@ def _make_broad_phase(broadphase_filter: int, *sizes: int) -> Any:
         world, lane = wp.tid()
         for element in range(lane, pairs.shape[0], wp.block_dim()):
             pair = pairs[element]
-            a = spheres[world, pair[0]]
-            b = spheres[world, pair[1]]
-            dx = a[0] - b[0]
-            dy = a[1] - b[1]
-            dz = a[2] - b[2]
-            reach = a[3] + b[3]
-            if dx * dx + dy * dy + dz * dz <= reach * reach:
+            low_a = bounds[world, pair[0], 0]
+            high_a = bounds[world, pair[0], 1]
+            low_b = bounds[world, pair[1], 0]
+            high_b = bounds[world, pair[1], 1]
+            if wp.min(high_a - low_b) >= 0.0 and wp.min(high_b - low_a) >= 0.0:
                 pair_id = pair_ids[element]
                 if may_collide(
                     geom_aabb,
