@@ -9,9 +9,11 @@
 // are exact, the step along the search direction is the minimum on that line, which is convex.
 //
 // A constraint is a block of rows of J with the same columns: one for joint friction and limits, `dim` for a contact.
-// What is needed often (qacc, M qacc, gradient, search direction, Hessian) lies in shared memory. The Hessian couples
-// bodies that touch something that moves; where nothing couples the degrees of freedom before `i` with those from `i`
-// on, it falls apart, and the parts are factorised side by side, one by each warp.
+// What is needed often (qacc, M qacc, gradient, search direction, Hessian) lies in shared memory. Each warp sums up the
+// constraints that it goes through in a gradient and a Hessian of its own, because threads that add to the same number
+// wait for each other. The Hessian couples bodies that touch something that moves; where nothing couples the degrees of
+// freedom before `i` with those from `i` on, it falls apart, and the parts are factorised side by side: small ones by
+// half a warp each, which holds them in registers.
 //
 // The same code runs on a CPU, where a block is one thread. Every part of an iteration stands here once, and loops that
 // gain nothing by it are not unrolled: a GPU waits for instructions that do not fit into its cache.
@@ -27,6 +29,7 @@
 #define LOWER(target, value) atomicMin(&(target), (value))
     const int width = 32;
     const int team_size = 8;
+    const int half_size = 16;
 #else
 #define SHARED
 #define BLOCK_SYNC()
@@ -35,6 +38,7 @@
 #define LOWER(target, value) ((target) = (value) < (target) ? (value) : (target))
     const int width = 1;
     const int team_size = 1;
+    const int half_size = 0;
 #endif
 #define ENTRY(row, column) hessian[(row) * ((row) + 1) / 2 + (column)]
 // Rows of a constraint, with a bound that the compiler knows.
@@ -45,7 +49,9 @@
 
     const int num_rows = wp::min(problem.nefc.data[world], problem.njmax);
     const int num_blocks = wp::min(problem.num_blocks.data[world], num_rows);
-    const int num_items = num_blocks + wp::min(problem.nf.data[world], num_rows);
+    const int num_frictions = wp::min(problem.nf.data[world], num_rows);
+    const int num_items = num_blocks + num_frictions;
+    const int hessian_size = nv * (nv + 1) / 2;
 
     const float* M = wp::address(problem.M, world, 0);
     const float* qfrc_smooth = wp::address(problem.qfrc_smooth, world, 0);
@@ -65,11 +71,13 @@
     float* motion = wp::address(problem.motion, world, 0);        // J search
     float* curvature = wp::address(problem.curvature, world, 0);  // Hessian of a constraint's cost, MAX_ROWS a row
 
-    SHARED float hessian[NV * (NV + 1) / 2];
-    SHARED float qacc[NV], Ma[NV], gradient[NV], search[NV], Msearch[NV];
+    SHARED float hessian[MAX_WARPS * NV * (NV + 1) / 2];
+    SHARED float gradient[MAX_WARPS * NV];
+    SHARED float qacc[NV], Ma[NV], search[NV], Msearch[NV];
     SHARED int first[NV];   // first column of each row of the Hessian that can differ from 0
     SHARED int lowest[NV];  // the least of `first` from a row on
     SHARED int next[NV];    // where the independent part ends that begins at an index
+    SHARED int small[NV], large[NV], num_small, num_large;  // where parts begin that half a warp can hold, and others
     SHARED float sums[2][3][MAX_WARPS];
     int parity = 0;
 
@@ -250,40 +258,37 @@
     // Gradient M qacc - qfrc_smooth - J' force and Hessian M + J' curvature J.
     auto assemble = [&]() {
 #pragma unroll 1
-        for (int entry = lane; entry < nv * (nv + 1) / 2; entry += lanes) hessian[entry] = 0.0f;
+        for (int entry = lane; entry < num_warps * hessian_size; entry += lanes) hessian[entry] = 0.0f;
+#pragma unroll 1
+        for (int i = lane; i < num_warps * nv; i += lanes) gradient[i] = i < nv ? Ma[i] - qfrc_smooth[i] : 0.0f;
         BLOCK_SYNC();
 #pragma unroll 1
-        for (int i = lane; i < nv; i += lanes) {
-            const int begin = problem.M_rowadr.data[i], end = begin + problem.M_rownnz.data[i];
-            gradient[i] = Ma[i] - qfrc_smooth[i];
-            first[i] = problem.M_colind.data[begin];
-#pragma unroll 1
-            for (int k = begin; k < end; ++k) ENTRY(i, problem.M_colind.data[k]) = M[k];
-        }
+        for (int k = lane; k < problem.M_entry.shape[0]; k += lanes) hessian[problem.M_entry.data[k]] = M[k];
         BLOCK_SYNC();
+        float* own_hessian = hessian + warp * hessian_size;
+        float* own_gradient = gradient + warp * nv;
+        const int own_a = static_cast<int>((wp::sqrt(8.0f * thread + 1.0f) - 1.0f) * 0.5f);
 #pragma unroll 1
-        for (int item = team; item < num_items; item += num_teams) {
-            const int row = item_row(item), rows = item_rows(item), state = efc_state[row];
+        for (int item = warp; item < num_blocks; item += num_warps) {
+            const int row = block_adr[item], rows = block_nrow[item], state = efc_state[row];
             if (state == SATISFIED) continue;
             const int begin = J_rowadr[row], count = J_rownnz[row];
             const int* columns = J_colind + begin;
-            float force[MAX_ROWS];
-            FOR_ROWS(r, 0) force[r] = efc_force[row + r];
 #pragma unroll 1
-            for (int k = member; k < count; k += team_size) {
+            for (int k = thread; k < count; k += width) {
                 float pull = 0.0f;
-                FOR_ROWS(r, 0) pull += J[begin + r * count + k] * force[r];
-                ADD(gradient[columns[k]], -pull);
+                FOR_ROWS(r, 0) pull += J[begin + r * count + k] * efc_force[row + r];
+                own_gradient[columns[k]] -= pull;
             }
-            if (state == LINEAR) continue;
             float curve[MAX_ROWS][MAX_ROWS];
             FOR_ROWS(r, 0) {
 #pragma unroll
                 for (int c = 0; c < MAX_ROWS; ++c) curve[r][c] = c < rows ? curvature[MAX_ROWS * (row + r) + c] : 0.0f;
             }
 #pragma unroll 1
-            for (int entry = member; entry < count * (count + 1) / 2; entry += team_size) {
-                const int a = static_cast<int>((wp::sqrt(8.0f * entry + 1.0f) - 1.0f) * 0.5f);
+            for (int entry = thread; entry < count * (count + 1) / 2; entry += width) {
+                int a = own_a;
+                if (entry != thread) a = static_cast<int>((wp::sqrt(8.0f * entry + 1.0f) - 1.0f) * 0.5f);
                 const int b = entry - a * (a + 1) / 2;
                 float here[MAX_ROWS], there[MAX_ROWS], value = 0.0f;
 #pragma unroll
@@ -296,9 +301,28 @@
                     for (int c = 0; c < MAX_ROWS; ++c) value += here[r] * curve[r][c] * there[c];
                 }
                 const int i = wp::max(columns[a], columns[b]), j = wp::min(columns[a], columns[b]);
-                ADD(ENTRY(i, j), value);
-                LOWER(first[i], j);
+                own_hessian[i * (i + 1) / 2 + j] += value;
             }
+            WARP_SYNC();
+        }
+        BLOCK_SYNC();
+#pragma unroll 1
+        for (int w = 1; w < num_warps; ++w) {
+#pragma unroll 1
+            for (int entry = lane; entry < hessian_size; entry += lanes) {
+                hessian[entry] += hessian[w * hessian_size + entry];
+            }
+#pragma unroll 1
+            for (int i = lane; i < nv; i += lanes) gradient[i] += gradient[w * nv + i];
+        }
+        BLOCK_SYNC();
+        // Joint friction: one row for a degree of freedom.
+#pragma unroll 1
+        for (int row = lane; row < num_frictions; row += lanes) {
+            const int i = J_colind[J_rowadr[row]];
+            const float factor = J[J_rowadr[row]];
+            gradient[i] -= factor * efc_force[row];
+            ENTRY(i, i) += factor * factor * curvature[MAX_ROWS * row];
         }
         BLOCK_SYNC();
     };
@@ -342,15 +366,64 @@
         }
     };
 
-    // Newton's direction: minus the Hessian's inverse times the gradient.
-    auto find_search = [&]() {
+#if defined(__CUDA_ARCH__)
+    // The same for parts of at most `half_size` rows, one by each half of a warp: a thread holds a row, of which the
+    // columns move one place to the left in every step. `size` may be 0.
+    auto solve_small_parts = [&](int begin, int size) {
+        const unsigned int all = 0xffffffffu;
+        const int t = thread % half_size;
+        const int steps = wp::max(size, __shfl_xor_sync(all, size, half_size));
+        float row[half_size], own_inverse = 0.0f;
+        float value = t < size ? search[begin + t] : 0.0f;
+#pragma unroll
+        for (int c = 0; c < half_size; ++c) row[c] = c <= t && t < size ? ENTRY(begin + t, begin + c) : 0.0f;
+#pragma unroll 1
+        for (int k = 0; k < steps; ++k) {
+            const float inverse = rsqrtf(wp::max(__shfl_sync(all, row[0], k, half_size), MIN_VALUE));
+            const float solved = __shfl_sync(all, value, k, half_size) * inverse;
+            const float factor = row[0] * inverse;
+            if (t == k) {
+                own_inverse = inverse;
+                value = solved;
+            } else if (t > k) {
+                value -= factor * solved;
+                if (t < size) ENTRY(begin + t, begin + k) = factor;
+            }
+#pragma unroll
+            for (int c = 1; c < half_size; ++c) row[c - 1] = row[c] - factor * __shfl_sync(all, factor, k + c, half_size);
+        }
+        WARP_SYNC();
+#pragma unroll 1
+        for (int k = steps - 1; k >= 0; --k) {
+            const float solved = __shfl_sync(all, value * own_inverse, k, half_size);
+            if (t == k) value = solved;
+            if (t < k && k < size) value -= ENTRY(begin + k, begin + t) * solved;
+        }
+        if (t < size) search[begin + t] = value;
+    };
+#endif
+
+    // Where the Hessian falls apart, whatever the constraints' states.
+    auto find_parts = [&]() {
+#pragma unroll 1
+        for (int i = lane; i < nv; i += lanes) first[i] = problem.M_colind.data[problem.M_rowadr.data[i]];
+        BLOCK_SYNC();
+#pragma unroll 1
+        for (int item = lane; item < num_blocks; item += lanes) {
+            const int row = block_adr[item], begin = J_rowadr[row], end = begin + J_rownnz[row];
+            int low = nv;
+#pragma unroll 1
+            for (int k = begin; k < end; ++k) low = wp::min(low, J_colind[k]);
+#pragma unroll 1
+            for (int k = begin; k < end; ++k) LOWER(first[J_colind[k]], low);
+        }
+        BLOCK_SYNC();
 #pragma unroll 1
         for (int i = lane; i < nv; i += lanes) {
             int low = i;
 #pragma unroll 4
             for (int row = i; row < nv; ++row) low = wp::min(low, first[row]);
             lowest[i] = low;
-            search[i] = -gradient[i];
         }
         BLOCK_SYNC();
 #pragma unroll 1
@@ -360,43 +433,73 @@
             next[i] = end;
         }
         BLOCK_SYNC();
-        int part = 0;
+        if (lane == 0) {
+            num_small = num_large = 0;
 #pragma unroll 1
-        for (int begin = 0; begin < nv; begin = next[begin], ++part) {
-            if (part % num_warps == warp) solve_part(begin, next[begin]);
+            for (int begin = 0; begin < nv; begin = next[begin]) {
+                if (next[begin] - begin > half_size) {
+                    large[num_large++] = begin;
+                } else {
+                    small[num_small++] = begin;
+                }
+            }
         }
+        BLOCK_SYNC();
+    };
+
+    // Newton's direction: minus the Hessian's inverse times the gradient.
+    auto find_search = [&]() {
+#pragma unroll 1
+        for (int i = lane; i < nv; i += lanes) search[i] = -gradient[i];
+        BLOCK_SYNC();
+#pragma unroll 1
+        for (int part = warp; part < num_large; part += num_warps) solve_part(large[part], next[large[part]]);
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+        for (int pair = 2 * warp; pair < num_small; pair += 2 * num_warps) {
+            const int part = pair + thread / half_size;
+            const int begin = part < num_small ? small[part] : 0;
+            solve_small_parts(begin, part < num_small ? next[begin] - begin : 0);
+        }
+#endif
         BLOCK_SYNC();
     };
 
     // M search and J search.
     auto follow_search = [&]() {
 #pragma unroll 1
-        for (int i = lane; i < nv; i += lanes) Msearch[i] = 0.0f;
-        BLOCK_SYNC();
-#pragma unroll 1
         for (int i = lane; i < nv; i += lanes) {
-            const int begin = problem.M_rowadr.data[i], end = begin + problem.M_rownnz.data[i];
+            const int begin = problem.M_mulm_rowadr.data[i], end = problem.M_mulm_rowadr.data[i + 1];
             float product = 0.0f;
-#pragma unroll 1
+#pragma unroll 4
             for (int k = begin; k < end; ++k) {
-                const int j = problem.M_colind.data[k];
-                product += M[k] * search[j];
-                if (j != i) ADD(Msearch[j], M[k] * search[i]);
+                product += M[problem.M_mulm_madr.data[k]] * search[problem.M_mulm_col.data[k]];
             }
-            ADD(Msearch[i], product);
+            Msearch[i] = product;
         }
 #pragma unroll 1
-        for (int item = lane; item < num_items; item += lanes) {
+        for (int item = team; item < num_items; item += num_teams) {
             const int row = item_row(item), rows = item_rows(item);
             const int begin = J_rowadr[row], count = J_rownnz[row];
             float product[MAX_ROWS];
-            FOR_ROWS(r, 0) product[r] = 0.0f;
-#pragma unroll 2
-            for (int k = 0; k < count; ++k) {
+#pragma unroll
+            for (int r = 0; r < MAX_ROWS; ++r) product[r] = 0.0f;
+#pragma unroll 1
+            for (int k = member; k < count; k += team_size) {
                 const float value = search[J_colind[begin + k]];
                 FOR_ROWS(r, 0) product[r] += J[begin + r * count + k] * value;
             }
-            FOR_ROWS(r, 0) motion[row + r] = product[r];
+#pragma unroll
+            for (int r = 0; r < MAX_ROWS; ++r) {
+#if defined(__CUDA_ARCH__)
+                const unsigned int threads = 0xffu << (thread & ~(team_size - 1));
+#pragma unroll
+                for (int offset = team_size / 2; offset > 0; offset /= 2) {
+                    product[r] += __shfl_xor_sync(threads, product[r], offset);
+                }
+#endif
+                if (member == 0 && r < rows) motion[row + r] = product[r];
+            }
         }
         BLOCK_SYNC();
     };
@@ -413,7 +516,7 @@
     for (int row = lane; row < num_rows; row += lanes) residual[row] = -wp::address(problem.efc_aref, world, row)[0];
     sum(trace, unused_a, unused_b);
     const float scale = 1.0f / wp::max(trace, MIN_VALUE);
-    BLOCK_SYNC();
+    find_parts();
 
     // The first step leads from 0 to the start, each of the others to the minimum along Newton's direction.
     float search_norm = 0.0f;

@@ -17,10 +17,11 @@ from typing import Any
 
 import mujoco
 import mujoco_warp
+import numpy as np
 import warp as wp
 
 # Threads of a block on a GPU: a world has some hundred contacts at most.
-BLOCK_SIZE = 64
+BLOCK_SIZE = 128
 _WARP_SIZE = 32
 # Kernels are compiled for numbers of degrees of freedom rounded up to multiples of this.
 _SIZE_STEP = 8
@@ -30,11 +31,18 @@ _vec5 = wp.types.vector(length=5, dtype=wp.float32)
 
 @wp.struct
 class Problem:
-    """Arrays of MuJoCo Warp that the solver reads and writes, and its own memory; see `mujoco_warp.Data`."""
+    """Arrays of MuJoCo Warp that the solver reads and writes, and its own memory; see `mujoco_warp.Data`.
+
+    `M_entry` says where the entries of M lie in a lower triangle stored row after row.
+    """
 
     M_rownnz: wp.array(dtype=int)
     M_rowadr: wp.array(dtype=int)
     M_colind: wp.array(dtype=int)
+    M_mulm_rowadr: wp.array(dtype=int)
+    M_mulm_col: wp.array(dtype=int)
+    M_mulm_madr: wp.array(dtype=int)
+    M_entry: wp.array(dtype=int)
     M: wp.array2d(dtype=float)
     qfrc_smooth: wp.array2d(dtype=float)
     qacc_smooth: wp.array2d(dtype=float)
@@ -100,7 +108,7 @@ def _make_kernel(max_nv: int, max_rows: int, block_size: int) -> Any:
         lanes: int,
     ): ...
 
-    @wp.kernel(module="unique", enable_backward=False)
+    @wp.kernel(module="unique", enable_backward=False, module_options={"fast_math": True})
     def kernel(
         problem: Problem,
         nv: int,
@@ -167,6 +175,9 @@ class NewtonSolver:
         max_rows = max(3, int(mjm.geom_condim.max()), *mjm.pair_dim.tolist())
         shape = (data.nworld, data.njmax)
         own = {"residual": shape, "motion": shape, "curvature": (data.nworld, max_rows * data.njmax)}
+        rows = np.repeat(np.arange(mjm.nv), mjm.M_rownnz)
+        triangle = rows * (rows + 1) // 2 + mjm.M_colind
+        sources["M_entry"] = wp.array(triangle, dtype=int, device=device)
         for name in Problem.vars:
             if name in own:
                 value = wp.zeros(own[name], dtype=float, device=device)
