@@ -7,11 +7,12 @@ as long as their slowest thread. Here the step falls into strands, which are str
     kinematics -> broad phase -> contacts of each pair of shapes (side by side) -> constraints -> solver -> integration
                -> inertia, velocities, bias, controller, actuators, smooth acceleration ------^
 
-The broad phase compares boxes along the world's axes, six numbers a shape, before MuJoCo Warp's own test of a pair, which
-reads and computes many times as much. The solver is `libero_gym.physics.newton`. Results are those of `mujoco_warp.step` but for the
+The broad phase compares boxes along the world's axes, first those of bodies, then those of their shapes, before MuJoCo
+Warp's own test of a pair, which reads and computes many times as much. Meshes that can be proven never to touch are not
+compared at all; see `libero_gym.physics.clearance`. The solver is `libero_gym.physics.newton`. Results are those of `mujoco_warp.step` but for the
 order in which contacts are found and sums rounded.
 
-Shape legend: N worlds, G geoms, P pairs of geoms that can collide.
+Shape legend: N worlds, B bodies, G geoms, Q pairs of bodies and P pairs of geoms that can collide.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mujoco
 import mujoco_warp
+import numpy as np
 import warp as wp
 from mujoco_warp._src.collision_convex import convex_narrowphase
 from mujoco_warp._src.collision_core import create_collision_context
@@ -30,10 +33,12 @@ from mujoco_warp._src.collision_driver import MJ_COLLISION_TABLE, _add_geom_pair
 from mujoco_warp._src.math import upper_trid_index
 from mujoco_warp._src.types import CollisionType
 
+from libero_gym.physics.clearance import find_clear_pairs
 from libero_gym.physics.newton import NewtonSolver
 
-# Threads that go through the pairs of a world on a GPU.
-_PAIR_THREADS = 256
+# Threads that go through the pairs of a world on a GPU, a warp for each pair of bodies.
+_PAIR_THREADS = 128
+_WARP_SIZE = 32
 
 
 class Substep:
@@ -59,7 +64,11 @@ class Substep:
         self._model, self._data, self._device = model, data, device
         with wp.ScopedDevice(device):
             self._collisions = create_collision_context(data.naconmax)
-            self._bounds = wp.zeros((data.nworld, mjm.ngeom, 2), dtype=wp.vec3)
+            self._pairs = _group_pairs(mjm, model)
+            self._geom_bounds = wp.zeros((data.nworld, mjm.ngeom, 2), dtype=wp.vec3)
+            self._body_bounds = wp.zeros((data.nworld, mjm.nbody, 2), dtype=wp.vec3)
+            self._num_near = wp.zeros(data.nworld, dtype=int)
+            self._near = wp.zeros((data.nworld, len(self._pairs.bodies)), dtype=int)
         self._convex_pairs, self._primitive_pairs = _pairs_of_shapes(model)
         num_strands = 1 + len(self._convex_pairs)
         self._strands = [wp.Stream(device) for _ in range(num_strands)] if wp.get_device(device).is_cuda else []
@@ -102,10 +111,11 @@ class Substep:
             self._join(index)
 
     def _find_pairs(self) -> None:
-        model, data, found = self._model, self._data, self._collisions
+        model, data, found, pairs = self._model, self._data, self._collisions, self._pairs
+        self._num_near.zero_()
         wp.launch(
             _bound_geoms,
-            dim=self._bounds.shape[:2],
+            dim=self._geom_bounds.shape[:2],
             inputs=[
                 model.geom_type,
                 model.geom_aabb,
@@ -114,7 +124,19 @@ class Substep:
                 data.geom_xpos,
                 data.geom_xmat,
             ],
-            outputs=[self._bounds],
+            outputs=[self._geom_bounds],
+        )
+        wp.launch(
+            _bound_bodies,
+            dim=self._body_bounds.shape[:2],
+            inputs=[pairs.body_first_geom, pairs.body_num_geoms, self._geom_bounds],
+            outputs=[self._body_bounds],
+        )
+        wp.launch(
+            _find_near_bodies,
+            dim=self._near.shape,
+            inputs=[pairs.bodies, self._body_bounds],
+            outputs=[self._num_near, self._near],
         )
         sizes = tuple(
             array.shape[0]
@@ -138,11 +160,14 @@ class Substep:
                 model.geom_gap,
                 model.pair_margin,
                 model.pair_gap,
-                model.nxn_geom_pair_filtered,
-                model.nxn_pairid_filtered,
+                pairs.first,
+                pairs.geoms,
+                pairs.ids,
+                self._num_near,
+                self._near,
+                self._geom_bounds,
                 data.geom_xpos,
                 data.geom_xmat,
-                self._bounds,
                 data.naconmax,
             ],
             outputs=[data.ncollision, found.collision_pair, found.collision_pairid, found.collision_worldid],
@@ -162,6 +187,45 @@ class Substep:
         """Let what follows wait for a strand."""
         if self._strands:
             wp.wait_stream(self._strands[index])
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Pairs of geoms that can collide, by pairs of bodies; Warp arrays.
+
+    Attributes:
+        bodies: [Q] pairs of bodies.
+        first: [Q + 1] where the geoms of a pair of bodies begin.
+        geoms: [P] pairs of geoms.
+        ids: [P] MuJoCo Warp's `nxn_pairid` of them.
+        body_first_geom: [B].
+        body_num_geoms: [B].
+    """
+
+    bodies: Any
+    first: Any
+    geoms: Any
+    ids: Any
+    body_first_geom: Any
+    body_num_geoms: Any
+
+
+def _group_pairs(mjm: mujoco.MjModel, model: Any) -> _Pairs:
+    geoms, ids = model.nxn_geom_pair_filtered.numpy(), model.nxn_pairid_filtered.numpy()
+    clear = find_clear_pairs(mjm, [(int(a), int(b)) for a, b in geoms])
+    kept = np.array([(int(a), int(b)) not in clear for a, b in geoms], dtype=np.bool_)
+    geoms, ids = geoms[kept], ids[kept]
+    bodies = mjm.geom_bodyid[geoms]
+    order = np.lexsort((bodies[:, 1], bodies[:, 0]))
+    pairs, first = np.unique(bodies[order], axis=0, return_index=True)
+    return _Pairs(
+        bodies=wp.array(pairs, dtype=wp.vec2i),
+        first=wp.array(np.append(first, len(geoms)), dtype=int),
+        geoms=wp.array(geoms[order], dtype=wp.vec2i),
+        ids=wp.array(ids[order], dtype=wp.vec2i),
+        body_first_geom=wp.array(mjm.body_geomadr, dtype=int),
+        body_num_geoms=wp.array(mjm.body_geomnum, dtype=int),
+    )
 
 
 def _pairs_of_shapes(model: Any) -> tuple[list[Any], list[Any]]:
@@ -208,6 +272,43 @@ def _bound_geoms(
     bounds[world, geom, 1] = center + reach
 
 
+@wp.kernel(enable_backward=False)
+def _bound_bodies(
+    body_first_geom: wp.array(dtype=int),
+    body_num_geoms: wp.array(dtype=int),
+    geom_bounds: wp.array3d(dtype=wp.vec3),
+    bounds: wp.array3d(dtype=wp.vec3),
+):
+    """Write the box around the boxes of a body's geoms; dim (N, B)."""
+    world, body = wp.tid()
+    low = wp.vec3(1.0e10)
+    high = wp.vec3(-1.0e10)
+    first = body_first_geom[body]
+    for geom in range(first, first + body_num_geoms[body]):
+        low = wp.min(low, geom_bounds[world, geom, 0])
+        high = wp.max(high, geom_bounds[world, geom, 1])
+    bounds[world, body, 0] = low
+    bounds[world, body, 1] = high
+
+
+@wp.func
+def _overlap(bounds: wp.array2d(dtype=wp.vec3), a: int, b: int) -> bool:
+    return wp.min(bounds[a, 1] - bounds[b, 0]) >= 0.0 and wp.min(bounds[b, 1] - bounds[a, 0]) >= 0.0
+
+
+@wp.kernel(enable_backward=False)
+def _find_near_bodies(
+    pairs: wp.array(dtype=wp.vec2i),
+    bounds: wp.array3d(dtype=wp.vec3),
+    num_near: wp.array(dtype=int),
+    near: wp.array2d(dtype=int),
+):
+    """List the pairs of bodies whose boxes overlap; dim (N, Q)."""
+    world, pair = wp.tid()
+    if _overlap(bounds[world], pairs[pair][0], pairs[pair][1]):
+        near[world, wp.atomic_add(num_near, world, 1)] = pair
+
+
 @functools.lru_cache
 def _make_broad_phase(broadphase_filter: int, *sizes: int) -> Any:
     """Return the kernel that finds the pairs of geoms which MuJoCo Warp's filter lets pass."""
@@ -222,11 +323,14 @@ def _make_broad_phase(broadphase_filter: int, *sizes: int) -> Any:
         geom_gap: wp.array2d(dtype=float),
         pair_margin: wp.array2d(dtype=float),
         pair_gap: wp.array2d(dtype=float),
+        first: wp.array(dtype=int),
         pairs: wp.array(dtype=wp.vec2i),
         pair_ids: wp.array(dtype=wp.vec2i),
+        num_near: wp.array(dtype=int),
+        near: wp.array2d(dtype=int),
+        bounds: wp.array3d(dtype=wp.vec3),
         geom_xpos: wp.array2d(dtype=wp.vec3),
         geom_xmat: wp.array2d(dtype=wp.mat33),
-        bounds: wp.array3d(dtype=wp.vec3),
         naconmax: int,
         ncollision: wp.array(dtype=int),
         collision_pair: wp.array(dtype=wp.vec2i),
@@ -234,14 +338,14 @@ def _make_broad_phase(broadphase_filter: int, *sizes: int) -> Any:
         collision_worldid: wp.array(dtype=int),
     ):
         world, lane = wp.tid()
-        for element in range(lane, pairs.shape[0], wp.block_dim()):
-            pair = pairs[element]
-            low_a = bounds[world, pair[0], 0]
-            high_a = bounds[world, pair[0], 1]
-            low_b = bounds[world, pair[1], 0]
-            high_b = bounds[world, pair[1], 1]
-            if wp.min(high_a - low_b) >= 0.0 and wp.min(high_b - low_a) >= 0.0:
+        width = wp.min(wp.block_dim(), wp.static(_WARP_SIZE))
+        for index in range(lane / width, num_near[world], wp.block_dim() / width):
+            bodies = near[world, index]
+            for element in range(first[bodies] + lane % width, first[bodies + 1], width):
+                pair = pairs[element]
                 pair_id = pair_ids[element]
+                if not _overlap(bounds[world], pair[0], pair[1]):
+                    continue
                 if may_collide(
                     geom_aabb,
                     geom_rbound,
