@@ -190,10 +190,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     ## Physics on a GPU
     `physics="warp"` is not LIBERO to the last bit; what it does differently is said in
-    `libero_gym.physics.warp_worlds`. All tasks must be of one scene: any of libero_spatial, or of libero_goal; one of
-    libero_object. `stepping` has no part in it, and it draws with the renderer "warp" only. A step runs all
-    environments together, so that its time hardly depends on how many of them idle; prefer SAME_STEP autoreset, and
-    states that are settled.
+    `libero_gym.physics.warp_worlds`. Tasks may be of any scenes and suites: environments of one scene are stepped as
+    one, scenes at the same time (`libero_gym.physics.warp_groups`). `stepping` has no part in it, and it draws with the
+    renderer "warp" only. A step runs all environments of a scene together, so that its time hardly depends on how many
+    of them idle; prefer SAME_STEP autoreset, and states that are settled.
     """
 
     metadata: dict[str, Any] = dict(METADATA)  # noqa: RUF012 - Gymnasium's declaration
@@ -227,8 +227,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Create the environments; on the CPU, scenes are opened by the first reset.
 
         Raises:
-            ValueError: an argument is not among the allowed ones, the message lists them; or `physics="warp"` is given
-                tasks of several scenes.
+            ValueError: an argument is not among the allowed ones; the message lists them.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
             RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
@@ -282,14 +281,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if physics == "cpu":
             self._worlds = CpuWorlds(self.num_envs, stepping=stepping, num_threads=threads)
         else:
-            from libero_gym.physics.warp_worlds import WarpWorlds, only_scene  # imports Warp and MuJoCo Warp
+            from libero_gym.physics.warp_groups import make_warp_worlds  # imports Warp and MuJoCo Warp
 
-            self._worlds = WarpWorlds(
-                only_scene(self._tasks),
-                self._tasks,
-                self.num_envs,
-                num_action_chunks=self._num_chunks,
-                options=warp_options,
+            self._worlds = make_warp_worlds(
+                self._tasks, self.num_envs, num_action_chunks=self._num_chunks, options=warp_options
             )
         self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
         self._task_probabilities: npt.NDArray[np.float64] | None = None
@@ -310,7 +305,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     @property
     def worlds(self) -> Worlds:
-        """The simulated worlds: a `CpuWorlds`, or with `physics="warp"` a `WarpWorlds`.
+        """The simulated worlds: a `CpuWorlds`; with `physics="warp"` a `WarpWorlds`, a `GroupedWarpWorlds` of scenes.
 
         What is changed here by hand is not seen by `observe`; `set_state` is.
 

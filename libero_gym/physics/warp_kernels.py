@@ -633,6 +633,29 @@ def write_start(
     overflow[world] = 0
 
 
+@wp.struct
+class Rows:
+    """An array with a row for each world, as bytes [N, bytes of a row]."""
+
+    data: wp.array2d(dtype=wp.uint8)
+
+
+@wp.kernel
+def copy_rows(
+    sources: wp.array(dtype=Rows),
+    source_rows: wp.array(dtype=int),
+    targets: wp.array(dtype=Rows),
+    target_rows: wp.array(dtype=int),
+    num_lanes: int,
+):
+    """Copies rows of arrays into rows of others, none of which is read; dim (number of rows, arrays, lanes)."""
+    i, array, lane = wp.tid()
+    source = sources[array].data
+    target = targets[array].data
+    for byte in range(lane, source.shape[1], num_lanes):
+        target[target_rows[i], byte] = source[source_rows[i], byte]
+
+
 @wp.func
 def _rotate(quat: wp.quat, vector: wp.vec3) -> wp.vec3:
     """Rotation by a quaternion that is stored w first."""

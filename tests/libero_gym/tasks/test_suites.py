@@ -46,7 +46,7 @@ def test_combined_suites_hold_the_tasks_of_their_members():
     assert member_suites("libero_goal") == ("libero_goal",)
     with pytest.raises(ValueError, match=r"task_id=40 is not in libero_40 \(valid: 0-39\)"):
         get_task("libero_40", 40)
-    with pytest.raises(ValueError, match="task 3 of libero_90 is not in libero_40 .*libero_spatial, libero_object"):
+    with pytest.raises(ValueError, match=r"task 3 of libero_90 is not in libero_40 .*libero_spatial, libero_object"):
         task_number("libero_40", get_task("libero_90", 3))
 
 
