@@ -178,7 +178,9 @@ class GroupedWarpWorlds(Uncopied):
         group_ids = self._find_groups([start.task for start in starts])
         self._reserve(world_ids, group_ids)
         chosen = [(self._groups[i], np.flatnonzero(group_ids == i)) for i in np.unique(group_ids).tolist()]
-        values = [group.worlds.read_starts([starts[i] for i in members], init_states) for group, members in chosen]
+        values = [
+            group.worlds.read_starts([starts[i] for i in members.tolist()], init_states) for group, members in chosen
+        ]
 
         self._place(world_ids, group_ids)
         for i, start in zip(world_ids.tolist(), starts, strict=True):

@@ -26,7 +26,7 @@ def test_conforms_to_gymnasium(suite: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["libero_object", "libero_10", "libero_90"])
+@pytest.mark.parametrize("suite", ["libero_object", "libero_10", "libero_90", "libero_130"])
 def test_conforms_to_gymnasium_where_scenes_vary(suite: str):
     env = gymnasium.make(f"libero_gym/{suite}-v0", task_id=2, observe_images=False)
     check_env(env.unwrapped, skip_render_check=True)
