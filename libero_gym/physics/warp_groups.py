@@ -189,7 +189,7 @@ class GroupedWarpWorlds(Uncopied):
         groups = [group for group, _ in chosen]
         for (group, members), values_of_group in zip(chosen, values, strict=True):
             group.rows.upload_starts(self._rows[world_ids[members]], values_of_group, settles=settles)
-        self._launch(groups, lambda rows: rows.launch_starts(settles=settles))
+        self._launch(groups, lambda group: group.rows.launch_starts(settles=settles, stream=group.stream))
         if settles:
             self._raise_on_faults(groups)
 
@@ -221,7 +221,7 @@ class GroupedWarpWorlds(Uncopied):
                 group.fill(is_active[ids]),
                 group.fill(steps_left[ids]),
             )
-        self._launch(groups, WarpWorlds.launch_step, times=self._num_chunks)
+        self._launch(groups, lambda group: group.rows.launch_step(stream=group.stream), times=self._num_chunks)
         for group in groups:
             ran, successes = group.rows.read_chunk()
             steps.ran[group.world_ids] = ran[: group.count]
@@ -353,15 +353,19 @@ class GroupedWarpWorlds(Uncopied):
             self._rows[group.world_ids] = np.arange(group.count)
         self._group_ids[moving] = targets
 
-    def _launch(self, groups: Sequence[_Group], launch: Callable[[WarpWorlds], None], *, times: int = 1) -> None:
-        """Launch something in each group so many times; what is launched afterwards comes after all of it."""
+    def _launch(self, groups: Sequence[_Group], launch: Callable[[_Group], None], *, times: int = 1) -> None:
+        """Launch something on each group's stream, so many times: after what came before, before what comes after.
+
+        The device's current stream stays what it is, because other threads launch to it.
+        """
+        streams = [group.stream for group in groups if group.stream is not None]
+        for stream in streams:
+            stream.wait_stream(wp.get_stream(self.device))
         for _ in range(times):
             for group in groups:
-                with wp.ScopedStream(group.stream):  # which waits for what was launched before
-                    launch(group.rows)
-        for group in groups:
-            if group.stream is not None:
-                wp.get_stream(self.device).wait_stream(group.stream)
+                launch(group)
+        for stream in streams:
+            wp.get_stream(self.device).wait_stream(stream)
 
     def _raise_on_faults(self, groups: Iterable[_Group]) -> None:
         has_diverged, overflow = np.zeros(self.num_worlds, np.bool_), np.zeros(self.num_worlds, np.int32)

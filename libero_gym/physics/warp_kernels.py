@@ -571,6 +571,17 @@ def end_step(
 
 
 @wp.kernel
+def begin_settling_step(
+    is_reset: wp.array(dtype=wp.uint8), is_active: wp.array(dtype=wp.uint8), step: wp.array(dtype=int)
+):
+    """Has all worlds that are reset take the first action of the chunk, also where the goal held; dim N."""
+    world = wp.tid()
+    is_active[world] = is_reset[world]
+    if world == 0:
+        step[0] = 0
+
+
+@wp.kernel
 def next_step(step: wp.array(dtype=int)):
     """Moves on to the next action of the chunk; dim 1."""
     step[0] = step[0] + 1

@@ -410,6 +410,7 @@ class WarpWorlds(Uncopied):
 
     def upload_starts(self, rows: IntArray, values: dict[str, Any], *, settles: bool) -> None:
         """Write starts into rows, int64 [R]; `launch_starts` does the rest."""
+        self._prepare()
         self._launch(
             kernels.write_start,
             len(rows),
@@ -425,25 +426,31 @@ class WarpWorlds(Uncopied):
         )
         is_reset = np.zeros(self.num_worlds, np.uint8)
         is_reset[rows] = 1
-        self._is_reset.assign(is_reset)
+        self._is_active.assign(is_reset)
         if settles:
             actions = np.zeros(self._actions.shape, np.float32)
             actions[:, 0] = SETTLING_ACTION
             self._actions.assign(actions)
-        self._prepare()
+            self._is_reset.assign(is_reset)
+            self._steps_left.fill_(NUM_SETTLING_STEPS + 1)
 
-    def launch_starts(self, *, settles: bool) -> None:
-        """Launch what makes episodes of starts that were written: settle or not, compute, judge and observe."""
-        wp.copy(self._is_active, self._is_reset)
-        wp.capture_launch(self._refresh_graph)
-        if not settles:
-            return
-        self._steps_left.fill_(NUM_SETTLING_STEPS + 1)
-        for _ in range(NUM_SETTLING_STEPS):
-            # Set anew each time, because a step that reaches the goal ends a world's chunk.
-            wp.copy(self._is_active, self._is_reset)
-            self._step.zero_()
-            wp.capture_launch(self._step_graph)
+    def launch_starts(self, *, settles: bool, stream: Any = None) -> None:
+        """Launch what makes episodes of starts that were written: compute, judge, observe, and settle or not.
+
+        Args:
+            settles: as `upload_starts` was told.
+            stream: where to; None is the device's current one, to which everything else goes.
+        """
+        wp.capture_launch(self._refresh_graph, stream=stream)
+        for _ in range(NUM_SETTLING_STEPS if settles else 0):
+            wp.launch(
+                kernels.begin_settling_step,
+                dim=self.num_worlds,
+                inputs=[self._is_reset, self._is_active, self._step],
+                device=self.device,
+                stream=stream,
+            )
+            wp.capture_launch(self._step_graph, stream=stream)
 
     def upload_chunk(self, actions: FloatArray, is_active: BoolArray, steps_left: IntArray) -> None:
         """Give actions [N, C, 7], see `step`; `launch_step` runs the next step of them."""
@@ -455,9 +462,9 @@ class WarpWorlds(Uncopied):
         self._steps_left.assign(np.asarray(steps_left, np.int32))
         self._step.zero_()
 
-    def launch_step(self) -> None:
-        """Launch the next step of the chunk."""
-        wp.capture_launch(self._step_graph)
+    def launch_step(self, *, stream: Any = None) -> None:
+        """Launch the next step of the chunk on a stream; None is the device's current one."""
+        wp.capture_launch(self._step_graph, stream=stream)
 
     def read_chunk(self) -> Steps:
         """Return what the chunk came to, waiting for it."""

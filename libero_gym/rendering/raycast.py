@@ -485,9 +485,14 @@ class WarpRenderer(Uncopied):
 
         shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
         images = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        # Batch after batch as they come: to upload their indices in between would wait for each to be drawn.
+        drawn: list[int] = []
         for indices, batch in batches:
             part = wp.to_torch(batch).reshape(shape[0], len(indices), *shape[2:])
-            images[:, torch.as_tensor(indices, device=self._device)] = part
+            images[:, len(drawn) : len(drawn) + len(indices)] = part
+            drawn += indices
+        if drawn != sorted(drawn):
+            images = images[:, torch.as_tensor(np.argsort(drawn), device=self._device)]
         return images.movedim(0, 1)
 
     def _draw(self, simulations: Sequence[Drawable]) -> Iterator[tuple[list[int], Any]]:

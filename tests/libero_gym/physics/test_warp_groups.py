@@ -398,6 +398,29 @@ def test_draws_are_those_of_the_cpu_environments():
     env.close()
 
 
+def test_starts_are_those_of_the_cpu_however_worlds_change_scenes(monkeypatch):
+    monkeypatch.setattr(warp_groups, "_RESERVE_STEP", 1)
+    monkeypatch.setattr(warp_groups, "_ROWS_STEP", 1)
+    num_envs, task_ids = 7, [2, 4, 10, 11, 21, 27]  # four scenes
+    env = make_env(num_envs, task_ids=task_ids)
+    cpu = LiberoVectorEnv("libero_40", num_envs, observe_images=False, task_ids=task_ids)
+    rng = np.random.default_rng(0)
+    mask = np.ones(num_envs, np.bool_)
+    seen = set()
+    for seed in range(12):
+        observation, infos = env.reset(seed=seed, options={"reset_mask": mask})
+        expected, expected_infos = cpu.reset(seed=seed, options={"reset_mask": mask})
+        np.testing.assert_allclose(observation["states"], expected["states"], atol=1e-6)
+        assert observation["task_descriptions"] == expected["task_descriptions"]
+        for key in ("task_id", "init_state_id"):
+            assert infos[key].tolist() == expected_infos[key].tolist()
+        seen.add(env.worlds.num_rows)
+        mask = rng.random(num_envs) < rng.random()
+        mask[rng.integers(num_envs)] = True
+    assert len(seen) > 3
+    env.close()
+
+
 def test_groups_of_equal_starts_in_several_scenes():
     env = make_env(horizon=3)
     choice = {"task_id": np.repeat([4, 21], 2), "init_state_id": np.repeat([1, 2], 2)}

@@ -9,6 +9,7 @@ import pytest
 
 import libero_gym
 from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.scenes import scene_key
 from libero_gym.tasks.suites import (
     COMBINED_SUITES,
     HORIZONS,
@@ -44,6 +45,8 @@ def test_combined_suites_hold_the_tasks_of_their_members():
         assert [task_number(suite, task) for task in tasks] == list(range(len(tasks)))
     assert horizon("libero_40") == horizon("libero_10") == 480
     assert member_suites("libero_goal") == ("libero_goal",)
+    scenes = {suite: len({scene_key(task) for task in list_tasks(suite)}) for suite in list_suites()[:8]}
+    assert list(scenes.values()) == [1, 10, 1, 9, 20, 21, 20, 32]
     with pytest.raises(ValueError, match=r"task_id=40 is not in libero_40 \(valid: 0-39\)"):
         get_task("libero_40", 40)
     with pytest.raises(ValueError, match=r"task 3 of libero_90 is not in libero_40 .*libero_spatial, libero_object"):
