@@ -2,8 +2,8 @@
 
 Worlds of a scene are rows of a `libero_gym.physics.warp_worlds.WarpWorlds`. A world that is reset to a task of another
 scene takes a row there and gives up its own, which another newcomer gets, or else the last row that is in use: the rows
-in use are always the first ones. Memory is reserved for a quarter more rows than are in use; the graph that is launched
-is one captured over no more rows than are needed, of those captured before or a new one.
+in use are always the first ones. Memory is reserved for a quarter more rows than are in use, and never given back; the
+graph that is launched covers no more rows than are needed, and is one that was captured before, or a new one.
 
 Groups run on streams of their own: nothing is read from the device while they run, and nothing is written to it. On a
 CPU they run one after another.
@@ -40,9 +40,9 @@ from libero_gym.tasks.suites import TaskSpec
 _RESERVE, _RESERVE_STEP = 1.25, 32
 # A new graph is captured over a few more rows than are in use, in multiples of this; one that was captured before is
 # taken rather, if it has no more rows than that, or at most so many times those in use.
-_SURPLUS, _ROWS_STEP, _MAX_SURPLUS = 1.05, 8, 1.15
-# Graphs kept for a scene, those used last.
-_MAX_GRAPHS = 6
+_SURPLUS, _ROWS_STEP, _MAX_SURPLUS = 1.05, 8, 1.25
+# Graphs kept for a scene, those used last: 64 worlds on average, tasks being drawn alike, call for six in all.
+_MAX_GRAPHS = 8
 # Threads that copy one row of one array.
 _COPY_LANES = 32
 
@@ -334,8 +334,8 @@ class GroupedWarpWorlds(Uncopied):
         final[world_ids] = group_ids
         counts = np.bincount(final[final >= 0], minlength=len(self._groups))
         grown = [group for group, count in zip(self._groups, counts.tolist(), strict=True) if group.reserve(count)]
-        # Scenes share most of their kernels.
-        found = (module for group in grown for module in group.worlds.find_kernels())
+        # Scenes share most of their kernels, and rows all of them.
+        found = (module for group in grown if group.is_new for module in group.worlds.find_kernels())
         modules = {(id(module), block_size): (module, device, block_size) for module, device, block_size in found}
         if modules:
             load_modules(list(modules.values()))
@@ -459,6 +459,11 @@ class _Group:
         self._outgrown, self._outgrown_worlds = self._table, self._worlds
         self._worlds = WarpWorlds(self.scene, self.tasks, num_rows, loads_kernels=False, **self._options)
         return True
+
+    @property
+    def is_new(self) -> bool:
+        """Whether `reserve` has allocated the first rows and `take_over` has not been called since."""
+        return self._worlds is not None and self._table is None
 
     def take_over(self) -> None:
         """Copy the rows in use from the memory that was outgrown."""

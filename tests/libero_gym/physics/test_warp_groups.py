@@ -136,15 +136,18 @@ def test_original_states_settle_as_they_do_alone(worlds):
 def test_worlds_change_scenes_and_the_others_stay_what_they_are(worlds):
     worlds.step(random_actions(5), ALL, MANY)
     worlds.reset(np.array([1]), [start(GOAL, 2, 8)], init_states="settled")
-    assert group_of(worlds, GOAL).world_ids.tolist() == [0, 2, 1]
+    first, second, last = group_of(worlds, GOAL).world_ids.tolist()
+    assert last == 1
     before = worlds.get_states()
-    worlds.reset(np.array([0]), [start(SPATIAL, 6, 2)], init_states="settled")  # the last row takes its place
-    assert group_of(worlds, GOAL).world_ids.tolist() == [1, 2]
-    assert group_of(worlds, SPATIAL).world_ids.tolist() == [3, 0]
-    for world_id in (1, 2, 3):
+    worlds.reset(np.array([first]), [start(SPATIAL, 6, 2)], init_states="settled")  # the last row takes its place
+    assert group_of(worlds, GOAL).world_ids.tolist() == [last, second]
+    assert group_of(worlds, SPATIAL).world_ids.tolist() == [3, first]
+    for world_id in (last, second, 3):
         assert_same_states(worlds.get_state(world_id), before[world_id])
-    assert [task.suite for task in worlds.current_tasks] == [SPATIAL, GOAL, GOAL, SPATIAL]
-    assert worlds.init_state_ids.tolist() == [2, 8, 5, 3]
+    assert [task.suite for task in worlds.current_tasks] == [
+        {first: SPATIAL, 3: SPATIAL}.get(world_id, GOAL) for world_id in range(4)
+    ]
+    assert (worlds.init_state_ids[[first, last]]).tolist() == [2, 8]
     assert_moves_as_alone(worlds)
     # All but one change scenes at once: who leaves makes room for who comes.
     worlds.reset(np.array([3, 0, 1]), [MIXED[0], MIXED[2], MIXED[1]], init_states="settled")
@@ -280,15 +283,18 @@ def test_divergence_names_the_world_and_the_others_have_moved(worlds):
 
 
 def test_faults_move_along_with_their_rows(worlds):
-    worlds.reset(np.array([1]), [MIXED[0]], init_states="settled")  # rows of the first scene: worlds 0, 2, 1
-    rows = group_of(worlds, GOAL).worlds
-    rows._data.overflow.numpy()[2] = int(mujoco_warp.OverflowType.NARROWPHASE)  # on the CPU `numpy()` is a view
+    worlds.reset(np.array([1]), [MIXED[0]], init_states="settled")
+    group = group_of(worlds, GOAL)
+    first, second, last = group.world_ids.tolist()
+    rows = group.worlds  # on the CPU `numpy()` is a view
+    rows._data.overflow.numpy()[2] = int(mujoco_warp.OverflowType.NARROWPHASE)
     rows._has_diverged.numpy()[1] = 1
-    worlds.reset(np.array([0]), [MIXED[3]], init_states="settled")  # world 1 takes the row of world 0
-    with pytest.raises(PhysicsError, match=r"diverged in worlds \[2\]"):
+    worlds.reset(np.array([first]), [MIXED[3]], init_states="settled")
+    assert group.world_ids.tolist() == [last, second]
+    with pytest.raises(PhysicsError, match=rf"diverged in worlds \[{second}\]"):
         worlds.step(random_actions(4), ALL, MANY)
-    worlds.reset(np.array([2]), [MIXED[2]], init_states="settled")
-    with pytest.raises(PhysicsError, match=r"more contacts than contacts_per_world in worlds \[1\]"):
+    worlds.reset(np.array([second]), [MIXED[2]], init_states="settled")
+    with pytest.raises(PhysicsError, match=rf"more contacts than contacts_per_world in worlds \[{last}\]"):
         worlds.step(random_actions(4), ALL, MANY)
 
 
