@@ -57,7 +57,14 @@ from libero_gym.rendering.protocol import Renderer, RenderState
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scenes import Scene, load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states
+from libero_gym.tasks.suites import (
+    TaskSpec,
+    get_task,
+    horizon,
+    list_tasks,
+    load_init_states,
+    task_number,
+)
 
 
 @dataclass(kw_only=True)
@@ -201,12 +208,12 @@ def make_attempt(args: Args, task: TaskSpec, attempt_id: int) -> Attempt:
     entropy = (args.seed, task.task_id, attempt_id)
     return Attempt(
         suite=args.suite,
-        task_id=task.task_id,
+        task_id=task_number(args.suite, task),
         attempt_id=attempt_id,
         init_state_id=stored[attempt_id % len(stored)],
         seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
         object_shift=args.object_shift,
-        horizon=args.horizon or horizon(args.suite),
+        horizon=args.horizon or horizon(task.suite),
     )
 
 
@@ -464,7 +471,7 @@ def collect(
     """Makes attempts until every task has its episodes, or no attempts are left."""
     console, start, num_frames = Console(), time.perf_counter(), 0
     recording, cameras = make_recording(args), camera_columns()
-    language = {task.task_id: task.language for task in tasks}
+    language = {task_number(args.suite, task): task.language for task in tasks}
 
     context = get_context("spawn")  # renderers and threads do not survive a fork
     if args.num_workers:
@@ -574,10 +581,11 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
         renderer.close()
 
     # --- count ---
-    kept = {task.task_id: plan(args, task, staging)[0] for task in tasks}
+    numbered = {task_number(args.suite, task): task for task in tasks}
+    kept = {number: plan(args, task, staging)[0] for number, task in numbered.items()}
     report: dict[int, dict[str, Any]] = {}
-    for task in tasks:
-        report[task.task_id] = count_outcomes(args, task, staging, kept[task.task_id])
+    for number, task in numbered.items():
+        report[number] = count_outcomes(args, task, staging, kept[number])
     print_report(report)
     wanted = args.episodes_per_task
     short = {task_id: len(found) for task_id, found in kept.items() if len(found) < wanted}

@@ -37,7 +37,14 @@ from gymnasium.vector import AutoresetMode
 from rich.console import Console
 
 from algorithms.common.episode_log import EpisodeLog, EvalEpisode
-from algorithms.common.evaluation import EvalResult, Job, episode_keys, evaluate, evaluation_jobs
+from algorithms.common.evaluation import (
+    EvalResult,
+    Job,
+    episode_keys,
+    evaluate,
+    evaluation_jobs,
+    stated_horizon,
+)
 from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.common.report import write_report
 from algorithms.common.steering import (
@@ -51,7 +58,7 @@ from algorithms.common.steering import (
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 from libero_gym.tasks.initial_states import InitStates, check_init_states
-from libero_gym.tasks.suites import get_task, horizon
+from libero_gym.tasks.suites import get_task
 
 
 @dataclass(kw_only=True)
@@ -177,7 +184,7 @@ def make_protocol(
         "task_ids": sorted({task_id for task_id, _ in jobs}),
         "episodes_per_task": args.episodes_per_task,
         "seeds": list(args.seeds),
-        "horizon": args.horizon or horizon(args.suite),
+        "horizon": stated_horizon(args.suite, args.horizon),
         "environment": "LIBERO" if args.reference_env else "libero_gym",
         "init_states": check_init_states(args.init_states, args.suite),
         "renderer": cast(Any, envs.unwrapped).renderer_name,

@@ -2,14 +2,20 @@
 
     python -m benchmarks.env_warp --suite libero_spatial --output benchmarks/results/env_warp_h100.json
     python -m benchmarks.env_warp --num-worlds 2048 --num-chunks 3 --num-episodes 10     # within 90 s on an H100
+    python -m benchmarks.env_warp --num-worlds 2048 --compare libero_object libero_10 libero_90 libero_130
 
 Throughput: `LiberoVectorEnv(physics="warp")` under random actions, chunks of five, automatic resets; without images,
-and with both views at the end of each chunk, left on the GPU. An environment step is 25 substeps of 2 ms. Agreement:
-the actions of scripted experts, recorded on the CPU's physics, are replayed open-loop on the GPU's, which may take up
-to five steps longer; and, to tell what chaos alone does to pushes and slides, on the CPU's from a start whose joints
-are a millionth of a radian off. The first run compiles kernels, which takes minutes; later ones find them in the cache.
+and with both views at the end of each chunk, left on the GPU. An environment step is 25 substeps of 2 ms. `--compare`
+measures suites of several scenes with as many worlds, and tells their rates as parts of that of `--suite`. With
+`--horizon 25 --num-warmup-chunks 15`, resets, and with them worlds that go to other scenes, are part of what is timed,
+far more of them than training has. With `--num-worlds 4 --num-chunks 1 --image-size 16` a CPU does all of it.
 
-Needs neither LIBERO nor robosuite where `LIBERO_GYM_SCENES` names a scene archive. Prints tables, then one JSON line.
+Agreement: the actions of scripted experts, recorded on the CPU's physics, are replayed open-loop on the GPU's, which
+may take up to five steps longer; and, to tell what chaos alone does to pushes and slides, on the CPU's from a start
+whose joints are a millionth of a radian off.
+
+The first run compiles kernels, which takes minutes; later ones find them in the cache. Needs neither LIBERO nor
+robosuite where `LIBERO_GYM_SCENES` names a scene archive. Prints tables, then one JSON line.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +35,10 @@ import warp as wp
 from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.experts import ExpertEpisode, run_expert
 from libero_gym.physics.simulation import Simulation
+from libero_gym.physics.warp_groups import GroupedWarpWorlds, make_warp_worlds
 from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds
 from libero_gym.tasks.initial_states import EpisodeStart
-from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.scenes import load_scene, scene_key
 from libero_gym.tasks.suites import TaskSpec, list_tasks
 from libero_gym.vector import LiberoVectorEnv
 
@@ -39,28 +46,36 @@ CHUNK = 5
 EXTRA_STEPS = 5
 PERTURBATION = 1e-6
 # On one H100, 256 pixels, both views every fifth step.
-TARGETS = {"env_steps_per_s_2048_with_images": 8000.0}
+TARGET_WORLDS = 2048
+TARGETS = {f"env_steps_per_s_{TARGET_WORLDS}_with_images": 8000.0}
 NO_IMAGES, WITH_IMAGES = "env_steps_per_s", "env_steps_per_s_with_images"
+# Of 2,048 worlds without images: the rate of 10 scenes, and of all 32, to that of one.
+SCENE_TARGETS = {"libero_object": 0.6, "libero_130": 0.4}
 
 
-def measure_rate(args: argparse.Namespace, num_worlds: int, *, has_images: bool) -> dict[str, float]:
-    """Return env-steps/s under random actions, seconds to open and to run the first chunk, and GPU memory in GiB."""
+def measure_rate(args: argparse.Namespace, suite: str, num_worlds: int, *, has_images: bool) -> dict[str, float]:
+    """Return env-steps/s under random actions, seconds to open and to run the first chunks, GPU memory in GiB, rows."""
     start = time.perf_counter()
     env = LiberoVectorEnv(
-        args.suite,
+        suite,
         num_worlds,
         physics="warp",
         num_action_chunks=CHUNK,
         observe_images=has_images,
         images_as_torch=has_images,
         image_size=args.image_size,
+        horizon=args.horizon,
         warp_options=WarpOptions(solver_iterations=args.solver_iterations),
     )
-    device = cast(WarpWorlds, env.worlds).device
+    worlds = env.worlds
+    if not isinstance(worlds, WarpWorlds | GroupedWarpWorlds):
+        raise TypeError(f"physics='warp' made a {type(worlds).__name__}")
+    device = worlds.device
     env.reset(seed=0)
     rng = np.random.default_rng(0)
     shape = (num_worlds, CHUNK, 7)
-    env.step(rng.uniform(-1, 1, shape).astype(np.float32))
+    for _ in range(args.num_warmup_chunks):
+        env.step(rng.uniform(-1, 1, shape).astype(np.float32))
     wp.synchronize_device(device)
     opening = time.perf_counter() - start
     start, steps = time.perf_counter(), 0
@@ -70,10 +85,11 @@ def measure_rate(args: argparse.Namespace, num_worlds: int, *, has_images: bool)
     wp.synchronize_device(device)
     rate = steps / (time.perf_counter() - start)
     memory = wp.get_mempool_used_mem_high(device) / 2**30 if device != "cpu" else 0.0
+    num_rows = sum(worlds.num_rows) if isinstance(worlds, GroupedWarpWorlds) else num_worlds
     env.close()
-    del env
+    del env, worlds
     gc.collect()
-    return {"env_steps_per_s": rate, "open_s": opening, "gpu_memory_gib": memory}
+    return {"env_steps_per_s": rate, "open_s": opening, "gpu_memory_gib": memory, "num_rows": num_rows}
 
 
 def record_episodes(tasks: Sequence[TaskSpec], num_episodes: int, num_threads: int) -> list[ExpertEpisode]:
@@ -102,8 +118,8 @@ def replay_on_cpu(episode: ExpertEpisode) -> bool:
 def replay(episodes: Sequence[ExpertEpisode], options: WarpOptions) -> list[bool]:
     """Return whether each episode's actions reach the goal on the GPU's physics, from the same state."""
     count = len(episodes)
-    tasks = sorted({episode.task for episode in episodes}, key=lambda task: task.task_id)
-    worlds = WarpWorlds(load_scene(tasks[0]), tasks, count, options=options)
+    tasks = sorted({episode.task for episode in episodes}, key=lambda task: (task.suite, task.task_id))
+    worlds = make_warp_worlds(tasks, count, options=options)
     starts = [EpisodeStart(task=e.task, init_state_id=e.init_state_id, placement_seed=e.seed) for e in episodes]
     worlds.reset(np.arange(count), starts, init_states="settled")
     actions = [extend_actions(episode) for episode in episodes]
@@ -139,12 +155,63 @@ def compare_outcomes(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def compare_suites(args: argparse.Namespace, one_scene: dict[str, float]) -> list[dict[str, Any]]:
+    """Measures suites of several scenes beside the last row of the table of one scene; prints and returns rows."""
+    num_worlds = int(one_scene["num_worlds"])
+    print()
+    table = Table(
+        {
+            "suite": "<16",
+            "scenes": ">7",
+            "worlds": ">8",
+            "rows": ">7",
+            "env-steps/s": ">13.0f",
+            "share": ">8.2f",
+            "with images": ">13.0f",
+            "share ": ">8.2f",
+            "open s": ">9.1f",
+            "GPU GiB": ">9.2f",
+        }
+    )
+    table.add(args.suite, 1, num_worlds, num_worlds, one_scene[NO_IMAGES], 1.0, one_scene[WITH_IMAGES], 1.0, None, None)
+    rows: list[dict[str, Any]] = []
+    for suite in args.compare:
+        plain = measure_rate(args, suite, num_worlds, has_images=False)
+        drawn = measure_rate(args, suite, num_worlds, has_images=True)
+        shares = [plain["env_steps_per_s"] / one_scene[NO_IMAGES], drawn["env_steps_per_s"] / one_scene[WITH_IMAGES]]
+        rows.append(
+            {
+                "suite": suite,
+                "num_scenes": len({scene_key(task) for task in list_tasks(suite)}),
+                "num_worlds": num_worlds,
+                "num_rows": plain["num_rows"],
+                NO_IMAGES: round(plain["env_steps_per_s"], 1),
+                "share": round(shares[0], 3),
+                WITH_IMAGES: round(drawn["env_steps_per_s"], 1),
+                "share_with_images": round(shares[1], 3),
+                "open_s": round(plain["open_s"], 1),
+                "gpu_memory_gib": round(drawn["gpu_memory_gib"], 2),
+            }
+        )
+        table.add(*rows[-1].values())
+    return rows
+
+
 def main() -> dict[str, Any]:
     """Measures, prints, returns the document."""
     parser = make_parser(__doc__)
-    parser.add_argument("--suite", default="libero_spatial", help="a suite of one scene: libero_spatial, libero_goal")
+    parser.add_argument(
+        "--suite", default="libero_spatial", help="whose tasks; libero_spatial and libero_goal are of one scene"
+    )
+    parser.add_argument(
+        "--compare", nargs="*", default=[], help="suites of several scenes, at the last of --num-worlds"
+    )
     parser.add_argument("--num-worlds", type=int, nargs="*", default=[512, 1024, 2048, 4096])
     parser.add_argument("--num-chunks", type=int, default=6, help="chunks of five steps that are timed")
+    parser.add_argument("--num-warmup-chunks", type=int, default=1, help="chunks before these")
+    parser.add_argument(
+        "--horizon", type=int, help="steps of an episode; a suite's own is too long to reset within them"
+    )
     parser.add_argument("--image-size", type=int, default=256, help="pixels")
     parser.add_argument("--num-episodes", type=int, default=50, help="replayed expert episodes; 0 for none")
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)), help="to record them")
@@ -156,8 +223,8 @@ def main() -> dict[str, Any]:
     )
     rates: list[dict[str, float]] = []
     for num_worlds in args.num_worlds:
-        plain = measure_rate(args, num_worlds, has_images=False)
-        drawn = measure_rate(args, num_worlds, has_images=True)
+        plain = measure_rate(args, args.suite, num_worlds, has_images=False)
+        drawn = measure_rate(args, args.suite, num_worlds, has_images=True)
         table.add(
             num_worlds, plain["env_steps_per_s"], drawn["env_steps_per_s"], plain["open_s"], drawn["gpu_memory_gib"]
         )
@@ -171,6 +238,7 @@ def main() -> dict[str, Any]:
                 "gpu_memory_gib": round(drawn["gpu_memory_gib"], 2),
             }
         )
+    scenes = compare_suites(args, rates[-1]) if args.compare else []
     agreement = compare_outcomes(args) if args.num_episodes else None
     if agreement is not None:
         print(
@@ -180,12 +248,18 @@ def main() -> dict[str, Any]:
         )
 
     values = {f"env_steps_per_s_{row['num_worlds']}_with_images": row[WITH_IMAGES] for row in rates}
-    settings = {key: getattr(args, key) for key in ("suite", "num_chunks", "image_size", "solver_iterations")}
+    wanted = {name: target for name, target in TARGETS.items() if name in values}
+    for row in scenes:
+        if (target := SCENE_TARGETS.get(row["suite"])) is not None and row["num_worlds"] == TARGET_WORLDS:
+            name = f"{row['suite']}_share_of_one_scene"
+            values[name], wanted[name] = row["share"], target
+    names = ("suite", "num_chunks", "num_warmup_chunks", "horizon", "image_size", "solver_iterations")
+    settings = {name: getattr(args, name) for name in names}
     return publish(
         "env_warp",
-        {"rates": rates, "agreement": agreement},
+        {"rates": rates, "scenes": scenes, "agreement": agreement},
         settings=settings | {"action_chunk": CHUNK, "num_cameras": 2},
-        targets=judge(values, at_least={name: target for name, target in TARGETS.items() if name in values}),
+        targets=judge(values, at_least=wanted),
         output=args.output,
     )
 

@@ -168,7 +168,7 @@ def main() -> dict[str, Any]:
 
     results: dict[str, Any] = {}
     targets: dict[str, Any] = {}
-    tasks = {suite: args.task_ids or [task.task_id for task in list_tasks(suite)] for suite in args.suites}
+    tasks = {suite: args.task_ids or list(range(len(list_tasks(suite)))) for suite in args.suites}
     # Missing scenes are built here, once, and not by whichever worker comes first.
     load_scenes([get_task(suite, task_id) for suite, task_ids in tasks.items() for task_id in task_ids])
     with ProcessPoolExecutor(args.num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:

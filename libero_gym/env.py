@@ -38,7 +38,7 @@ from libero_gym.rendering.protocol import RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
+from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks, member_suites, task_number
 
 __all__ = ["LiberoEnv", "PhysicsError"]
 
@@ -96,12 +96,15 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     `reset(options={"task_id": 3, "init_state_id": 7})` chooses.
 
     ## Episode end
-    `terminated` when the goal holds; `truncated` after `horizon` steps (default: `libero_gym.tasks.suites.HORIZONS`).
+    `terminated` when the goal holds; `truncated` after `horizon` steps (default: that of the task's own suite, see
+    `libero_gym.tasks.suites.HORIZONS`).
 
-    `info` has `success` (bool), `task_id`, `init_state_id`, and `episode_length` (steps so far).
+    `info` has `success` (bool), `task_id` (the task's number in `suite`), `init_state_id`, and `episode_length` (steps
+    so far).
 
     ## Arguments
-    - `suite`: see `libero_gym.list_suites()`.
+    - `suite`: see `libero_gym.list_suites()`. A combined one, such as `libero_40`, holds the tasks of several suites,
+      numbered one suite after another (`libero_gym.tasks.suites.COMBINED_SUITES`).
     - `task_id`: fixes the task; None samples one at each reset.
     - `image_size`: height and width in pixels.
     - `camera_names`: cameras of `images` and `wrist_images`.
@@ -244,7 +247,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         value = float(is_success)
         reward = step_reward(self.options.reward, value, self._last_value)
         self._last_value = value
-        return self._observe(), reward, is_success, self._num_steps >= self.options.horizon, self._info()
+        return self._observe(), reward, is_success, self._num_steps >= self.options.horizon_of(self.task), self._info()
 
     def render(self) -> npt.NDArray[np.uint8] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the first camera's image of the current step, uint8 (H, W, 3), or None without a render mode.
@@ -292,9 +295,9 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             raise ValueError(CLOSED)
         check_keys(state, _EPISODE_LAYOUT, optional=state)
         task = read_task(state)
-        if task.suite != self.options.suite:
+        if task.suite not in member_suites(self.options.suite):
             raise ValueError(f"the state belongs to suite {task.suite}, this environment to {self.options.suite}")
-        self._known_task(task.task_id)
+        self._known_task(task_number(self.options.suite, task))
         episode = check_entries(state, _EPISODE_LAYOUT)
         if episode["episode_length"] < 0:
             raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
@@ -322,7 +325,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         task = get_task(self.options.suite, task_id)
         if task not in self._tasks:
             raise ValueError(
-                f"task_id={task_id} was asked of an environment made for task_id={self._tasks[0].task_id}: "
+                f"task_id={task_id} was asked of an environment made for "
+                f"task_id={task_number(self.options.suite, self._tasks[0])}: "
                 "make it without task_id to choose at reset"
             )
         return task
@@ -352,7 +356,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         simulation = self._require_simulation()
         return {
             "success": simulation.success(),
-            "task_id": self.task.task_id,
+            "task_id": task_number(self.options.suite, self.task),
             "init_state_id": simulation.init_state_id,
             "episode_length": self._num_steps,
         }

@@ -16,7 +16,7 @@ from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.initial_states import InitStates
-from libero_gym.tasks.suites import horizon, is_integer
+from libero_gym.tasks.suites import TaskSpec, horizon, is_integer
 
 RewardKind = Literal["sparse", "relative"]
 Value = TypeVar("Value", float, npt.NDArray[np.float32])
@@ -33,7 +33,7 @@ _MAX_SENTENCE = 512
 
 @dataclass(frozen=True, kw_only=True)
 class EnvOptions:
-    """Arguments that a single and a vector environment share, checked and with the suite's defaults filled in.
+    """Arguments that a single and a vector environment share, checked.
 
     Attributes:
         suite: suite of the tasks.
@@ -42,7 +42,7 @@ class EnvOptions:
         renderer: kind of renderer, None for the best one.
         observe_images: whether there are images.
         reward: "sparse" or "relative", see `step_reward`.
-        horizon: steps until an episode is truncated, from `check_horizon`.
+        horizon: steps until an episode is truncated, from `check_horizon`; None has `horizon_of` decide.
         init_states: kind of the initial states, from `check_init_states`.
         stepping: see `libero_gym.Simulation`.
         render_mode: None or "rgb_array".
@@ -55,7 +55,7 @@ class EnvOptions:
     renderer: RendererKind | None
     observe_images: bool
     reward: RewardKind
-    horizon: int
+    horizon: int | None
     init_states: InitStates
     stepping: Stepping
     render_mode: str | None
@@ -81,6 +81,10 @@ class EnvOptions:
 
         check_texture_colorspace(self.texture_colorspace)
 
+    def horizon_of(self, task: TaskSpec) -> int:
+        """Return the steps after which an episode of `task` is truncated: `horizon`, or those of its own suite."""
+        return horizon(task.suite) if self.horizon is None else self.horizon
+
     def open_renderer(self, *, num_worlds: int = 1, num_threads: int | None = None) -> Renderer | None:
         """Return the renderer for so many worlds; None without images.
 
@@ -100,14 +104,14 @@ class EnvOptions:
         )
 
 
-def check_horizon(episode_horizon: int | None, suite: str) -> int:
-    """Return the episode's length in steps: `episode_horizon`, or the suite's if None.
+def check_horizon(episode_horizon: int | None, suite: str) -> int | None:
+    """Return `episode_horizon`, a number of steps, or None for that of each task's own suite.
 
     Raises:
         ValueError: it is not a positive integer.
     """
     if episode_horizon is None:
-        return horizon(suite)
+        return None
     if not is_integer(episode_horizon) or episode_horizon < 1:
         raise ValueError(f"horizon={episode_horizon!r} is not a positive number of steps (default: {horizon(suite)})")
     return episode_horizon

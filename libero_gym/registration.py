@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from gymnasium.envs.registration import register, registry
 
-from libero_gym.tasks.suites import HORIZONS, list_suites
+from libero_gym.tasks.suites import COMBINED_SUITES, HORIZONS, list_suites
 
 
 def register_envs() -> None:
     """Register the ids; a second call changes nothing.
 
-    Where no distribution provides `libero`, the base suites are registered all the same: making one of them then
-    raises the error that says what to install, instead of Gymnasium's "namespace not found".
+    Where no distribution provides `libero`, base and combined suites are registered all the same: making one of them
+    then raises the error that says what to install, instead of Gymnasium's "namespace not found".
     """
     try:
         suites = list_suites()
     except ModuleNotFoundError:
-        suites = list(HORIZONS)
+        suites = [*HORIZONS, *COMBINED_SUITES]
     for suite in suites:
         env_id = f"libero_gym/{suite}-v0"
         if env_id not in registry:

@@ -48,7 +48,7 @@ from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
 from libero_gym.rendering.protocol import RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
-from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks
+from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks, member_suites, task_number
 
 if TYPE_CHECKING:
     from libero_gym.physics.warp_worlds import WarpOptions
@@ -61,6 +61,7 @@ class Episodes:
 
     Attributes:
         length: int64 [N], steps so far.
+        horizon: int64 [N], steps after which the episode is cut.
         total_reward: float64 [N], sum of the rewards so far.
         last_value: float32 [N], 1 where the goal held at the end of the last step.
         is_done: bool [N], True from an episode's end to the start of the next.
@@ -70,22 +71,23 @@ class Episodes:
         "episode_length": INTEGER, "episode_return": NUMBER, "last_value": NUMBER, "is_done": FLAG,
     })  # fmt: skip
 
-    def __init__(self, num_envs: int, *, horizon: int, reward: RewardKind) -> None:
-        """Begin with no steps; `horizon` is the number of steps after which an episode is cut."""
+    def __init__(self, num_envs: int, *, reward: RewardKind) -> None:
+        """Begin with no episodes."""
         self.length = np.zeros(num_envs, np.int64)
+        self.horizon = np.zeros(num_envs, np.int64)
         self.total_reward = np.zeros(num_envs)
         self.last_value = np.zeros(num_envs, np.float32)
         self.is_done = np.zeros(num_envs, np.bool_)
-        self._horizon = horizon
         self._reward: RewardKind = reward
 
     @property
     def steps_left(self) -> IntArray:
         """int64 [N], steps until an episode is cut."""
-        return self._horizon - self.length
+        return self.horizon - self.length
 
-    def begin(self, env_ids: IntArray, successes: BoolArray) -> None:
-        """Begin episodes in which the goal holds already, or not (bool [num])."""
+    def begin(self, env_ids: IntArray, successes: BoolArray, horizons: Sequence[int]) -> None:
+        """Begin episodes in which the goal holds already, or not (bool [num]), to be cut after so many steps each."""
+        self.horizon[env_ids] = horizons
         self.length[env_ids], self.total_reward[env_ids], self.is_done[env_ids] = 0, 0.0, False
         self.last_value[env_ids] = successes
 
@@ -104,7 +106,7 @@ class Episodes:
         self.length += num_steps
         self.total_reward += rewards.sum(axis=1, dtype=np.float64)
         terminations = np.asarray(steps.successes.any(axis=1))
-        truncations = has_stepped & (self.length >= self._horizon)
+        truncations = has_stepped & (self.length >= self.horizon)
         self.is_done |= terminations | truncations
         return rewards, terminations, truncations
 
@@ -117,8 +119,9 @@ class Episodes:
             "is_done": np.array(self.is_done[env_id]),
         }
 
-    def set_state(self, env_id: int, state: Mapping[str, Any]) -> None:
-        """Restore what `get_state` returned."""
+    def set_state(self, env_id: int, state: Mapping[str, Any], horizon: int) -> None:
+        """Restore what `get_state` returned, in an episode that is cut after `horizon` steps."""
+        self.horizon[env_id] = horizon
         self.length[env_id] = int(state["episode_length"])
         self.total_reward[env_id] = float(state["episode_return"])
         self.last_value[env_id] = float(state["last_value"])
@@ -148,7 +151,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     | `rewards` | float32 [N, C] | reward of each step, 0 where none was run |
     | `num_steps` | int64 [N] | steps run by this call |
     | `success` | bool [N] | the goal holds, in the episode observed |
-    | `task_id`, `init_state_id` | int64 [N] | of the episode observed |
+    | `task_id`, `init_state_id` | int64 [N] | of the episode observed; the task's number in `suite` |
     | `episode_length` | int64 [N] | steps of the episode observed |
     | `episode_return` | float64 [N] | its sum of rewards |
     | `final_obs`, `final_info` | dicts of [N] | with SAME_STEP, after an episode's end: what the last step of the ended
@@ -187,10 +190,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     ## Physics on a GPU
     `physics="warp"` is not LIBERO to the last bit; what it does differently is said in
-    `libero_gym.physics.warp_worlds`. All tasks must be of one scene: any of libero_spatial, or of libero_goal; one of
-    libero_object. `stepping` has no part in it, and it draws with the renderer "warp" only. A step runs all
-    environments together, so that its time hardly depends on how many of them idle; prefer SAME_STEP autoreset, and
-    states that are settled.
+    `libero_gym.physics.warp_worlds`. Tasks may be of any scenes and suites: environments of one scene are stepped as
+    one, scenes at the same time (`libero_gym.physics.warp_groups`). `stepping` has no part in it, and it draws with the
+    renderer "warp" only. A step runs all environments of a scene together, so that its time hardly depends on how many
+    of them idle; prefer SAME_STEP autoreset, and states that are settled.
     """
 
     metadata: dict[str, Any] = dict(METADATA)  # noqa: RUF012 - Gymnasium's declaration
@@ -224,8 +227,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Create the environments; on the CPU, scenes are opened by the first reset.
 
         Raises:
-            ValueError: an argument is not among the allowed ones, the message lists them; or `physics="warp"` is given
-                tasks of several scenes.
+            ValueError: an argument is not among the allowed ones; the message lists them.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
             RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
@@ -279,18 +281,14 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if physics == "cpu":
             self._worlds = CpuWorlds(self.num_envs, stepping=stepping, num_threads=threads)
         else:
-            from libero_gym.physics.warp_worlds import WarpWorlds, only_scene  # imports Warp and MuJoCo Warp
+            from libero_gym.physics.warp_groups import make_warp_worlds  # imports Warp and MuJoCo Warp
 
-            self._worlds = WarpWorlds(
-                only_scene(self._tasks),
-                self._tasks,
-                self.num_envs,
-                num_action_chunks=self._num_chunks,
-                options=warp_options,
+            self._worlds = make_warp_worlds(
+                self._tasks, self.num_envs, num_action_chunks=self._num_chunks, options=warp_options
             )
         self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
         self._task_probabilities: npt.NDArray[np.float64] | None = None
-        self._episodes = Episodes(self.num_envs, horizon=self.options.horizon, reward=reward)
+        self._episodes = Episodes(self.num_envs, reward=reward)
         self._rewards = np.zeros((self.num_envs, self._num_chunks), np.float32)  # of the last chunk
         self._num_steps = np.zeros(self.num_envs, np.int64)  # of the last chunk
 
@@ -307,7 +305,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     @property
     def worlds(self) -> Worlds:
-        """The simulated worlds: a `CpuWorlds`, or with `physics="warp"` a `WarpWorlds`.
+        """The simulated worlds: a `CpuWorlds`; with `physics="warp"` a `WarpWorlds`, a `GroupedWarpWorlds` of scenes.
 
         What is changed here by hand is not seen by `observe`; `set_state` is.
 
@@ -411,8 +409,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     @property
     def task_ids(self) -> tuple[int, ...]:
-        """Tasks that episodes are sampled from."""
-        return tuple(task.task_id for task in self._tasks)
+        """Tasks that episodes are sampled from, by their numbers in the suite."""
+        return tuple(task_number(self.options.suite, task) for task in self._tasks)
 
     def set_task_weights(self, weights: Sequence[float] | None) -> None:
         """Say how often the episodes that start from now on are of which task.
@@ -481,14 +479,14 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
                 "simulation goes to simulations[env_id].set_state"
             )
         task = read_task(state)
-        if task.suite != self.options.suite:
+        if task.suite not in member_suites(self.options.suite):
             raise ValueError(f"the state belongs to suite {task.suite}, these environments to {self.options.suite}")
         episode = check_entries(state, layout)
         if episode["episode_length"] < 0:
             raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
         rng = read_generator(str(episode["rng"]))
         self.worlds.set_state(env_id, {name: state[name] for name in state if name not in layout})
-        self._episodes.set_state(env_id, episode)
+        self._episodes.set_state(env_id, episode, self.options.horizon_of(task))
         self._rngs[env_id] = rng
         self._is_stale[env_id] = True
 
@@ -522,7 +520,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             self._episodes.is_done[env_ids] = True  # nothing good can come of them before another reset
             self._is_stale[env_ids] = True
             raise
-        self._episodes.begin(env_ids, self.worlds.success()[env_ids])
+        horizons = [self.options.horizon_of(start.task) for start in starts]
+        self._episodes.begin(env_ids, self.worlds.success()[env_ids], horizons)
         self._is_stale[env_ids] = True
 
     def _begin_sampled(self, env_ids: IntArray) -> None:
@@ -591,7 +590,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     def _episode_infos(self) -> dict[str, npt.NDArray[Any]]:
         return {
             "success": self.worlds.success(),
-            "task_id": np.array([task.task_id for task in self._current_tasks()]),
+            "task_id": np.array([task_number(self.options.suite, task) for task in self._current_tasks()]),
             "init_state_id": self.worlds.init_state_ids,
             "episode_length": self._episodes.length.copy(),
             "episode_return": self._episodes.total_reward.copy(),
@@ -608,8 +607,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         task = get_task(self.options.suite, task_id)
         if task not in self._tasks:
             raise ValueError(
-                f"task_id={task.task_id} of {task.suite} is not among the tasks that these environments were made for "
-                f"(valid: {[known.task_id for known in self._tasks]}); make them with it in task_ids"
+                f"task_id={task_id} of {self.options.suite} is not among the tasks that these environments were made "
+                f"for (valid: {list(self.task_ids)}); make them with it in task_ids"
             )
         return task
 

@@ -46,7 +46,7 @@ from algorithms.common.video import (
 from gr00t_agent.files import write_json
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
 from libero_gym.tasks.initial_states import InitStates, check_init_states, count_init_states
-from libero_gym.tasks.suites import get_task, horizon, list_tasks
+from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, member_suites, task_number
 
 # Beside the videos of single episodes.
 OVERVIEW = "all_tasks.mp4"
@@ -68,22 +68,36 @@ def evaluation_jobs(
         FileNotFoundError: if the suite has no initial states of this kind.
     """
     kind = check_init_states(init_states, suite)
-    tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)
-    for task in tasks:
+    tasks = _chosen_tasks(suite, task_ids)
+    for task_id, task in tasks:
         stored = count_init_states(task, kind)
         if not 1 <= episodes_per_task <= stored:
             raise ValueError(
-                f"episodes_per_task={episodes_per_task} is not possible for task {task.task_id} of {suite}, "
+                f"episodes_per_task={episodes_per_task} is not possible for task {task_id} of {suite}, "
                 f"which stores {stored} initial states (valid: 1-{stored})"
             )
-    return [(task.task_id, state) for task in tasks for state in range(episodes_per_task)]
+    return [(task_id, state) for task_id, _ in tasks for state in range(episodes_per_task)]
 
 
 def stored_starts(suite: str, task_ids: Sequence[int] | None) -> list[Job]:
     """Returns a job of every stored initial state; of a task that is named twice, all of them twice."""
     kind = check_init_states(None, suite)
+    tasks = _chosen_tasks(suite, task_ids)
+    return [(task_id, state) for task_id, task in tasks for state in range(count_init_states(task, kind))]
+
+
+def _chosen_tasks(suite: str, task_ids: Sequence[int] | None) -> list[tuple[int, TaskSpec]]:
+    """Returns tasks with their numbers in `suite`; None chooses all."""
     tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)
-    return [(task.task_id, state) for task in tasks for state in range(count_init_states(task, kind))]
+    return [(task_number(suite, task), task) for task in tasks]
+
+
+def stated_horizon(suite: str, episode_horizon: int | None) -> int | dict[str, int]:
+    """Returns the steps after which episodes are cut, for a protocol; of a combined suite, those of each member."""
+    if episode_horizon is not None:
+        return episode_horizon
+    members = member_suites(suite)
+    return horizon(suite) if members == (suite,) else {member: horizon(member) for member in members}
 
 
 def jobs_in_training(args: Any) -> list[Job]:
@@ -429,7 +443,7 @@ def evaluate_into(
         )
     result.protocol.update(
         suite=args.suite,
-        horizon=args.horizon or horizon(args.suite),
+        horizon=stated_horizon(args.suite, args.horizon),
         task_ids=sorted({task_id for task_id, _ in jobs}),
         episodes_per_task=args.eval_episodes_per_task,
         init_states=check_init_states(None, args.suite),

@@ -60,7 +60,7 @@ from libero_gym.tasks.initial_states import (
 )
 from libero_gym.tasks.scene_builder import import_libero, make_reference_env
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
+from libero_gym.tasks.suites import TaskSpec, get_task, horizon, load_init_states
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _CLOSE_TIMEOUT_S = 10.0
@@ -82,7 +82,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         image_size: height and width of both images, pixels.
         renderer: OpenGL platform; None takes "egl".
         observe_images: False leaves both images out and needs no OpenGL.
-        horizon: steps before truncation; None takes the suite's.
+        horizon: steps before truncation; None takes that of each task's own suite.
         init_states: "settled", "held_out" or "original"; None as for `LiberoEnv`.
 
     Attributes:
@@ -304,10 +304,12 @@ def work(descriptor: int) -> None:
 class _LiberoEnvironment:
     """LIBERO's environment of one task after another."""
 
-    def __init__(self, suite: str, init_states: InitStates, horizon: int, image_size: int, has_images: bool) -> None:
+    def __init__(
+        self, suite: str, init_states: InitStates, episode_horizon: int | None, image_size: int, has_images: bool
+    ) -> None:
         self._suite = suite
         self._init_states: InitStates = init_states
-        self._horizon = horizon
+        self._episode_horizon = episode_horizon
         self._image_size = image_size
         self._has_images = has_images
         self._task: TaskSpec | None = None
@@ -331,6 +333,7 @@ class _LiberoEnvironment:
             for _ in range(NUM_SETTLING_STEPS):
                 observation = env.step(SETTLING_ACTION)[0]
         self._raise_on_warning()
+        self._horizon = self._episode_horizon or horizon(task.suite)
         self._episode = {
             "task_descriptions": task.language,
             "task_id": task_id,

@@ -245,7 +245,10 @@ def _protocol_sentence(evaluation: Evaluation) -> str:
         "metric": "{}",
         "sampling": "{} sampling",
     }
-    said = [pattern.format(protocol[name]) for name, pattern in known.items() if name in protocol]
+    values = dict(protocol)
+    if isinstance(values.get("horizon"), dict):  # a combined suite's
+        values["horizon"] = ", ".join(f"{steps} ({suite})" for suite, steps in values["horizon"].items())
+    said = [pattern.format(values[name]) for name, pattern in known.items() if name in values]
     return f"{evaluation.name}: " + ", ".join(said)
 
 

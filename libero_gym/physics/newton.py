@@ -16,7 +16,6 @@ from importlib.resources import files
 from typing import Any
 
 import mujoco
-import mujoco_warp
 import numpy as np
 import warp as wp
 

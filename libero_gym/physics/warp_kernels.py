@@ -571,6 +571,17 @@ def end_step(
 
 
 @wp.kernel
+def begin_settling_step(
+    is_reset: wp.array(dtype=wp.uint8), is_active: wp.array(dtype=wp.uint8), step: wp.array(dtype=int)
+):
+    """Has all worlds that are reset take the first action of the chunk, also where the goal held; dim N."""
+    world = wp.tid()
+    is_active[world] = is_reset[world]
+    if world == 0:
+        step[0] = 0
+
+
+@wp.kernel
 def next_step(step: wp.array(dtype=int)):
     """Moves on to the next action of the chunk; dim 1."""
     step[0] = step[0] + 1
@@ -631,6 +642,29 @@ def write_start(
     world_task[world] = start.task[row]
     has_diverged[world] = wp.uint8(0)
     overflow[world] = 0
+
+
+@wp.struct
+class Rows:
+    """An array with a row for each world, as bytes [N, bytes of a row]."""
+
+    data: wp.array2d(dtype=wp.uint8)
+
+
+@wp.kernel
+def copy_rows(
+    sources: wp.array(dtype=Rows),
+    source_rows: wp.array(dtype=int),
+    targets: wp.array(dtype=Rows),
+    target_rows: wp.array(dtype=int),
+    num_lanes: int,
+):
+    """Copies rows of arrays into rows of others, none of which is read; dim (number of rows, arrays, lanes)."""
+    i, array, lane = wp.tid()
+    source = sources[array].data
+    target = targets[array].data
+    for byte in range(lane, source.shape[1], num_lanes):
+        target[target_rows[i], byte] = source[source_rows[i], byte]
 
 
 @wp.func

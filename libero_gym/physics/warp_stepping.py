@@ -9,19 +9,20 @@ as long as their slowest thread. Here the step falls into strands, which are str
 
 The broad phase compares boxes along the world's axes, first those of bodies, then those of their shapes, before MuJoCo
 Warp's own test of a pair, which reads and computes many times as much. Meshes that can be proven never to touch are not
-compared at all; see `libero_gym.physics.clearance`. The solver is `libero_gym.physics.newton`. Results are those of `mujoco_warp.step` but for the
-order in which contacts are found and sums rounded.
+compared at all; see `libero_gym.physics.clearance`. The solver is `libero_gym.physics.newton`. Results are those of
+`mujoco_warp.step` but for the order in which contacts are found and sums rounded.
 
 Shape legend: N worlds, B bodies, G geoms, Q pairs of bodies and P pairs of geoms that can collide.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import mujoco
 import mujoco_warp
@@ -60,18 +61,28 @@ class Substep:
         Raises:
             ValueError: the model has what scenes of LIBERO do not have; see `NewtonSolver.of`.
         """
-        self.solver = NewtonSolver.of(mjm, model, data, device=device)
-        self._model, self._data, self._device = model, data, device
+        self._mjm, self._device = mjm, device
         with wp.ScopedDevice(device):
-            self._collisions = create_collision_context(data.naconmax)
             self._pairs = _group_pairs(mjm, model)
-            self._geom_bounds = wp.zeros((data.nworld, mjm.ngeom, 2), dtype=wp.vec3)
-            self._body_bounds = wp.zeros((data.nworld, mjm.nbody, 2), dtype=wp.vec3)
+        self._convex_pairs, self._primitive_pairs = _pairs_of_shapes(model)
+        self._strands = _make_strands(device, 1 + len(self._convex_pairs)) if wp.get_device(device).is_cuda else []
+        self._allocate(model, data)
+
+    def for_rows(self, model: Any, data: Any) -> Self:
+        """Return the same for some of the worlds, with memory of its own; `model` and `data` are views of theirs."""
+        other = copy.copy(self)
+        other._allocate(model, data)
+        return other
+
+    def _allocate(self, model: Any, data: Any) -> None:
+        self._model, self._data = model, data
+        self.solver = NewtonSolver.of(self._mjm, model, data, device=self._device)
+        with wp.ScopedDevice(self._device):
+            self._collisions = create_collision_context(data.naconmax)
+            self._geom_bounds = wp.zeros((data.nworld, self._mjm.ngeom, 2), dtype=wp.vec3)
+            self._body_bounds = wp.zeros((data.nworld, self._mjm.nbody, 2), dtype=wp.vec3)
             self._num_near = wp.zeros(data.nworld, dtype=int)
             self._near = wp.zeros((data.nworld, len(self._pairs.bodies)), dtype=int)
-        self._convex_pairs, self._primitive_pairs = _pairs_of_shapes(model)
-        num_strands = 1 + len(self._convex_pairs)
-        self._strands = [wp.Stream(device) for _ in range(num_strands)] if wp.get_device(device).is_cuda else []
 
     def run(self, control: Callable[[], None]) -> None:
         """Launch the kernels of a step; `control` launches those that set `ctrl`, after velocities and bias."""
@@ -189,6 +200,12 @@ class Substep:
             wp.wait_stream(self._strands[index])
 
 
+@functools.lru_cache
+def _make_strands(device: str, number: int) -> list[Any]:
+    """Return streams that captures of steps go through, one capture at a time."""
+    return [wp.Stream(device) for _ in range(number)]
+
+
 @dataclass(frozen=True, eq=False)
 class _Pairs:
     """Pairs of geoms that can collide, by pairs of bodies; Warp arrays.
@@ -236,9 +253,7 @@ def _pairs_of_shapes(model: Any) -> tuple[list[Any], list[Any]]:
         table[box, box] = CollisionType.PRIMITIVE
     num_types = len(mujoco_warp.GeomType)
     there = [
-        pair
-        for pair in table
-        if model.geom_pair_type_count[upper_trid_index(num_types, pair[0].value, pair[1].value)]
+        pair for pair in table if model.geom_pair_type_count[upper_trid_index(num_types, pair[0].value, pair[1].value)]
     ]
     convex = [pair for pair in there if table[pair] == CollisionType.CONVEX]
     return convex, [pair for pair in there if table[pair] == CollisionType.PRIMITIVE]

@@ -23,11 +23,12 @@ Shape legend: N worlds, C steps of an action chunk, R worlds that are reset, B b
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import mujoco
 import mujoco_warp
@@ -53,7 +54,7 @@ from libero_gym.physics.warp_stepping import Substep
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
 from libero_gym.rendering.raycast import DevicePoses, default_device, list_devices
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, load_recorded_states
-from libero_gym.tasks.scenes import JointTest, Scene, load_scenes
+from libero_gym.tasks.scenes import JointTest, Scene
 from libero_gym.tasks.suites import TaskSpec
 
 # What an overflow of MuJoCo Warp's buffers loses. Its other reports (iterations spent, a penetration depth given up)
@@ -72,11 +73,11 @@ class WarpOptions:
     """Sizes of MuJoCo Warp's buffers and limits of its solver.
 
     Attributes:
-        contacts_per_world: contacts for which there is space, on average over the worlds, which share it.
+        contacts_per_world: contacts for which there is space, on average over the worlds of a scene, which share it.
             libero_spatial has 88 at rest and 230 while its bowls settle, the other suites half of that.
         constraints_per_world: constraint rows of one world at most: three or four for a contact, one for a joint that
             has friction or is at its limit.
-        convex_contacts_per_world: contacts that involve a mesh or a cylinder, on average over the worlds.
+        convex_contacts_per_world: contacts that involve a mesh or a cylinder, on average over the worlds of a scene.
         solver_iterations: the solver's iterations in one substep at most. Most substeps need one or two, one in a
             hundred more than ten under random actions; the next substep goes on from what those reach.
         linesearch_iterations: the same for the line search within an iteration.
@@ -102,7 +103,9 @@ class WarpOptions:
 class WarpWorlds(Uncopied):
     """N worlds of one scene on one device; each is at a task and a state of its own.
 
-    See `libero_gym.physics.worlds.Worlds`, which this implements.
+    See `libero_gym.physics.worlds.Worlds`, which this implements. `libero_gym.physics.warp_groups` makes worlds of
+    several scenes of it; what it needs for that are the methods that only launch, so that several scenes run at once,
+    and those about rows: a row is the place of a world in the arrays.
 
     Attributes:
         scene: the scene.
@@ -124,6 +127,7 @@ class WarpWorlds(Uncopied):
         num_action_chunks: int = 1,
         device: str | None = None,
         options: WarpOptions | None = None,
+        loads_kernels: bool = True,
     ) -> None:
         """Allocate the worlds; call `reset` before `step`.
 
@@ -134,13 +138,12 @@ class WarpWorlds(Uncopied):
             num_action_chunks: C.
             device: "cpu" or a CUDA device such as "cuda:0"; None takes CUDA if it is there.
             options: None for the defaults.
+            loads_kernels: False leaves it to the caller to load what `find_kernels` returns.
 
         Raises:
             ValueError: Warp has no such device.
         """
-        self.device = default_device() if device is None else device
-        if self.device not in list_devices():
-            raise ValueError(f"Warp has no device {self.device!r} (valid: {list_devices()})")
+        self.device = choose_device(device)
         self._owner = Owner("the simulated worlds")
         options = options or WarpOptions()
         self.scene = scene
@@ -154,6 +157,11 @@ class WarpWorlds(Uncopied):
         fixtures = scene.fixture_body_ids
         self._default_fixture_poses = np.concatenate([model.body_pos[fixtures], model.body_quat[fixtures]], axis=1)
         self._creation = creation_kinematics(model, robot)
+        # Worlds that were never reset are computed as others are, and share the space for contacts. As the model has
+        # it, fixtures stand in each other.
+        task_data = load_task_data(scene, self.tasks[0])
+        poses = task_data.fixture_sampler.sample(np.random.RandomState(0), self._default_fixture_poses)
+        model.body_pos[fixtures], model.body_quat[fixtures] = poses[:, :3], poses[:, 3:]
         # MuJoCo Warp reads the second flag as: boxes collide by MuJoCo's algorithm for boxes.
         model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_SENSOR | mujoco.mjtDisableBit.mjDSBL_NATIVECCD)
         model.opt.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
@@ -171,11 +179,11 @@ class WarpWorlds(Uncopied):
             )
         self._model.opt.warn_overflow = 0  # read from `overflow` instead of printed
         self._substep = Substep(model, self._model, self._data, device=self.device)
-        self._graph: Any = None
+        self._step_graph: Any = None
+        self._refresh_graph: Any = None
+        self._has_launched = False
 
-        # Worlds that were never reset share the space for contacts, so they hold a state with few of them.
-        state = load_task_data(scene, self.tasks[0]).init_states[0, 1 : 1 + model.nq]
-        self._data.qpos.assign(np.tile(state.astype(np.float32), (num_worlds, 1)))
+        self._data.qpos.assign(np.tile(_resting_qpos(model, task_data.init_states[0]), (num_worlds, 1)))
 
         n, data = num_worlds, self._data
         self._live: Any = kernels.Live()
@@ -199,6 +207,7 @@ class WarpWorlds(Uncopied):
         self._world_task = wp.full(n, -1, dtype=int, device=self.device)
         self._actions = self._zeros((n, num_action_chunks, ACTION_DIM), float)
         self._step = self._zeros(1, int)
+        self._is_reset = self._zeros(n, wp.uint8)
         self._is_active = self._zeros(n, wp.uint8)
         self._is_success = self._zeros(n, wp.uint8)
         self._has_diverged = self._zeros(n, wp.uint8)
@@ -210,7 +219,8 @@ class WarpWorlds(Uncopied):
         static = np.flatnonzero(model.body_weldid[model.geom_bodyid] == 0)
         self._static_geoms = wp.array(static, dtype=int, device=self.device)
         self._geom_mat = wp.array(_matrices(model.geom_quat), dtype=wp.mat33, device=self.device)
-        self._load_kernels()
+        if loads_kernels:
+            load_modules(self.find_kernels())
 
     def reset(self, world_ids: IntArray, starts: Sequence[EpisodeStart], *, init_states: InitStates) -> None:
         """Start episodes, objects at rest; see `libero_gym.physics.simulation.Simulation.reset`.
@@ -231,29 +241,14 @@ class WarpWorlds(Uncopied):
         self._owner.check()
         if not len(world_ids):
             return
-        self._check_tasks([start.task for start in starts])
-        start = self._upload(kernels.Start, world=world_ids, **self._start_values(starts, init_states))
-        self._launch(
-            kernels.write_start,
-            len(world_ids),
-            start,
-            self._fixture_body_ids,
-            self._live,
-            self._memory,
-            self._model.body_pos,
-            self._model.body_quat,
-            self._world_task,
-            self._has_diverged,
-            self._data.overflow,
-        )
-        is_reset = np.zeros(self.num_worlds, np.bool_)
-        is_reset[world_ids] = True
+        settles = init_states == "original"
+        self.upload_starts(world_ids, self.read_starts(starts, init_states), settles=settles)
         for i, begun in zip(world_ids, starts, strict=True):
             self._current_tasks[i] = begun.task
             self._init_state_ids[i] = begun.init_state_id
-        self._refresh(is_reset)
-        if init_states == "original":
-            self._settle(is_reset)
+        self.launch_starts(settles=settles)
+        if settles:
+            raise_on_faults(*self.read_faults())
 
     @property
     def current_tasks(self) -> list[TaskSpec | None]:
@@ -287,18 +282,11 @@ class WarpWorlds(Uncopied):
             raise ValueError(f"worlds {fresh} were never reset")
         if not is_active.any():
             return steps
-        self._prepare()
-        self._ran.zero_()
-        self._successes.zero_()
-        self._actions.assign(np.asarray(actions, np.float32))
-        self._is_active.assign(is_active.astype(np.uint8))
-        self._steps_left.assign(np.asarray(steps_left, np.int32))
-        self._step.zero_()
+        self.upload_chunk(actions, is_active, steps_left)
         for _ in range(self._actions.shape[1]):
-            wp.capture_launch(self._graph)
-        steps.ran[:] = self._ran.numpy()
-        steps.successes[:] = self._successes.numpy()
-        self._raise_on_faults()
+            self.launch_step()
+        steps.ran[:], steps.successes[:] = self.read_chunk()
+        raise_on_faults(*self.read_faults())
         return steps
 
     def success(self) -> BoolArray:
@@ -319,10 +307,10 @@ class WarpWorlds(Uncopied):
         self._owner.check()
         return self._data.qpos.numpy().copy()
 
-    def poses(self, world_ids: IntArray) -> DevicePoses:
-        """Return what the images of some worlds show, on the device."""
+    def poses(self, world_ids: IntArray, *, places: IntArray | None = None) -> DevicePoses:
+        """Return what the images of some worlds show, on the device; `places` are those of the images."""
         self._owner.check()
-        if len(world_ids) == self.num_worlds:
+        if np.array_equal(world_ids, np.arange(self.num_worlds)):
             body_pos, body_mat = self._observed.body_pos, self._observed.body_mat
         else:
             shape = (len(world_ids), self._observed.body_pos.shape[1])
@@ -331,7 +319,8 @@ class WarpWorlds(Uncopied):
             self._launch(kernels.gather_poses, shape, ids, self._observed, body_pos, body_mat)
         is_lit = self._observed.is_lit.numpy()[world_ids]  # a few bytes a world
         lit_sites = np.where(is_lit > 0, self.scene.indicator_site_ids, -1).astype(np.int32)
-        return DevicePoses(scene=self.scene, body_pos=body_pos, body_mat=body_mat, lit_sites=lit_sites)
+        places = np.arange(len(world_ids)) if places is None else places
+        return DevicePoses(scene=self.scene, body_pos=body_pos, body_mat=body_mat, lit_sites=lit_sites, places=places)
 
     def render(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Any:
         """Return images of some worlds, drawn on the device by a `WarpRenderer`; see `Worlds.render`."""
@@ -340,18 +329,12 @@ class WarpWorlds(Uncopied):
 
     def get_state(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
         """Return everything that decides a world's future and what it shows; see `Worlds.get_state`."""
-        one = slice(world_id, world_id + 1)
-        arrays = {name: array[one].numpy()[0].copy() for name, array in self._state_arrays().items()}
-        return self._identity(world_id) | arrays
+        return self._identity(world_id) | self.read_row(world_id)
 
     def get_states(self) -> list[dict[str, npt.NDArray[Any]]]:
         """Return `get_state` of all worlds, with one download of each array."""
         identities = [self._identity(i) for i in range(self.num_worlds)]
-        arrays = {name: array.numpy() for name, array in self._state_arrays().items()}
-        return [
-            identity | {name: array[i].copy() for name, array in arrays.items()}
-            for i, identity in enumerate(identities)
-        ]
+        return [identity | row for identity, row in zip(identities, self.read_rows(self.num_worlds), strict=True)]
 
     def set_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore what `get_state` returned, also from another world of the same scene and tasks.
@@ -360,29 +343,164 @@ class WarpWorlds(Uncopied):
             ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
                 another scene, or to a task that is not among those of these worlds. No world has been touched.
         """
-        layout = IDENTITY | self._state_layout
-        check_keys(state, layout)
-        task = check_scene(state, self.scene)
-        self._check_tasks([task])
-        state = check_entries(state, layout)
-        one = slice(world_id, world_id + 1)
-        for name, array in self._state_arrays().items():
-            array[one].assign(state[name][None])
-        self._world_task[one].fill_(self._task_index[task])
+        task, state = self.check_state(state)
+        self.write_row(world_id, task, state)
         self._current_tasks[world_id] = task
         self._init_state_ids[world_id] = int(state["init_state_id"])
-        self._data.overflow[one].zero_()
-        self._has_diverged[one].zero_()
-        self._forward()
 
     def physics_error(self, world_id: int, reason: str, action: npt.NDArray[np.float64]) -> PhysicsError:
         """Return the error to raise for an action; the state is not dumped."""
         return PhysicsError(reason)
 
     def close(self) -> None:
-        """Release the captured step, in the process that made it; the rest goes with the object."""
+        """Release what was captured, in the process that made it; the rest goes with the object."""
         if self._owner.is_this_process:
-            self._graph = None
+            self._step_graph = self._refresh_graph = None
+
+    def find_kernels(self) -> list[tuple[Any, Any, int | None]]:
+        """Return the modules of kernels of resets and steps, for `load_modules`; what is missed loads when launched."""
+        kept = {name: wp.clone(array) for name, array in self._state_arrays().items()}
+        try:
+            return find_modules(self._launch_all)
+        finally:
+            for name, array in self._state_arrays().items():  # copies and fills are no kernels, and have been done
+                wp.copy(array, kept[name])
+
+    def first_rows(self, num_rows: int) -> Self:
+        """Return the worlds of the first rows as an object of their own, in the same memory.
+
+        It captures graphs of its own, which compute no more than these rows, and has its share of the contacts' space.
+        Only one of such objects may be at work at a time, and none of them knows what worlds are at.
+        """
+        rows = object.__new__(type(self))
+        vars(rows).update(vars(self))
+        rows.num_worlds = num_rows
+        rows._data = _first_worlds(self._data, num_rows)
+        rows._model = copy.copy(self._model)
+        for name in ("body_pos", "body_quat"):
+            setattr(rows._model, name, _head(getattr(self._model, name), num_rows))
+        for name, struct in _ROW_STRUCTS.items():
+            whole, part = getattr(self, name), struct()
+            for member in struct.vars:
+                setattr(part, member, _head(getattr(whole, member), num_rows))
+            setattr(rows, name, part)
+        for name in _ROW_ARRAYS:
+            setattr(rows, name, _head(getattr(self, name), num_rows))
+        rows._substep = self._substep.for_rows(rows._model, rows._data)
+        rows._step_graph = rows._refresh_graph = None
+        return rows
+
+    def row_arrays(self) -> list[Any]:
+        """Return the arrays, leading dimension N, of all that a row takes along where it is copied to."""
+        data = self._data
+        arrays = (*self._state_arrays().values(), self._world_task, self._has_diverged, data.overflow)
+        return [*arrays, data.geom_xpos, data.geom_xmat]  # the latter for static geoms, which no step places
+
+    def read_starts(self, starts: Sequence[EpisodeStart], init_states: InitStates) -> dict[str, Any]:
+        """Return what `upload_starts` takes; nothing is touched.
+
+        Raises:
+            ValueError: a task is not among the scene's tasks given to the constructor.
+            FileNotFoundError: states of this kind are not recorded for the suite.
+        """
+        self._check_tasks([start.task for start in starts])
+        return self._start_values(starts, init_states)
+
+    def upload_starts(self, rows: IntArray, values: dict[str, Any], *, settles: bool) -> None:
+        """Write starts into rows, int64 [R]; `launch_starts` does the rest."""
+        self._prepare()
+        self._launch(
+            kernels.write_start,
+            len(rows),
+            self._upload(kernels.Start, world=rows, **values),
+            self._fixture_body_ids,
+            self._live,
+            self._memory,
+            self._model.body_pos,
+            self._model.body_quat,
+            self._world_task,
+            self._has_diverged,
+            self._data.overflow,
+        )
+        is_reset = np.zeros(self.num_worlds, np.uint8)
+        is_reset[rows] = 1
+        self._is_active.assign(is_reset)
+        if settles:
+            actions = np.zeros(self._actions.shape, np.float32)
+            actions[:, 0] = SETTLING_ACTION
+            self._actions.assign(actions)
+            self._is_reset.assign(is_reset)
+            self._steps_left.fill_(NUM_SETTLING_STEPS + 1)
+
+    def launch_starts(self, *, settles: bool, stream: Any = None) -> None:
+        """Launch what makes episodes of starts that were written: compute, judge, observe, and settle or not.
+
+        Args:
+            settles: as `upload_starts` was told.
+            stream: where to; None is the device's current one, to which everything else goes.
+        """
+        wp.capture_launch(self._refresh_graph, stream=stream)
+        for _ in range(NUM_SETTLING_STEPS if settles else 0):
+            wp.launch(
+                kernels.begin_settling_step,
+                dim=self.num_worlds,
+                inputs=[self._is_reset, self._is_active, self._step],
+                device=self.device,
+                stream=stream,
+            )
+            wp.capture_launch(self._step_graph, stream=stream)
+
+    def upload_chunk(self, actions: FloatArray, is_active: BoolArray, steps_left: IntArray) -> None:
+        """Give actions [N, C, 7], see `step`; `launch_step` runs the next step of them."""
+        self._prepare()
+        self._ran.zero_()
+        self._successes.zero_()
+        self._actions.assign(np.asarray(actions, np.float32))
+        self._is_active.assign(is_active.astype(np.uint8))
+        self._steps_left.assign(np.asarray(steps_left, np.int32))
+        self._step.zero_()
+
+    def launch_step(self, *, stream: Any = None) -> None:
+        """Launch the next step of the chunk on a stream; None is the device's current one."""
+        wp.capture_launch(self._step_graph, stream=stream)
+
+    def read_chunk(self) -> Steps:
+        """Return what the chunk came to, waiting for it."""
+        return Steps(self._ran.numpy().astype(np.bool_), self._successes.numpy().astype(np.bool_))
+
+    def read_faults(self) -> tuple[BoolArray, npt.NDArray[np.int32]]:
+        """Return which worlds have diverged, bool [N], and what did not fit, int32 [N]; see `raise_on_faults`."""
+        return self._has_diverged.numpy().astype(np.bool_), self._data.overflow.numpy()
+
+    def read_row(self, row: int) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays of a world's state, copied."""
+        return {name: _row(array, row).numpy()[0].copy() for name, array in self._state_arrays().items()}
+
+    def read_rows(self, num_rows: int) -> list[dict[str, npt.NDArray[Any]]]:
+        """Return `read_row` of the first rows, with one download of each array."""
+        arrays = {name: array.numpy() for name, array in self._state_arrays().items()}
+        return [{name: array[row].copy() for name, array in arrays.items()} for row in range(num_rows)]
+
+    def check_state(self, state: Mapping[str, npt.NDArray[Any]]) -> tuple[TaskSpec, dict[str, npt.NDArray[Any]]]:
+        """Return the task and the entries of a state that may be restored.
+
+        Raises:
+            ValueError: see `set_state`.
+        """
+        layout = IDENTITY | self._state_layout
+        check_keys(state, layout)
+        task = check_scene(state, self.scene)
+        self._check_tasks([task])
+        return task, check_entries(state, layout)
+
+    def write_row(self, row: int, task: TaskSpec, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore a state from `check_state` in a row."""
+        for name, array in self._state_arrays().items():
+            _row(array, row).assign(state[name][None])
+        _row(self._world_task, row).fill_(self._task_index[task])
+        _row(self._data.overflow, row).zero_()
+        _row(self._has_diverged, row).zero_()
+        self._forward()
 
     def _identity(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
         """Return the part of a world's state that says what it is a state of.
@@ -393,12 +511,7 @@ class WarpWorlds(Uncopied):
         task = self._current_tasks[world_id]
         if task is None:
             raise ValueError("reset() must be called first")
-        return {
-            "scene": np.array(self.scene.key),
-            "suite": np.array(task.suite),
-            "task_id": np.array(task.task_id),
-            "init_state_id": np.array(self._init_state_ids[world_id]),
-        }
+        return state_identity(self.scene, task, int(self._init_state_ids[world_id]))
 
     def _check_tasks(self, tasks: Sequence[TaskSpec]) -> None:
         unknown = sorted({f"{task.suite}/{task.task_id}" for task in tasks if task not in self._task_index})
@@ -424,7 +537,7 @@ class WarpWorlds(Uncopied):
     @functools.cached_property
     def _state_layout(self) -> dict[str, Entry]:
         """What each array of a world's state is like."""
-        return {name: Entry.of(array[:1].numpy()[0]) for name, array in self._state_arrays().items()}
+        return {name: Entry.of(_row(array, 0).numpy()[0]) for name, array in self._state_arrays().items()}
 
     def _start_values(self, starts: Sequence[EpisodeStart], init_states: InitStates) -> dict[str, Any]:
         """Return the arrays of `warp_kernels.Start` apart from `world`."""
@@ -458,22 +571,8 @@ class WarpWorlds(Uncopied):
             values["qpos"][row], values["qvel"][row] = physics[:nq], physics[nq:]
         return values
 
-    def _settle(self, is_reset: BoolArray) -> None:
-        self._prepare()
-        actions = np.zeros(self._actions.shape, np.float32)
-        actions[:, 0] = SETTLING_ACTION
-        self._actions.assign(actions)
-        self._steps_left.fill_(NUM_SETTLING_STEPS + 1)
-        for _ in range(NUM_SETTLING_STEPS):
-            # Set anew each time, because a step that reaches the goal ends a world's chunk.
-            self._is_active.assign(is_reset.astype(np.uint8))
-            self._step.zero_()
-            wp.capture_launch(self._graph)
-        self._raise_on_faults()
-
-    def _refresh(self, is_reset: BoolArray) -> None:
-        """Compute, judge and observe states that were written."""
-        self._is_active.assign(is_reset.astype(np.uint8))
+    def _refresh(self) -> None:
+        """Launch what computes, judges and observes states that were written."""
         self._forward()
         self._judge()
         self._begin_step()
@@ -499,29 +598,27 @@ class WarpWorlds(Uncopied):
             mujoco_warp.fwd_position(model, data, factorize=False)
 
     def _prepare(self) -> None:
-        """Capture an environment step as a graph, once, after running it with all worlds idle to load its kernels."""
-        if self._graph is not None:
-            return
-        self._is_active.zero_()
-        self._step.zero_()
-        self._launch_step()
-        with wp.ScopedCapture(device=self.device) as capture:
-            self._launch_step()
-        self._graph = capture.graph
+        """Capture a reset and an environment step as graphs, once.
 
-    def _load_kernels(self) -> None:
-        """Compile the kernels of resets and steps side by side; what is missed is compiled when it is launched."""
-        kept = {name: wp.clone(array) for name, array in self._state_arrays().items()}
-        try:
-            modules = find_modules(self._launch_all)
-        finally:
-            for name, array in self._state_arrays().items():  # copies and fills are no kernels, and have been done
-                wp.copy(array, kept[name])
-        load_modules(modules)
+        Both are run before, with all worlds idle, to load their kernels.
+        """
+        if self._step_graph is not None:
+            return
+        if not self._has_launched:
+            self._launch_all()
+            self._has_launched = True
+        self._refresh_graph, self._step_graph = self._capture(self._refresh), self._capture(self._launch_step)
+
+    def _capture(self, launch: Callable[[], None]) -> Any:
+        with wp.ScopedCapture(device=self.device) as capture:
+            launch()
+        return capture.graph
 
     def _launch_all(self) -> None:
-        """Launch the kernels of resets and of steps."""
-        self._refresh(np.zeros(self.num_worlds, np.bool_))
+        """Launch the kernels of resets and of steps, with all worlds idle."""
+        self._is_active.zero_()
+        self._step.zero_()
+        self._refresh()
         self._launch_step()
 
     def _launch_step(self) -> None:
@@ -600,22 +697,6 @@ class WarpWorlds(Uncopied):
     def _observing(self) -> tuple[Any, ...]:
         return self._arm, self._live, self._is_active, self._observed
 
-    def _raise_on_faults(self) -> None:
-        diverged = np.flatnonzero(self._has_diverged.numpy())
-        if len(diverged):
-            raise PhysicsError(
-                f"the simulation diverged in worlds {diverged.tolist()}; the state is no longer valid: reset them, and "
-                "check that actions are within -1..1"
-            )
-        overflow = self._data.overflow.numpy()
-        for kind, loss in _LOSSES.items():
-            worlds = np.flatnonzero(overflow & int(kind))
-            if len(worlds):
-                raise PhysicsError(
-                    f"{loss} in worlds {worlds.tolist()}; the state is no longer valid: reset them, and make the "
-                    "worlds with larger WarpOptions"
-                )
-
     def _launch(self, kernel: Any, dim: Any, *inputs: Any) -> None:
         wp.launch(kernel, dim=dim, inputs=list(inputs), device=self.device)
 
@@ -640,22 +721,97 @@ class WarpWorlds(Uncopied):
         return result
 
 
-def only_scene(tasks: Sequence[TaskSpec]) -> Scene:
-    """Return the scene that `tasks` share.
+def choose_device(device: str | None) -> str:
+    """Return Warp's name of a device; None is CUDA if it is there.
 
     Raises:
-        ValueError: they are of several scenes; the message says which of them go together.
+        ValueError: Warp has no such device.
     """
-    scenes = load_scenes(tasks)
-    groups: dict[str, list[int]] = {}
-    for task, scene in zip(tasks, scenes, strict=True):
-        groups.setdefault(scene.key, []).append(task.task_id)
-    if len(groups) > 1:
-        raise ValueError(
-            f"these tasks of {tasks[0].suite} are of {len(groups)} scenes, physics='warp' steps one: choose task_ids "
-            f"among one of {list(groups.values())}"
+    chosen = default_device() if device is None else device
+    if chosen not in list_devices():
+        raise ValueError(f"Warp has no device {chosen!r} (valid: {list_devices()})")
+    return chosen
+
+
+def raise_on_faults(has_diverged: BoolArray, overflow: npt.NDArray[np.int32]) -> None:
+    """Raise PhysicsError if a world has diverged (bool [N]), or lost something that did not fit (int32 [N], bits)."""
+    diverged = np.flatnonzero(has_diverged)
+    if len(diverged):
+        raise PhysicsError(
+            f"the simulation diverged in worlds {diverged.tolist()}; the state is no longer valid: reset them, and "
+            "check that actions are within -1..1"
         )
-    return scenes[0]
+    for kind, loss in _LOSSES.items():
+        worlds = np.flatnonzero(overflow & int(kind))
+        if len(worlds):
+            raise PhysicsError(
+                f"{loss} in worlds {worlds.tolist()}; the state is no longer valid: reset them, and make the "
+                "worlds with larger WarpOptions"
+            )
+
+
+def state_identity(scene: Scene, task: TaskSpec, init_state_id: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the part of a world's state that says what it is a state of."""
+    return {
+        "scene": np.array(scene.key),
+        "suite": np.array(task.suite),
+        "task_id": np.array(task.task_id),
+        "init_state_id": np.array(init_state_id),
+    }
+
+
+# What of `WarpWorlds` has a row for each world.
+_ROW_STRUCTS = {
+    "_live": kernels.Live,
+    "_memory": kernels.Memory,
+    "_observed": kernels.Observed,
+    "_saved": kernels.Saved,
+}
+_ROW_ARRAYS = (
+    "_is_lit",
+    "_touched",
+    "_world_task",
+    "_actions",
+    "_is_reset",
+    "_is_active",
+    "_is_success",
+    "_has_diverged",
+    "_steps_left",
+    "_ran",
+    "_successes",
+)
+
+
+def _head(array: Any, num: int) -> Any:
+    """Return the first rows of an array, in the same memory; one without elements, which Warp cannot cut, as is."""
+    return array[:num] if array.size else array
+
+
+def _row(array: Any, row: int) -> Any:
+    """Return one row of an array, as an array of one row in the same memory; one without elements as is."""
+    return array[row : row + 1] if array.size else array
+
+
+def _first_worlds(data: Any, num_worlds: int) -> Any:
+    """Return MuJoCo Warp's `Data` of its first worlds, in the same memory, with their share of the contacts' space."""
+    sizes = {"nworld": num_worlds}
+    for name in ("naconmax", "naccdmax"):
+        sizes[name] = getattr(data, name) * num_worlds // data.nworld
+
+    def cut(values: Any) -> Any:
+        part = copy.copy(values)
+        for entry in dataclasses.fields(values):
+            value, shape = getattr(values, entry.name), getattr(entry.type, "shape", None)
+            if dataclasses.is_dataclass(value):
+                setattr(part, entry.name, cut(value))
+            elif value is not None and shape and shape[0] in sizes:
+                setattr(part, entry.name, _head(value, sizes[shape[0]]))
+        return part
+
+    first = cut(data)
+    for name, size in sizes.items():
+        setattr(first, name, size)
+    return first
 
 
 def axis_angles(quat_wxyz: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -668,6 +824,14 @@ def axis_angles(quat_wxyz: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     sine = np.linalg.norm(xyz, axis=1, keepdims=True)
     scale = np.where(sine > 0, 2.0 * np.arctan2(sine, w) / np.maximum(sine, 1e-30), 0.0)
     return (xyz * scale).astype(np.float32)
+
+
+def _resting_qpos(model: mujoco.MjModel, init_state: FloatArray) -> npt.NDArray[np.float32]:
+    """Return positions [nq] of a stored state (time comes first), objects hung up apart, where they touch nothing."""
+    qpos = init_state[1 : 1 + model.nq].astype(np.float32)
+    for number, address in enumerate(model.jnt_qposadr[model.jnt_type == mujoco.mjtJoint.mjJNT_FREE]):
+        qpos[address : address + 3] = (0.0, 0.0, 10.0 + number)
+    return qpos
 
 
 def _arm_values(scene: Scene) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Many worlds stepped together: what the vector environment asks of physics, whatever computes it.
 
-`libero_gym.physics.cpu_worlds.CpuWorlds` is LIBERO to the last bit, `libero_gym.physics.warp_worlds.WarpWorlds` runs on
-a GPU. Episodes (rewards, horizons, autoreset, what is sampled) are none of their business.
+`libero_gym.physics.cpu_worlds.CpuWorlds` is LIBERO to the last bit. On a GPU,
+`libero_gym.physics.warp_worlds.WarpWorlds` runs worlds of one scene and
+`libero_gym.physics.warp_groups.GroupedWarpWorlds` those of several. Episodes (rewards, horizons, autoreset, what is
+sampled) are none of their business.
 
 Shape legend: N worlds, C steps of an action chunk, R worlds that are reset, K cameras, H = W = image size in pixels.
 """

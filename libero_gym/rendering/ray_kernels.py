@@ -1,4 +1,5 @@
 # type: ignore
+# ruff: noqa: UP018, RUF046 - Warp takes int(0) for a variable that a loop changes, and 0 for a constant
 """Warp kernels of the ray caster; see `libero_gym.rendering.raycast`.
 
 Warp compiles these functions instead of running them, and annotates them in its own way, so Python's type checkers

@@ -197,19 +197,62 @@ class DevicePoses:
         body_pos: Warp array [N, B] of `vec3`, positions of the bodies, m.
         body_mat: Warp array [N, B] of `mat33`, their rotations.
         lit_sites: [N, num] ids of sites that are lit, -1 for none.
+        places: int64 [N], indices of the images among all that are drawn with them.
     """
 
     scene: Scene
     body_pos: Any
     body_mat: Any
     lit_sites: npt.NDArray[np.int32]
+    places: npt.NDArray[np.int64]
+
+
+class PixelBuffers:
+    """Memory for images and what they are made of; casters that draw one after another share it.
+
+    Attributes:
+        samples: what the ray of each pixel met, [num * H, W] of `vec3`, of `vec4` and of int; edges are found by it.
+        edges: how many pixels of each strip are at edges, and which they are.
+        images: uint8 [num, H, W, 3].
+    """
+
+    def __init__(self, device: str, image_size: int, *, antialiasing: bool):
+        """Allocates nothing yet."""
+        self._device = device
+        self._size = image_size
+        self._antialiasing = antialiasing
+        self._capacity = 0
+        self.samples: tuple[Any, Any, Any] = (None, None, None)
+        self.edges: tuple[Any, Any] = (None, None)
+        self.images: Any = None
+
+    def reserve(self, num_images: int) -> None:
+        """Allocates memory for so many images, if there is less."""
+        if num_images <= self._capacity:
+            return
+
+        def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+            return wp.empty(shape, dtype=dtype, device=self._device)
+
+        size = self._size
+        rows = num_images * size if self._antialiasing else 0
+        self.samples = (empty((rows, size), wp.vec3), empty((rows, size), wp.vec4), empty((rows, size), int))
+        self.edges = (empty((rows,), int), empty((rows * size,), int))  # at most one strip a line
+        self.images = empty((num_images, size, size, 3), wp.uint8)
+        self._capacity = num_images
 
 
 class SceneCaster(Uncopied):
-    """Draws worlds of one scene into buffers of its own. Not for concurrent use."""
+    """Draws worlds of one scene. Not for concurrent use."""
 
     def __init__(
-        self, scene: DeviceScene, image_size: int, *, antialiasing: bool, pool: ThreadPoolExecutor | None = None
+        self,
+        scene: DeviceScene,
+        image_size: int,
+        *,
+        antialiasing: bool,
+        pool: ThreadPoolExecutor | None = None,
+        pixels: PixelBuffers | None = None,
     ):
         """Prepares to draw.
 
@@ -218,6 +261,7 @@ class SceneCaster(Uncopied):
             image_size: Height and width of the images, pixels.
             antialiasing: Whether edges get four samples per pixel.
             pool: Threads among which a CPU's work is divided; None draws in the calling thread.
+            pixels: Where to draw; None makes buffers of its own.
         """
         self._scene = scene.arrays
         self._owner = scene
@@ -233,9 +277,7 @@ class SceneCaster(Uncopied):
         self._capacity = 0
         self._worlds: Any = None
         self._tiles: Any = None
-        self._buffers: tuple[Any, Any, Any] = (None, None, None)
-        self._edges: tuple[Any, Any] = (None, None)
-        self._images: Any = None
+        self._pixels = pixels or PixelBuffers(scene.device, image_size, antialiasing=antialiasing)
 
     def render(self, body_pos: Any, body_mat: Any, lit_sites: npt.NDArray[np.int32]) -> Any:
         """Draws worlds.
@@ -247,10 +289,11 @@ class SceneCaster(Uncopied):
 
         Returns:
             A Warp array [K * N, H, W, 3] of uint8 on the device, images of camera 0 first, each mirrored left to
-            right with respect to the true view. The next call overwrites it.
+            right with respect to the true view. The next call overwrites it, also that of a caster with these pixels.
         """
         _load_kernels(self._device).result()
-        num_worlds = len(body_pos)
+        num_worlds, pixels = len(body_pos), self._pixels
+        pixels.reserve(num_worlds * self._num_cameras)
         self._reserve(num_worlds)
         visible = np.ones((num_worlds, self._num_parts), dtype=np.uint8)
         for part in np.nonzero(self._part_site >= 0)[0]:
@@ -277,24 +320,24 @@ class SceneCaster(Uncopied):
 
         def cast(strip: int) -> None:
             rows = strips[strip : strip + 2]
-            inputs = [self._scene, self._worlds, self._tiles, num_worlds, *rows, *self._buffers, self._images]
+            inputs = [self._scene, self._worlds, self._tiles, num_worlds, *rows, *pixels.samples, pixels.images]
             self._launch(ray_kernels.render, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
 
         def smooth(strip: int) -> None:
             rows = strips[strip : strip + 2]
-            inputs = [*rows, strip, self._size, *self._buffers, *self._edges]
+            inputs = [*rows, strip, self._size, *pixels.samples, *pixels.edges]
             self._launch(ray_kernels.find_edges, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
             samples_per_thread = 4 if self._device == "cpu" else 1
             at = [num_worlds, rows[0], strip, samples_per_thread]
-            inputs = [self._scene, self._worlds, self._tiles, *at, *self._edges, self._images]
+            inputs = [self._scene, self._worlds, self._tiles, *at, *pixels.edges, pixels.images]
             num_pixels = (rows[1] - rows[0]) * self._size
             self._launch(ray_kernels.smooth_edges, num_pixels * 4 // samples_per_thread, inputs)
 
         self._for_each(cast, len(strips) - 1)
         if self._antialiasing:
-            self._edges[0].zero_()
+            pixels.edges[0].zero_()
             self._for_each(smooth, len(strips) - 1)
-        return self._images[: self._num_cameras * num_worlds]
+        return pixels.images[: self._num_cameras * num_worlds]
 
     def _on_device(self, values: Any, dtype: Any) -> Any:
         if isinstance(values, wp.array):
@@ -322,10 +365,6 @@ class SceneCaster(Uncopied):
         num_tiles = n * cameras * self._tiles.num_rows * self._tiles.num_columns
         self._tiles.num_parts = empty((num_tiles,), int)
         self._tiles.parts = empty((num_tiles, self._num_parts), wp.int16)
-        rows = n * cameras * size if self._antialiasing else 0
-        self._buffers = (empty((rows, size), wp.vec3), empty((rows, size), wp.vec4), empty((rows, size), int))
-        self._edges = (empty((rows,), int), empty((rows * size,), int))  # at most one strip a line
-        self._images = empty((cameras * n, size, size, 3), wp.uint8)
         self._capacity = n
 
     def _strips(self, num_rows: int) -> list[int]:
@@ -395,6 +434,7 @@ class WarpRenderer(Uncopied):
         self._pool = ThreadPoolExecutor(threads, "libero-render") if threads > 1 else None
         _load_kernels(self._device)
         self._casters: dict[str, SceneCaster] = {}
+        self._pixels = PixelBuffers(self._device, image_size, antialiasing=antialiasing)
         self._scratch: dict[str, mujoco.MjData] = {}
 
     @property
@@ -425,13 +465,13 @@ class WarpRenderer(Uncopied):
         """Like `render`, as a torch tensor on the renderer's device; images on a GPU do not leave it."""
         return self._collect_torch(len(simulations), self._draw(simulations))
 
-    def render_poses(self, poses: DevicePoses) -> Images:
-        """Like `render`, of worlds whose poses are on the device already."""
-        return self._collect(len(poses.lit_sites), self._draw_poses(poses))
+    def render_poses(self, *poses: DevicePoses) -> Images:
+        """Like `render`, of worlds whose poses are on the device already, of one scene or several."""
+        return self._collect(sum(len(part.places) for part in poses), self._draw_poses(poses))
 
-    def render_poses_torch(self, poses: DevicePoses) -> torch.Tensor:
-        """Like `render_torch`, of worlds whose poses are on the device already."""
-        return self._collect_torch(len(poses.lit_sites), self._draw_poses(poses))
+    def render_poses_torch(self, *poses: DevicePoses) -> torch.Tensor:
+        """Like `render_torch`, of worlds whose poses are on the device already, of one scene or several."""
+        return self._collect_torch(sum(len(part.places) for part in poses), self._draw_poses(poses))
 
     def close(self) -> None:
         """Releases threads and buffers, in the process that made them; a second call does nothing."""
@@ -441,6 +481,7 @@ class WarpRenderer(Uncopied):
             self._pool.shutdown()
             self._pool = None
         self._casters.clear()
+        self._pixels = PixelBuffers(self._device, self._size, antialiasing=self._antialiasing)
         self._scratch.clear()
 
     def _collect(self, num_worlds: int, batches: Iterator[tuple[list[int], Any]]) -> Images:
@@ -460,9 +501,14 @@ class WarpRenderer(Uncopied):
 
         shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
         images = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        # Batch after batch as they come: to upload their indices in between would wait for each to be drawn.
+        drawn: list[int] = []
         for indices, batch in batches:
             part = wp.to_torch(batch).reshape(shape[0], len(indices), *shape[2:])
-            images[:, torch.as_tensor(indices, device=self._device)] = part
+            images[:, len(drawn) : len(drawn) + len(indices)] = part
+            drawn += indices
+        if drawn != sorted(drawn):
+            images = images[:, torch.as_tensor(np.argsort(drawn), device=self._device)]
         return images.movedim(0, 1)
 
     def _draw(self, simulations: Sequence[Drawable]) -> Iterator[tuple[list[int], Any]]:
@@ -475,13 +521,14 @@ class WarpRenderer(Uncopied):
                 indices = members[first : first + _MAX_LAUNCH_WORLDS]
                 yield indices, self._draw_scene([simulations[index] for index in indices])
 
-    def _draw_poses(self, poses: DevicePoses) -> Iterator[tuple[list[int], Any]]:
+    def _draw_poses(self, poses: Sequence[DevicePoses]) -> Iterator[tuple[list[int], Any]]:
         """Yields as `_draw` does."""
-        caster = self._caster(poses.scene)
-        for first in range(0, len(poses.lit_sites), _MAX_LAUNCH_WORLDS):
-            part = slice(first, min(first + _MAX_LAUNCH_WORLDS, len(poses.lit_sites)))
-            batch = caster.render(poses.body_pos[part], poses.body_mat[part], poses.lit_sites[part])
-            yield list(range(part.start, part.stop)), batch
+        for of_scene in poses:
+            caster = self._caster(of_scene.scene)
+            for first in range(0, len(of_scene.places), _MAX_LAUNCH_WORLDS):
+                part = slice(first, min(first + _MAX_LAUNCH_WORLDS, len(of_scene.places)))
+                batch = caster.render(of_scene.body_pos[part], of_scene.body_mat[part], of_scene.lit_sites[part])
+                yield of_scene.places[part].tolist(), batch
 
     def _caster(self, scene: Scene) -> SceneCaster:
         self._owner.check()
@@ -494,7 +541,7 @@ class WarpRenderer(Uncopied):
                 texture_colorspace=self._texture_colorspace,
             )
             self._casters[scene.key] = SceneCaster(
-                device_scene, self._size, antialiasing=self._antialiasing, pool=self._pool
+                device_scene, self._size, antialiasing=self._antialiasing, pool=self._pool, pixels=self._pixels
             )
         return self._casters[scene.key]
 

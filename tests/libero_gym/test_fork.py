@@ -159,12 +159,13 @@ def test_copies_are_refused(uncopied, make_copy):
 
 @pytest.mark.slow
 def test_copies_of_gpu_worlds_are_refused():
-    from libero_gym.physics.warp_worlds import WarpWorlds
+    from libero_gym.physics.warp_groups import make_warp_worlds
 
-    task = get_task("libero_spatial", 0)
-    worlds = WarpWorlds(load_scene(task), [task], 1, device="cpu")
-    with pytest.raises(TypeError, match=r"^WarpWorlds holds native memory.* set_state"):
-        copy.deepcopy(worlds)
+    spatial, goal = get_task("libero_spatial", 0), get_task("libero_goal", 0)
+    for tasks, name in (([spatial], "WarpWorlds"), ([spatial, goal], "GroupedWarpWorlds")):
+        worlds = make_warp_worlds(tasks, 1, device="cpu")
+        with pytest.raises(TypeError, match=rf"^{name} holds native memory.* set_state"):
+            copy.deepcopy(worlds)
 
 
 def test_what_the_error_advises_makes_an_independent_environment():

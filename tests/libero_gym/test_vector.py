@@ -266,8 +266,8 @@ def test_next_step_autoreset_ignores_one_action():
 
 
 def test_book_keeping_by_hand():
-    episodes = Episodes(4, horizon=5, reward="relative")
-    episodes.begin(np.arange(4), np.array([False, False, True, False]))
+    episodes = Episodes(4, reward="relative")
+    episodes.begin(np.arange(4), np.array([False, False, True, False]), [5, 5, 5, 9])
     episodes.length[1] = 3
     ran = np.array([[1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]], np.bool_)
     successes = np.array([[0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]], np.bool_)
@@ -277,18 +277,53 @@ def test_book_keeping_by_hand():
     assert truncations.tolist() == [False, True, False, False]
     assert episodes.is_done.tolist() == [True, True, False, False]
     assert episodes.length.tolist() == [2, 5, 3, 0]
-    assert episodes.steps_left.tolist() == [3, 0, 2, 5]
+    assert episodes.steps_left.tolist() == [3, 0, 2, 9]
     assert episodes.last_value.tolist() == [1, 0, 0, 0]
     assert episodes.total_reward.tolist() == [1, 0, -1, 0]
-    episodes.set_state(3, episodes.get_state(0))
+    episodes.set_state(3, episodes.get_state(0), 7)
     assert {name: values[3] for name, values in vars(episodes).items() if isinstance(values, np.ndarray)} == {
-        "length": 2, "total_reward": 1, "last_value": 1, "is_done": True,
+        "length": 2, "horizon": 7, "total_reward": 1, "last_value": 1, "is_done": True,
     }  # fmt: skip
-    sparse = Episodes(1, horizon=2, reward="sparse")
-    sparse.begin(np.arange(1), np.array([True]))
+    sparse = Episodes(1, reward="sparse")
+    sparse.begin(np.arange(1), np.array([True]), [2])
     rewards, terminations, truncations = sparse.advance(Steps(ran[:1], successes[:1]))
     np.testing.assert_array_equal(rewards, [[0, 1, 0]])
     assert terminations.tolist() == truncations.tolist() == [True]  # both at once
+
+
+def test_a_combined_suite_plays_the_tasks_of_its_members():
+    """Numbers are those of the combined suite; instruction, horizon and state are those of the task's own."""
+    env = LiberoVectorEnv("libero_40", 3, observe_images=False, autoreset_mode="DISABLED", task_ids=[2, 25, 31])
+    assert env.task_ids == (2, 25, 31)
+    observation, infos = env.reset(seed=0, options={"task_id": np.array([2, 25, 31]), "init_state_id": 4})
+    assert infos["task_id"].tolist() == [2, 25, 31]
+    members = [("libero_spatial", 2, 240), ("libero_goal", 5, 320), ("libero_10", 1, 480)]
+    states = env.get_states()
+    for i, (suite, task_id, horizon) in enumerate(members):
+        alone = LiberoVectorEnv(suite, 1, observe_images=False)
+        expected, _ = alone.reset(seed=i, options={"task_id": task_id, "init_state_id": 4})
+        np.testing.assert_array_equal(observation["states"][i], expected["states"][0])
+        assert observation["task_descriptions"][i] == expected["task_descriptions"][0]
+        assert (states[i]["suite"], states[i]["task_id"]) == (suite, task_id)
+        own = alone.get_state(0)
+        np.testing.assert_array_equal(states[i]["physics"], own["physics"])
+        env.set_state(i, own | {"episode_length": np.array(horizon - 1)})
+    for i in range(3):
+        is_last = np.arange(3) == i
+        for k in np.flatnonzero(~is_last):
+            env.set_state(int(k), states[k] | {"episode_length": np.array(members[k][2] - 2)})
+        env.set_state(i, states[i] | {"episode_length": np.array(members[i][2] - 1)})
+        *_, truncations, infos = env.step(no_motion(3))
+        assert truncations.tolist() == is_last.tolist()
+        assert infos["task_id"].tolist() == [2, 25, 31]
+    foreign = LiberoVectorEnv("libero_90", 1, observe_images=False)
+    foreign.reset(seed=0)
+    with pytest.raises(ValueError, match="the state belongs to suite libero_90, these environments to libero_40"):
+        env.set_state(0, foreign.get_state(0))
+    with pytest.raises(ValueError, match=r"task_id=3 of libero_40 is not among .*\(valid: \[2, 25, 31\]\)"):
+        env.reset(options={"task_id": 3})
+    with pytest.raises(FileNotFoundError, match="no held_out states are recorded for libero_object"):
+        LiberoVectorEnv("libero_40", 1, observe_images=False, init_states="held_out")
 
 
 def test_relative_reward_pays_the_change():

@@ -22,6 +22,7 @@ from algorithms.common.evaluation import (
     evaluate,
     evaluate_into,
     evaluation_jobs,
+    stated_horizon,
     stored_starts,
 )
 from algorithms.common.video import CAPTION_HEIGHT
@@ -274,6 +275,9 @@ def test_jobs_of_a_suite():
     assert len(evaluation_jobs("libero_goal", None, 50)) == 500
     assert evaluation_jobs("libero_goal", (7, 2), 1) == [(7, 0), (2, 0)]
     assert evaluation_jobs("libero_spatial", (3,), 50, "held_out")[-1] == (3, 49)
+    assert evaluation_jobs("libero_40", None, 2)[::20] == [(0, 0), (10, 0), (20, 0), (30, 0)]
+    assert evaluation_jobs("libero_40", (25,), 1) == [(25, 0)]
+    assert stored_starts("libero_40", (25,))[-1] == (25, 49)
     with pytest.raises(FileNotFoundError, match="no held_out states are recorded for libero_goal"):
         evaluation_jobs("libero_goal", None, 1, "held_out")
     with pytest.raises(ValueError, match=r"episodes_per_task=51 .* task 0 of libero_goal, .* \(valid: 1-50\)"):
@@ -284,6 +288,12 @@ def test_jobs_of_a_suite():
 
 class TrainerArgs:
     suite, task_ids, eval_episodes_per_task, num_envs, seed, horizon = "libero_goal", (3, 5, 5), 2, 3, 1, None
+
+
+def test_a_protocol_states_the_horizon_of_each_member_of_a_combined_suite():
+    assert stated_horizon("libero_goal", None) == 320
+    assert stated_horizon("libero_100", None) == {"libero_90": 400, "libero_10": 480}
+    assert stated_horizon("libero_100", 7) == 7
 
 
 def test_evaluation_in_training_leaves_its_files(tmp_path: Path):

@@ -124,6 +124,16 @@ def test_the_headline_and_the_facts(run: Path):
     assert "warp-lang" not in texts  # not installed
 
 
+def test_horizons_of_a_combined_suite_are_told_by_member():
+    evaluation = report.Evaluation(
+        name="iteration_3",
+        number=3,
+        content={"protocol": {"suite": "libero_100", "horizon": {"libero_90": 400, "libero_10": 480}}},
+    )
+    sentence = report._protocol_sentence(evaluation)
+    assert sentence == "iteration_3: libero_100, horizon 400 (libero_90), 480 (libero_10)"
+
+
 def test_success_by_task_with_intervals_and_change(run: Path):
     shown = page(run)
     content = (run / "report.html").read_text()

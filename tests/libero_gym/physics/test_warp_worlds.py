@@ -478,10 +478,6 @@ def test_draws_are_those_of_the_cpu_environments():
     [
         ({"stepping": "fast"}, "stepping='fast' chooses among CPU steppers"),
         ({"renderer": "egl", "observe_images": True}, "draws with renderer='warp'"),
-        (
-            {"suite": "libero_object", "task_ids": [0, 1]},
-            r"are of 2 scenes, .* choose task_ids among one of \[\[0\], \[1\]\]",
-        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

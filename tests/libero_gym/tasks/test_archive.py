@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from libero_gym.__main__ import main
-from libero_gym.tasks import archive, scenes
+from libero_gym.tasks import archive, scenes, suites
 from libero_gym.tasks.archive import ArchivedTask, archive_root, write_archive
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task, libero_root, list_tasks, load_init_states
@@ -317,3 +317,11 @@ def test_a_scene_that_the_archive_lacks_is_an_error(archive_file: Path, use, tmp
     assert root is not None
     with pytest.raises(FileNotFoundError, match="does not hold the scene of"):
         archive.read_archived_scene(root, other, tmp_path)
+
+
+def test_a_combined_suite_is_archived_as_its_members(tmp_path, monkeypatch):
+    monkeypatch.setitem(suites.COMBINED_SUITES, "libero_20", ("libero_spatial", "libero_goal"))
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(scenes, "write_archive", lambda path, archived, versions: written.update(archived))
+    scenes.export_suites(["libero_20", "libero_goal"], tmp_path / "archive.tar")
+    assert {suite: len(tasks) for suite, tasks in written.items()} == {"libero_spatial": 10, "libero_goal": 10}

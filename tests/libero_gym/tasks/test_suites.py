@@ -9,7 +9,9 @@ import pytest
 
 import libero_gym
 from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.scenes import scene_key
 from libero_gym.tasks.suites import (
+    COMBINED_SUITES,
     HORIZONS,
     base_suite,
     get_task,
@@ -18,12 +20,37 @@ from libero_gym.tasks.suites import (
     list_suites,
     list_tasks,
     load_init_states,
+    member_suites,
+    task_number,
 )
 
 
 def test_base_suites_come_first_with_their_number_of_tasks():
     assert list_suites()[:5] == ["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
     assert [len(list_tasks(suite)) for suite in list_suites()[:5]] == [10, 10, 10, 10, 90]
+
+
+def test_combined_suites_hold_the_tasks_of_their_members():
+    assert list_suites()[5:8] == list(COMBINED_SUITES)
+    assert {suite: len(list_tasks(suite)) for suite in COMBINED_SUITES} == {
+        "libero_40": 40, "libero_100": 100, "libero_130": 130,
+    }  # fmt: skip
+    assert list_tasks("libero_130")[:40] == list_tasks("libero_40")
+    assert len(set(list_tasks("libero_130"))) == 130
+    first_of_goal = get_task("libero_40", 20)
+    assert first_of_goal == get_task("libero_goal", 0)
+    assert (first_of_goal.suite, first_of_goal.task_id) == ("libero_goal", 0)
+    for suite in ("libero_goal", *COMBINED_SUITES):
+        tasks = list_tasks(suite)
+        assert [task_number(suite, task) for task in tasks] == list(range(len(tasks)))
+    assert horizon("libero_40") == horizon("libero_10") == 480
+    assert member_suites("libero_goal") == ("libero_goal",)
+    scenes = {suite: len({scene_key(task) for task in list_tasks(suite)}) for suite in list_suites()[:8]}
+    assert list(scenes.values()) == [1, 10, 1, 9, 20, 21, 20, 32]
+    with pytest.raises(ValueError, match=r"task_id=40 is not in libero_40 \(valid: 0-39\)"):
+        get_task("libero_40", 40)
+    with pytest.raises(ValueError, match=r"task 3 of libero_90 is not in libero_40 .*libero_spatial, libero_object"):
+        task_number("libero_40", get_task("libero_90", 3))
 
 
 def test_every_listed_task_has_its_files():
