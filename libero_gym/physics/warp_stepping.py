@@ -40,6 +40,8 @@ from libero_gym.physics.newton import NewtonSolver
 # Threads that go through the pairs of a world on a GPU, a warp for each pair of bodies.
 _PAIR_THREADS = 128
 _WARP_SIZE = 32
+# Nothing is so far from the origin unless its world has diverged.
+_DIVERGED_M = 1.0e4
 
 
 class Substep:
@@ -269,7 +271,11 @@ def _bound_geoms(
     geom_xmat: wp.array2d(dtype=wp.mat33),
     bounds: wp.array3d(dtype=wp.vec3),
 ):
-    """Write the lower and the upper corner of the box that another's must touch to collide; dim (N, G)."""
+    """Write the lower and the upper corner of the box that another's must touch to collide; dim (N, G).
+
+    A world that has diverged has no contacts: at distances where float32 knows no shapes all would touch, and their
+    contacts would take the space of the other worlds'.
+    """
     world, geom = wp.tid()
     if geom_type[geom] == wp.static(int(mujoco_warp.GeomType.PLANE)):
         bounds[world, geom, 0] = wp.vec3(-1.0e10)
@@ -283,6 +289,10 @@ def _bound_geoms(
     for axis in range(3):
         for side in range(3):
             reach[axis] += wp.abs(mat[axis, side]) * half[side]
+    if not wp.max(wp.abs(center)) < wp.static(_DIVERGED_M):
+        bounds[world, geom, 0] = wp.vec3(1.0e20)
+        bounds[world, geom, 1] = wp.vec3(-1.0e20)
+        return
     bounds[world, geom, 0] = center - reach
     bounds[world, geom, 1] = center + reach
 
@@ -308,7 +318,15 @@ def _bound_bodies(
 
 @wp.func
 def _overlap(bounds: wp.array2d(dtype=wp.vec3), a: int, b: int) -> bool:
-    return wp.min(bounds[a, 1] - bounds[b, 0]) >= 0.0 and wp.min(bounds[b, 1] - bounds[a, 0]) >= 0.0
+    """Whether two boxes touch."""
+    low_a = bounds[a, 0]
+    high_a = bounds[a, 1]
+    low_b = bounds[b, 0]
+    high_b = bounds[b, 1]
+    for axis in range(3):
+        if not (high_a[axis] >= low_b[axis] and high_b[axis] >= low_a[axis]):
+            return False
+    return True
 
 
 @wp.kernel(enable_backward=False)
