@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
 from algorithms.common.charts import compact, curve, heatmap
+from algorithms.common.command_line import launch, parse_args
 from gr00t_agent.files import write_text
 
 TEMPLATE_NAME = "report.html.jinja"
@@ -397,4 +397,4 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, parse_args(Args, __doc__))
