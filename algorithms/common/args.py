@@ -128,7 +128,10 @@ def check_folders(args: Any) -> None:
     if model is not None and model not in get_args(PresetName):
         check_folder("model", model, f"give a preset's name ({', '.join(get_args(PresetName))}), a folder or a hub id")
     if resume is not None and str(resume) != "auto" and not resume.is_dir():
-        raise FileNotFoundError(f"resume={str(resume)!r} is no folder; give the folder of a run, or auto")
+        raise FileNotFoundError(
+            f"{resume} holds no checkpoint to go on from; give the folder of a run that has saved one, or start a new "
+            "run with --model"
+        )
 
 
 def check_folder(name: str, value: str, hint: str) -> None:

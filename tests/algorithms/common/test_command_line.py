@@ -78,7 +78,7 @@ def test_a_mistake_is_told_at_once(script: str, given: list[str], message: str):
         ("ppo_gr00t", "--preset demos", "invalid choice 'demos' for argument '--preset'"),
         ("ppo_gr00t", "--preset demo --minibatch-size 7", "num_decisions=96 must be a positive multiple of minibatch_"),
         ("ppo_gr00t", "--preset demo --model x/y/z", "model='x/y/z' is no folder and no hub name (owner/name); give a"),
-        ("grpo_gr00t", "--resume nowhere", "resume='nowhere' is no folder; give the folder of a run, or auto"),
+        ("grpo_gr00t", "--resume nowhere", "nowhere holds no checkpoint to go on from; give the folder of a run that"),
         ("dsrl_gr00t", "--run-name {sed}", "run_name='{sed}' cannot be filled in (KeyError('sed')); fields in braces"),
         ("sft_gr00t", "--dataset nowhere", "dataset='nowhere' is no folder and no hub name (owner/name); make one by"),
         ("sft_gr00t", "", "dataset is not given: name a LeRobot dataset with --dataset"),
