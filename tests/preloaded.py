@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -164,5 +165,6 @@ if __name__ == "__main__":
 
     for name in MODULES:
         importlib.import_module(name)
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     _run(*serve(socket.socket(fileno=int(sys.argv[1]))))

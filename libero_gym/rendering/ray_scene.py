@@ -483,7 +483,7 @@ def _srgb_to_linear(values: FloatArray) -> FloatArray:
 
 def _pack(values: FloatArray) -> NDArray[np.uint32]:
     red, green, blue = np.clip(np.rint(values), 0, 255).astype(np.uint32).reshape(3, -1)
-    return red | green << 8 | blue << 16
+    return red | green << np.uint32(8) | blue << np.uint32(16)
 
 
 def _cameras(model: mujoco.MjModel, cameras: list[int]) -> dict[str, Any]:
