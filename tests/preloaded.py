@@ -2,7 +2,7 @@
 
 A server imports them once and forks for each program, before any thread is there. Its child is as good as a new
 interpreter: it has its own environment, folder, output and arguments, runs as `__main__`, and ends as an interpreter
-does. What a launcher starts, and what is about imports, starts anew all the same.
+does. Its reports have no charts. What a launcher starts, and what is about imports, starts anew all the same.
 
     process = start("-m", "tests.algorithms.line_trainer", "ppo", "{}", RANK="0")
     output, _ = process.communicate(timeout=60)
@@ -41,13 +41,15 @@ class Program:
     def __init__(self, arguments: list[str], environment: dict[str, str], *, own_group: bool) -> None:
         self.returncode: int | None = None
         self._parts: list[bytes] = []
-        self._status, status = socket.socketpair()
+        self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
         output, end = os.pipe()
         request = dict(arguments=arguments, environment=environment, own_group=own_group)
         socket.send_fds(_server(), [json.dumps(request).encode()], [end, status.fileno()])
         os.close(end)
         status.close()
-        self.pid = int(self._status.recv(64))
+        answer = self._status.recv(64)
+        assert answer, "the server has ended; its output tells why"
+        self.pid = int(answer)
         self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
         self._reader.start()
 
@@ -163,8 +165,13 @@ def _run(kind: str, program: str, *arguments: str) -> None:
 if __name__ == "__main__":
     import importlib
 
+    import pytest
+
+    from tests.algorithms.plain_reports import leave_charts_out
+
     for name in MODULES:
         importlib.import_module(name)
+    leave_charts_out(pytest.MonkeyPatch())
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     _run(*serve(socket.socket(fileno=int(sys.argv[1]))))
