@@ -54,22 +54,13 @@ def test_help_comes_at_once_in_blocks(script: str):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--no-such-flag", "1"], "Unrecognized options"),
-        (["--suite", "libero_spatia"], "error: suite='libero_spatia' is not installed; did you mean 'libero_spatial'?"),
-        (["--task-ids", "12"], "error: task_id=12 is not in libero_spatial (valid: 0-9)"),
-    ],
-    ids=["flag", "suite", "task"],
-)
-def test_a_mistake_is_told_at_once(script: str, given: list[str], message: str):
+def test_a_mistake_is_told_at_once(script: str):
+    given = ["--suite", "libero_spatia"]
     ended, seconds = run(f"algorithms/{script}.py", *NEEDED.get(script, []), *given)
     assert ended.returncode == 2
     assert seconds < CPU_SECONDS
-    said = ended.stdout + ended.stderr
-    assert message in said
-    assert "Traceback" not in said
+    assert f"{script}.py: error: suite='libero_spatia' is not installed; did you mean 'libero_spatial'?" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -78,6 +69,7 @@ def test_a_mistake_is_told_at_once(script: str, given: list[str], message: str):
         ("ppo_gr00t", "--preset demos", "invalid choice 'demos' for argument '--preset'"),
         ("ppo_gr00t", "--preset demo --minibatch-size 7", "num_decisions=96 must be a positive multiple of minibatch_"),
         ("ppo_gr00t", "--preset demo --model x/y/z", "model='x/y/z' is no folder and no hub name (owner/name); give a"),
+        ("grpo_gr00t", "--task-ids 12", "error: task_id=12 is not in libero_spatial (valid: 0-9)"),
         ("grpo_gr00t", "--resume nowhere", "nowhere holds no checkpoint to go on from; give the folder of a run that"),
         ("dsrl_gr00t", "--run-name {sed}", "run_name='{sed}' cannot be filled in (KeyError('sed')); fields in braces"),
         ("sft_gr00t", "--dataset nowhere", "dataset='nowhere' is no folder and no hub name (owner/name); make one by"),
@@ -107,6 +99,7 @@ def test_nothing_heavy_is_imported_before_a_mistake_is_told(script: str):
     )
     ended, _ = run("-c", program)
     assert ended.returncode == 2
+    assert "Unrecognized options" in ended.stderr
     assert "imported []" in ended.stdout
 
 
