@@ -30,7 +30,7 @@ LEROBOT_VENV ?= $(VENV)-lerobot
 
 help:
 	@echo "make demo           train the nano policy by PPO on LIBERO-Spatial for a few iterations, evaluate it, leave a run folder"
-	@echo "make test           lint-free, network-free test suite (15 minutes on 2 cores)"
+	@echo "make test           lint-free, network-free test suite (less than 10 minutes on 2 cores)"
 	@echo "make test-mujoco33  the tests of physics and environments under MuJoCo 3.3"
 	@echo "make test-mujoco4   those and the tests of renderers and GPU physics under MuJoCo 4"
 	@echo "make test-installs  the wheel alone and with each extra, in fresh virtual environments (needs a package index)"

@@ -16,55 +16,14 @@ Every frame holds what the policy observes before an action, and that action, gr
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import resources
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import mujoco
-import numpy as np
-import tyro
-from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
-
-from gr00t_agent.files import json_ready, write_json
-from gr00t_agent.lerobot_writer import (
-    EPISODE_FILE,
-    Episode,
-    Recording,
-    assemble_dataset,
-    stage_episode,
-)
-from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ, STATE_DIM, gripper_to_data
-from libero_gym.experts import ExpertConfig, make_expert
-from libero_gym.options import DEFAULT_CAMERAS
-from libero_gym.physics.simulation import (
-    NUM_SETTLING_STEPS,
-    SETTLING_ACTION,
-    PhysicsError,
-    Simulation,
-)
-from libero_gym.rendering.protocol import Renderer, RenderState
-from libero_gym.rendering.renderers import make_renderer
-from libero_gym.tasks.bddl import read_problem
-from libero_gym.tasks.scenes import Scene, load_scene
-from libero_gym.tasks.suites import (
-    TaskSpec,
-    get_task,
-    horizon,
-    list_tasks,
-    load_init_states,
-    task_number,
-)
+from algorithms.common.args import check_at_least
+from algorithms.common.command_line import launch, parse_args
+from libero_gym.experts import ExpertConfig
+from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks
 
 
 @dataclass(kw_only=True)
@@ -129,6 +88,64 @@ class Args:
             return 3 * self.episodes_per_task
         return self.max_attempts_per_task
 
+
+def tasks_of(args: Args) -> list[TaskSpec]:
+    """Returns the tasks that are recorded."""
+    if args.task_ids is None:
+        return list_tasks(args.suite)
+    return [get_task(args.suite, task_id) for task_id in args.task_ids]
+
+
+def check_args(args: Args) -> None:
+    """Raises ValueError or FileExistsError for arguments that would otherwise fail late."""
+    if args.output.exists() and any(args.output.iterdir()):
+        raise FileExistsError(f"{args.output} exists; give another output, or remove it first")
+    check_at_least(args, 1, "episodes_per_task", "image_size", "render_batch_size", "num_writers")
+    tasks_of(args)
+
+
+# Before the rest is imported, which takes seconds: a mistake on the command line is told at once.
+ARGS = parse_args(Args, __doc__, check=check_args) if __name__ == "__main__" else None
+
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from importlib import resources
+from multiprocessing import get_context
+from typing import Any, Protocol
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from gr00t_agent.files import json_ready, write_json
+from gr00t_agent.lerobot_writer import (
+    EPISODE_FILE,
+    Episode,
+    Recording,
+    assemble_dataset,
+    stage_episode,
+)
+from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ, STATE_DIM, gripper_to_data
+from libero_gym.experts import make_expert
+from libero_gym.options import DEFAULT_CAMERAS
+from libero_gym.physics.simulation import (
+    NUM_SETTLING_STEPS,
+    SETTLING_ACTION,
+    PhysicsError,
+    Simulation,
+)
+from libero_gym.rendering.protocol import Renderer, RenderState
+from libero_gym.rendering.renderers import make_renderer
+from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.scenes import Scene, load_scene
+from libero_gym.tasks.suites import horizon, load_init_states, task_number
 
 SETTINGS_FILE = "settings.json"
 # What may differ between a collection and its continuation.
@@ -558,16 +575,10 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
         FileExistsError: the output exists.
         RuntimeError: a task has too few successful attempts.
     """
-    if args.output.exists() and any(args.output.iterdir()):
-        raise FileExistsError(f"{args.output} exists; give another output, or remove it first")
-    if args.episodes_per_task < 1:
-        raise ValueError(f"episodes_per_task={args.episodes_per_task} must be at least 1")
+    check_args(args)
 
     # --- simulate, render, stage ---
-    if args.task_ids is None:
-        tasks = list_tasks(args.suite)
-    else:
-        tasks = [get_task(args.suite, task_id) for task_id in args.task_ids]
+    tasks = tasks_of(args)
     staging = Staging(args.output.with_name(f"{args.output.name}.staged"), args)
     renderer = make_renderer(
         args.renderer,
@@ -612,5 +623,5 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
     return {"tasks": report}
 
 
-if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+if ARGS is not None:
+    launch(main, ARGS)

@@ -48,63 +48,23 @@ the features, d width of a decision, E critics, H x A the noise of a chunk.
 
 from __future__ import annotations
 
-import copy
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
-
-import gymnasium as gym
-import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from gymnasium.vector import AutoresetMode
-from torch import Tensor, nn
+from typing import Literal, get_args
 
 from algorithms.common import presets
 from algorithms.common.args import (
+    NoiseForm,
     check_at_least,
+    check_folders,
     check_physics,
-    parse_args,
+    check_sizes,
     share_of_process,
 )
-from algorithms.common.batch import index, mean_of
-from algorithms.common.evaluation import evaluate_into, evaluation_file, jobs_in_training
-from algorithms.common.frozen import store_frozen_as
-from algorithms.common.monitor import Monitor
-from algorithms.common.processes import (
-    for_all,
-    make_accelerator,
-    mean_and_variance,
-    over_processes,
-)
-from algorithms.common.randomness import (
-    EPISODES,
-    MINIBATCHES,
-    NOISE,
-    UPDATES,
-    generators_of,
-    seed_of,
-)
-from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
-from algorithms.common.stages import EnvStages
-from algorithms.common.steering import (
-    BasePolicy,
-    NoiseActor,
-    NoiseForm,
-    NoiseSpace,
-    SteeredAgent,
-    encoder,
-    save_noise_actor,
-)
-from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
-from gr00t_agent import Gr00tAgent
+from algorithms.common.command_line import launch, parse_args
+from algorithms.common.jobs import jobs_in_training
 from gr00t_agent.config import PresetName
-from libero_gym import horizon
-from libero_gym.adapters import ModalityVectorObservation
 
 
 @dataclass(kw_only=True)
@@ -334,9 +294,62 @@ def check_args(args: Args) -> None:
             f"reward_shift={args.reward_shift} nothing is worth more: give --truncation bootstrap, "
             "or --reward-shift 0"
         )
-    check_physics(args)
+    check_sizes(args, "num_envs", "minibatch_size")
+    check_folders(args)
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
+    check_physics(args)
+
+
+# Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
+ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
+
+import copy
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from gymnasium.vector import AutoresetMode
+from torch import Tensor, nn
+
+from algorithms.common.batch import index, mean_of
+from algorithms.common.evaluation import evaluate_into, evaluation_file
+from algorithms.common.frozen import store_frozen_as
+from algorithms.common.monitor import Monitor
+from algorithms.common.processes import (
+    for_all,
+    make_accelerator,
+    mean_and_variance,
+    over_processes,
+)
+from algorithms.common.randomness import (
+    EPISODES,
+    MINIBATCHES,
+    NOISE,
+    UPDATES,
+    generators_of,
+    seed_of,
+)
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
+from algorithms.common.stages import EnvStages
+from algorithms.common.steering import (
+    BasePolicy,
+    NoiseActor,
+    NoiseSpace,
+    SteeredAgent,
+    encoder,
+    save_noise_actor,
+)
+from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
+from gr00t_agent import Gr00tAgent
+from libero_gym import horizon
+from libero_gym.adapters import ModalityVectorObservation
 
 
 def make_envs(
@@ -998,5 +1011,5 @@ def main(
     return metrics
 
 
-if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+if ARGS is not None:
+    launch(main, ARGS)

@@ -21,44 +21,15 @@ ours. How episodes stream through the environments is in `algorithms.common.eval
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, get_args
 
-import gymnasium as gym
-import numpy as np
-import torch
-import tyro
-from accelerate.utils import set_seed
-from gymnasium.vector import AutoresetMode
-from rich.console import Console
-
-from algorithms.common.episode_log import EpisodeLog, EvalEpisode
-from algorithms.common.evaluation import (
-    EvalResult,
-    Job,
-    episode_keys,
-    evaluate,
-    evaluation_jobs,
-    stated_horizon,
-)
-from algorithms.common.reference_env import ReferenceVectorEnv
-from algorithms.common.report import write_report
-from algorithms.common.steering import (
-    WEIGHTS_FILE,
-    SteeredAgent,
-    file_digest,
-    is_noise_actor,
-    load_steered,
-    weights_digest,
-)
-from gr00t_agent import Gr00tAgent
-from libero_gym.adapters import ModalityVectorObservation
+from algorithms.common.args import check_at_least, check_folder
+from algorithms.common.command_line import launch, parse_args
+from algorithms.common.jobs import Job, episode_keys, evaluation_jobs, stated_horizon
+from gr00t_agent.config import PresetName
 from libero_gym.tasks.initial_states import InitStates, check_init_states
-from libero_gym.tasks.suites import get_task
 
 
 @dataclass(kw_only=True)
@@ -88,8 +59,8 @@ class Args:
     """Denoising steps from noise to action; the checkpoint's own if not given."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Type that the network computes in; the checkpoint's own if not given."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Torch device of the policy."""
+    device: str | None = None
+    """Torch device of the policy; a GPU if there is one, if not given."""
 
     # --- environment ---
     num_envs: int = 10
@@ -114,6 +85,50 @@ class Args:
     """Go on with the evaluation in output_dir, if there is one; give the same arguments."""
 
 
+def check_args(args: Args) -> None:
+    """Raises ValueError or FileNotFoundError for arguments that would otherwise fail late."""
+    check_at_least(args, 1, "num_envs")
+    check_at_least(args, 0, "videos_per_task")
+    if args.checkpoint not in get_args(PresetName):
+        check_folder("checkpoint", args.checkpoint, "for example checkpoints/libero_spatial_rl")
+    if args.base_model is not None:
+        check_folder("base_model", args.base_model, "give that of the policy that is steered")
+    jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
+    episode_keys(args.seeds, jobs)
+
+
+# Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
+ARGS = parse_args(Args, __doc__, check=check_args) if __name__ == "__main__" else None
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from gymnasium.vector import AutoresetMode
+from rich.console import Console
+
+from algorithms.common.episode_log import EpisodeLog, EvalEpisode
+from algorithms.common.evaluation import EvalResult, evaluate
+from algorithms.common.reference_env import ReferenceVectorEnv
+from algorithms.common.report import write_report
+from algorithms.common.steering import (
+    WEIGHTS_FILE,
+    SteeredAgent,
+    file_digest,
+    is_noise_actor,
+    load_steered,
+    weights_digest,
+)
+from gr00t_agent import Gr00tAgent
+from libero_gym.adapters import ModalityVectorObservation
+from libero_gym.tasks.suites import get_task
+
 # --- policy and environments ---
 
 
@@ -124,21 +139,20 @@ def load_policy(args: Args) -> Gr00tAgent | SteeredAgent:
         FileNotFoundError: there is no such checkpoint, or not the policy that it steers.
         ValueError: `base_model` is given for a checkpoint that steers none, or has other weights.
     """
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = dict(
         num_action_chunks=args.num_action_chunks,
         denoising_steps=args.denoising_steps,
         compute_dtype=args.compute_dtype,
     )
     if is_noise_actor(args.checkpoint):
-        return load_steered(
-            args.checkpoint, base_model=args.base_model, device=args.device, **settings
-        )
+        return load_steered(args.checkpoint, base_model=args.base_model, device=device, **settings)
     if args.base_model is not None:
         raise ValueError(
             f"base_model={args.base_model!r} goes with a checkpoint of dsrl_gr00t.py, and "
             f"{args.checkpoint} is none; leave it out, or give such a checkpoint"
         )
-    return Gr00tAgent.load(args.checkpoint, **settings).to(args.device).eval()
+    return Gr00tAgent.load(args.checkpoint, **settings).to(device).eval()
 
 
 def make_envs(
@@ -236,6 +250,8 @@ class ShownEpisodeLog(EpisodeLog):
 
 def main(args: Args) -> EvalResult:
     """Evaluates, prints the tables, writes result.json and videos."""
+    check_args(args)
+
     # --- agent ---
     set_seed(args.seeds[0])  # a preset's random weights
     agent = load_policy(args)
@@ -277,5 +293,5 @@ def main(args: Args) -> EvalResult:
     return result
 
 
-if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+if ARGS is not None:
+    launch(main, ARGS)

@@ -31,63 +31,22 @@ informative group updates nothing and logs no `actor/*` means.
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import gymnasium as gym
-import numpy as np
-import torch
-from accelerate.utils import set_seed
-from gymnasium.vector import AutoresetMode
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import Literal
 
 from algorithms.common import presets
 from algorithms.common.args import (
     check_at_least,
     check_entropy_bonus,
+    check_folders,
     check_physics,
-    parse_args,
+    check_sizes,
     share_of_process,
 )
-from algorithms.common.batch import concatenate, index, mean_of
-from algorithms.common.episodes import played_episodes
-from algorithms.common.evaluation import (
-    evaluate_into,
-    evaluation_file,
-    jobs_in_training,
-    stored_starts,
-)
-from algorithms.common.features import FeatureStore
-from algorithms.common.frozen import StartPolicy, store_frozen_as
-from algorithms.common.monitor import Monitor
-from algorithms.common.processes import (
-    clip_grad_norm,
-    for_all,
-    make_accelerator,
-    mean_and_variance,
-    over_processes,
-    prepare,
-)
-from algorithms.common.randomness import (
-    EPISODES,
-    GROUPS,
-    MINIBATCHES,
-    NOISE,
-    deal,
-    generators_of,
-    seed_of,
-)
-from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
-from algorithms.common.stages import EnvStages
-from algorithms.common.step_sizes import StepSizes
-from gr00t_agent import Gr00tAgent
-from libero_gym.adapters import ModalityVectorObservation
+from algorithms.common.command_line import launch, parse_args
+from algorithms.common.jobs import jobs_in_training, stored_starts
 
 
 @dataclass(kw_only=True)
@@ -281,9 +240,58 @@ def check_args(args: Args) -> None:
     check_at_least(args, 0, "eval_interval", "eval_episodes_per_task", "save_interval", "keep_best")
     if not 0 < args.final_noise <= 1:
         raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
-    check_physics(args)
+    check_sizes(args, "num_envs", "micro_batch_size")
+    check_folders(args)
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
+    check_physics(args)
+
+
+# Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
+ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from torch import Tensor
+
+from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.episodes import played_episodes
+from algorithms.common.evaluation import evaluate_into, evaluation_file
+from algorithms.common.features import FeatureStore
+from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.monitor import Monitor
+from algorithms.common.processes import (
+    clip_grad_norm,
+    for_all,
+    make_accelerator,
+    mean_and_variance,
+    over_processes,
+    prepare,
+)
+from algorithms.common.randomness import (
+    EPISODES,
+    GROUPS,
+    MINIBATCHES,
+    NOISE,
+    deal,
+    generators_of,
+    seed_of,
+)
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
+from algorithms.common.stages import EnvStages
+from algorithms.common.step_sizes import StepSizes
+from gr00t_agent import Gr00tAgent
+from libero_gym.adapters import ModalityVectorObservation
 
 
 def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
@@ -814,5 +822,5 @@ def main(
     return metrics
 
 
-if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+if ARGS is not None:
+    launch(main, ARGS)

@@ -42,63 +42,23 @@ rollout, and `charts/SPS` environment steps per second of the whole loop.
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import gymnasium as gym
-import numpy as np
-import torch
-from accelerate.utils import set_seed
-from gymnasium.vector import AutoresetMode
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from typing import Literal
 
 from algorithms.common import presets
 from algorithms.common.args import (
     check_at_least,
     check_entropy_bonus,
+    check_folders,
     check_physics,
+    check_sizes,
     exact_quotient,
-    parse_args,
     share_of_process,
 )
-from algorithms.common.batch import concatenate, index, mean_of
-from algorithms.common.evaluation import evaluate_into, evaluation_file, jobs_in_training
-from algorithms.common.features import FeatureStore
-from algorithms.common.frozen import StartPolicy, store_frozen_as
-from algorithms.common.monitor import Monitor
-from algorithms.common.processes import (
-    clip_grad_norm,
-    explained_variance,
-    for_all,
-    make_accelerator,
-    mean_and_variance,
-    over_processes,
-    prepare,
-)
-from algorithms.common.randomness import (
-    EPISODES,
-    FLOW,
-    MINIBATCHES,
-    NOISE,
-    deal,
-    flow_draws,
-    generators_of,
-    seed_of,
-)
-from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
-from algorithms.common.stages import EnvStages
-from algorithms.common.step_sizes import StepSizes
-from algorithms.common.task_sampling import TaskSampler
-from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
-from gr00t_agent import Gr00tAgent
-from libero_gym import horizon
-from libero_gym.adapters import ModalityVectorObservation
+from algorithms.common.command_line import launch, parse_args
+from algorithms.common.jobs import jobs_in_training
 
 
 @dataclass(kw_only=True)
@@ -362,9 +322,64 @@ def check_args(args: Args) -> None:
     if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
         low, high = args.value_bounds
         raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
-    check_physics(args)
+    check_sizes(args, "num_envs", "micro_batch_size")
+    exact_quotient(args, "num_decisions", "minibatch_size")
+    exact_quotient(args, "minibatch_size", "micro_batch_size")
+    check_folders(args)
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
+    check_physics(args)
+
+
+# Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
+ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.evaluation import evaluate_into, evaluation_file
+from algorithms.common.features import FeatureStore
+from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.monitor import Monitor
+from algorithms.common.processes import (
+    clip_grad_norm,
+    explained_variance,
+    for_all,
+    make_accelerator,
+    mean_and_variance,
+    over_processes,
+    prepare,
+)
+from algorithms.common.randomness import (
+    EPISODES,
+    FLOW,
+    MINIBATCHES,
+    NOISE,
+    deal,
+    flow_draws,
+    generators_of,
+    seed_of,
+)
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
+from algorithms.common.stages import EnvStages
+from algorithms.common.step_sizes import StepSizes
+from algorithms.common.task_sampling import TaskSampler
+from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
+from gr00t_agent import Gr00tAgent
+from libero_gym import horizon
+from libero_gym.adapters import ModalityVectorObservation
 
 
 def make_envs(
@@ -1001,5 +1016,5 @@ def main(
     return metrics
 
 
-if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+if ARGS is not None:
+    launch(main, ARGS)

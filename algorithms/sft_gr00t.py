@@ -33,37 +33,21 @@ episode.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
-import gymnasium as gym
-import numpy as np
-import torch
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-from gymnasium.vector import AutoresetMode
-from numpy.typing import NDArray
-from rich.console import Console
-from torch import Tensor, nn
-
-from algorithms.common.args import check_at_least, exact_quotient, parse_args, share_of_process
-from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment
-from algorithms.common.evaluation import evaluate_into, evaluation_file, jobs_in_training
-from algorithms.common.lora import LoraSettings, add_lora, merged
-from algorithms.common.prefetch import Prefetch
-from algorithms.common.processes import for_all, main_first, make_accelerator
-from algorithms.common.randomness import seed_of
-from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
-from gr00t_agent import DataConfig, DatasetMetadata, Gr00tAgent, preset_policy
-from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
-from gr00t_agent.loading import resolve_checkpoint, saved_data_config, saved_policy
-from libero_gym.adapters import ModalityVectorObservation
+from algorithms.common.args import (
+    Augmentation,
+    check_at_least,
+    check_folder,
+    check_folders,
+    check_sizes,
+    exact_quotient,
+    share_of_process,
+)
+from algorithms.common.command_line import launch, parse_args
+from algorithms.common.jobs import jobs_in_training
 
 LoraPart = Literal["action_head", "language_model", "vision_model"]
 # What may differ between a run and its continuation.
@@ -257,10 +241,58 @@ PRESETS: dict[str, Args] = {
 }
 
 
-def make_dataset(args: Args, data_config: DataConfig | None = None) -> LeRobotDataset:
-    """Returns the demonstrations that `args` ask for, of the robot of `data_config` (None: LIBERO's)."""
+def check_args(args: Args) -> None:
+    """Raises ValueError for arguments that would otherwise fail late."""
+    check_at_least(args, 1, "num_steps", "num_action_chunks", "denoising_steps", "log_interval")
+    check_at_least(args, 0, "save_interval", "eval_interval", "eval_episodes_per_task")
+    if not 0 <= args.ema_decay < 1:
+        raise ValueError(f"ema_decay={args.ema_decay} is not in [0, 1); 0 keeps no average")
+    check_sizes(args, "batch_size", "micro_batch_size")
+    exact_quotient(args, "batch_size", "micro_batch_size")
     if not args.dataset:
         raise ValueError("dataset is not given: name a LeRobot dataset with --dataset")
+    check_folder("dataset", args.dataset, "make one by algorithms/collect_demos.py")
+    check_folders(args)
+    if args.eval_episodes_per_task > 0:
+        jobs_in_training(args)
+
+
+# Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
+ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+
+from algorithms.common.augmentation import NUM_DRAWS, augment
+from algorithms.common.evaluation import evaluate_into, evaluation_file
+from algorithms.common.lora import LoraSettings, add_lora, merged
+from algorithms.common.prefetch import Prefetch
+from algorithms.common.processes import for_all, main_first, make_accelerator
+from algorithms.common.randomness import seed_of
+from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
+from gr00t_agent import DataConfig, DatasetMetadata, Gr00tAgent, preset_policy
+from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
+from gr00t_agent.loading import resolve_checkpoint, saved_data_config, saved_policy
+from libero_gym.adapters import ModalityVectorObservation
+
+
+def make_dataset(args: Args, data_config: DataConfig | None = None) -> LeRobotDataset:
+    """Returns the demonstrations that `args` ask for, of the robot of `data_config` (None: LIBERO's)."""
     return LeRobotDataset(
         args.dataset,
         data_config=data_config,
@@ -422,12 +454,7 @@ def main(
     make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last logged metrics."""
-    check_at_least(args, 1, "num_steps", "num_action_chunks", "denoising_steps", "log_interval")
-    check_at_least(args, 0, "save_interval", "eval_interval", "eval_episodes_per_task")
-    if args.eval_episodes_per_task > 0:
-        jobs_in_training(args)
-    if not 0 <= args.ema_decay < 1:
-        raise ValueError(f"ema_decay={args.ema_decay} is not in [0, 1); 0 keeps no average")
+    check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
     if accelerator.is_fsdp2:
         raise ValueError(
@@ -688,5 +715,5 @@ def main(
     return metrics
 
 
-if __name__ == "__main__":
-    main(parse_args(Args, PRESETS, __doc__))
+if ARGS is not None:
+    launch(main, ARGS)

@@ -174,7 +174,7 @@ def resolve_folder(what: str, path_or_hub_id: str | Path, hint: str, **options: 
     path, name = Path(path_or_hub_id), str(path_or_hub_id)
     if path.is_dir():
         return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_name(name):
         raise FileNotFoundError(f"{what} {name!r} is no folder and no hub name (owner/name); {hint}")
     try:
         return Path(huggingface_hub.snapshot_download(name, **options))
@@ -182,6 +182,11 @@ def resolve_folder(what: str, path_or_hub_id: str | Path, hint: str, **options: 
         raise FileNotFoundError(
             f"{what} {name!r} is no folder below {Path.cwd()}, and the hub does not give it ({error}); {hint}"
         ) from error
+
+
+def is_hub_name(name: str) -> bool:
+    """Returns whether `name` is of the form `owner/name`."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def has_file(path: Path) -> bool:

@@ -85,6 +85,16 @@ def test_importing_libero_gym_imports_no_heavy_package():
     assert run_python(code) == "[]"
 
 
+def test_importing_gr00t_agent_imports_no_heavy_package_and_offers_every_name():
+    code = (
+        "import sys, gr00t_agent; heavy = {'torch', 'transformers', 'diffusers', 'huggingface_hub.hf_api'}; "
+        "light = sorted(heavy & set(sys.modules)); "
+        "names = [getattr(gr00t_agent, name) for name in gr00t_agent.__all__]; "
+        "print(light, len(names) > 10, 'torch' in sys.modules)"
+    )
+    assert run_python(code) == "[] True True"
+
+
 @pytest.mark.parametrize("name", ["libero_gym:libero_gym/libero_spatial-v0", "libero_gym/libero_spatial-v0"])
 def test_environments_are_made_by_id(name: str):
     imported = "" if ":" in name else "import libero_gym; "

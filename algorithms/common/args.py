@@ -1,26 +1,43 @@
-"""What the command lines share: presets, ranges, sizes that divide."""
+"""What the trainers' arguments share: ranges, and sizes that divide. Needs no PyTorch, see `command_line`."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-import torch
-import tyro
+from gr00t_agent.config import PresetName
+from gr00t_agent.files import is_hub_name
 
-ArgsT = TypeVar("ArgsT")
+# How a steered policy's noise is made of what the actor chooses, see `algorithms.common.steering.NoiseSpace`.
+NoiseForm = Literal["executed", "per_step", "repeated"]
+# Where Accelerate reads the number of processes.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def parse_args(args_class: type[ArgsT], presets: Mapping[str, ArgsT], description: str | None) -> ArgsT:
-    """Parses the command line into `args_class`; `--preset NAME` sets the defaults that other arguments override.
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How strongly images are changed; zeros, and no random crop, give what the policy sees when it acts.
 
-    An unknown preset, like any other bad argument, ends the program with a message.
+    Attributes:
+        random_crop: crop at a random place instead of the centre.
+        brightness: images are multiplied by a factor from 1 -+ brightness.
+        contrast: differences from the mean grey are multiplied by a factor from 1 -+ contrast.
+        saturation: differences from grey are multiplied by a factor from 1 -+ saturation.
+        hue: colours turn by up to this fraction of the full circle either way.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=[*presets, "None"], default="None")
-    name = parser.parse_known_args()[0].preset
-    return tyro.cli(args_class, default=presets.get(name, args_class()), description=description)
+
+    random_crop: bool = True
+    brightness: float = 0.3
+    contrast: float = 0.4
+    saturation: float = 0.5
+    hue: float = 0.08
+
+    def __post_init__(self) -> None:
+        for name, high in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)} is not in 0-{high}")
 
 
 def check_at_least(args: Any, least: int, *names: str) -> None:
@@ -32,7 +49,11 @@ def check_at_least(args: Any, least: int, *names: str) -> None:
 
 def check_physics(args: Any) -> None:
     """Raises ValueError if `args.physics` is to run on a GPU and there is none."""
-    if args.physics == "warp" and not torch.cuda.is_available():
+    if args.physics != "warp":
+        return
+    import torch  # which takes seconds
+
+    if not torch.cuda.is_available():
         raise ValueError(
             "physics='warp' simulates on a GPU, and PyTorch finds no CUDA device; give --physics cpu and as many "
             "environments as a CPU can simulate, for example --num-envs 8"
@@ -65,3 +86,55 @@ def exact_quotient(args: Any, dividend: str, divisor: str) -> int:
     if a < 1 or b < 1 or a % b:
         raise ValueError(f"{dividend}={a} must be a positive multiple of {divisor}={b}")
     return a // b
+
+
+def launched_processes() -> int:
+    """Returns how many processes the launcher says it has started."""
+    return next((int(os.environ[name]) for name in WORLD_SIZES if os.environ.get(name)), 1)
+
+
+def check_sizes(args: Any, *names: str) -> None:
+    """Raises ValueError if the processes that were launched cannot share the global sizes `names` exactly."""
+    for name in names:
+        share_of_process(args, name, launched_processes())
+
+
+def base_name(args: Any) -> str:
+    """Returns `args.run_name` with the fields in braces filled in.
+
+    Raises:
+        ValueError: it has unknown fields, or is none of a folder.
+    """
+    values = {f.name: getattr(args, f.name) for f in fields(args)}
+    try:
+        name = args.run_name.format(**values)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"run_name={args.run_name!r} cannot be filled in ({error!r}); fields in braces are names of arguments: "
+            f"{', '.join(values)}"
+        ) from None
+    if not name or name.startswith(".") or Path(name).name != name or "\0" in name:
+        raise ValueError(
+            f"run_name={name!r} is no name of a folder: it must not be empty, begin with a dot or hold a slash; give "
+            "the place by --output-dir"
+        )
+    return name
+
+
+def check_folders(args: Any) -> None:
+    """Raises FileNotFoundError if the model, or the run to go on with, is not there, ValueError for a bad run_name."""
+    base_name(args)
+    model, resume = getattr(args, "model", None), getattr(args, "resume", None)
+    if model is not None and model not in get_args(PresetName):
+        check_folder("model", model, f"give a preset's name ({', '.join(get_args(PresetName))}), a folder or a hub id")
+    if resume is not None and str(resume) != "auto" and not resume.is_dir():
+        raise FileNotFoundError(
+            f"{resume} holds no checkpoint to go on from; give the folder of a run that has saved one, or start a new "
+            "run with --model"
+        )
+
+
+def check_folder(name: str, value: str, hint: str) -> None:
+    """Raises FileNotFoundError unless `value` is a folder or may be a hub id (owner/name)."""
+    if not Path(value).is_dir() and not is_hub_name(value):
+        raise FileNotFoundError(f"{name}={value!r} is no folder and no hub name (owner/name); {hint}")

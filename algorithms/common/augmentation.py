@@ -12,40 +12,17 @@ Shape legend: B batch, V views, H x W pixels of the frames, S pixels of the netw
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from algorithms.common.args import Augmentation
+
 NUM_DRAWS = 6
 LUMA = (0.299, 0.587, 0.114)
 # RGB to YIQ (NTSC).
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """How strongly images are changed; zeros, and no random crop, give what the policy sees when it acts.
-
-    Attributes:
-        random_crop: crop at a random place instead of the centre.
-        brightness: images are multiplied by a factor from 1 -+ brightness.
-        contrast: differences from the mean grey are multiplied by a factor from 1 -+ contrast.
-        saturation: differences from grey are multiplied by a factor from 1 -+ saturation.
-        hue: colours turn by up to this fraction of the full circle either way.
-    """
-
-    random_crop: bool = True
-    brightness: float = 0.3
-    contrast: float = 0.4
-    saturation: float = 0.5
-    hue: float = 0.08
-
-    def __post_init__(self) -> None:
-        for name, high in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
-            if not 0 <= getattr(self, name) <= high:
-                raise ValueError(f"{name}={getattr(self, name)} is not in 0-{high}")
 
 
 def augment(images: Tensor, draws: Tensor, augmentation: Augmentation, crop_scale: float, image_size: int) -> Tensor:

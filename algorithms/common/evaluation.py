@@ -8,14 +8,12 @@ Episodes stream through the environments: one that ends is replaced at once. All
 network in every decision, those that have no episode left included: so the batch, and with it the rounding of the
 others' actions, does not depend on what has ended.
 
-A job is (task id, initial state id), a key is (seed, task id, initial state id). Shape legend: N environments, C steps
-of an action chunk.
+Jobs and keys are those of `algorithms.common.jobs`. Shape legend: N environments, C steps of an action chunk.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -32,6 +30,7 @@ from rich.table import Table
 
 from algorithms.common.episode_log import EpisodeStore, EvalEpisode
 from algorithms.common.episodes import wilson_interval
+from algorithms.common.jobs import Job, Key, episode_keys, jobs_in_training, stated_horizon
 from algorithms.common.provenance import describe_environment
 from algorithms.common.video import (
     TASK_KEY,
@@ -45,82 +44,19 @@ from algorithms.common.video import (
 )
 from gr00t_agent.files import write_json
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
-from libero_gym.tasks.initial_states import InitStates, check_init_states, count_init_states
-from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, member_suites, task_number
+from libero_gym.tasks.initial_states import check_init_states
 
 # Beside the videos of single episodes.
 OVERVIEW = "all_tasks.mp4"
 
-Job = tuple[int, int]
-Key = tuple[int, int, int]
 
-
-# --- what is asked for ---
-
-
-def evaluation_jobs(
-    suite: str, task_ids: Sequence[int] | None, episodes_per_task: int, init_states: InitStates | None = None
-) -> list[Job]:
-    """Returns every job of the protocol; None is the suite's default kind of states.
-
-    Raises:
-        ValueError: if a task is not in the suite or has fewer initial states.
-        FileNotFoundError: if the suite has no initial states of this kind.
-    """
-    kind = check_init_states(init_states, suite)
-    tasks = _chosen_tasks(suite, task_ids)
-    for task_id, task in tasks:
-        stored = count_init_states(task, kind)
-        if not 1 <= episodes_per_task <= stored:
-            raise ValueError(
-                f"episodes_per_task={episodes_per_task} is not possible for task {task_id} of {suite}, "
-                f"which stores {stored} initial states (valid: 1-{stored})"
-            )
-    return [(task_id, state) for task_id, _ in tasks for state in range(episodes_per_task)]
-
-
-def stored_starts(suite: str, task_ids: Sequence[int] | None) -> list[Job]:
-    """Returns a job of every stored initial state; of a task that is named twice, all of them twice."""
-    kind = check_init_states(None, suite)
-    tasks = _chosen_tasks(suite, task_ids)
-    return [(task_id, state) for task_id, task in tasks for state in range(count_init_states(task, kind))]
-
-
-def _chosen_tasks(suite: str, task_ids: Sequence[int] | None) -> list[tuple[int, TaskSpec]]:
-    """Returns tasks with their numbers in `suite`; None chooses all."""
-    tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)
-    return [(task_number(suite, task), task) for task in tasks]
-
-
-def stated_horizon(suite: str, episode_horizon: int | None) -> int | dict[str, int]:
-    """Returns the steps after which episodes are cut, for a protocol; of a combined suite, those of each member."""
-    if episode_horizon is not None:
-        return episode_horizon
-    members = member_suites(suite)
-    return horizon(suite) if members == (suite,) else {member: horizon(member) for member in members}
-
-
-def jobs_in_training(args: Any) -> list[Job]:
-    """Returns the jobs of `evaluate_into`: every task's once, however often training names it."""
-    task_ids = None if args.task_ids is None else tuple(dict.fromkeys(args.task_ids))
-    return evaluation_jobs(args.suite, task_ids, args.eval_episodes_per_task)
-
-
-def episode_keys(seeds: Sequence[int], jobs: Sequence[Job]) -> list[Key]:
-    """Returns the key of every episode; raises ValueError if one is asked for twice."""
-    keys = [(seed, *job) for seed in seeds for job in jobs]
-    if repeated := [key for key, count in Counter(keys).items() if count > 1]:
-        raise ValueError(f"(seed, task, initial state) {repeated[:3]} are asked for twice, but an episode counts once")
-    return keys
+# --- what comes out ---
 
 
 def episode_generator(seed: int, task_id: int, init_state_id: int) -> torch.Generator:
     """Returns the generator of one episode's noise; it depends on nothing but the arguments."""
     state = np.random.SeedSequence((seed, task_id, init_state_id)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
-
-
-# --- what comes out ---
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,12 +32,12 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
-    get_int_from_env,
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from algorithms.common.args import launched_processes
 from algorithms.common.watch import Watch
 from gr00t_agent.files import json_ready
 
@@ -47,8 +47,6 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # What a trainer calls on an agent besides `forward`.
 _AGENT_METHODS = ("get_action_and_value", "get_value", "encode", "predict")
-# Where Accelerate reads the number of processes.
-_WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 # What a launcher's command line names.
 _LAUNCHERS = {
     "accelerate",
@@ -125,7 +123,7 @@ def _check_launch(accelerator: Accelerator) -> None:
             "a parallelism_config is not supported (supported: one process, DDP, FSDP with fsdp_version: 2); unset "
             "ACCELERATE_USE_PARALLELISM_CONFIG, or change it with `accelerate config`"
         )
-    launched = get_int_from_env(_WORLD_SIZES, 1)
+    launched = launched_processes()
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched, but Accelerate runs {accelerator.num_processes} here: each would "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -45,12 +46,7 @@ def package_versions() -> dict[str, str | None]:
     PyTorch's is the one that it says itself. The distribution's leaves out the build where it comes from PyPI: what
     pip knows as 2.14.1 is 2.14.1+cu130.
     """
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    versions = {package: _version(package) for package in PACKAGES}
     if torch := _torch_if_installed():
         versions["torch"] = str(torch.__version__)
     return versions
@@ -81,6 +77,14 @@ def git_commit() -> str | None:
     folder = Path(__file__).parent
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else None
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _torch_if_installed() -> ModuleType | None:

@@ -10,6 +10,7 @@ on a phone, in light and in dark, and may be written while the run goes on.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import math
 import re
@@ -18,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from rich.console import Console
 
 from algorithms.common.charts import compact, curve, heatmap
+from algorithms.common.command_line import launch, parse_args
 from gr00t_agent.files import write_text
 
 TEMPLATE_NAME = "report.html.jinja"
@@ -357,11 +358,9 @@ def facts_of(run: Run) -> list[tuple[str, list[tuple[str, Any]]]]:
 # --- the page ---
 
 
-def render(run: Run, max_video_mb: float = MAX_VIDEO_MB) -> str:
-    """Returns the report as HTML."""
-    commit = run.environment.get("commit")
-    known = (run.args.get("suite"), run.args.get("model", run.args.get("checkpoint")))
-    subtitle = (*known, f"commit {commit[:12]}" if commit else None)
+@functools.cache
+def template() -> Template:
+    """Returns the page to fill in."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -369,7 +368,15 @@ def render(run: Run, max_video_mb: float = MAX_VIDEO_MB) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE_NAME).render(
+    return environment.get_template(TEMPLATE_NAME)
+
+
+def render(run: Run, max_video_mb: float = MAX_VIDEO_MB) -> str:
+    """Returns the report as HTML."""
+    commit = run.environment.get("commit")
+    known = (run.args.get("suite"), run.args.get("model", run.args.get("checkpoint")))
+    subtitle = (*known, f"commit {commit[:12]}" if commit else None)
+    return template().render(
         name=run.path.resolve().name,
         subtitle=" · ".join(str(part) for part in subtitle if part),
         tiles=tiles_of(run),
@@ -400,4 +407,4 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, parse_args(Args, __doc__))

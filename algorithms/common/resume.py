@@ -45,8 +45,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from algorithms.common.args import base_name
 from algorithms.common.processes import check_same_args, from_main, leave, over_processes, wait_for_main
-from algorithms.common.run import RunFolder, base_name, choose_folder, lock, write_args
+from algorithms.common.run import RunFolder, choose_folder, lock, write_args
 from gr00t_agent.files import clean_up, json_ready, remove_folder, whole_folder, write_json
 
 STATE_FOLDER = "training_state"

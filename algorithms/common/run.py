@@ -17,7 +17,6 @@ Only the main process writes; every process may call every function.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import fcntl
 import gc
 import json
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from algorithms.common.args import base_name
 from algorithms.common.processes import leave
 from algorithms.common.provenance import describe_environment
 from algorithms.common.stages import EnvStages
@@ -43,28 +43,6 @@ from gr00t_agent.files import whole_file, write_json, write_text
 
 # Of the runs that this process works on; closed files would unlock them.
 _LOCKS: dict[Path, TextIO] = {}
-
-
-def base_name(args: Any) -> str:
-    """Returns `args.run_name` with the fields in braces filled in.
-
-    Raises:
-        ValueError: it has unknown fields, or is none of a folder.
-    """
-    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
-    try:
-        name = args.run_name.format(**fields)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"run_name={args.run_name!r} cannot be filled in ({error!r}); fields in braces are names of arguments: "
-            f"{', '.join(fields)}"
-        ) from None
-    if not name or name.startswith(".") or Path(name).name != name or "\0" in name:
-        raise ValueError(
-            f"run_name={name!r} is no name of a folder: it must not be empty, begin with a dot or hold a slash; give "
-            "the place by --output-dir"
-        )
-    return name
 
 
 def choose_folder(args: Any) -> Path:

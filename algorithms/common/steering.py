@@ -17,18 +17,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from algorithms.common.args import NoiseForm
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.config import PresetName
 from gr00t_agent.files import dataclass_from_json, naming, read_json, require, whole_file, write_json
 from gr00t_agent.loading import resolve_checkpoint
-
-NoiseForm = Literal["executed", "per_step", "repeated"]
 
 CONFIG_FILE, WEIGHTS_FILE = "noise_actor.json", "noise_actor.safetensors"
 # Bounds of the standard deviation's logarithm, before squashing.

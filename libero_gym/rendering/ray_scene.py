@@ -412,14 +412,15 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
             height, width = 1, 1
         count = 6 if not is_2d and height == 6 * width else 1
         pixels = data[..., :3].reshape(count, height // count, width, 3)
-        while max(pixels.shape[1:3]) > max_size:
-            pixels = np.rint(_halve(pixels)).astype(np.uint8)
+        pixels = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))  # [3, faces, height, width]
+        while max(pixels.shape[2:]) > max_size:
+            pixels = _halve_bytes(pixels)
         values = pixels.astype(np.float32)
         if is_decoded[texture]:
             values = _srgb_to_linear(values / 255) * 255
         kinds.append(TEXTURE_2D if is_2d else TEXTURE_CUBE)
         faces.append(count)
-        sizes.append(values.shape[2:0:-1])
+        sizes.append(values.shape[3:1:-1])
         num_levels = 0
         for level in range(MAX_MIP_LEVELS):
             offsets[texture, level] = end
@@ -427,7 +428,7 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
             chunk = _pack(values)
             chunks.append(chunk)
             end += len(chunk)
-            if max(values.shape[1:3]) == 1:
+            if max(values.shape[2:]) == 1:
                 break
             values = _halve(values)
         levels.append(num_levels)
@@ -443,25 +444,37 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
 
 
 def _halve(pixels: NDArray[np.uint8] | FloatArray) -> FloatArray:
-    """Halves [faces, height, width, 3] as Mesa's glGenerateMipmap does: bilinear samples at the new texels' centres.
+    """Halves [3, faces, height, width] as Mesa's glGenerateMipmap does: bilinear samples at the new texels' centres.
 
     An even size is thereby averaged in pairs; of an odd one no row is dropped.
     """
     values: Any = pixels.astype(np.float32)
-    for axis in (1, 2):
+    for axis in (2, 3):
         size = values.shape[axis]
         if size == 1:
             continue
         if size % 2 == 0:
             pairs = values.reshape(*values.shape[:axis], size // 2, 2, *values.shape[axis + 1 :])
-            first, second, weight = pairs.take(0, axis + 1), pairs.take(1, axis + 1), np.float32(0.5)
+            rest = (slice(None),) * (3 - axis)
+            first, second, weight = pairs[..., 0, *rest], pairs[..., 1, *rest], np.float32(0.5)
         else:
             centres = (np.arange(size // 2) + 0.5) * size / (size // 2) - 0.5
             below = centres.astype(np.int64)
             first, second = values.take(below, axis), values.take(below + 1, axis)
             weight = np.expand_dims((centres - below).astype(np.float32), tuple(range(1, 4 - axis)))
-        values = first + weight * (second - first)
+        values = second - first
+        values *= weight
+        values += first
     return values
+
+
+def _halve_bytes(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns `_halve(pixels)` rounded to the nearest, to even if two are; most textures are of 4096 pixels."""
+    if pixels.shape[2] % 2 or pixels.shape[3] % 2:
+        return np.rint(_halve(pixels)).astype(np.uint8)
+    rows = np.add(pixels[:, :, 0::2], pixels[:, :, 1::2], dtype=np.uint16)
+    fours = rows[..., 0::2] + rows[..., 1::2]
+    return ((fours + 1 + (fours >> 2 & 1)) >> 2).astype(np.uint8)
 
 
 def _srgb_to_linear(values: FloatArray) -> FloatArray:
@@ -469,8 +482,8 @@ def _srgb_to_linear(values: FloatArray) -> FloatArray:
 
 
 def _pack(values: FloatArray) -> NDArray[np.uint32]:
-    channels = np.clip(np.rint(values), 0, 255).astype(np.uint32).reshape(-1, 3)
-    return channels @ np.array([1, 1 << 8, 1 << 16], dtype=np.uint32)
+    red, green, blue = np.clip(np.rint(values), 0, 255).astype(np.uint32).reshape(3, -1)
+    return red | green << np.uint32(8) | blue << np.uint32(16)
 
 
 def _cameras(model: mujoco.MjModel, cameras: list[int]) -> dict[str, Any]:

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from markupsafe import Markup
 
-from algorithms.common import report
+from tests.algorithms.plain_reports import leave_charts_out
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +19,6 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def plain_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a place for each chart of a run's report, but in tests marked `charts`: drawing takes longer than a run."""
+    """Leave charts out, but in tests marked `charts`."""
     if request.node.get_closest_marker("charts") is None:
-        for name in ("curve", "heatmap"):
-            monkeypatch.setattr(report, name, lambda *values, **options: Markup("<svg></svg>"))
+        leave_charts_out(monkeypatch)

@@ -1,6 +1,6 @@
 """Killed at each of its file operations and resumed, a run is the run that was never killed."""
 
-import shutil
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from algorithms.common.resume import checkpoints_in
 from tests.algorithms.line_trainer import logged, train
 from tests.algorithms.sft_trainer import fine_tune
 from tests.gr00t_agent.lerobot_data import write_dataset
-from tests.kills import Killed, killed_at
+from tests.kills import Killed, killed_at, states_at_kills
 
 ALGORITHMS = ("ppo", "grpo", "dsrl", "sft")
 # Every iteration is saved, and all but the last deleted.
@@ -96,19 +96,14 @@ def test_a_run_that_goes_on_is_killed_anywhere(tmp_path: Path, algorithm: str):
     trainer.begin(tmp_path / "begun")
     with (tmp_path / "begun" / whole.name / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 2, "env/succ')
-    shutil.copytree(tmp_path / "begun", tmp_path / "counted")
-    with killed_at(None) as kill:
-        trainer.run(tmp_path / "counted", "auto")
-    assert kill.count > 30
-    for number in range(1, kill.count + 1):
-        folder = tmp_path / "killed"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(tmp_path / "begun", folder)
-        with killed_at(number), pytest.raises(Killed):
-            trainer.run(folder, "auto")
-        (run,) = runs_in(folder)
-        assert checkpoints_in(run), number
-        trainer.run(folder, "auto")
+    with states_at_kills(tmp_path / "begun", tmp_path / "killed") as states:
+        trainer.run(tmp_path / "begun", "auto")
+    assert_equal(tmp_path / "begun" / whole.name, whole)
+    assert len(states) > 15
+    for state in states:
+        (run,) = runs_in(state)
+        assert checkpoints_in(run), state
+        trainer.run(state, "auto")
         assert_equal(run, whole)
 
 
@@ -116,20 +111,31 @@ def test_a_run_that_goes_on_is_killed_anywhere(tmp_path: Path, algorithm: str):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_that_begins_is_killed_anywhere(tmp_path: Path, algorithm: str):
-    """Until its first checkpoint is there another one begins in its place. (Of fine-tuning's, a third do.)"""
+    """Until its first checkpoint is there another one begins in its place."""
     trainer = Run(algorithm, tmp_path / "data")
     trainer.run(tmp_path / "whole", None)
     (whole,) = runs_in(tmp_path / "whole")
-    with killed_at(None) as kill:
-        trainer.begin(tmp_path / "counted")
-    assert kill.count > 15
-    for number in range(1, kill.count + 1, 3 if algorithm == "sft" else 1):
-        folder = tmp_path / f"killed_{number}"
-        with killed_at(number), pytest.raises(Killed):
-            trainer.begin(folder)
-        had_checkpoint = any(checkpoints_in(run) for run in runs_in(folder))
-        trainer.run(folder, "auto")
-        runs = runs_in(folder)
+    with states_at_kills(tmp_path / "begun", tmp_path / "killed") as states:
+        trainer.begin(tmp_path / "begun")
+    assert len(states) > 10
+    for state in states:
+        had_checkpoint = any(checkpoints_in(run) for run in runs_in(state))
+        trainer.run(state, "auto")
+        runs = runs_in(state)
         assert_equal(runs[-1], whole)
         assert not (had_checkpoint and len(runs) > 1)
-        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("number", [1, 20, 45])
+def test_what_is_kept_is_what_a_kill_leaves(tmp_path: Path, number: int):
+    trainer = Run("ppo", tmp_path / "data")
+    with states_at_kills(tmp_path / "kept", tmp_path / "states") as states:
+        trainer.begin(tmp_path / "kept")
+    with killed_at(number), pytest.raises(Killed):
+        trainer.begin(tmp_path / "killed")
+
+    def names_in(folder: Path) -> set[str]:
+        """Without the random part of temporary names."""
+        return {re.sub(r"\.tmp-[^-]+-", ".tmp-", str(path.relative_to(folder))) for path in folder.rglob("*")}
+
+    assert names_in(tmp_path / "killed") in [names_in(state) for state in states]

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,9 +13,11 @@ from typing import Any
 import pytest
 
 from algorithms.common.resume import checkpoints_in
+from tests import preloaded
 from tests.algorithms import sft_trainer
 from tests.algorithms.line_trainer import command, logged, train
 from tests.gr00t_agent.lerobot_data import write_dataset
+from tests.preloaded import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -49,17 +50,12 @@ def start(program: list[str], **variables: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def start_two(folder: Path, changes: str, **options: Any) -> list[subprocess.Popen[str]]:
-    """Both processes of a run, without a launcher that would end one when the other has ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def start_two(folder: Path, changes: str, **options: Any) -> list[Program]:
     program = ["-c", RANK.format(changes=changes), json.dumps(options | dict(output_dir=str(folder)))]
-    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-    return [start(program, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+    return preloaded.start_two(*program, CUDA_VISIBLE_DEVICES="")
 
 
-def ended(process: subprocess.Popen[str], seconds: float = 150) -> str:
+def ended(process: Any, seconds: float = 150) -> str:
     try:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
@@ -67,7 +63,7 @@ def ended(process: subprocess.Popen[str], seconds: float = 150) -> str:
         raise AssertionError(process.communicate()[0]) from None
 
 
-def wait_for(condition: Any, *needed: subprocess.Popen[str], seconds: float = 150) -> None:
+def wait_for(condition: Any, *needed: Any, seconds: float = 150) -> None:
     deadline = time.perf_counter() + seconds
     while not condition():
         for process in needed:
@@ -132,8 +128,8 @@ def test_a_stopped_process_is_named_and_does_not_hold_the_other(tmp_path: Path):
 @pytest.mark.slow
 def test_work_of_one_process_may_last_longer_than_a_collective_operation(tmp_path: Path):
     changes = (
-        "processes.COLLECTIVE_TIMEOUT = timedelta(seconds=15)\n"
-        "ppo_gr00t.evaluate_into = lambda *inputs: (time.sleep(25), 0.5)[1]"
+        "processes.COLLECTIVE_TIMEOUT = timedelta(seconds=8)\n"
+        "ppo_gr00t.evaluate_into = lambda *inputs: (time.sleep(12), 0.5)[1]"
     )
     both = start_two(tmp_path, changes, num_iterations=1, eval_episodes_per_task=1)
     outputs = [ended(process) for process in both]

@@ -1,7 +1,6 @@
 """Two processes give what one gives at the same global sizes, and only the main one writes."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from gr00t_agent import Gr00tAgent
+from tests import preloaded
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from torch import distributed, nn
 from algorithms.common.run import RunFolder
+from tests import preloaded
 from tests.algorithms.line_trainer import print_gloo_threads
 
 def main():
@@ -49,25 +50,34 @@ main()
 """
 
 
+def output_of(*processes: Any) -> str:
+    """What programs wrote that have ended well."""
+    try:
+        output = "".join(process.communicate(timeout=240)[0] for process in processes)
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+        raise AssertionError("".join(process.communicate()[0] for process in processes)) from None
+    assert [process.returncode for process in processes] == [0] * len(processes), output
+    return output
+
+
 def run_two(algorithm: str, **changes: Any) -> str:
-    output = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], {}, algorithm, **changes)
+    output = output_of(*preloaded.start_two(*command(algorithm, **changes), CUDA_VISIBLE_DEVICES=""))
     assert output.count("Gloo threads: 0") == 2, output
     return output
 
 
-def run(launcher: list[str], variables: dict[str, str], algorithm: str, **changes: Any) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= variables
+def launch_two(algorithm: str, **changes: Any) -> str:
+    """What `run_two` does, by PyTorch's launcher and in processes that import everything anew."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [sys.executable, *launcher, *command(algorithm, **changes)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        [sys.executable, *launcher, *command(algorithm, **changes)], cwd=ROOT, env=os.environ | variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(process.communicate()[0]) from None
-    assert process.returncode == 0, output
+    output = output_of(process)
+    assert output.count("Gloo threads: 0") == 2, output
     return output
 
 
@@ -112,7 +122,7 @@ def test_sharded_weights_train_save_and_resume_as_whole_ones(tmp_path: Path):
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(tmp_path: Path):
     options = OPTIONS | SIZES["ppo"]
-    run_two("ppo", output_dir=str(tmp_path / "parts"), **options)
+    launch_two("ppo", output_dir=str(tmp_path / "parts"), **options)
     train("ppo", tmp_path / "parts", resume="auto", **(options | dict(num_iterations=4)))
     train("ppo", tmp_path / "whole", **(options | dict(num_iterations=4)))
     parts, whole = (logged(tmp_path / folder / "ppo_libero_spatial_1") for folder in ("parts", "whole"))
@@ -122,10 +132,7 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path: Path):
 
 
 def test_a_process_group_ends_before_the_interpreter(tmp_path: Path):
-    program = [sys.executable, "-c", ENDING, str(tmp_path / "store")]
-    result = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr
-    before, after = result.stdout.splitlines()
+    before, after = output_of(preloaded.start("-c", ENDING, str(tmp_path / "store"))).splitlines()
     assert before != "Gloo threads: 0"
     assert after == "Gloo threads: 0"
 
@@ -133,7 +140,8 @@ def test_a_process_group_ends_before_the_interpreter(tmp_path: Path):
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_bfloat16_keeps_first_ratios_at_one_and_weights_in_float32(tmp_path: Path, algorithm: str):
     options = dict(agent="tiny", output_dir=str(tmp_path), num_iterations=1, update_epochs=1)
-    run([], {"ACCELERATE_MIXED_PRECISION": "bf16"}, algorithm, **options)
+    variables = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "bf16", "CUDA_VISIBLE_DEVICES": ""}
+    output_of(preloaded.start(*command(algorithm, **options), **variables))
     (folder,) = tmp_path.iterdir()
     (line,) = logged(folder)
     assert line["actor/ratio_first_minibatch_max_dev"] < 1e-3

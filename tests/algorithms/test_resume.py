@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +20,10 @@ from algorithms.common import resume
 from algorithms.common.resume import checkpoints_in, generator_states, restore_generators
 from examples.own_agent_in_ppo import MLPAgent
 from gr00t_agent import Gr00tAgent
+from tests import preloaded
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
+from tests.preloaded import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 ALGORITHMS = ("ppo", "grpo")
@@ -34,12 +34,8 @@ def run_folder(folder: Path) -> Path:
     return run
 
 
-def start(algorithm: str, **changes: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [sys.executable, *command(algorithm, **changes)], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def start(algorithm: str, **changes: Any) -> Program:
+    return preloaded.start(*command(algorithm, **changes), CUDA_VISIBLE_DEVICES="")
 
 
 def wait_for(condition: Any, seconds: float = 150) -> None:
@@ -202,11 +198,12 @@ def test_files_that_do_not_fit_are_named_as_a_full_disk_is(tmp_path: Path):
         "from pathlib import Path; from tests.algorithms.line_trainer import train; "
         "train('ppo', Path(sys.argv[1]), num_iterations=2, resume='auto')"
     )
-    result = subprocess.run([sys.executable, "-c", limited, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "OSError: [Errno 27] File too large" in result.stderr
+    process = preloaded.start("-c", limited, str(tmp_path))
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert "OSError: [Errno 27] File too large" in output
     newest = run / "checkpoints" / "iteration_1"
-    assert f"iteration_2 was not written; the newest checkpoint is {newest}" in result.stderr
+    assert f"iteration_2 was not written; the newest checkpoint is {newest}" in output
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["iteration_1"]
 
 

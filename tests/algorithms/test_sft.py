@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +25,7 @@ from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_
 from gr00t_agent import Gr00tAgent, read_metadata
 from gr00t_agent.lerobot import LeRobotDataset
 from gr00t_agent.transforms import resize_views
+from tests import preloaded
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.sft_trainer import make_tiny, sft_args
 from tests.algorithms.tiny_agent import tiny_agent
@@ -372,21 +371,16 @@ def test_sharded_weights_are_refused(demonstrations, tmp_path, monkeypatch):
 def test_two_processes_equal_one(demonstrations, tmp_path):
     options = dict(micro_batch_size=4, ema_decay=0.9, num_steps=4, save_interval=4)
     sft_gr00t.main(sft_args(tmp_path / "one", demonstrations, **options), make_tiny)
-    program = tmp_path / "two.py"
-    program.write_text(
+    program = (
         "import torch\nfrom pathlib import Path\nfrom algorithms import sft_gr00t\n"
         "from tests.algorithms.sft_trainer import make_tiny, sft_args\ntorch.set_num_threads(1)\n"
         f"args = sft_args(Path({str(tmp_path / 'two')!r}), Path({str(demonstrations)!r}), **{options!r})\n"
         "sft_gr00t.main(args, make_tiny)\n"
     )
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [sys.executable, *launcher, str(program)], cwd=ROOT, env=environment, capture_output=True, text=True,
-        check=False, timeout=240,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("step 4/4") == result.stdout.count("checkpoint   ") == 1
+    processes = preloaded.start_two("-c", program, CUDA_VISIBLE_DEVICES="")
+    output = "".join(process.communicate(timeout=240)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], output
+    assert output.count("step 4/4") == output.count("checkpoint   ") == 1
     one, two = (tmp_path / name / "run" for name in ("one", "two"))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     for file in ("checkpoints/step_4/model.safetensors", "checkpoints/step_4/training_state/weights.safetensors"):

@@ -15,16 +15,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from algorithms.common.episode_log import EpisodeLog, EvalEpisode
-from algorithms.common.evaluation import (
-    OVERVIEW,
-    EvalResult,
-    episode_generator,
-    evaluate,
-    evaluate_into,
-    evaluation_jobs,
-    stated_horizon,
-    stored_starts,
-)
+from algorithms.common.evaluation import OVERVIEW, EvalResult, episode_generator, evaluate, evaluate_into
+from algorithms.common.jobs import evaluation_jobs, stated_horizon, stored_starts
 from algorithms.common.video import CAPTION_HEIGHT
 from libero_gym.physics.simulation import PhysicsError
 from libero_gym.tasks.suites import horizon

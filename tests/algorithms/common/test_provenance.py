@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ import torch
 from algorithms.common import provenance
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def _forget_versions() -> Iterator[None]:
+    """They are read once a process."""
+    provenance._version.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    yield
+    provenance._version.cache_clear()  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("installed_as", ["2.14.1", "2.14.1+cu130"])

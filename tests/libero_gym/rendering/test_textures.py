@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import libero_gym  # noqa: F401 - registers the ids
-from libero_gym.rendering.ray_scene import build_ray_scene
+from libero_gym.rendering.ray_scene import _halve, _halve_bytes, build_ray_scene
 from libero_gym.rendering.raycast import DeviceScene, SceneCaster, WarpRenderer
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import decoded_textures, installed_colorspace, textures_in
@@ -221,3 +221,16 @@ def test_the_recorder_names_what_it_needs():
     process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert process.returncode == 2
     assert "MUJOCO_GL='' names no off-screen OpenGL (valid: 'egl', 'osmesa'" in process.stderr
+
+
+@pytest.mark.parametrize("size", [(8, 6), (2, 2), (7, 4), (4, 5), (1, 6), (3, 1)])
+def test_bytes_are_halved_as_numbers_are(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 2, *size), dtype=np.uint8)
+    np.testing.assert_array_equal(_halve_bytes(pixels), np.rint(_halve(pixels)))
+
+
+def test_sums_of_four_bytes_round_to_even():
+    sums = np.arange(4 * 255 + 1)
+    four = np.minimum(np.maximum(sums[:, None] - 255 * np.arange(4), 0), 255).astype(np.uint8)  # [1021, 4]
+    pixels = four.reshape(1, -1, 2, 2)
+    np.testing.assert_array_equal(_halve_bytes(pixels).ravel(), np.rint(sums / 4))

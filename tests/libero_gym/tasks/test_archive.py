@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 
 from libero_gym.__main__ import main
+from libero_gym.physics import stepping
 from libero_gym.tasks import archive, scenes, suites
 from libero_gym.tasks.archive import ArchivedTask, archive_root, write_archive
+from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task, libero_root, list_tasks, load_init_states
 
@@ -91,6 +94,8 @@ def rollout(environment: dict[str, str]) -> list[str]:
 @pytest.mark.slow
 def test_an_archive_replaces_libero_to_the_last_bit(archive_file: Path, tmp_path: Path):
     language, digest, is_alone = rollout({})
+    for name in (stepping._CACHE_NAME, "warp"):  # what was compiled there; scenes are the archive's
+        shutil.copytree(cache_dir() / name, tmp_path / name)
     archived = rollout({"LIBERO_GYM_SCENES": str(archive_file), "LIBERO_GYM_CACHE": str(tmp_path)})
     assert archived == [language, digest, "True"]
     assert is_alone == "False"

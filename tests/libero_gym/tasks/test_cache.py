@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from libero_gym.physics import stepping
 from libero_gym.tasks import scene_builder
 from libero_gym.tasks.cache import cache_dir, checked_folder, drop_damaged, file_lock, is_intact, note_files
 from libero_gym.tasks.scenes import load_scene
@@ -161,14 +162,25 @@ print(*(value.tobytes().hex() for name, value in sorted(observation.items()) if 
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds scenes and kernels of renderers, but no compiled physics."""
+    """A cache that holds scenes, but no compiled physics."""
     built = load_scene(get_task("libero_spatial", 0)).folder
-    if (cache_dir() / "warp").is_dir():
-        shutil.copytree(cache_dir() / "warp", tmp_path / "warp")
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / built.name).symlink_to(built)
     monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def warm_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A copy of the cache that all tests share with what a step with images needs, and what it prints."""
+    printed = result(start(images=True))
+    for name in (stepping._CACHE_NAME, "warp"):
+        shutil.copytree(cache_dir() / name, tmp_path / name)
+    built = load_scene(get_task("libero_spatial", 0)).folder
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / built.name).symlink_to(built)
+    monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path))
+    return tmp_path, printed
 
 
 def start(images: bool = False) -> subprocess.Popen[str]:
@@ -187,8 +199,8 @@ def written(folder: Path) -> dict[Path, int]:
 
 
 @pytest.mark.slow
-def test_damaged_native_code_is_compiled_anew(own_cache: Path):
-    expected = result(start(images=True))
+def test_damaged_native_code_is_compiled_anew(warm_cache: tuple[Path, str]):
+    own_cache, expected = warm_cache
     before = {path: time for name in ("native", "warp") for path, time in written(own_cache / name).items()}
     damaged = [*own_cache.glob("native/*/*/stepping._run_substeps-*.nbc"), *own_cache.glob("warp/*/wp_place_*/*.o")]
     assert len(damaged) == 2

@@ -1,0 +1,211 @@
+"""What a command line says, how soon, and which errors end in one message."""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from algorithms.common import command_line
+from algorithms.common.charts import thin
+from algorithms.common.command_line import launch, parse_args
+from libero_gym import get_task
+
+ROOT = Path(__file__).resolve().parents[3]
+TRAINERS = ("ppo_gr00t", "grpo_gr00t", "dsrl_gr00t", "sft_gr00t")
+SCRIPTS = (*TRAINERS, "eval_gr00t", "collect_demos")
+NEEDED = {
+    "sft_gr00t": ["--dataset", "a/b"],
+    "eval_gr00t": ["--checkpoint", "nano"],
+    "collect_demos": ["--output", "/tmp/none"],
+}
+# PyTorch alone takes two seconds of a processor and more; the rest of what a trainer imports four to six.
+CPU_SECONDS = 2.0
+
+
+def run(*command: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A program that ended, and the CPU-seconds that it took."""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "100", **variables}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_comes_at_once_in_blocks(script: str):
+    ended, seconds = run(f"algorithms/{script}.py", "--help")
+    assert ended.returncode == 0, ended.stderr
+    assert seconds < CPU_SECONDS
+    source = (ROOT / f"algorithms/{script}.py").read_text()
+    titles = re.findall(r"^    # --- (.+) ---$", source[: source.index("\nARGS = ")], re.MULTILINE)
+    assert len(titles) > 3
+    assert [title for title in re.findall(r"╭─ (.+) options ─", ended.stdout) if title in titles] == titles
+    assert max(map(len, ended.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_mistake_is_told_at_once(script: str):
+    given = ["--suite", "libero_spatia"]
+    ended, seconds = run(f"algorithms/{script}.py", *NEEDED.get(script, []), *given)
+    assert ended.returncode == 2
+    assert seconds < CPU_SECONDS
+    assert f"{script}.py: error: suite='libero_spatia' is not installed; did you mean 'libero_spatial'?" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "message"),
+    [
+        ("ppo_gr00t", "--preset demos", "invalid choice 'demos' for argument '--preset'"),
+        ("ppo_gr00t", "--preset demo --minibatch-size 7", "num_decisions=96 must be a positive multiple of minibatch_"),
+        ("ppo_gr00t", "--preset demo --model x/y/z", "model='x/y/z' is no folder and no hub name (owner/name); give a"),
+        ("grpo_gr00t", "--task-ids 12", "error: task_id=12 is not in libero_spatial (valid: 0-9)"),
+        ("grpo_gr00t", "--resume nowhere", "nowhere holds no checkpoint to go on from; give the folder of a run that"),
+        ("dsrl_gr00t", "--run-name {sed}", "run_name='{sed}' cannot be filled in (KeyError('sed')); fields in braces"),
+        ("sft_gr00t", "--dataset nowhere", "dataset='nowhere' is no folder and no hub name (owner/name); make one by"),
+        ("sft_gr00t", "", "dataset is not given: name a LeRobot dataset with --dataset"),
+        ("eval_gr00t", "--checkpoint nowhere", "checkpoint='nowhere' is no folder and no hub name (owner/name)"),
+        ("eval_gr00t", "--checkpoint nano --seeds 1 1", "are asked for twice, but an episode counts once"),
+        ("collect_demos", "--output docs", "docs exists; give another output, or remove it first"),
+        ("common/report", "--run docs", "docs is no folder of a run (args.json) or of an evaluation (result.json)"),
+    ],
+)
+def test_sizes_names_and_folders_are_checked_before_anything_else(script: str, given: str, message: str):
+    ended, seconds = run(f"algorithms/{script}.py", *given.split())
+    assert ended.returncode in (1, 2)
+    assert seconds < CPU_SECONDS
+    assert message in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_heavy_is_imported_before_a_mistake_is_told(script: str):
+    program = (
+        "import atexit, runpy, sys\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'accelerate'}\n"
+        "atexit.register(lambda: print('imported', sorted(heavy & set(sys.modules))))\n"
+        f"sys.argv = ['{script}.py', '--no-such-flag']\n"
+        f"runpy.run_module('algorithms.{script}', run_name='__main__', alter_sys=True)"
+    )
+    ended, _ = run("-c", program)
+    assert ended.returncode == 2
+    assert "Unrecognized options" in ended.stderr
+    assert "imported []" in ended.stdout
+
+
+def test_help_shows_the_values_of_the_chosen_preset():
+    for preset in ("--preset demo", "--preset=demo"):
+        ended, _ = run("algorithms/ppo_gr00t.py", *preset.split(), "--help")
+        shown = re.sub(r"[│\s]+", " ", ended.stdout)
+        assert "Rollout-and-update rounds; schedules run over them. (default: 3)" in shown
+        assert "Discount per decision. (default: 0.99)" in shown
+
+
+def test_of_two_processes_the_first_speaks():
+    """The launcher ends the other as soon as the first has ended."""
+    launch_two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    ended, _ = run(*launch_two, "algorithms/ppo_gr00t.py", "--suite", "x", OMP_NUM_THREADS="1")
+    assert ended.returncode != 0
+    assert ended.stderr.count("error: suite='x' is not installed") == 1
+
+
+@dataclass(kw_only=True)
+class Augmentation:
+    hue: float = 0.1
+    """Turn of colours."""
+
+
+@dataclass(kw_only=True)
+class Args:
+    # --- run ---
+    preset: str | None = None
+    """Defaults."""
+    seed: int = 1
+    """Seed of `all` that
+    is drawn."""
+
+    # --- evaluation and saving ---
+    name: str
+    """Name."""
+    kinds: tuple[Literal["a", "b"], ...] = ()
+    """Kinds."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Augmentation."""
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *given: str, **options: object) -> Args:
+    monkeypatch.setattr(sys, "argv", ["program.py", *given])
+    return parse_args(Args, "Text.", **options)  # pyright: ignore[reportArgumentType]
+
+
+def test_arguments_override_a_preset_which_overrides_defaults(monkeypatch: pytest.MonkeyPatch):
+    presets = {"big": Args(name="big", seed=7, augmentation=Augmentation(hue=0.3))}
+    plain = Args(name="x", kinds=("b", "a"), augmentation=Augmentation(hue=0.2))
+    given = ["--name", "x", "--kinds", "b", "a", "--augmentation.hue", "0.2"]
+    assert parse(monkeypatch, *given, presets=presets) == plain
+    big = Args(preset="big", name="big", seed=8, augmentation=Augmentation(hue=0.3))
+    assert parse(monkeypatch, "--preset", "big", "--seed", "8", presets=presets) == big
+
+
+def test_what_has_no_default_must_be_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        parse(monkeypatch, "--seed", "3")
+    assert ended.value.code == 2
+    assert "--name" in capsys.readouterr().err
+
+
+def no_such_task(args: Args) -> None:
+    get_task("libero_spatial", 12)
+
+
+def test_a_check_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        parse(monkeypatch, "--name", "x", check=no_such_task)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "program.py: error: task_id=12 is not in libero_spatial (valid: 0-9)\n"
+
+
+def test_what_only_the_run_tells_is_told_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    with pytest.raises(SystemExit) as ended:
+        launch(no_such_task, Args(name="x"))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "program.py: error: task_id=12 is not in libero_spatial (valid: 0-9)\n"
+
+
+def test_faults_of_a_program_keep_their_traceback():
+    def own_fault(args: Args) -> None:
+        raise ValueError("of somebody else's code")
+
+    def fault_within(args: Args) -> None:
+        thin(["x"], [1.0])  # pyright: ignore[reportArgumentType]
+
+    for main, message in ((own_fault, "somebody else's"), (fault_within, "could not convert string to float")):
+        with pytest.raises(ValueError, match=message):
+            launch(main, Args(name="x"))
+
+
+def test_another_process_of_the_host_speaks_only_if_its_launcher_lets_it_live(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: waited.append(seconds))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--name", "x", check=no_such_task)
+    assert waited == [command_line._GRACE_S]  # pyright: ignore[reportPrivateUsage]
+    assert "task_id=12" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--name", "x", "--sed", "1")
+    assert len(waited) == 2
+    assert "Unrecognized options: --sed, 1" in capsys.readouterr().err

@@ -1,0 +1,177 @@
+"""Programs of the tests that start without importing PyTorch and the trainers, which takes seconds each time.
+
+A server imports them once and forks for each program, before any thread is there. Its child is as good as a new
+interpreter: it has its own environment, folder, output and arguments, runs as `__main__`, and ends as an interpreter
+does. Its reports have no charts. What a launcher starts, and what is about imports, starts anew all the same.
+
+    process = start("-m", "tests.algorithms.line_trainer", "ppo", "{}", RANK="0")
+    output, _ = process.communicate(timeout=60)
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = ("tests.algorithms.line_trainer", "tests.algorithms.sft_trainer")
+MESSAGE_BYTES = 1 << 20
+
+
+class Program:
+    """A program that was started, with the methods of `subprocess.Popen` that tests use.
+
+    Attributes:
+        pid: of the process.
+        returncode: exit status, minus the signal that ended it; None before it is known.
+    """
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], *, own_group: bool) -> None:
+        self.returncode: int | None = None
+        self._parts: list[bytes] = []
+        self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
+        output, end = os.pipe()
+        request = dict(arguments=arguments, environment=environment, own_group=own_group)
+        socket.send_fds(_server(), [json.dumps(request).encode()], [end, status.fileno()])
+        os.close(end)
+        status.close()
+        answer = self._status.recv(64)
+        assert answer, "the server has ended; its output tells why"
+        self.pid = int(answer)
+        self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
+        self._reader.start()
+
+    def poll(self) -> int | None:
+        """Returns the exit status, None while the program runs."""
+        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
+            self.returncode = os.waitstatus_to_exitcode(int(self._status.recv(64)))
+            self._status.close()
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Waits for the end and returns what was written to stdout and stderr.
+
+        Raises:
+            subprocess.TimeoutExpired: it takes longer.
+        """
+        if self.returncode is None and not select.select([self._status], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+        self.poll()
+        self._reader.join()
+        return b"".join(self._parts).decode(), None
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal, unless the program has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Sends SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def _read(self, output: int) -> None:
+        with os.fdopen(output, "rb") as stream:
+            self._parts.extend(iter(lambda: stream.read1(), b""))
+
+
+def start(*arguments: str, own_group: bool = False, **variables: str) -> Program:
+    """Starts what `python *arguments` would: `-m MODULE ...` or `-c CODE ...`, with variables added to ours."""
+    return Program(list(arguments), os.environ | variables, own_group=own_group)
+
+
+def start_two(*arguments: str, **variables: str) -> list[Program]:
+    """Starts a program as both processes of a run, as a launcher does, but nothing ends one if the other has ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables |= dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
+    return [start(*arguments, RANK=rank, LOCAL_RANK=rank, **variables) for rank in "01"]
+
+
+@functools.cache
+def _server() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Arrow's own allocator would begin a thread.
+    variables = {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    command = [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())]
+    server = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, pass_fds=[theirs.fileno()])
+    theirs.close()
+    atexit.register(lambda: (ours.close(), server.wait()))
+    return ours
+
+
+# --- the server ---
+
+
+def serve(requests: socket.socket) -> list[str]:
+    """Forks for each request; returns in the child, with the arguments of its program, and ends in the server."""
+    while True:
+        message, descriptors, *_ = socket.recv_fds(requests, MESSAGE_BYTES, 2)
+        if not message:
+            sys.exit()
+        if os.fork() == 0:
+            requests.close()
+            return _child(json.loads(message), *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _child(request: dict[str, Any], output: int, status: int) -> list[str]:
+    """Waits, for the server, for a child of its own, which returns."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if pid := os.fork():
+        os.write(status, str(pid).encode())
+        _, ended = os.waitpid(pid, 0)
+        os.write(status, str(ended).encode())
+        os._exit(0)
+    os.close(status)
+    if request["own_group"]:
+        os.setsid()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    return request["arguments"]
+
+
+def _run(kind: str, program: str, *arguments: str) -> None:
+    """Does what `python -m` or `python -c` does."""
+    sys.argv = [kind, *arguments]
+    sys.modules.pop(program, None)
+    if kind == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        main = sys.modules["__main__"] = type(sys)("__main__")
+        exec(compile(program, "<string>", "exec"), vars(main))
+
+
+if __name__ == "__main__":
+    import importlib
+
+    import pytest
+
+    from tests.algorithms.plain_reports import leave_charts_out
+
+    for name in MODULES:
+        importlib.import_module(name)
+    leave_charts_out(pytest.MonkeyPatch())
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    _run(*serve(socket.socket(fileno=int(sys.argv[1]))))
