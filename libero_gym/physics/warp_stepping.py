@@ -1,4 +1,5 @@
 # type: ignore
+# ruff: noqa: SIM110 - Warp has no `all`
 """A step of MuJoCo Warp's physics in another order of launches: what does not wait for each other runs side by side.
 
 `mujoco_warp.step` launches some hundred kernels one after another, and most of them are too small for a GPU: they take
