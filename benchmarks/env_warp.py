@@ -55,6 +55,7 @@ def measure_rate(args: argparse.Namespace, num_worlds: int, *, has_images: bool)
         images_as_torch=has_images,
         image_size=args.image_size,
         warp_options=WarpOptions(solver_iterations=args.solver_iterations),
+        autoreset_mode="SAME_STEP",
     )
     device = cast(WarpWorlds, env.worlds).device
     env.reset(seed=0)

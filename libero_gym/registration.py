@@ -14,12 +14,13 @@ from libero_gym.tasks.suites import HORIZONS, list_suites
 def register_envs() -> None:
     """Register the ids; a second call changes nothing.
 
-    Where no distribution provides `libero`, the base suites are registered all the same: making one of them then
-    raises the error that says what to install, instead of Gymnasium's "namespace not found".
+    Where no distribution provides `libero`, or one has written over another, the base suites are registered all the
+    same: making one of them then raises the error that says what to install, instead of Gymnasium's "namespace not
+    found".
     """
     try:
         suites = list_suites()
-    except ModuleNotFoundError:
+    except ImportError:
         suites = list(HORIZONS)
     for suite in suites:
         env_id = f"libero_gym/{suite}-v0"

