@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.envs.registration import EnvSpec
 
-from libero_gym import window
 from libero_gym.fork import Owner, Uncopied
 from libero_gym.options import (
     CLOSED,
@@ -46,6 +45,7 @@ from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, is_integer
+from libero_gym.window import Window, check_usable, is_usable
 
 __all__ = ["LiberoEnv", "PhysicsError"]
 
@@ -178,8 +178,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._tasks = choose_tasks(suite, task_id, task_ids)
         check_render_mode(render_mode, self.metadata["render_modes"])
         if render_mode == "human":
-            window.check_usable()
-        if not window.is_usable():
+            check_usable()
+        if not is_usable():
             self.metadata = {**self.metadata, "render_modes": ["rgb_array"]}
         self.options = EnvOptions(
             suite=suite,
@@ -203,7 +203,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._owner = Owner("the environment")
         self._renderer = self.options.open_renderer()
         self._viewer: Renderer | None = None
-        self._window: window.Window | None = None
+        self._window: Window | None = None
         self._simulations: dict[str, Simulation] = {}
         self._simulation: Simulation | None = None
         self._is_closed = False
@@ -433,7 +433,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             return
         if self._window is None:
             caption = f"{self.task.suite} {self.task.task_id}: {self.task.language}"
-            self._window = window.Window(self.options.render_size, fps=self.metadata["render_fps"], caption=caption)
+            self._window = Window(self.options.render_size, fps=self.metadata["render_fps"], caption=caption)
         self._window.show(self._view())
 
     def _info(self) -> dict[str, Any]:

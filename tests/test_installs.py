@@ -27,7 +27,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "tools": ("train",),
     "examples": ("train",),
 }
-# What the environment imports only where it is asked for by an option: GPU physics, images and states as tensors, a window.
+# What the environment imports only where it is asked for by an option: GPU physics, tensors, a window.
 OPTIONAL = {"libero_gym": {"mujoco_warp": "warp-physics", "torch": "agent", "pygame": "watch"}}
 # lerobot's, see `make test-lerobot` and `make test-libraries`
 IN_AN_ENVIRONMENT_OF_ITS_OWN = {ROOT / "tools" / "lerobot_peer.py", ROOT / "examples" / "lerobot_policy.py"}

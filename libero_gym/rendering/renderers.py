@@ -22,6 +22,7 @@ Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -32,7 +33,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -291,6 +292,33 @@ def _close_at_exit(renderer: GlRenderer, platform: Any) -> None:
     _open_renderers.add(renderer)
 
 
+def _remember_current(kind: str) -> Callable[[], None]:
+    """Returns what makes the OpenGL context current that is now, or none if none is."""
+    if kind == "egl":
+        from OpenGL import EGL
+
+        context = EGL.eglGetCurrentContext()
+        if not context:
+            return _release_egl
+        surfaces = EGL.eglGetCurrentSurface(EGL.EGL_DRAW), EGL.eglGetCurrentSurface(EGL.EGL_READ)
+        return functools.partial(EGL.eglMakeCurrent, EGL.eglGetCurrentDisplay(), *surfaces, context)
+    from OpenGL import GL, osmesa
+
+    context = osmesa.OSMesaGetCurrentContext()
+    if not context:
+        return functools.partial(osmesa.OSMesaMakeCurrent, None, None, GL.GL_FLOAT, 0, 0)
+    width, height, _, buffer = osmesa.OSMesaGetColorBuffer(context)
+    kind_of_buffer = osmesa.OSMesaGetIntegerv(osmesa.OSMESA_TYPE)
+    return functools.partial(osmesa.OSMesaMakeCurrent, context, buffer, kind_of_buffer, width, height)
+
+
+def _release_egl() -> None:
+    egl: Any = importlib.import_module("mujoco.egl")
+    if egl.EGL_DISPLAY is not None:
+        none = egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_CONTEXT
+        egl.EGL.eglMakeCurrent(egl.EGL_DISPLAY, *none)
+
+
 def _abandon_opengl(platform: Any) -> None:
     """Keeps a forked child from freeing what its parent goes on using: that would wait for the parent's threads."""
     if hasattr(platform, "EGL"):
@@ -364,10 +392,10 @@ class GlRenderer(Uncopied):
 
     def describe_device(self) -> str:
         """The OpenGL implementation's name for what draws."""
-        self._make_current()
-        from OpenGL import GL  # typed nowhere
+        with self._current():
+            from OpenGL import GL  # typed nowhere
 
-        return GL.glGetString(GL.GL_RENDERER).decode()
+            return GL.glGetString(GL.GL_RENDERER).decode()
 
     def render(self, simulations: Sequence[Drawable]) -> Images:
         """Draws the last observed state of each simulation; see `Renderer`.
@@ -377,15 +405,15 @@ class GlRenderer(Uncopied):
             ValueError: A camera is not in the scene.
             RuntimeError: This process was forked from the one that made the renderer, or that has used OpenGL.
         """
-        self._make_current()
         images = np.empty((len(simulations), len(self._camera_names), self._size, self._size, 3), dtype=np.uint8)
-        for image, simulation in zip(images, simulations, strict=True):
-            scene = simulation.scene
-            if scene.key not in self._scenes:
-                self._scenes[scene.key] = _GlScene(
-                    scene, self._camera_names, self._size, self._reflections, self._texture_colorspace
-                )
-            self._scenes[scene.key].render(simulation, image)
+        with self._current():
+            for image, simulation in zip(images, simulations, strict=True):
+                scene = simulation.scene
+                if scene.key not in self._scenes:
+                    self._scenes[scene.key] = _GlScene(
+                        scene, self._camera_names, self._size, self._reflections, self._texture_colorspace
+                    )
+                self._scenes[scene.key].render(simulation, image)
         return images
 
     def close(self) -> None:
@@ -393,13 +421,27 @@ class GlRenderer(Uncopied):
         if not self._owner.is_this_process:
             return
         if self._context is not None:
-            self._context.make_current()
-            for scene in self._scenes.values():
-                scene.close()
+            with self._current():
+                for scene in self._scenes.values():
+                    scene.close()
             self._context.free()
             self._context = None
         self._scenes.clear()
         _open_renderers.discard(self)
+
+    @contextlib.contextmanager
+    def _current(self) -> Generator[None]:
+        """Has the context current, and afterwards the one that was.
+
+        Whoever frees things of OpenGL without making its own context current, as robosuite does, would otherwise free
+        what has the same numbers in ours, and our next pictures would be drawn without it.
+        """
+        restore = _remember_current(self._kind)
+        try:
+            self._make_current()
+            yield
+        finally:
+            restore()
 
     def _make_current(self) -> None:
         self._owner.check()
