@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from libero_gym.registration import register_envs
+from libero_gym.registration import register_envs, register_suite
 from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_suites, list_tasks
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "list_suites",
     "list_tasks",
     "register_envs",
+    "register_suite",
 ]
 
 _LAZY = {

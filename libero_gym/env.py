@@ -111,7 +111,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     `info` has `success` (bool), `task_id`, `init_state_id`, and `episode_length` (steps so far).
 
     ## Arguments
-    - `suite`: see `libero_gym.list_suites()`.
+    - `suite`: see `libero_gym.list_suites()`; or one task, from `libero_gym.list_tasks`.
     - `task_id`: fixes the task; None samples one at each reset.
     - `task_ids`: sequence of tasks to sample from, instead of `task_id`; None takes all of the suite.
     - `image_size`: height and width in pixels.
@@ -147,7 +147,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
     def __init__(
         self,
-        suite: str,
+        suite: str | TaskSpec,
         *,
         task_id: int | None = None,
         task_ids: Sequence[int] | None = None,
@@ -176,6 +176,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             ModuleNotFoundError: LIBERO is not installed.
         """
         self._tasks = choose_tasks(suite, task_id, task_ids)
+        suite = suite.suite if isinstance(suite, TaskSpec) else suite
         check_render_mode(render_mode, self.metadata["render_modes"])
         if render_mode == "human":
             check_usable()

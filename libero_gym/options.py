@@ -135,15 +135,25 @@ def check_keywords(constructor: Any, keywords: Mapping[str, Any]) -> None:
         raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}; {hint}(valid: {', '.join(valid)})")
 
 
-def choose_tasks(suite: str, task_id: int | None, task_ids: Sequence[int] | None) -> list[TaskSpec]:
-    """Return the tasks that an environment is made for: `task_id`, or `task_ids`, or all of the suite.
+def choose_tasks(suite: str | TaskSpec, task_id: int | None, task_ids: Sequence[int] | None) -> list[TaskSpec]:
+    """Return the tasks that an environment is made for: `task_id`, `task_ids`, all of the suite, or the one given.
 
     Raises:
-        ValueError: both are given, `task_ids` is empty or no sequence, or the suite has no such task.
+        ValueError: both are given, `task_ids` is empty or no sequence, or the suite has no such task; or a task is
+            given with ids, or is not one of its suite.
         TypeError: an id is not an integer.
     """
     if task_id is not None and task_ids is not None:
         raise ValueError(f"task_id={task_id!r} and task_ids={task_ids!r} are both given; leave one of them out")
+    if isinstance(suite, TaskSpec):
+        if task_id is not None or task_ids is not None:
+            raise ValueError(f"task_id or task_ids were given with one task, {suite.name!r}; leave them out")
+        if get_task(suite.suite, suite.task_id) != suite:
+            raise ValueError(
+                f"{suite} is not task {suite.task_id} of {suite.suite}; make a suite of your own BDDL files by "
+                "libero_gym.register_suite, and take the task from libero_gym.list_tasks"
+            )
+        return [suite]
     if is_integer(task_ids):
         raise ValueError(f"task_ids={task_ids!r} is not a sequence of tasks (for one task: task_ids=[{task_ids}])")
     if task_id is not None:

