@@ -14,9 +14,11 @@ from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_suites, li
 if TYPE_CHECKING:
     from libero_gym.env import LiberoEnv
     from libero_gym.physics.simulation import PhysicsError, Simulation
+    from libero_gym.rendering.cameras import Camera, list_cameras
     from libero_gym.vector import LiberoVectorEnv
 
 __all__ = [
+    "Camera",
     "LiberoEnv",
     "LiberoVectorEnv",
     "PhysicsError",
@@ -24,6 +26,7 @@ __all__ = [
     "TaskSpec",
     "get_task",
     "horizon",
+    "list_cameras",
     "list_suites",
     "list_tasks",
     "register_envs",
@@ -31,6 +34,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Camera": "libero_gym.rendering.cameras",
+    "list_cameras": "libero_gym.rendering.cameras",
     "LiberoEnv": "libero_gym.env",
     "LiberoVectorEnv": "libero_gym.vector",
     "PhysicsError": "libero_gym.physics.simulation",

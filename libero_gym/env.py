@@ -17,7 +17,6 @@ from libero_gym.options import (
     DEFAULT_CAMERAS,
     DEFAULT_RENDER_SIZE,
     METADATA,
-    OBSERVATION_KEYS,
     EnvOptions,
     RewardKind,
     check_horizon,
@@ -26,9 +25,11 @@ from libero_gym.options import (
     choose_tasks,
     make_action_space,
     make_observation_space,
+    observation_keys,
     step_reward,
     with_horizon,
 )
+from libero_gym.physics import inspection
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import (
     INTEGER,
@@ -40,6 +41,7 @@ from libero_gym.physics.states import (
     read_task,
     write_generator,
 )
+from libero_gym.rendering.cameras import Camera, check_cameras
 from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
@@ -115,7 +117,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     - `task_id`: fixes the task; None samples one at each reset.
     - `task_ids`: sequence of tasks to sample from, instead of `task_id`; None takes all of the suite.
     - `image_size`: height and width in pixels.
-    - `camera_names`: cameras of `images` and `wrist_images`.
+    - `camera_names`: cameras of `images`, `wrist_images`, and `<name>_images` for further ones, as many as wanted:
+      names among `libero_gym.list_cameras(task)`, or a `libero_gym.Camera` of one's own with pose and field of view.
     - `renderer`: "egl", "osmesa" or "warp"; None takes the best that the machine has.
     - `texture_colorspace`: "linear" draws textures as MuJoCo up to 3.3.2 did, which public data sets and released
       checkpoints saw, under any version and by any renderer; "auto" as the installed MuJoCo does, which is much darker
@@ -152,7 +155,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         task_id: int | None = None,
         task_ids: Sequence[int] | None = None,
         image_size: int = 256,
-        camera_names: Sequence[str] = DEFAULT_CAMERAS,
+        camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
@@ -185,7 +188,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
-            camera_names=tuple(camera_names),
+            camera_names=check_cameras(camera_names),
             renderer=renderer,
             observe_images=observe_images,
             observe_text=observe_text,
@@ -197,7 +200,9 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             render_size=render_size,
             texture_colorspace=texture_colorspace,
         )
-        self.observation_space = make_observation_space(image_size, has_images=observe_images, has_text=observe_text)
+        self.observation_space = make_observation_space(
+            image_size, has_images=observe_images, has_text=observe_text, camera_names=camera_names
+        )
         self.action_space = make_action_space()
         self.render_mode = render_mode
         self._spec: EnvSpec | None = None
@@ -327,6 +332,27 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             return None
         return self._view()
 
+    def object_poses(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Return where objects and fixtures are, by their names in BDDL: float64 [7], position (m), quaternion wxyz.
+
+        World frame, root bodies; those by which the step's success was judged, 2 ms before its end. For policies that
+        see them (teachers, experts) and for rewards of one's own; observations do not hold them.
+
+        Raises:
+            ValueError: `reset` was not called, or the environment is closed.
+        """
+        return inspection.object_poses(self._require_simulation())
+
+    def goal_state(self) -> dict[str, bool]:
+        """Return which parts of the task's goal hold, by their text, such as "on akita_black_bowl_1 plate_1".
+
+        The goal holds, as `info["success"]` says, where all of them do.
+
+        Raises:
+            ValueError: `reset` was not called, or the environment is closed.
+        """
+        return inspection.goal_state(self._require_simulation())
+
     def observe(self) -> dict[str, Any]:
         """Return the current observation, for instance after `set_state`.
 
@@ -420,7 +446,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             observation["task_descriptions"] = self.task.language
         if self._renderer is not None:
             images = self._renderer.render([simulation])[0]  # [num_cameras, H, W, 3]
-            observation.update({key: images[i].copy() for i, key in enumerate(OBSERVATION_KEYS)})
+            keys = observation_keys(self.options.camera_names)
+            observation.update({key: image.copy() for key, image in zip(keys, images, strict=True)})
         return observation
 
     def _view(self) -> npt.NDArray[np.uint8]:

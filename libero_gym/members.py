@@ -120,6 +120,14 @@ class Member:
             return None
         return self._envs.render_some(np.array([self._env_id]))[0]
 
+    def object_poses(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Return where objects and fixtures are; see `LiberoVectorEnv.object_poses`."""
+        return self._envs.object_poses(self._env_id)
+
+    def goal_state(self) -> dict[str, bool]:
+        """Return which parts of the goal hold; see `LiberoVectorEnv.goal_state`."""
+        return self._envs.goal_state(self._env_id)
+
     def get_state(self) -> dict[str, Any]:
         """Return everything that decides the future; see `LiberoVectorEnv.get_state`."""
         return self._envs.get_state(self._env_id)

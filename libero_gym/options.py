@@ -17,6 +17,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ
 from libero_gym.physics.simulation import Stepping
+from libero_gym.rendering.cameras import Camera, camera_name
 from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
@@ -44,7 +45,7 @@ class EnvOptions:
     Attributes:
         suite: suite of the tasks.
         image_size: height and width of both images, pixels.
-        camera_names: cameras of `OBSERVATION_KEYS`.
+        camera_names: cameras of `observation_keys`, from `libero_gym.rendering.cameras.check_cameras`.
         renderer: kind of renderer, None for the best one.
         observe_images: whether there are images.
         observe_text: whether there is the instruction.
@@ -59,7 +60,7 @@ class EnvOptions:
 
     suite: str
     image_size: int
-    camera_names: tuple[str, ...]
+    camera_names: tuple[str | Camera, ...]
     renderer: RendererKind | None
     observe_images: bool
     observe_text: bool
@@ -79,8 +80,6 @@ class EnvOptions:
         """
         _check_size("image_size", self.image_size)
         _check_size("render_size", self.render_size)
-        if len(self.camera_names) != len(OBSERVATION_KEYS):
-            raise ValueError(f"camera_names={self.camera_names} must name {len(OBSERVATION_KEYS)} cameras")
         if self.reward not in get_args(RewardKind):
             raise ValueError(f"reward={self.reward!r} is unknown (valid: 'sparse', 'relative')")
         if self.stepping not in get_args(Stepping):
@@ -119,6 +118,12 @@ class EnvOptions:
             num_threads=num_threads,
             texture_colorspace=self.texture_colorspace,
         )
+
+
+def observation_keys(camera_names: Sequence[str | Camera]) -> tuple[str, ...]:
+    """Return the keys of the cameras' images: `images`, `wrist_images`, and `<name>_images` for further ones."""
+    further = (f"{camera_name(camera)}_images" for camera in camera_names[len(OBSERVATION_KEYS) :])
+    return (*OBSERVATION_KEYS[: len(camera_names)], *further)
 
 
 def check_keywords(constructor: Any, keywords: Mapping[str, Any]) -> None:
@@ -204,7 +209,13 @@ def step_reward(kind: RewardKind, value: Value, previous: Value) -> Value:
     return value - previous if kind == "relative" else value
 
 
-def make_observation_space(image_size: int, *, has_images: bool = True, has_text: bool = True) -> spaces.Dict:
+def make_observation_space(
+    image_size: int,
+    *,
+    has_images: bool = True,
+    has_text: bool = True,
+    camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
+) -> spaces.Dict:
     """Return the observation space of one environment.
 
     Raises:
@@ -212,7 +223,9 @@ def make_observation_space(image_size: int, *, has_images: bool = True, has_text
     """
     _check_size("image_size", image_size)
     image = spaces.Box(0, 255, (int(image_size), int(image_size), 3), np.uint8)
-    entries: dict[str, spaces.Space[Any]] = dict.fromkeys(OBSERVATION_KEYS, image) if has_images else {}
+    entries: dict[str, spaces.Space[Any]] = {}
+    if has_images:
+        entries.update(dict.fromkeys(observation_keys(camera_names), image))
     entries["states"] = spaces.Box(-_STATE_LIMIT, _STATE_LIMIT, dtype=np.float32)
     if has_text:
         entries["task_descriptions"] = spaces.Text(

@@ -27,7 +27,6 @@ from libero_gym.options import (
     DEFAULT_CAMERAS,
     DEFAULT_RENDER_SIZE,
     METADATA,
-    OBSERVATION_KEYS,
     EnvOptions,
     RewardKind,
     check_horizon,
@@ -36,9 +35,11 @@ from libero_gym.options import (
     choose_tasks,
     make_action_space,
     make_observation_space,
+    observation_keys,
     step_reward,
     with_horizon,
 )
+from libero_gym.physics import inspection
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import (
@@ -52,6 +53,7 @@ from libero_gym.physics.states import (
     write_generator,
 )
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
+from libero_gym.rendering.cameras import Camera, check_cameras
 from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
@@ -222,7 +224,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         task_ids: Sequence[int] | None = None,
         num_action_chunks: int = 1,
         image_size: int = 256,
-        camera_names: Sequence[str] = DEFAULT_CAMERAS,
+        camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
@@ -270,7 +272,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
-            camera_names=tuple(camera_names),
+            camera_names=check_cameras(camera_names),
             renderer=renderer,
             observe_images=observe_images,
             observe_text=observe_text,
@@ -287,7 +289,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.single_observation_space = make_observation_space(
-            image_size, has_images=observe_images, has_text=observe_text
+            image_size, has_images=observe_images, has_text=observe_text, camera_names=camera_names
         )
         self.single_action_space = make_action_space()
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -551,6 +553,29 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._rngs[env_id] = rng
         self._is_stale[env_id] = True
 
+    def object_poses(self, env_id: int) -> dict[str, npt.NDArray[np.float64]]:
+        """Return where the objects of environment `env_id` are, see `LiberoEnv.object_poses`.
+
+        With `physics="warp"` computed on the CPU from the positions at the step's end, one environment at a time.
+        """
+        self._check_env_id(env_id)
+        worlds = self.worlds
+        if isinstance(worlds, CpuWorlds):
+            return inspection.object_poses(worlds.simulations[env_id])
+        return inspection.inspect_positions(worlds.get_state(env_id))[0]
+
+    def goal_state(self, env_id: int) -> dict[str, bool]:
+        """Return which parts of the goal of environment `env_id` hold, see `LiberoEnv.goal_state`.
+
+        With `physics="warp"` judged on the CPU by the positions at the step's end, whose contacts may differ from those
+        that the GPU found where shapes barely touch.
+        """
+        self._check_env_id(env_id)
+        worlds = self.worlds
+        if isinstance(worlds, CpuWorlds):
+            return inspection.goal_state(worlds.simulations[env_id])
+        return inspection.inspect_positions(worlds.get_state(env_id))[1]
+
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return `env.name(*args, **kwargs)` for each environment, or the attribute if it is not callable.
 
@@ -637,7 +662,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._refresh(np.arange(self.num_envs))
         observation: dict[str, Any] = {}
         if self._images is not None:
-            views = ((key, self._images[:, camera]) for camera, key in enumerate(OBSERVATION_KEYS))
+            keys = observation_keys(self.options.camera_names)
+            views = ((key, self._images[:, camera]) for camera, key in enumerate(keys))
             observation = {key: view.clone() if self._as_torch else view.copy() for key, view in views}
         observation["states"] = self._states.copy()
         if self.options.observe_text:

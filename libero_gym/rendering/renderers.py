@@ -41,6 +41,7 @@ import mujoco
 import numpy as np
 
 from libero_gym.fork import Owner, Uncopied
+from libero_gym.rendering.cameras import Camera, CameraPlace, place_camera
 from libero_gym.rendering.protocol import Drawable, Images, Renderer, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import VISIBLE_GROUPS
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace, textures_in
@@ -65,7 +66,7 @@ _REMEDIES = {
 def make_renderer(
     kind: str | None = None,
     *,
-    camera_names: Sequence[str],
+    camera_names: Sequence[str | Camera],
     image_size: int,
     num_worlds: int = 1,
     antialiasing: bool = True,
@@ -337,7 +338,7 @@ class GlRenderer(Uncopied):
     def __init__(
         self,
         kind: str,
-        camera_names: Sequence[str],
+        camera_names: Sequence[str | Camera],
         image_size: int,
         *,
         reflections: bool = True,
@@ -473,7 +474,7 @@ class _GlScene(Uncopied):
     def __init__(
         self,
         scene: Scene,
-        camera_names: tuple[str, ...],
+        camera_names: tuple[str | Camera, ...],
         size: int,
         reflections: bool,
         texture_colorspace: TextureColorspace,
@@ -482,7 +483,11 @@ class _GlScene(Uncopied):
         self._scene = scene
         self._model = model
         self._data = mujoco.MjData(model)
-        self._cameras = [_fixed_camera(model, name) for name in camera_names]
+        self._places = [place_camera(model, camera) for camera in camera_names]
+        # The scene's first camera is put where each of ours is, for as long as it draws.
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._camera.fixedcamid = 0
         self._options = mujoco.MjvOption()
         self._options.geomgroup[:] = 0
         self._options.geomgroup[list(VISIBLE_GROUPS)] = 1
@@ -509,11 +514,18 @@ class _GlScene(Uncopied):
             data.qpos[:] = state.qpos
             mujoco.mj_kinematics(model, data)
             mujoco.mj_comPos(model, data)
-            mujoco.mj_camlight(model, data)
-            for image, camera in zip(out, self._cameras, strict=True):
-                mujoco.mjv_updateScene(
-                    model, data, self._options, perturbation, camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._drawing
-                )
+            for image, place in zip(out, self._places, strict=True):
+                with _camera_at(model, place):
+                    mujoco.mj_camlight(model, data)
+                    mujoco.mjv_updateScene(
+                        model,
+                        data,
+                        self._options,
+                        perturbation,
+                        self._camera,
+                        mujoco.mjtCatBit.mjCAT_ALL.value,
+                        self._drawing,
+                    )
                 mujoco.mjr_render(self._viewport, self._drawing, self._context)
                 mujoco.mjr_readPixels(raw, None, self._viewport, self._context)
                 image[:] = raw[::-1, ::-1]
@@ -523,12 +535,16 @@ class _GlScene(Uncopied):
         self._context.free()
 
 
-def _fixed_camera(model: mujoco.MjModel, name: str) -> mujoco.MjvCamera:
-    index = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
-    if index < 0:
-        known = [model.camera(i).name for i in range(model.ncam)]
-        raise ValueError(f"camera {name!r} is not in the scene (cameras: {known})")
-    camera = mujoco.MjvCamera()
-    camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-    camera.fixedcamid = index
-    return camera
+@contextlib.contextmanager
+def _camera_at(model: mujoco.MjModel, place: CameraPlace) -> Generator[None]:
+    """Has the model's first camera be at `place`; call this under the model's lock."""
+    arrays = (model.cam_mode, model.cam_bodyid, model.cam_pos, model.cam_quat, model.cam_fovy)
+    known = [array[0].copy() for array in arrays]
+    values = (mujoco.mjtCamLight.mjCAMLIGHT_FIXED.value, *place)
+    try:
+        for array, value in zip(arrays, values, strict=True):
+            array[0] = value
+        yield
+    finally:
+        for array, value in zip(arrays, known, strict=True):
+            array[0] = value

@@ -312,7 +312,8 @@ def test_nan_action():
         ({"render_mode": "film"}, r"render_mode='film' is unknown \(valid: None, 'rgb_array', 'human'\)"),
         ({"render_size": 0}, "render_size=0 is not a positive number"),
         ({"stepping": "slow"}, r"stepping='slow' is unknown"),
-        ({"camera_names": ("agentview",)}, r"must name 2 cameras"),
+        ({"camera_names": ()}, r"camera_names=\[\] must name at least one camera, and none twice"),
+        ({"camera_names": ("agentview",) * 2}, r"must name at least one camera, and none twice"),
         ({"observe_images": True, "renderer": "vulkan"}, r"vulkan"),
     ],
 )
