@@ -22,7 +22,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -89,7 +89,7 @@ def load_policy(name: str) -> Policy:
     policy = function()
     if not callable(policy):
         raise ValueError(f"policy={name!r} returned {policy!r}; expected a function of the observation")
-    return policy
+    return cast("Policy", policy)
 
 
 def play(

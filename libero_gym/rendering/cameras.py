@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mujoco
 import numpy as np
@@ -125,7 +125,7 @@ def check_cameras(cameras: Sequence[str | Camera]) -> tuple[str | Camera, ...]:
     """
     if isinstance(cameras, str):
         raise TypeError(f"camera_names={cameras!r} is not a sequence (for one camera: [{cameras!r}])")
-    for camera in cameras:
+    for camera in cast("Sequence[Any]", cameras):
         if not isinstance(camera, str | Camera):
             raise TypeError(f"camera_names holds {camera!r}; expected names and libero_gym.Camera")
     names = [camera_name(camera) for camera in cameras]

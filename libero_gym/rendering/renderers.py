@@ -293,16 +293,20 @@ def _close_at_exit(renderer: GlRenderer, platform: Any) -> None:
     _open_renderers.add(renderer)
 
 
-def _remember_current(kind: str) -> Callable[[], None]:
+def _remember_current(kind: str, platform: Any) -> Callable[[], None]:
     """Returns what makes the OpenGL context current that is now, or none if none is."""
     if kind == "egl":
-        from OpenGL import EGL
+        egl = platform.EGL
+        context, none = egl.eglGetCurrentContext(), egl.EGL_NO_SURFACE
+        if context:
+            surfaces = egl.eglGetCurrentSurface(egl.EGL_DRAW), egl.eglGetCurrentSurface(egl.EGL_READ)
+            return functools.partial(egl.eglMakeCurrent, egl.eglGetCurrentDisplay(), *surfaces, context)
 
-        context = EGL.eglGetCurrentContext()
-        if not context:
-            return _release_egl
-        surfaces = EGL.eglGetCurrentSurface(EGL.EGL_DRAW), EGL.eglGetCurrentSurface(EGL.EGL_READ)
-        return functools.partial(EGL.eglMakeCurrent, EGL.eglGetCurrentDisplay(), *surfaces, context)
+        def release() -> None:
+            if platform.EGL_DISPLAY is not None:  # opened with the first context
+                egl.eglMakeCurrent(platform.EGL_DISPLAY, none, none, egl.EGL_NO_CONTEXT)
+
+        return release
     from OpenGL import GL, osmesa
 
     context = osmesa.OSMesaGetCurrentContext()
@@ -311,13 +315,6 @@ def _remember_current(kind: str) -> Callable[[], None]:
     width, height, _, buffer = osmesa.OSMesaGetColorBuffer(context)
     kind_of_buffer = osmesa.OSMesaGetIntegerv(osmesa.OSMESA_TYPE)
     return functools.partial(osmesa.OSMesaMakeCurrent, context, buffer, kind_of_buffer, width, height)
-
-
-def _release_egl() -> None:
-    egl: Any = importlib.import_module("mujoco.egl")
-    if egl.EGL_DISPLAY is not None:
-        none = egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_CONTEXT
-        egl.EGL.eglMakeCurrent(egl.EGL_DISPLAY, *none)
 
 
 def _abandon_opengl(platform: Any) -> None:
@@ -437,7 +434,10 @@ class GlRenderer(Uncopied):
         Whoever frees things of OpenGL without making its own context current, as robosuite does, would otherwise free
         what has the same numbers in ours, and our next pictures would be drawn without it.
         """
-        restore = _remember_current(self._kind)
+        self._owner.check()
+        if _opengl_owner is not None:
+            _opengl_owner.check()
+        restore = _remember_current(self._kind, self._platform)
         try:
             self._make_current()
             yield

@@ -102,7 +102,8 @@ def main() -> None:
             bddl_file=bddl_file,
             init_states_file=Path(scratch) / "first.npz",
         )
-        np.savez(file, **sample_states(task))
+        arrays: dict[str, Any] = dict(sample_states(task))
+        np.savez(file, **arrays)
 
 
 if __name__ == "__main__":

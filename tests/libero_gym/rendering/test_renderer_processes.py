@@ -155,7 +155,10 @@ class GLContext:
         self.make_current()
         print("freed")
 
-egl = types.SimpleNamespace(eglTerminate=terminate)
+egl = types.SimpleNamespace(
+    eglTerminate=terminate, eglGetCurrentContext=lambda: None, eglMakeCurrent=lambda *context: None,
+    EGL_NO_SURFACE=None, EGL_NO_CONTEXT=None,
+)
 sys.modules["mujoco.egl"] = types.SimpleNamespace(GLContext=GLContext, EGL=egl, EGL_DISPLAY="open")
 from libero_gym.rendering.renderers import GlRenderer
 renderers = [GlRenderer("egl", (), 8) for _ in range(3)]
