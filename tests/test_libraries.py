@@ -5,6 +5,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,35 @@ def test_hf_libero_beside_us_is_named_with_its_remedy(wheel: Path, tmp_path: Pat
     for remedy in remedies:
         fresh.run(*pip, *remedy.split())
     fresh.run("-c", make)
+
+
+BESIDE_TRITON = """
+import sys
+import gymnasium as gym
+import libero_gym
+env = gym.make("libero_gym/libero_spatial-v0", task_id=3, image_size=32, renderer=sys.argv[1])
+first = env.reset(seed=0)[0]["images"]
+import triton._C.libtriton
+assert (env.reset(seed=0)[0]["images"] == first).all() and first.std() > 10
+"""
+
+
+@pytest.mark.network
+@pytest.mark.timeout(1200)
+def test_triton_after_opengl_does_not_end_the_process(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    monkeypatch.setenv("LIBERO_GYM_CACHE", cache_folder())
+    load = "import sys; from libero_gym.rendering.renderers import GlRenderer"
+    probe = f"{load}; GlRenderer(sys.argv[1], (), 8).describe_device()"
+    kinds = [
+        kind
+        for kind in ("osmesa", "egl")
+        if subprocess.run([sys.executable, "-c", probe, kind], capture_output=True, check=False).returncode == 0
+    ]
+    if not kinds:
+        pytest.skip("no OpenGL here: neither OSMesa (Debian: libosmesa6) nor EGL works")
+    fresh = Environment(tmp_path, str(wheel), "triton")
+    for kind in kinds:
+        fresh.run("-c", BESIDE_TRITON, kind)
 
 
 def cache_folder() -> str:

@@ -37,14 +37,12 @@ def inspect_positions(state: Mapping[str, Any]) -> tuple[Poses, dict[str, bool]]
     """Return object poses and goal state of a saved state of GPU physics, computed on the CPU from its positions.
 
     Args:
-        state: has `qpos`, `fixture_poses` and the task, as `get_state` returns them.
+        state: has `qpos`, `body_pos`, `body_quat` and the task, as `WarpWorlds.get_state` returns them.
     """
     task = read_task(state)
     scene = load_scene(task)
     model = copy.copy(scene.physics_model)
-    fixtures = scene.fixture_body_ids
-    poses = np.asarray(state["fixture_poses"], np.float64)
-    model.body_pos[fixtures], model.body_quat[fixtures] = poses[:, :3], poses[:, 3:]
+    model.body_pos[:], model.body_quat[:] = state["body_pos"], state["body_quat"]
     data = mujoco.MjData(model)
     data.qpos[:] = state["qpos"]
     mujoco.mj_fwdPosition(model, data)
