@@ -26,7 +26,7 @@ LEROBOT ?= lerobot[dataset]==0.6.1
 LEROBOT_PYTHON ?= python3.12
 LEROBOT_VENV ?= $(VENV)-lerobot
 
-.PHONY: help demo test test-mujoco33 test-mujoco4 test-installs test-lerobot quick lint format clean
+.PHONY: help demo test test-mujoco33 test-mujoco4 test-installs test-libraries test-lerobot quick lint format clean
 
 help:
 	@echo "make demo           train the nano policy by PPO on LIBERO-Spatial for a few iterations, evaluate it, leave a run folder"
@@ -34,6 +34,7 @@ help:
 	@echo "make test-mujoco33  the tests of physics and environments under MuJoCo 3.3"
 	@echo "make test-mujoco4   those and the tests of renderers and GPU physics under MuJoCo 4"
 	@echo "make test-installs  the wheel alone and with each extra, in fresh virtual environments (needs a package index)"
+	@echo "make test-libraries Stable-Baselines3, skrl, TorchRL, RLlib and LeRobot take the environments (needs a package index)"
 	@echo "make test-lerobot   compares our LeRobot data sets with the public lerobot package (needs Python 3.12)"
 	@echo "make quick          the tests that take under ten seconds each"
 	@echo "make lint           ruff and pyright"
@@ -67,6 +68,9 @@ quick: $(VENV)/.installed
 
 test-installs: $(VENV)/.installed
 	TORCH='$(TORCH)' $(BIN)/python -m pytest --numprocesses $(JOBS) -m network tests/test_installs.py
+
+test-libraries: $(VENV)/.installed
+	TORCH='$(TORCH)' $(BIN)/python -m pytest -m network tests/test_libraries.py
 
 $(MUJOCO33_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(MUJOCO33_VENV)

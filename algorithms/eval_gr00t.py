@@ -115,6 +115,7 @@ from rich.console import Console
 
 from algorithms.common.episode_log import EpisodeLog, EvalEpisode
 from algorithms.common.evaluation import EvalResult, evaluate
+from algorithms.common.processes import check_alone
 from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.common.report import write_report
 from algorithms.common.steering import (
@@ -251,6 +252,7 @@ class ShownEpisodeLog(EpisodeLog):
 def main(args: Args) -> EvalResult:
     """Evaluates, prints the tables, writes result.json and videos."""
     check_args(args)
+    check_alone()
 
     # --- agent ---
     set_seed(args.seeds[0])  # a preset's random weights

@@ -104,6 +104,7 @@ def measure_ours(args: argparse.Namespace, num_threads: int) -> dict[str, Any]:
         image_size=args.image_size,
         num_threads=num_threads,
         renderer=args.renderer,
+        autoreset_mode="SAME_STEP",
     )
     env.reset(seed=0)
     opening = time.perf_counter() - start

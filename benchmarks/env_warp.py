@@ -66,6 +66,7 @@ def measure_rate(args: argparse.Namespace, suite: str, num_worlds: int, *, has_i
         image_size=args.image_size,
         horizon=args.horizon,
         warp_options=WarpOptions(solver_iterations=args.solver_iterations),
+        autoreset_mode="SAME_STEP",
     )
     worlds = env.worlds
     if not isinstance(worlds, WarpWorlds | GroupedWarpWorlds):

@@ -103,6 +103,7 @@ def main(args: Args) -> tuple[Gr00tAgent, dict[str, float]]:
         num_action_chunks=agent.policy.num_action_chunks,
         image_size=agent.image_size,
         horizon=args.horizon,
+        autoreset_mode="SAME_STEP",
     )
     envs = ModalityVectorObservation(envs)  # to the keys that the agent reads: video.image, state.x, ...
 

@@ -1,6 +1,6 @@
 """An environment loop that films itself: Gymnasium's `RecordVideo` around `gym.make`.
 
-    pip install . "gymnasium[other]"   # the environment, and what RecordVideo writes films with
+    pip install ".[watch]"    # the environment, and what RecordVideo writes films with
     python examples/record_video.py --task-id 3
 
 A scripted expert acts, so that the films show something; put a policy of your own in its place. Two episodes take half
@@ -25,7 +25,8 @@ def record(suite: str, task_id: int, *, num_episodes: int, image_size: int, outp
     env = gym.make(
         f"libero_gym/{suite}-v0",
         task_id=task_id,
-        image_size=image_size,
+        observe_images=False,  # what is filmed has its own size; a policy that sees leaves this out
+        render_size=image_size,
         horizon=max_steps or None,
         render_mode="rgb_array",
     )
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> list[bool]:
     parser.add_argument("--suite", default="libero_spatial", help="suite, see libero_gym.list_suites()")
     parser.add_argument("--task-id", type=int, default=3, help="task of the suite")
     parser.add_argument("--num-episodes", type=int, default=2, help="episodes to film")
-    parser.add_argument("--image-size", type=int, default=256, help="height and width of the film, pixels")
+    parser.add_argument("--image-size", type=int, default=512, help="height and width of the film, pixels")
     parser.add_argument("--max-steps", type=int, default=0, help="cut episodes there; 0: at the suite's horizon")
     parser.add_argument("--output", type=Path, default=Path("runs/record_video"), help="folder of the films")
     args = parser.parse_args(arguments)

@@ -116,7 +116,7 @@ def observation_to_modality(observation: Mapping[str, Any], modality: Modality |
         environment, else a str array [N]. Arrays are views of the observation's.
 
     Raises:
-        ValueError: The observation lacks a camera that the modality names.
+        ValueError: The observation lacks a camera that the modality names, or the instruction.
     """
     modality = modality or _default_modality()
     result: Observation = {}
@@ -128,7 +128,9 @@ def observation_to_modality(observation: Mapping[str, Any], modality: Modality |
     states = observation["states"]
     for name, (start, end) in modality.state.items():
         result[f"state.{name}"] = states[..., start:end]
-    text = observation["task_descriptions"]
+    if modality.annotation and "task_descriptions" not in observation:
+        raise ValueError(_no_text(modality))
+    text = observation.get("task_descriptions")
     for name in modality.annotation:
         result[f"annotation.{name}"] = text if isinstance(text, str) else np.asarray(text, dtype=np.str_)
     return result
@@ -190,9 +192,18 @@ def _modality_space(space: spaces.Space[Any], modality: Modality) -> spaces.Dict
     assert isinstance(states, spaces.Box)
     for name, (start, end) in modality.state.items():
         result[f"state.{name}"] = spaces.Box(states.low[start:end], states.high[start:end], dtype=np.float32)
+    if modality.annotation and "task_descriptions" not in source:
+        raise ValueError(_no_text(modality))
     for name in modality.annotation:
         result[f"annotation.{name}"] = source["task_descriptions"]
     return spaces.Dict(result)
+
+
+def _no_text(modality: Modality) -> str:
+    return (
+        f"annotation.{modality.annotation[0]} reads 'task_descriptions', which is not observed: make the environment "
+        "with observe_text=True"
+    )
 
 
 class ModalityVectorObservation(gymnasium.vector.VectorWrapper):

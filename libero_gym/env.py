@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsFloat, cast
+from typing import Any, Self, SupportsFloat, cast
 
 import gymnasium
 import mujoco
 import numpy as np
 import numpy.typing as npt
+from gymnasium.envs.registration import EnvSpec
 
 from libero_gym.fork import Owner, Uncopied
 from libero_gym.options import (
     CLOSED,
     DEFAULT_CAMERAS,
+    DEFAULT_RENDER_SIZE,
     METADATA,
-    OBSERVATION_KEYS,
     EnvOptions,
     RewardKind,
     check_horizon,
+    check_keywords,
+    check_render_mode,
+    choose_tasks,
     make_action_space,
     make_observation_space,
+    observation_keys,
     step_reward,
+    with_horizon,
 )
+from libero_gym.physics import inspection
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import (
     INTEGER,
@@ -34,11 +41,13 @@ from libero_gym.physics.states import (
     read_task,
     write_generator,
 )
-from libero_gym.rendering.protocol import RendererKind
+from libero_gym.rendering.cameras import Camera, check_cameras
+from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, member_suites, task_number
+from libero_gym.window import Window, check_usable, is_usable
 
 __all__ = ["LiberoEnv", "PhysicsError"]
 
@@ -73,12 +82,12 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     | `images` | uint8 (H, W, 3) | camera `camera_names[0]` |
     | `wrist_images` | uint8 (H, W, 3) | camera `camera_names[1]` |
     | `states` | float32 (8,) | end effector's position (3, m), axis-angle (3, rad), finger positions (2, m) |
-    | `task_descriptions` | Text | the instruction |
+    | `task_descriptions` | Text | the instruction; without `observe_text` it is left out |
 
     Images follow the public LIBERO clients and released checkpoints: LIBERO's raw image rotated by 180 degrees. The
     raw image is the camera's true view flipped vertically (OpenGL's row order), so what is returned is the *mirror
     image* of the true view. Observations are those of 2 ms before the step's end, as in LIBERO. No two observations
-    share memory. With `renderer=None` as text, see `observe_images`.
+    share memory.
 
     ## Reward
     `reward="sparse"`: 1 at each step at whose end the goal holds, else 0; as the episode ends there, an episode
@@ -92,8 +101,11 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     `libero_gym.tasks.initial_states`), fixtures included; `"held_out"` (libero_spatial) takes states that LIBERO's
     reset sampled and that are none of the stored ones, come to rest alike; `"original"` places fixtures at random as
     LIBERO does and settles under the installed version.
-    Without options the task (unless fixed by `task_id`) and the state are sampled from the environment's own generator.
-    `reset(options={"task_id": 3, "init_state_id": 7})` chooses.
+    Without options the task (unless fixed by `task_id`), the state and the seed of the fixtures are sampled from the
+    environment's own generator, which `reset(seed=...)` seeds. `reset(options={"task_id": 3, "init_state_id": 7})`
+    chooses. With "original" states `placement_seed` chooses the fixtures too: `reset(options={"init_state_id": 7,
+    "placement_seed": 5})` equals LIBERO's `env.seed(5); env.reset(); env.set_init_state(states[7])` on an environment
+    just made, and ten steps without motion. `reset(seed=5)` alone does not.
 
     ## Episode end
     `terminated` when the goal holds; `truncated` after `horizon` steps (default: that of the task's own suite, see
@@ -103,80 +115,134 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     so far).
 
     ## Arguments
-    - `suite`: see `libero_gym.list_suites()`. A combined one, such as `libero_40`, holds the tasks of several suites,
-      numbered one suite after another (`libero_gym.tasks.suites.COMBINED_SUITES`).
+    - `suite`: see `libero_gym.list_suites()`; or one task, from `libero_gym.list_tasks`. A combined suite, such as
+      `libero_40`, holds the tasks of several suites, numbered one suite after another
+      (`libero_gym.tasks.suites.COMBINED_SUITES`).
     - `task_id`: fixes the task; None samples one at each reset.
+    - `task_ids`: sequence of tasks to sample from, instead of `task_id`; None takes all of the suite.
     - `image_size`: height and width in pixels.
-    - `camera_names`: cameras of `images` and `wrist_images`.
+    - `camera_names`: cameras of `images`, `wrist_images`, and `<name>_images` for further ones, as many as wanted:
+      names among `libero_gym.list_cameras(task)`, or a `libero_gym.Camera` of one's own with pose and field of view.
     - `renderer`: "egl", "osmesa" or "warp"; None takes the best that the machine has.
     - `texture_colorspace`: "linear" draws textures as MuJoCo up to 3.3.2 did, which public data sets and released
       checkpoints saw, under any version and by any renderer; "auto" as the installed MuJoCo does, which is much darker
       on the floor of libero_object from 3.3.3 on (see `libero_gym.rendering.textures`).
     - `observe_images`: False leaves both images out and needs no renderer.
+    - `observe_text`: False leaves the instruction out, for libraries that take numbers only.
     - `reward`, `horizon`: see above.
     - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
     - `stepping`: "exact" or "fast", see `libero_gym.physics.simulation.Simulation`.
-    - `render_mode`: "rgb_array": `render()` returns the first camera's image.
+    - `render_mode`: "rgb_array": `render()` returns what the first camera sees, as it sees it: upright and not
+      mirrored; "human" shows it in a window at 20 frames a second, at each reset and step. That needs pygame and a
+      display; the metadata of an environment made without them do not list it.
+    - `render_size`: height and width of that picture, pixels. It has a renderer of its own, opened when first needed.
 
     ## Version history
     - v0: initial version.
     """
 
-    metadata: dict[str, Any] = dict(METADATA)  # noqa: RUF012 - Gymnasium's declaration
+    metadata: dict[str, Any] = {**METADATA, "render_modes": ["rgb_array", "human"]}  # noqa: RUF012 - Gymnasium's
     _HOW_TO_MAKE_ANOTHER = (
         "make another one by gymnasium.make(env.spec), reset it, and give its unwrapped.set_state what this one's "
         "unwrapped.get_state returns"
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse arguments that there are not; the message names the others."""
+        check_keywords(cls.__init__, kwargs)
+        return super().__new__(cls)
+
     def __init__(
         self,
-        suite: str,
+        suite: str | TaskSpec,
         *,
         task_id: int | None = None,
+        task_ids: Sequence[int] | None = None,
         image_size: int = 256,
-        camera_names: Sequence[str] = DEFAULT_CAMERAS,
+        camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
+        observe_text: bool = True,
         reward: RewardKind = "sparse",
         horizon: int | None = None,
         init_states: InitStates | None = None,
         stepping: Stepping = "exact",
         render_mode: str | None = None,
+        render_size: int = DEFAULT_RENDER_SIZE,
     ) -> None:
         """Create the environment; scenes are opened by the first reset.
 
         Raises:
             ValueError: an argument is not among the allowed ones; the message lists them.
+            TypeError: there is no such argument, or an id is not an integer.
+            DependencyNotInstalled: `render_mode="human"` without pygame.
+            RuntimeError: `render_mode="human"` without a display.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
             RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
         """
-        self._tasks = [get_task(suite, task_id)] if task_id is not None else list_tasks(suite)
+        self._tasks = choose_tasks(suite, task_id, task_ids)
+        suite = suite.suite if isinstance(suite, TaskSpec) else suite
+        check_render_mode(render_mode, self.metadata["render_modes"])
+        if render_mode == "human":
+            check_usable()
+        if not is_usable():
+            self.metadata = {**self.metadata, "render_modes": ["rgb_array"]}
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
-            camera_names=tuple(camera_names),
+            camera_names=check_cameras(camera_names),
             renderer=renderer,
             observe_images=observe_images,
+            observe_text=observe_text,
             reward=reward,
             horizon=check_horizon(horizon, suite),
             init_states=check_init_states(init_states, suite),
             stepping=stepping,
             render_mode=render_mode,
+            render_size=render_size,
             texture_colorspace=texture_colorspace,
         )
-        self.observation_space = make_observation_space(image_size, has_images=observe_images)
+        self.observation_space = make_observation_space(
+            image_size, has_images=observe_images, has_text=observe_text, camera_names=camera_names
+        )
         self.action_space = make_action_space()
         self.render_mode = render_mode
+        self._spec: EnvSpec | None = None
         self._owner = Owner("the environment")
         self._renderer = self.options.open_renderer()
+        self._viewer: Renderer | None = None
+        self._window: Window | None = None
         self._simulations: dict[str, Simulation] = {}
         self._simulation: Simulation | None = None
         self._is_closed = False
-        self._images: npt.NDArray[np.uint8] | None = None
         self._num_steps = 0
         self._last_value = 0.0
+
+    @property
+    def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How Gymnasium made the environment; its `max_episode_steps` is the horizon."""
+        return with_horizon(self._spec, self.options.longest_horizon)
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._spec = spec
+
+    @property
+    def _max_episode_steps(self) -> int:
+        """The horizon, by the name that LeRobot's evaluation asks for."""
+        return self.options.longest_horizon
+
+    @property
+    def task_ids(self) -> tuple[int, ...]:
+        """Tasks that episodes are sampled from."""
+        return tuple(task.task_id for task in self._tasks)
+
+    @property
+    def task_description(self) -> str:
+        """The instruction of the current episode."""
+        return self.task.language
 
     @property
     def model(self) -> mujoco.MjModel:
@@ -205,10 +271,11 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
         Args:
             seed: re-seeds the environment's generator.
-            options: `task_id` and `init_state_id`, each optional.
+            options: `task_id`, `init_state_id`, and with "original" states `placement_seed`, each optional.
 
         Raises:
-            ValueError: an unknown option, an id that is no integer or out of range, or the environment is closed.
+            ValueError: an unknown option, an id that is no integer or out of range, a `placement_seed` where states
+                hold their fixtures, or the environment is closed.
             TypeError: `task_id` is not an integer.
             RuntimeError: this process was forked from the one that made the environment.
         """
@@ -218,19 +285,25 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         super().reset(seed=seed)
         options = dict(options or {})
         task_id, init_state_id = options.pop("task_id", None), options.pop("init_state_id", None)
+        placement_seed = options.pop("placement_seed", None)
         if options:
-            raise ValueError(f"unknown reset options {sorted(options)} (valid: 'task_id', 'init_state_id')")
+            raise ValueError(
+                f"unknown reset options {sorted(options)} (valid: 'task_id', 'init_state_id', 'placement_seed')"
+            )
         if init_state_id is not None and not is_integer(init_state_id):
             raise ValueError(f"init_state_id={init_state_id!r} is not an integer")
         task = None if task_id is None else self._known_task(task_id)
         kind = self.options.init_states
-        start = sample_start(self.np_random, self._tasks, kind, task=task, init_state_id=init_state_id)
+        start = sample_start(
+            self.np_random, self._tasks, kind, task=task, init_state_id=init_state_id, placement_seed=placement_seed
+        )
         simulation = self._open_simulation(start.task)
         random_state = np.random.RandomState(start.placement_seed)
         simulation.reset(start.task, start.init_state_id, random_state, init_states=kind)
         self._simulation = simulation
         self._num_steps = 0
         self._last_value = float(simulation.success())
+        self._show()
         return self._observe(), self._info()
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], SupportsFloat, bool, bool, dict[str, Any]]:
@@ -247,20 +320,42 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         value = float(is_success)
         reward = step_reward(self.options.reward, value, self._last_value)
         self._last_value = value
+        self._show()
         return self._observe(), reward, is_success, self._num_steps >= self.options.horizon_of(self.task), self._info()
 
     def render(self) -> npt.NDArray[np.uint8] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the first camera's image of the current step, uint8 (H, W, 3), or None without a render mode.
+        """Return what the first camera sees, uint8 (render_size, render_size, 3), upright and not mirrored.
+
+        None without a render mode, and with "human", whose window shows it already.
 
         Raises:
             ValueError: `reset` was not called.
+            RendererUnavailableError: no renderer can be used on this machine.
         """
-        if self.render_mode is None:
+        if self.render_mode != "rgb_array":
             return None
-        self._require_simulation()
-        if self._images is None:
-            self._observe()
-        return cast("npt.NDArray[np.uint8]", self._images)[0].copy()
+        return self._view()
+
+    def object_poses(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Return where objects and fixtures are, by their names in BDDL: float64 [7], position (m), quaternion wxyz.
+
+        World frame, root bodies; those by which the step's success was judged, 2 ms before its end. For policies that
+        see them (teachers, experts) and for rewards of one's own; observations do not hold them.
+
+        Raises:
+            ValueError: `reset` was not called, or the environment is closed.
+        """
+        return inspection.object_poses(self._require_simulation())
+
+    def goal_state(self) -> dict[str, bool]:
+        """Return which parts of the task's goal hold, by their text, such as "on akita_black_bowl_1 plate_1".
+
+        The goal holds, as `info["success"]` says, where all of them do.
+
+        Raises:
+            ValueError: `reset` was not called, or the environment is closed.
+        """
+        return inspection.goal_state(self._require_simulation())
 
     def observe(self) -> dict[str, Any]:
         """Return the current observation, for instance after `set_state`.
@@ -308,7 +403,6 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._num_steps = int(episode["episode_length"])
         self._last_value = float(episode["last_value"])
         self.np_random = rng
-        self._images = None
 
     def close(self) -> None:
         """Release the renderer, in the process that made it. A second call does nothing."""
@@ -318,15 +412,21 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
+        if self._window is not None:
+            self._window.close()
+            self._window = None
         self._simulations.clear()
         self._simulation = None
 
     def _known_task(self, task_id: Any) -> TaskSpec:
         task = get_task(self.options.suite, task_id)
         if task not in self._tasks:
+            made_for = f"task_ids={list(self.task_ids)}" if len(self._tasks) > 1 else f"task_id={self.task_ids[0]}"
             raise ValueError(
-                f"task_id={task_id} was asked of an environment made for "
-                f"task_id={task_number(self.options.suite, self._tasks[0])}: "
+                f"task_id={task_id} was asked of an environment made for {made_for}: "
                 "make it without task_id to choose at reset"
             )
         return task
@@ -345,12 +445,28 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
     def _observe(self) -> dict[str, Any]:
         simulation = self._require_simulation()
-        observation: dict[str, Any] = {"states": simulation.states(), "task_descriptions": self.task.language}
+        observation: dict[str, Any] = {"states": simulation.states()}
+        if self.options.observe_text:
+            observation["task_descriptions"] = self.task.language
         if self._renderer is not None:
             images = self._renderer.render([simulation])[0]  # [num_cameras, H, W, 3]
-            observation.update({key: images[i].copy() for i, key in enumerate(OBSERVATION_KEYS)})
-            self._images = images
+            keys = observation_keys(self.options.camera_names)
+            observation.update({key: image.copy() for key, image in zip(keys, images, strict=True)})
         return observation
+
+    def _view(self) -> npt.NDArray[np.uint8]:
+        simulation = self._require_simulation()
+        if self._viewer is None:
+            self._viewer = self.options.open_viewer()
+        return np.ascontiguousarray(self._viewer.render([simulation])[0, 0, :, ::-1])
+
+    def _show(self) -> None:
+        if self.render_mode != "human":
+            return
+        if self._window is None:
+            caption = f"{self.task.suite} {self.task.task_id}: {self.task.language}"
+            self._window = Window(self.options.render_size, fps=self.metadata["render_fps"], caption=caption)
+        self._window.show(self._view())
 
     def _info(self) -> dict[str, Any]:
         simulation = self._require_simulation()

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
+import inspect
 import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ
 from libero_gym.physics.simulation import Stepping
+from libero_gym.rendering.cameras import Camera, camera_name
 from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.initial_states import InitStates
-from libero_gym.tasks.suites import TaskSpec, horizon, is_integer
+from libero_gym.tasks.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
 
 RewardKind = Literal["sparse", "relative"]
 Value = TypeVar("Value", float, npt.NDArray[np.float32])
 
 DEFAULT_CAMERAS = ("agentview", "robot0_eye_in_hand")
 OBSERVATION_KEYS = ("images", "wrist_images")
+DEFAULT_RENDER_SIZE = 512
 METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_FREQUENCY_HZ}
 CLOSED = "the environment is closed; make a new one"
 
@@ -38,27 +45,31 @@ class EnvOptions:
     Attributes:
         suite: suite of the tasks.
         image_size: height and width of both images, pixels.
-        camera_names: cameras of `OBSERVATION_KEYS`.
+        camera_names: cameras of `observation_keys`, from `libero_gym.rendering.cameras.check_cameras`.
         renderer: kind of renderer, None for the best one.
         observe_images: whether there are images.
+        observe_text: whether there is the instruction.
         reward: "sparse" or "relative", see `step_reward`.
         horizon: steps until an episode is truncated, from `check_horizon`; None has `horizon_of` decide.
         init_states: kind of the initial states, from `check_init_states`.
         stepping: see `libero_gym.Simulation`.
-        render_mode: None or "rgb_array".
+        render_mode: None or one of `render_modes`.
+        render_size: height and width of what `render` returns, pixels.
         texture_colorspace: "linear" or "auto", see `libero_gym.rendering.textures`.
     """
 
     suite: str
     image_size: int
-    camera_names: tuple[str, ...]
+    camera_names: tuple[str | Camera, ...]
     renderer: RendererKind | None
     observe_images: bool
+    observe_text: bool
     reward: RewardKind
     horizon: int | None
     init_states: InitStates
     stepping: Stepping
     render_mode: str | None
+    render_size: int
     texture_colorspace: TextureColorspace
 
     def __post_init__(self) -> None:
@@ -67,23 +78,22 @@ class EnvOptions:
         Raises:
             ValueError: one is not among the allowed ones; the message lists them.
         """
-        _check_image_size(self.image_size)
-        if len(self.camera_names) != len(OBSERVATION_KEYS):
-            raise ValueError(f"camera_names={self.camera_names} must name {len(OBSERVATION_KEYS)} cameras")
+        _check_size("image_size", self.image_size)
+        _check_size("render_size", self.render_size)
         if self.reward not in get_args(RewardKind):
             raise ValueError(f"reward={self.reward!r} is unknown (valid: 'sparse', 'relative')")
         if self.stepping not in get_args(Stepping):
             raise ValueError(f"stepping={self.stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
-        if self.render_mode not in (None, *METADATA["render_modes"]):
-            raise ValueError(f"render_mode={self.render_mode!r} is unknown (valid: None, 'rgb_array')")
-        if self.render_mode is not None and not self.observe_images:
-            raise ValueError(f"render_mode={self.render_mode!r} needs observe_images=True")
-
         check_texture_colorspace(self.texture_colorspace)
 
     def horizon_of(self, task: TaskSpec) -> int:
         """Return the steps after which an episode of `task` is truncated: `horizon`, or those of its own suite."""
         return horizon(task.suite) if self.horizon is None else self.horizon
+
+    @property
+    def longest_horizon(self) -> int:
+        """Steps after which every episode has been truncated."""
+        return horizon(self.suite) if self.horizon is None else self.horizon
 
     def open_renderer(self, *, num_worlds: int = 1, num_threads: int | None = None) -> Renderer | None:
         """Return the renderer for so many worlds; None without images.
@@ -102,6 +112,86 @@ class EnvOptions:
             num_threads=num_threads,
             texture_colorspace=self.texture_colorspace,
         )
+
+    def open_viewer(self, *, num_worlds: int = 1, num_threads: int | None = None) -> Renderer:
+        """Return the renderer of `render`, which draws the first camera in its own size.
+
+        Raises:
+            RendererUnavailableError: the renderer cannot be used on this machine.
+        """
+        return make_renderer(
+            self.renderer,
+            camera_names=self.camera_names[:1],
+            image_size=int(self.render_size),
+            num_worlds=num_worlds,
+            num_threads=num_threads,
+            texture_colorspace=self.texture_colorspace,
+        )
+
+
+def observation_keys(camera_names: Sequence[str | Camera]) -> tuple[str, ...]:
+    """Return the keys of the cameras' images: `images`, `wrist_images`, and `<name>_images` for further ones."""
+    further = (f"{camera_name(camera)}_images" for camera in camera_names[len(OBSERVATION_KEYS) :])
+    return (*OBSERVATION_KEYS[: len(camera_names)], *further)
+
+
+def check_keywords(constructor: Any, keywords: Mapping[str, Any]) -> None:
+    """Raise TypeError unless `constructor` takes all of `keywords`; the message names those that it takes."""
+    parameters = inspect.signature(constructor).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return  # a subclass that passes on what it is given
+    valid = [name for name in parameters if name != "self"]
+    unknown = [name for name in keywords if name not in valid]
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], valid, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        # In Python's words, which Gymnasium and TorchRL look for.
+        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}; {hint}(valid: {', '.join(valid)})")
+
+
+def choose_tasks(suite: str | TaskSpec, task_id: int | None, task_ids: Sequence[int] | None) -> list[TaskSpec]:
+    """Return the tasks that an environment is made for: `task_id`, `task_ids`, all of the suite, or the one given.
+
+    Raises:
+        ValueError: both are given, `task_ids` is empty or no sequence, or the suite has no such task; or a task is
+            given with ids, or is not one of its suite.
+        TypeError: an id is not an integer.
+    """
+    if task_id is not None and task_ids is not None:
+        raise ValueError(f"task_id={task_id!r} and task_ids={task_ids!r} are both given; leave one of them out")
+    if isinstance(suite, TaskSpec):
+        if task_id is not None or task_ids is not None:
+            raise ValueError(f"task_id or task_ids were given with one task, {suite.name!r}; leave them out")
+        if get_task(suite.suite, suite.task_id) != suite:
+            raise ValueError(
+                f"{suite} is not task {suite.task_id} of {suite.suite}; make a suite of your own BDDL files by "
+                "libero_gym.register_suite, and take the task from libero_gym.list_tasks"
+            )
+        return [suite]
+    if is_integer(task_ids):
+        raise ValueError(f"task_ids={task_ids!r} is not a sequence of tasks (for one task: task_ids=[{task_ids}])")
+    if task_id is not None:
+        return [get_task(suite, task_id)]
+    if task_ids is None:
+        return list_tasks(suite)
+    if not len(task_ids):
+        raise ValueError("task_ids is empty; name at least one task, or None for all of the suite")
+    return [get_task(suite, number) for number in task_ids]
+
+
+def check_render_mode(render_mode: str | None, valid: Sequence[str]) -> None:
+    """Raise ValueError unless `render_mode` is None or one of `valid`."""
+    if render_mode not in (None, *valid):
+        names = ", ".join(repr(mode) for mode in (None, *valid))
+        raise ValueError(f"render_mode={render_mode!r} is unknown (valid: {names})")
+
+
+def with_horizon(spec: EnvSpec | None, episode_horizon: int) -> EnvSpec | None:
+    """Return a specification that says after how many steps episodes are truncated, as wrappers and trainers ask it."""
+    spec = copy.copy(spec)
+    if spec is not None and spec.max_episode_steps is None:
+        spec.max_episode_steps = episode_horizon
+    return spec
 
 
 def check_horizon(episode_horizon: int | None, suite: str) -> int | None:
@@ -128,24 +218,29 @@ def step_reward(kind: RewardKind, value: Value, previous: Value) -> Value:
     return value - previous if kind == "relative" else value
 
 
-def make_observation_space(image_size: int, *, has_images: bool = True) -> spaces.Dict:
+def make_observation_space(
+    image_size: int,
+    *,
+    has_images: bool = True,
+    has_text: bool = True,
+    camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
+) -> spaces.Dict:
     """Return the observation space of one environment.
 
     Raises:
         ValueError: `image_size` is not a positive integer.
     """
-    _check_image_size(image_size)
+    _check_size("image_size", image_size)
     image = spaces.Box(0, 255, (int(image_size), int(image_size), 3), np.uint8)
-    images = dict.fromkeys(OBSERVATION_KEYS, image) if has_images else {}
-    return spaces.Dict(
-        {
-            **images,
-            "states": spaces.Box(-_STATE_LIMIT, _STATE_LIMIT, dtype=np.float32),
-            "task_descriptions": spaces.Text(
-                max_length=_MAX_SENTENCE, min_length=0, charset=string.ascii_letters + string.digits + " .,'\u2019-_()"
-            ),
-        }
-    )
+    entries: dict[str, spaces.Space[Any]] = {}
+    if has_images:
+        entries.update(dict.fromkeys(observation_keys(camera_names), image))
+    entries["states"] = spaces.Box(-_STATE_LIMIT, _STATE_LIMIT, dtype=np.float32)
+    if has_text:
+        entries["task_descriptions"] = spaces.Text(
+            max_length=_MAX_SENTENCE, min_length=0, charset=string.ascii_letters + string.digits + " .,'\u2019-_()"
+        )
+    return spaces.Dict(entries)
 
 
 def make_action_space() -> spaces.Box:
@@ -153,6 +248,6 @@ def make_action_space() -> spaces.Box:
     return spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
 
-def _check_image_size(image_size: int) -> None:
-    if not is_integer(image_size) or image_size <= 0:
-        raise ValueError(f"image_size={image_size!r} is not a positive number of pixels (usual: 128, 224, 256)")
+def _check_size(name: str, size: int) -> None:
+    if not is_integer(size) or size <= 0:
+        raise ValueError(f"{name}={size!r} is not a positive number of pixels (usual: 128, 224, 256)")

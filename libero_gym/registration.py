@@ -6,20 +6,24 @@ Costs a few file listings; neither MuJoCo nor LIBERO is imported.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gymnasium.envs.registration import register, registry
 
-from libero_gym.tasks.suites import COMBINED_SUITES, HORIZONS, list_suites
+from libero_gym.tasks.own_suites import add_suite, own_suites
+from libero_gym.tasks.suites import COMBINED_SUITES, HORIZONS, TaskSpec, list_suites, list_tasks
 
 
 def register_envs() -> None:
     """Register the ids; a second call changes nothing.
 
-    Where no distribution provides `libero`, base and combined suites are registered all the same: making one of them
-    then raises the error that says what to install, instead of Gymnasium's "namespace not found".
+    Where no distribution provides `libero`, or one has written over another, base and combined suites are registered
+    all the same: making one of them then raises the error that says what to install, instead of Gymnasium's "namespace
+    not found".
     """
     try:
         suites = list_suites()
-    except ModuleNotFoundError:
+    except ImportError:
         suites = [*HORIZONS, *COMBINED_SUITES]
     for suite in suites:
         env_id = f"libero_gym/{suite}-v0"
@@ -30,3 +34,35 @@ def register_envs() -> None:
                 vector_entry_point="libero_gym.vector:LiberoVectorEnv",
                 kwargs={"suite": suite},
             )
+
+
+def register_suite(name: str, folder: str | Path, init_states: str | Path | None = None) -> list[TaskSpec]:
+    """Make a folder of one's own BDDL files the suite `name`, and the id `libero_gym/<name>-v0`.
+
+    Each file is a task, in the order of their names; its instruction is the file's `(:language ...)`. What LIBERO's
+    files may say, these may: its objects, fixtures, regions and predicates.
+
+    Without `init_states`, 50 states of each task are drawn by LIBERO's sampler when they are first needed (a minute a
+    task, and half a minute for each new scene; kept in the cache): with settled objects and the fixtures among which
+    they were placed, as `init_states="settled"`, the default. Episodes are cut after 480 steps, unless `horizon` says
+    otherwise, or the name begins with that of a base suite, whose horizon it then has.
+
+    The registration holds for this process and those it starts (see `libero_gym.tasks.own_suites`).
+
+    Args:
+        name: letters, digits, "_" and "-".
+        folder: with the `.bddl` files.
+        init_states: folder with `<task>.pruned_init.npz`, `.pruned_init` or `.npz` files of stored states, as LIBERO's.
+
+    Returns:
+        The tasks, as `libero_gym.list_tasks(name)` gives them.
+
+    Raises:
+        ValueError: the name is that of another suite, or cannot be part of an id, or a file is no LIBERO task.
+        FileNotFoundError: a folder is missing, has no BDDL files, or has no states of a task.
+    """
+    if name in {*list_suites(), *HORIZONS} - own_suites().keys():
+        raise ValueError(f"name={name!r} is a suite of LIBERO's; give another name")
+    add_suite(name, Path(folder), None if init_states is None else Path(init_states))
+    register_envs()
+    return list_tasks(name)

@@ -9,29 +9,37 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import gymnasium
 import numpy as np
 import numpy.typing as npt
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from libero_gym.conventions import ACTION_DIM, STATE_DIM
 from libero_gym.fork import Owner, Uncopied
+from libero_gym.members import Member
 from libero_gym.options import (
     CLOSED,
     DEFAULT_CAMERAS,
+    DEFAULT_RENDER_SIZE,
     METADATA,
-    OBSERVATION_KEYS,
     EnvOptions,
     RewardKind,
     check_horizon,
+    check_keywords,
+    check_render_mode,
+    choose_tasks,
     make_action_space,
     make_observation_space,
+    observation_keys,
     step_reward,
+    with_horizon,
 )
+from libero_gym.physics import inspection
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import (
@@ -45,15 +53,16 @@ from libero_gym.physics.states import (
     write_generator,
 )
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
-from libero_gym.rendering.protocol import RendererKind
+from libero_gym.rendering.cameras import Camera, check_cameras
+from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
-from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, get_task, member_suites, task_number
 
 if TYPE_CHECKING:
     from libero_gym.physics.warp_worlds import WarpOptions
 
-_RESET_OPTIONS = ("reset_mask", "task_id", "init_state_id")
+_RESET_OPTIONS = ("reset_mask", "task_id", "init_state_id", "placement_seed")
 
 
 class Episodes:
@@ -155,22 +164,24 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     | `episode_length` | int64 [N] | steps of the episode observed |
     | `episode_return` | float64 [N] | its sum of rewards |
     | `final_obs`, `final_info` | dicts of [N] | with SAME_STEP, after an episode's end: what the last step of the ended
-      episodes showed, valid where `_final_obs` is True; other rows repeat the current observation. Gymnasium's own
-      `final_obs` is an array of dicts instead: wrappers that read it, such as `DictInfoToList`, need NEXT_STEP |
+      episodes showed, valid where `_final_obs` is True; other rows repeat the current observation. Instructions are
+      an array of str there. Gymnasium's own `final_obs` is an array of dicts instead: its wrappers of observations
+      need NEXT_STEP, and its `DictInfoToList` takes both, but no torch tensors |
 
     ## Autoreset
     `autoreset_mode`, also in `metadata["autoreset_mode"]`, as Gymnasium defines them:
-    - SAME_STEP (default): a finished environment is reset in the same call; one that `set_state` or an error has
-      left finished, by the next call, as under NEXT_STEP;
-    - NEXT_STEP: the next call resets it and ignores its action (no step is run, reward 0);
+    - NEXT_STEP (default): the next call resets a finished environment and ignores its action (no step is run, reward
+      0);
+    - SAME_STEP: a finished environment is reset in the same call; one that `set_state` or an error has left finished,
+      by the next call, as under NEXT_STEP;
     - DISABLED: `reset(options={"reset_mask": bool [N]})` resets it. Until then it idles at no cost: no steps, reward
       0, neither terminated nor truncated again, the observation stays.
 
     ## Reset
     `reset(seed, options)`. `seed`: an int (environment i gets `seed + i`) or a list of N. Options, each optional:
-    `task_id` and `init_state_id` (an int or int [N]), `reset_mask` (bool [N], True = reset). What is not chosen is
-    sampled from the environment's own generator; so it is at automatic resets. Tasks are sampled alike, or as
-    `set_task_weights` says.
+    `task_id`, `init_state_id` and, with "original" states, `placement_seed` (an int or int [N]), `reset_mask` (bool
+    [N], True = reset). What is not chosen is sampled from the environment's own generator; so it is at automatic
+    resets. Tasks are sampled alike, or as `set_task_weights` says.
 
     Environments given the same `task_id`, `init_state_id` and seed start in the same state to the last bit, and stay
     in it under the same actions. A group of G for GRPO is `task_id=numpy.repeat(tasks, G)`,
@@ -178,9 +189,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     "original" states; "settled" and "held_out" ones hold theirs.
 
     ## Arguments
-    As for `LiberoEnv`, but `task_ids` for `task_id`, and:
+    As for `LiberoEnv`, but without `render_mode="human"`, and:
     - `num_envs`: N.
-    - `task_ids`: sequence of tasks to sample from, one named twice twice as often; None takes all of the suite.
+    - `task_ids`: a task named twice is sampled twice as often.
+    - `max_episode_steps`: Gymnasium's name for `horizon`; of two, the shorter holds.
     - `num_action_chunks`: C.
     - `num_threads`: threads for stepping and drawing; None takes all cores that the process may use.
     - `images_as_torch`: see above; needs the renderer "warp".
@@ -201,26 +213,35 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         "make another one with the same arguments, and give it what get_states returns by set_state(env_id, state)"
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse arguments that there are not; the message names the others."""
+        check_keywords(cls.__init__, kwargs)
+        return super().__new__(cls)
+
     def __init__(
         self,
-        suite: str,
+        suite: str | TaskSpec,
         num_envs: int = 1,
         *,
+        task_id: int | None = None,
         task_ids: Sequence[int] | None = None,
         num_action_chunks: int = 1,
         image_size: int = 256,
-        camera_names: Sequence[str] = DEFAULT_CAMERAS,
+        camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
+        observe_text: bool = True,
         images_as_torch: bool = False,
         reward: RewardKind = "sparse",
         horizon: int | None = None,
+        max_episode_steps: int | None = None,
         init_states: InitStates | None = None,
         stepping: Stepping = "exact",
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
         render_mode: str | None = None,
+        render_size: int = DEFAULT_RENDER_SIZE,
         physics: Literal["cpu", "warp"] = "cpu",
         warp_options: WarpOptions | None = None,
     ) -> None:
@@ -228,6 +249,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         Raises:
             ValueError: an argument is not among the allowed ones; the message lists them.
+            TypeError: there is no such argument, or an id is not an integer.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
             RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
@@ -242,31 +264,35 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             raise ValueError("images_as_torch=True needs observe_images=True")
         self.num_envs = _positive("num_envs", num_envs)
         self._num_chunks = _positive("num_action_chunks", num_action_chunks)
-        if is_integer(task_ids):
-            raise ValueError(f"task_ids={task_ids!r} is not a sequence of tasks (for one task: task_ids=[{task_ids}])")
-        self._tasks = list_tasks(suite) if task_ids is None else [get_task(suite, task_id) for task_id in task_ids]
-        if not self._tasks:
-            raise ValueError("task_ids is empty; name at least one task, or None for all of the suite")
-        if observe_images and (images_as_torch or physics == "warp"):
+        self._tasks = choose_tasks(suite, task_id, task_ids)
+        suite = suite.suite if isinstance(suite, TaskSpec) else suite
+        check_render_mode(render_mode, METADATA["render_modes"])
+        if (observe_images or render_mode is not None) and (images_as_torch or physics == "warp"):
             asking = "images_as_torch=True" if images_as_torch else "physics='warp'"
             renderer = _only_warp(renderer, asking)
+        limits = [check_horizon(steps, suite) for steps in (horizon, max_episode_steps) if steps is not None]
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
-            camera_names=tuple(camera_names),
+            camera_names=check_cameras(camera_names),
             renderer=renderer,
             observe_images=observe_images,
+            observe_text=observe_text,
             reward=reward,
-            horizon=check_horizon(horizon, suite),
+            horizon=min(limits, default=None),
             init_states=check_init_states(init_states, suite),
             stepping=stepping,
             render_mode=render_mode,
+            render_size=render_size,
             texture_colorspace=texture_colorspace,
         )
-        self._autoreset = _autoreset_mode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self._autoreset}
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self._spec: EnvSpec | None = None
         self.render_mode = render_mode
-        self.single_observation_space = make_observation_space(image_size, has_images=observe_images)
+        self.single_observation_space = make_observation_space(
+            image_size, has_images=observe_images, has_text=observe_text, camera_names=camera_names
+        )
         self.single_action_space = make_action_space()
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -277,6 +303,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         self._owner = Owner("the vector environment")
         self._renderer = self.options.open_renderer(num_worlds=self.num_envs, num_threads=threads)
+        self._viewer: Renderer | None = None
+        self._num_threads = threads
         self._worlds: Worlds | None
         if physics == "cpu":
             self._worlds = CpuWorlds(self.num_envs, stepping=stepping, num_threads=threads)
@@ -297,6 +325,20 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._images: Any = None  # [N, K, H, W, 3]
         self._states = np.zeros((self.num_envs, STATE_DIM), np.float32)
         self._is_stale = np.ones(self.num_envs, np.bool_)
+
+    @property
+    def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How Gymnasium made the environments; its `max_episode_steps` is the horizon."""
+        return with_horizon(self._spec, self.options.longest_horizon)
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._spec = spec
+
+    @property
+    def generators(self) -> tuple[np.random.Generator, ...]:
+        """Each environment's own generator, which what is not chosen is sampled from."""
+        return tuple(self._rngs)
 
     @property
     def renderer_name(self) -> str | None:
@@ -355,6 +397,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         env_ids = np.flatnonzero(self._reset_mask(options.get("reset_mask")))
         task_ids = self._ids("task_id", options.get("task_id"))
         init_state_ids = self._ids("init_state_id", options.get("init_state_id"))
+        placement_seeds = self._ids("placement_seed", options.get("placement_seed"))
         seeds = self._seeds(seed)
         # Sampled from copies, so that a reset that is refused leaves the generators as they were.
         rngs = {
@@ -368,6 +411,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
                 self.options.init_states,
                 task=None if task_ids is None else self._known_task(int(task_ids[i])),
                 init_state_id=None if init_state_ids is None else int(init_state_ids[i]),
+                placement_seed=None if placement_seeds is None else int(placement_seeds[i]),
                 probabilities=self._task_probabilities,
             )
             for i, rng in rngs.items()
@@ -394,13 +438,15 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._require_started()  # raises before anything moves if an environment was never reset, or all are closed
         chunks = self._check_actions(actions)
         is_active = ~self._episodes.is_done
-        if self._autoreset is not AutoresetMode.DISABLED:
+        if self.autoreset_mode is not AutoresetMode.DISABLED:
             self._begin_sampled(np.flatnonzero(~is_active))
         terminations, truncations = self._run(chunks, is_active)
         rewards = self._rewards.sum(axis=1, dtype=np.float64)
         ended = terminations | truncations
         observation, final = self._observe(), dict[str, Any]()
-        if self._autoreset is AutoresetMode.SAME_STEP and ended.any():
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
+            if self.options.observe_text:  # Gymnasium's wrappers of infos take arrays only
+                observation["task_descriptions"] = np.array(observation["task_descriptions"])
             final = {"final_obs": observation, "final_info": self._episode_infos()}
             final |= {"_final_obs": ended.copy(), "_final_info": ended.copy()}
             self._begin_sampled(np.flatnonzero(ended))
@@ -443,11 +489,26 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         return self._observe()
 
     def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:
-        """Return the first camera's image of each environment, uint8 (H, W, 3), or None without a render mode."""
+        """Return what the first camera sees, upright and not mirrored; None without a render mode.
+
+        Returns:
+            For each environment uint8 (render_size, render_size, 3).
+
+        Raises:
+            ValueError: an environment was never reset, or all are closed.
+            RendererUnavailableError: no renderer can be used on this machine.
+        """
         if self.render_mode is None:
             return None
-        images = self.observe()[OBSERVATION_KEYS[0]]
-        return tuple(np.asarray(image.cpu() if self._as_torch else image) for image in images)
+        return tuple(self.render_some(np.arange(self.num_envs)))
+
+    def render_some(self, env_ids: IntArray) -> npt.NDArray[np.uint8]:
+        """Return what `render` does for some of the environments, uint8 [num, render_size, render_size, 3]."""
+        self._require_started()
+        if self._viewer is None:
+            self._viewer = self.options.open_viewer(num_worlds=self.num_envs, num_threads=self._num_threads)
+        images = self.worlds.render(self._viewer, env_ids, as_torch=False)
+        return np.ascontiguousarray(images[:, 0, :, ::-1])
 
     def get_state(self, env_id: int) -> dict[str, Any]:
         """Return everything that decides the future of environment `env_id`, as arrays; no entry needs pickle.
@@ -490,14 +551,50 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._rngs[env_id] = rng
         self._is_stale[env_id] = True
 
+    def object_poses(self, env_id: int) -> dict[str, npt.NDArray[np.float64]]:
+        """Return where the objects of environment `env_id` are, see `LiberoEnv.object_poses`.
+
+        With `physics="warp"` computed on the CPU from the positions at the step's end, one environment at a time.
+        """
+        self._check_env_id(env_id)
+        worlds = self.worlds
+        if isinstance(worlds, CpuWorlds):
+            return inspection.object_poses(worlds.simulations[env_id])
+        return inspection.inspect_positions(worlds.get_state(env_id))[0]
+
+    def goal_state(self, env_id: int) -> dict[str, bool]:
+        """Return which parts of the goal of environment `env_id` hold, see `LiberoEnv.goal_state`.
+
+        With `physics="warp"` judged on the CPU by the positions at the step's end, whose contacts may differ from those
+        that the GPU found where shapes barely touch.
+        """
+        self._check_env_id(env_id)
+        worlds = self.worlds
+        if isinstance(worlds, CpuWorlds):
+            return inspection.goal_state(worlds.simulations[env_id])
+        return inspection.inspect_positions(worlds.get_state(env_id))[1]
+
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Return `simulation.name(*args, **kwargs)` for each environment, or the attribute if it is not callable."""
-        values = (getattr(simulation, name) for simulation in self.simulations)
+        """Return `env.name(*args, **kwargs)` for each environment, or the attribute if it is not callable.
+
+        Raises:
+            AttributeError: a `libero_gym.members.Member` (one of `envs`) has no such attribute.
+        """
+        values = self.get_attr(name)
         return tuple(value(*args, **kwargs) if callable(value) else value for value in values)
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
-        """Return attribute `name` of the simulation of each environment."""
-        return tuple(getattr(simulation, name) for simulation in self.simulations)
+        """Return attribute `name` of each environment.
+
+        Raises:
+            AttributeError: a `libero_gym.members.Member` (one of `envs`) has no such attribute.
+        """
+        return tuple(getattr(member, name) for member in self.envs)
+
+    @property
+    def envs(self) -> tuple[Member, ...]:
+        """Each environment as a single one shows itself; before the first reset too, as far as it has no task yet."""
+        return tuple(Member(self, env_id) for env_id in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Release threads, renderer and worlds, in the process that made them; called once by `close`."""
@@ -509,6 +606,9 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
 
     def _begin(self, env_ids: IntArray, starts: Sequence[EpisodeStart]) -> None:
         """Start episodes where `starts` says."""
@@ -561,10 +661,12 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._refresh(np.arange(self.num_envs))
         observation: dict[str, Any] = {}
         if self._images is not None:
-            views = ((key, self._images[:, camera]) for camera, key in enumerate(OBSERVATION_KEYS))
+            keys = observation_keys(self.options.camera_names)
+            views = ((key, self._images[:, camera]) for camera, key in enumerate(keys))
             observation = {key: view.clone() if self._as_torch else view.copy() for key, view in views}
         observation["states"] = self._states.copy()
-        observation["task_descriptions"] = tuple(task.language for task in self._current_tasks())
+        if self.options.observe_text:
+            observation["task_descriptions"] = tuple(task.language for task in self._current_tasks())
         return observation
 
     def _refresh(self, env_ids: IntArray) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from examples import gr00t_in_cleanrl, own_agent_in_ppo, own_policy, own_robot, record_video
+from examples import gr00t_in_cleanrl, lerobot_policy, own_agent_in_ppo, own_policy, own_robot, record_video
 from gr00t_agent import Gr00tAgent
 
 EXAMPLES = Path(own_policy.__file__).parent
-COVERED = {gr00t_in_cleanrl, own_agent_in_ppo, own_policy, own_robot, record_video}
+COVERED = {gr00t_in_cleanrl, lerobot_policy, own_agent_in_ppo, own_policy, own_robot, record_video}
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,27 @@ def test_record_video_films_each_episode(tmp_path: Path):
         pictures = [frame.to_ndarray(format="rgb24") for frame in film.decode(stream)]
     assert len(pictures) == 13  # the reset's and one a step
     assert pictures[0].std() > 10
+
+
+def test_lerobot_policys_environment_speaks_as_lerobot_does():
+    """`eval_policy` itself runs in tests/test_libraries.py, where LeRobot is installed."""
+    envs = lerobot_policy.make_envs("libero_spatial", 3, 2, image_size=16, horizon=20)
+    observation, _ = envs.reset(seed=[0, 1])
+    assert {name: view.shape for name, view in observation["pixels"].items()} == {
+        "image": (2, 16, 16, 3), "wrist_image": (2, 16, 16, 3)
+    }  # fmt: skip
+    assert observation["agent_pos"].shape == (2, 8)
+    assert envs.call("_max_episode_steps")[0] == 20
+    assert envs.call("task_description")[1] == envs.envs[0].task_description
+    actions = np.zeros((2, 7))
+    actions[:, 6] = [1, 0]  # open, closed
+    for _ in range(20):
+        *_, info = envs.step(actions)
+    assert info["final_info"]["is_success"].tolist() == [False, False]
+    openness = np.abs(info["final_obs"]["states"][:, 6:]).mean(axis=1)
+    assert openness[0] > 0.035
+    assert openness[1] < 0.01
+    envs.close()
 
 
 def test_own_policy_moves_the_gripper_where_it_says():

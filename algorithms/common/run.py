@@ -183,18 +183,20 @@ class RunFolder:
             is_whole_policy: the checkpoint is one that another training can start from.
         """
         weights = self.path / "checkpoints" / checkpoint
+        videos = self.path / "videos"
+        has_logs = any(self.path.glob("logs/**/events.out.tfevents.*"))
         training = f"  accelerate launch algorithms/ppo_gr00t.py --model {weights} --suite {suite}"
         return "\n".join(
             (
                 "",
                 f"run folder   {self.path}",
                 f"checkpoint   {weights}",
-                f"videos       {self.path / 'videos'}",
+                *([f"videos       {videos}"] if videos.is_dir() else []),
                 f"metrics      {self.path / 'metrics.jsonl'}",
                 f"report       {self.path / 'report.html'}",
                 "",
                 "next:",
-                f"  tensorboard --logdir {self.path.parent}",
+                *([f"  tensorboard --logdir {self.path.parent}"] if has_logs else []),
                 f"  python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite}",
                 *([training] if is_whole_policy else []),
             )

@@ -35,6 +35,10 @@ class Goal:
         self.atoms = atoms
         self._tests = [_compile_atom(scene, atom) for atom in atoms]
 
+    def atom_values(self, data: mujoco.MjData) -> dict[str, bool]:
+        """Return which atoms hold in `data`, by their text, such as "on akita_black_bowl_1 plate_1"."""
+        return {" ".join(atom): bool(test(data)) for atom, test in zip(self.atoms, self._tests, strict=True)}
+
     def __call__(self, data: mujoco.MjData) -> bool:
         """Return whether all atoms hold in `data`."""
         return all(test(data) for test in self._tests)

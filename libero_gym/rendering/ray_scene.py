@@ -15,6 +15,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from libero_gym.rendering.cameras import Camera, CameraPlace, place_camera
 from libero_gym.rendering.textures import TextureColorspace, decoded_textures
 
 FloatArray = NDArray[np.floating[Any]]
@@ -120,7 +121,7 @@ class _Triangles:
 
 def build_ray_scene(
     model: mujoco.MjModel,
-    camera_names: tuple[str, ...],
+    camera_names: tuple[str | Camera, ...],
     *,
     max_texture_size: int = 1024,
     lit_sites: tuple[int, ...] = (),
@@ -145,7 +146,7 @@ def build_ray_scene(
         ValueError: A camera is not in the model, a camera or light tracks a body, or a visible geom is of a type
             that LIBERO does not have.
     """
-    cameras = [_camera_id(model, name) for name in camera_names]
+    cameras = [place_camera(model, camera) for camera in camera_names]
     triangles_of_part: dict[tuple[int, int], list[tuple[_Triangles, int]]] = {}
     colors: list[FloatArray] = []
     materials: list[list[float]] = []
@@ -231,14 +232,6 @@ def _extent(entries: list[tuple[_Triangles, int]]) -> float:
     low = np.min([triangles.points.min(axis=0) for triangles, _ in entries], axis=0)
     high = np.max([triangles.points.max(axis=0) for triangles, _ in entries], axis=0)
     return float(np.linalg.norm(high - low))
-
-
-def _camera_id(model: mujoco.MjModel, name: str) -> int:
-    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
-    if camera < 0:
-        known = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, i) for i in range(model.ncam)]
-        raise ValueError(f"camera {name!r} is not in the scene (cameras: {known})")
-    return camera
 
 
 def _geom_rgba(model: mujoco.MjModel, geom: int) -> FloatArray:
@@ -486,14 +479,12 @@ def _pack(values: FloatArray) -> NDArray[np.uint32]:
     return red | green << np.uint32(8) | blue << np.uint32(16)
 
 
-def _cameras(model: mujoco.MjModel, cameras: list[int]) -> dict[str, Any]:
-    if any(model.cam_mode[camera] != mujoco.mjtCamLight.mjCAMLIGHT_FIXED for camera in cameras):
-        raise ValueError("only cameras fixed to a body can be rendered, and one of these tracks a target")
+def _cameras(model: mujoco.MjModel, cameras: list[CameraPlace]) -> dict[str, Any]:
     return {
-        "camera_body": model.cam_bodyid[cameras].astype(np.int32),
-        "camera_pos": model.cam_pos[cameras].astype(np.float32),
-        "camera_mat": np.array([_rotation(quat) for quat in model.cam_quat[cameras]], dtype=np.float32),
-        "camera_tan": np.tan(0.5 * np.deg2rad(model.cam_fovy[cameras])).astype(np.float32),
+        "camera_body": np.array([camera.body_id for camera in cameras], dtype=np.int32),
+        "camera_pos": np.array([camera.pos for camera in cameras], dtype=np.float32),
+        "camera_mat": np.array([_rotation(camera.quat_wxyz) for camera in cameras], dtype=np.float32),
+        "camera_tan": np.tan(0.5 * np.deg2rad([camera.fovy_deg for camera in cameras])).astype(np.float32),
         "znear": float(model.vis.map.znear * model.stat.extent),
     }
 

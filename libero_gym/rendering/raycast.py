@@ -29,6 +29,7 @@ import warp as wp
 
 from libero_gym.fork import Owner, Uncopied
 from libero_gym.rendering import ray_kernels
+from libero_gym.rendering.cameras import Camera
 from libero_gym.rendering.protocol import Drawable, Images, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import RayScene, build_ray_scene
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
@@ -164,7 +165,7 @@ class DeviceScene(Uncopied):
 @functools.lru_cache(maxsize=64)
 def load_device_scene(
     scene: Scene,
-    camera_names: tuple[str, ...],
+    camera_names: tuple[str | Camera, ...],
     device: str,
     *,
     reflections: bool = True,
@@ -394,7 +395,7 @@ class WarpRenderer(Uncopied):
 
     def __init__(
         self,
-        camera_names: Sequence[str],
+        camera_names: Sequence[str | Camera],
         image_size: int,
         *,
         device: str | None = None,

@@ -22,6 +22,7 @@ Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -32,7 +33,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,6 +41,7 @@ import mujoco
 import numpy as np
 
 from libero_gym.fork import Owner, Uncopied
+from libero_gym.rendering.cameras import Camera, CameraPlace, place_camera
 from libero_gym.rendering.protocol import Drawable, Images, Renderer, RendererKind, RendererUnavailableError
 from libero_gym.rendering.ray_scene import VISIBLE_GROUPS
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace, textures_in
@@ -64,7 +66,7 @@ _REMEDIES = {
 def make_renderer(
     kind: str | None = None,
     *,
-    camera_names: Sequence[str],
+    camera_names: Sequence[str | Camera],
     image_size: int,
     num_worlds: int = 1,
     antialiasing: bool = True,
@@ -251,6 +253,21 @@ def _open_chosen_display(platform: Any) -> None:
     atexit.register(egl.eglTerminate, display)
 
 
+@functools.cache
+def _load_triton_first() -> None:
+    """Loads the library of Triton, if it is installed, before one of Mesa's.
+
+    Both hold LLVM. PyOpenGL makes the symbols of Mesa's visible to all libraries loaded later, and Triton's, which
+    PyTorch loads, would be bound to them and end the process without a word.
+    """
+    if "triton" in sys.modules:
+        return
+    triton = importlib.util.find_spec("triton")
+    for folder in (triton.submodule_search_locations or []) if triton else []:
+        for library in Path(folder).glob("_C/libtriton*.so"):
+            ctypes.CDLL(str(library))
+
+
 # Renderers whose contexts are open. Left so, they are closed at exit, while the OpenGL library still works.
 _open_renderers: weakref.WeakSet[GlRenderer] = weakref.WeakSet()
 # Who opened OpenGL: its library has threads, and EGL's one display belongs to the process.
@@ -276,6 +293,30 @@ def _close_at_exit(renderer: GlRenderer, platform: Any) -> None:
     _open_renderers.add(renderer)
 
 
+def _remember_current(kind: str, platform: Any) -> Callable[[], None]:
+    """Returns what makes the OpenGL context current that is now, or none if none is."""
+    if kind == "egl":
+        egl = platform.EGL
+        context, none = egl.eglGetCurrentContext(), egl.EGL_NO_SURFACE
+        if context:
+            surfaces = egl.eglGetCurrentSurface(egl.EGL_DRAW), egl.eglGetCurrentSurface(egl.EGL_READ)
+            return functools.partial(egl.eglMakeCurrent, egl.eglGetCurrentDisplay(), *surfaces, context)
+
+        def release() -> None:
+            if platform.EGL_DISPLAY is not None:  # opened with the first context
+                egl.eglMakeCurrent(platform.EGL_DISPLAY, none, none, egl.EGL_NO_CONTEXT)
+
+        return release
+    from OpenGL import GL, osmesa
+
+    context = osmesa.OSMesaGetCurrentContext()
+    if not context:
+        return functools.partial(osmesa.OSMesaMakeCurrent, None, None, GL.GL_FLOAT, 0, 0)
+    width, height, _, buffer = osmesa.OSMesaGetColorBuffer(context)
+    kind_of_buffer = osmesa.OSMesaGetIntegerv(osmesa.OSMESA_TYPE)
+    return functools.partial(osmesa.OSMesaMakeCurrent, context, buffer, kind_of_buffer, width, height)
+
+
 def _abandon_opengl(platform: Any) -> None:
     """Keeps a forked child from freeing what its parent goes on using: that would wait for the parent's threads."""
     if hasattr(platform, "EGL"):
@@ -294,7 +335,7 @@ class GlRenderer(Uncopied):
     def __init__(
         self,
         kind: str,
-        camera_names: Sequence[str],
+        camera_names: Sequence[str | Camera],
         image_size: int,
         *,
         reflections: bool = True,
@@ -321,10 +362,18 @@ class GlRenderer(Uncopied):
         self._reflections = reflections
         self._context: Any = None
         self._scenes: dict[str, _GlScene] = {}
+        platform = os.environ.get("PYOPENGL_PLATFORM", kind)
+        _load_triton_first()
         try:
             # Importing one of these fixes PyOpenGL's platform for the process.
             self._platform = importlib.import_module(f"mujoco.{kind}")
         except (ImportError, AttributeError, OSError) as error:
+            if platform != kind:
+                raise RendererUnavailableError(
+                    f"renderer {kind!r} is not available: this process uses OpenGL by {platform!r} already (another "
+                    f"renderer, robosuite, or the variable PYOPENGL_PLATFORM); use renderer={platform!r} or 'warp', or "
+                    "a process of its own"
+                ) from error
             raise RendererUnavailableError(
                 f"renderer {kind!r} is not available ({error}): {_REMEDIES[kind]}"
             ) from error
@@ -341,10 +390,10 @@ class GlRenderer(Uncopied):
 
     def describe_device(self) -> str:
         """The OpenGL implementation's name for what draws."""
-        self._make_current()
-        from OpenGL import GL  # typed nowhere
+        with self._current():
+            from OpenGL import GL  # typed nowhere
 
-        return GL.glGetString(GL.GL_RENDERER).decode()
+            return GL.glGetString(GL.GL_RENDERER).decode()
 
     def render(self, simulations: Sequence[Drawable]) -> Images:
         """Draws the last observed state of each simulation; see `Renderer`.
@@ -354,15 +403,15 @@ class GlRenderer(Uncopied):
             ValueError: A camera is not in the scene.
             RuntimeError: This process was forked from the one that made the renderer, or that has used OpenGL.
         """
-        self._make_current()
         images = np.empty((len(simulations), len(self._camera_names), self._size, self._size, 3), dtype=np.uint8)
-        for image, simulation in zip(images, simulations, strict=True):
-            scene = simulation.scene
-            if scene.key not in self._scenes:
-                self._scenes[scene.key] = _GlScene(
-                    scene, self._camera_names, self._size, self._reflections, self._texture_colorspace
-                )
-            self._scenes[scene.key].render(simulation, image)
+        with self._current():
+            for image, simulation in zip(images, simulations, strict=True):
+                scene = simulation.scene
+                if scene.key not in self._scenes:
+                    self._scenes[scene.key] = _GlScene(
+                        scene, self._camera_names, self._size, self._reflections, self._texture_colorspace
+                    )
+                self._scenes[scene.key].render(simulation, image)
         return images
 
     def close(self) -> None:
@@ -370,13 +419,30 @@ class GlRenderer(Uncopied):
         if not self._owner.is_this_process:
             return
         if self._context is not None:
-            self._context.make_current()
-            for scene in self._scenes.values():
-                scene.close()
+            with self._current():
+                for scene in self._scenes.values():
+                    scene.close()
             self._context.free()
             self._context = None
         self._scenes.clear()
         _open_renderers.discard(self)
+
+    @contextlib.contextmanager
+    def _current(self) -> Generator[None]:
+        """Has the context current, and afterwards the one that was.
+
+        Whoever frees things of OpenGL without making its own context current, as robosuite does, would otherwise free
+        what has the same numbers in ours, and our next pictures would be drawn without it.
+        """
+        self._owner.check()
+        if _opengl_owner is not None:
+            _opengl_owner.check()
+        restore = _remember_current(self._kind, self._platform)
+        try:
+            self._make_current()
+            yield
+        finally:
+            restore()
 
     def _make_current(self) -> None:
         self._owner.check()
@@ -408,7 +474,7 @@ class _GlScene(Uncopied):
     def __init__(
         self,
         scene: Scene,
-        camera_names: tuple[str, ...],
+        camera_names: tuple[str | Camera, ...],
         size: int,
         reflections: bool,
         texture_colorspace: TextureColorspace,
@@ -417,7 +483,11 @@ class _GlScene(Uncopied):
         self._scene = scene
         self._model = model
         self._data = mujoco.MjData(model)
-        self._cameras = [_fixed_camera(model, name) for name in camera_names]
+        self._places = [place_camera(model, camera) for camera in camera_names]
+        # The scene's first camera is put where each of ours is, for as long as it draws.
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._camera.fixedcamid = 0
         self._options = mujoco.MjvOption()
         self._options.geomgroup[:] = 0
         self._options.geomgroup[list(VISIBLE_GROUPS)] = 1
@@ -444,11 +514,18 @@ class _GlScene(Uncopied):
             data.qpos[:] = state.qpos
             mujoco.mj_kinematics(model, data)
             mujoco.mj_comPos(model, data)
-            mujoco.mj_camlight(model, data)
-            for image, camera in zip(out, self._cameras, strict=True):
-                mujoco.mjv_updateScene(
-                    model, data, self._options, perturbation, camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._drawing
-                )
+            for image, place in zip(out, self._places, strict=True):
+                with _camera_at(model, place):
+                    mujoco.mj_camlight(model, data)
+                    mujoco.mjv_updateScene(
+                        model,
+                        data,
+                        self._options,
+                        perturbation,
+                        self._camera,
+                        mujoco.mjtCatBit.mjCAT_ALL.value,
+                        self._drawing,
+                    )
                 mujoco.mjr_render(self._viewport, self._drawing, self._context)
                 mujoco.mjr_readPixels(raw, None, self._viewport, self._context)
                 image[:] = raw[::-1, ::-1]
@@ -458,12 +535,16 @@ class _GlScene(Uncopied):
         self._context.free()
 
 
-def _fixed_camera(model: mujoco.MjModel, name: str) -> mujoco.MjvCamera:
-    index = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
-    if index < 0:
-        known = [model.camera(i).name for i in range(model.ncam)]
-        raise ValueError(f"camera {name!r} is not in the scene (cameras: {known})")
-    camera = mujoco.MjvCamera()
-    camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-    camera.fixedcamid = index
-    return camera
+@contextlib.contextmanager
+def _camera_at(model: mujoco.MjModel, place: CameraPlace) -> Generator[None]:
+    """Has the model's first camera be at `place`; call this under the model's lock."""
+    arrays = (model.cam_mode, model.cam_bodyid, model.cam_pos, model.cam_quat, model.cam_fovy)
+    known = [array[0].copy() for array in arrays]
+    values = (mujoco.mjtCamLight.mjCAMLIGHT_FIXED.value, *place)
+    try:
+        for array, value in zip(arrays, values, strict=True):
+            array[0] = value
+        yield
+    finally:
+        for array, value in zip(arrays, known, strict=True):
+            array[0] = value

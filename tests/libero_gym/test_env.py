@@ -1,5 +1,6 @@
 """The Gymnasium environment's contract."""
 
+import os
 import subprocess
 import sys
 
@@ -7,11 +8,13 @@ import gymnasium
 import mujoco
 import numpy as np
 import pytest
+from gymnasium.error import DependencyNotInstalled
 from gymnasium.utils.env_checker import check_env
 
+from libero_gym import window
 from libero_gym.env import LiberoEnv
 from libero_gym.options import make_observation_space
-from libero_gym.physics.simulation import PhysicsError
+from libero_gym.physics.simulation import PhysicsError, Simulation
 from libero_gym.tasks.suites import get_task, list_suites, list_tasks
 
 
@@ -21,8 +24,8 @@ def _make(suite="libero_goal", **options) -> LiberoEnv:
 
 @pytest.mark.parametrize("suite", ["libero_spatial", "libero_goal"])
 def test_conforms_to_gymnasium(suite: str):
-    env = gymnasium.make(f"libero_gym/{suite}-v0", observe_images=False)
-    check_env(env.unwrapped, skip_render_check=True)
+    env = gymnasium.make(f"libero_gym/{suite}-v0", observe_images=False, render_size=32)
+    check_env(env.unwrapped)
 
 
 @pytest.mark.slow
@@ -49,10 +52,131 @@ def test_images():
     assert np.any(first["images"] != first["wrist_images"])
     frame = env.render()
     assert frame is not None
-    np.testing.assert_array_equal(frame, second["images"])
-    frame[:] = 0
-    assert second["images"].any()
     env.close()
+
+
+@pytest.mark.parametrize("observe_images", [True, False])
+def test_render_is_the_true_view_in_its_own_size(observe_images: bool):
+    env = LiberoEnv(
+        "libero_goal",
+        task_id=1,
+        image_size=48,
+        observe_images=observe_images,
+        render_mode="rgb_array",
+        render_size=48,
+        renderer="warp",
+    )
+    env.reset(seed=0)
+    observation, *_ = env.step(np.ones(7, dtype=np.float32))
+    frame = env.render()
+    assert frame is not None
+    plain = LiberoEnv("libero_goal", task_id=1, image_size=48, renderer="warp")
+    plain.reset(seed=0)
+    shown, *_ = plain.step(np.ones(7, dtype=np.float32))
+    np.testing.assert_array_equal(frame, shown["images"][:, ::-1])  # observations are mirrored
+    assert ("images" in observation) is observe_images
+    state = env.get_state()
+    env.step(np.ones(7, dtype=np.float32))
+    assert (env.render() != frame).any()
+    env.set_state(state)
+    np.testing.assert_array_equal(env.render(), frame)
+    assert LiberoEnv("libero_goal", observe_images=False).options.render_size == 512
+    env.close()
+    plain.close()
+
+
+def test_human_rendering_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    monkeypatch.setattr(window.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DependencyNotInstalled, match="render_mode='human' needs pygame: install it with `pip install"):
+        gymnasium.make("libero_gym/libero_goal-v0", observe_images=False, render_mode="human")
+    assert _make().metadata["render_modes"] == ["rgb_array"]
+    monkeypatch.setattr(window.importlib.util, "find_spec", lambda name: object())
+    assert _make().metadata["render_modes"] == ["rgb_array", "human"]
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError, match="render_mode='human' needs a display"):
+        _make(render_mode="human")
+
+
+HUMAN = """
+import sys
+import gymnasium, numpy as np, pygame
+import libero_gym
+env = gymnasium.make(
+    "libero_gym/libero_goal-v0", task_id=1, observe_images=False, render_mode="human", render_size=64, renderer="warp"
+)
+env.reset(seed=0)
+first = pygame.surfarray.array3d(pygame.display.get_surface())
+env.step(np.ones(7, np.float32))
+second = pygame.surfarray.array3d(pygame.display.get_surface())
+assert env.render() is None
+plain = gymnasium.make(
+    "libero_gym/libero_goal-v0", task_id=1, observe_images=False, render_mode="rgb_array", render_size=64,
+    renderer="warp",
+)
+plain.reset(seed=0)
+assert (first == plain.render().swapaxes(0, 1)).all() and (first != second).any()
+env.close()
+"""
+
+
+def test_human_rendering_shows_each_step():
+    pytest.importorskip("pygame", reason="pygame is an extra")
+    environment = {**os.environ, "SDL_VIDEODRIVER": "dummy", "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
+    subprocess.run([sys.executable, "-c", HUMAN], env=environment, check=True)
+
+
+def test_text_can_be_left_out():
+    env = _make(observe_text=False)
+    observation, _ = env.reset(seed=0)
+    assert set(observation) == set(env.observation_space.spaces) == {"states"}
+    assert env.task_description == env.task.language
+
+
+def test_one_task_or_several():
+    assert _make(task_id=3).task_ids == (3,)
+    env = _make(task_ids=[2, 5])
+    assert {env.reset(seed=seed)[1]["task_id"] for seed in range(8)} == {2, 5}
+    with pytest.raises(ValueError, match=r"task_id=3 was asked of an environment made for task_ids=\[2, 5\]"):
+        env.reset(options={"task_id": 3})
+    with pytest.raises(ValueError, match=r"task_id=1 and task_ids=\[2\] are both given; leave one of them out"):
+        _make(task_id=1, task_ids=[2])
+
+
+def test_unknown_arguments_name_the_valid_ones():
+    with pytest.raises(
+        TypeError, match=r"unexpected keyword argument 'imagesize'; did you mean 'image_size'\? \(valid: suite"
+    ):
+        gymnasium.make("libero_gym/libero_goal-v0", imagesize=3)
+
+
+def test_the_specification_says_the_horizon():
+    env = gymnasium.make("libero_gym/libero_goal-v0", observe_images=False, horizon=7)
+    assert env.spec is not None
+    assert env.spec.max_episode_steps == env.unwrapped._max_episode_steps == 7
+    assert gymnasium.make(env.spec).spec.max_episode_steps == 7
+    assert (
+        gymnasium.make("libero_gym/libero_goal-v0", observe_images=False, max_episode_steps=5).spec.max_episode_steps
+        == 5
+    )
+
+
+def test_placement_seed_equals_liberos_seed():
+    """What LIBERO's own sampler places from `numpy.random.seed(5)` is tested in test_simulation.py."""
+    env = _make(task_id=3, init_states="original")
+    env.reset(seed=1, options={"init_state_id": 7, "placement_seed": 5})
+    expected = Simulation(env.simulation.scene)
+    expected.reset(env.task, 7, np.random.RandomState(5), init_states="original")
+    np.testing.assert_array_equal(env.model.body_pos, expected.model.body_pos)
+    np.testing.assert_array_equal(env.data.qpos, expected.data.qpos)
+    env.reset(seed=5, options={"init_state_id": 7})
+    assert (env.model.body_pos != expected.model.body_pos).any()
+    with pytest.raises(ValueError, match="placement_seed=5 chooses where fixtures stand, which 'settled' states hold"):
+        _make().reset(options={"placement_seed": 5})
+    with pytest.raises(ValueError, match=r"placement_seed=-1 is not a seed .* \(valid: 0-4294967295\)"):
+        env.reset(options={"placement_seed": -1})
 
 
 def test_module_prefix_registers_the_ids():
@@ -190,9 +314,11 @@ def test_nan_action():
         ({"reward": "dense"}, r"reward='dense' is unknown \(valid: 'sparse', 'relative'\)"),
         ({"horizon": 0}, r"horizon=0 is not a positive number of steps \(default: 320\)"),
         ({"task_id": 10}, r"task_id=10 is not in libero_goal \(valid: 0-9\)"),
-        ({"render_mode": "human"}, r"render_mode='human' is unknown \(valid: None, 'rgb_array'\)"),
+        ({"render_mode": "film"}, r"render_mode='film' is unknown \(valid: None, 'rgb_array', 'human'\)"),
+        ({"render_size": 0}, "render_size=0 is not a positive number"),
         ({"stepping": "slow"}, r"stepping='slow' is unknown"),
-        ({"camera_names": ("agentview",)}, r"must name 2 cameras"),
+        ({"camera_names": ()}, r"camera_names=\[\] must name at least one camera, and none twice"),
+        ({"camera_names": ("agentview",) * 2}, r"must name at least one camera, and none twice"),
         ({"observe_images": True, "renderer": "vulkan"}, r"vulkan"),
     ],
 )
@@ -211,7 +337,7 @@ def test_unknown_suite():
     [
         ({"task_id": 10}, r"task_id=10 is not in libero_goal"),
         ({"init_state_id": 50}, r"init_state_id=50 is not among the stored states"),
-        ({"state": 1}, r"unknown reset options \['state'\] \(valid: 'task_id', 'init_state_id'\)"),
+        ({"state": 1}, r"unknown reset options \['state'\] \(valid: 'task_id', 'init_state_id', 'placement_seed'\)"),
     ],
 )
 def test_bad_reset_options(options, message):

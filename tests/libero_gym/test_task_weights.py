@@ -24,7 +24,9 @@ def test_tasks_are_sampled_by_weight_and_alike_without():
 
 
 def test_a_chosen_task_is_not_sampled_and_automatic_resets_are():
-    env = LiberoVectorEnv("libero_spatial", 2, task_ids=[0, 1], observe_images=False, horizon=1)
+    env = LiberoVectorEnv(
+        "libero_spatial", 2, task_ids=[0, 1], observe_images=False, horizon=1, autoreset_mode="SAME_STEP"
+    )
     env.set_task_weights([0, 1])
     assert env.reset(seed=0, options={"task_id": 0})[1]["task_id"].tolist() == [0, 0]
     assert env.step(np.zeros((2, 7), np.float32))[4]["task_id"].tolist() == [1, 1]

@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import DictInfoToList, FilterObservation, FlattenObservation, NormalizeObservation
 
 from libero_gym.env import LiberoEnv
 from libero_gym.physics.simulation import PhysicsError
@@ -50,7 +51,7 @@ def test_make_vec_by_id():
     env = gymnasium.make_vec(
         f"libero_gym/{SUITE}-v0", num_envs=2, vectorization_mode="vector_entry_point", image_size=16, num_threads=1
     )
-    assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    assert env.metadata["autoreset_mode"] is env.unwrapped.autoreset_mode is AutoresetMode.NEXT_STEP
     observation, infos = env.reset(seed=0, options={"task_id": np.array([2, 5]), "init_state_id": 3})
     assert env.observation_space.contains(observation)
     assert infos["task_id"].tolist() == [2, 5]
@@ -228,7 +229,7 @@ def test_disabled_autoreset_idles_until_a_masked_reset():
 
 
 def test_same_step_autoreset_gives_final_observation_and_info():
-    env = make(2, horizon=2, observe_images=True, image_size=16)
+    env = make(2, horizon=2, observe_images=True, image_size=16, autoreset_mode="SAME_STEP")
     twin = make(2, horizon=2, observe_images=True, image_size=16, autoreset_mode="DISABLED")
     for environment in (env, twin):
         environment.reset(seed=0, options={"task_id": np.array([1, 2]), "init_state_id": 0})
@@ -403,7 +404,7 @@ def test_fixtures_of_original_states_follow_the_seed_and_settled_ones_do_not():
 def test_number_of_threads_changes_nothing():
     batches = []
     for num_threads in (1, 2, 5):
-        env = make(5, num_threads=num_threads, horizon=3, num_action_chunks=2)
+        env = make(5, num_threads=num_threads, horizon=3, num_action_chunks=2, autoreset_mode="SAME_STEP")
         results = [env.reset(seed=9)]
         results += [env.step(np.moveaxis(a, 0, 1)) for a in random_actions(8, 5).reshape(4, 2, 5, 7)]
         batches.append((results, [env.get_state(i) for i in range(5)]))
@@ -471,7 +472,7 @@ def test_an_error_while_others_are_drawn_names_its_environment(monkeypatch):
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_after_an_error_the_others_show_where_they_are_and_go_on(num_threads, monkeypatch):
-    env = make(3, num_threads=num_threads, horizon=1)
+    env = make(3, num_threads=num_threads, horizon=1, autoreset_mode="SAME_STEP")
     before, _ = env.reset(seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(env.simulations[2], "step", lambda action: (_ for _ in ()).throw(PhysicsError("diverged")))
@@ -601,13 +602,92 @@ def test_mixed_scenes_in_one_batch():
     env.close()
 
 
-def test_render_returns_the_first_camera():
-    env = make(2, observe_images=True, image_size=8, render_mode="rgb_array")
-    observation, _ = env.reset(seed=0)
+@pytest.mark.parametrize("observe_images", [True, False])
+def test_render_is_the_true_view_of_the_first_camera(observe_images):
+    env = make(2, observe_images=observe_images, image_size=8, render_mode="rgb_array", render_size=24, renderer="warp")
+    env.reset(seed=0)
     frames = env.render()
     assert frames is not None
-    np.testing.assert_array_equal(np.stack(frames), observation["images"])
+    for i, frame in enumerate(frames):
+        single = LiberoEnv(SUITE, observe_images=False, render_mode="rgb_array", render_size=24, renderer="warp")
+        single.reset(seed=i)
+        np.testing.assert_array_equal(frame, single.render())
+        np.testing.assert_array_equal(frame, env.call("render")[i])
+        single.close()
     env.close()
+
+
+def test_text_can_be_left_out():
+    env = make(2, observe_text=False, autoreset_mode="SAME_STEP", horizon=1)
+    observation, _ = env.reset(seed=0)
+    assert set(observation) == set(env.observation_space.spaces) == {"states"}
+    assert set(env.step(no_motion(2))[-1]["final_obs"]) == {"states"}
+
+
+def test_members_are_what_users_of_gymnasium_expect():
+    env = gymnasium.make_vec(f"libero_gym/{SUITE}-v0", num_envs=2, observe_images=False, horizon=9).unwrapped
+    assert env.spec.max_episode_steps == 9
+    assert env.call("_max_episode_steps") == (9, 9)
+    assert tuple(spec.max_episode_steps for spec in env.get_attr("spec")) == (9, 9)
+    single = gymnasium.make(env.get_attr("spec")[0])
+    assert single.unwrapped.options == env.options
+    assert env.get_attr("metadata")[0]["render_fps"] == 20
+    assert env.get_attr("action_space") == (env.single_action_space,) * 2
+    with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
+        env.get_attr("task_description")
+    observation, infos = env.reset(seed=3)
+    assert env.call("task_description") == observation["task_descriptions"]
+    assert [task.task_id for task in env.get_attr("task")] == infos["task_id"].tolist()
+    assert env.get_attr("simulation") == env.simulations
+    assert env.get_attr("np_random") == env.generators
+    np.testing.assert_array_equal([each["states"] for each in env.call("observe")], observation["states"])
+    with pytest.raises(AttributeError, match="no attribute 'states'"):
+        env.get_attr("states")
+
+
+def test_one_task_or_several_and_either_name_of_the_horizon():
+    assert make(task_id=3).task_ids == (3,)
+    assert make(horizon=9, max_episode_steps=4).options.horizon == 4
+    assert make(max_episode_steps=4).options.horizon == 4
+    again = gymnasium.make_vec(gymnasium.make_vec(f"libero_gym/{SUITE}-v0", observe_images=False, horizon=9).spec)
+    assert again.unwrapped.options.horizon == 9
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'num_env'; did you mean 'num_envs'\?"):
+        make(num_env=3)
+
+
+@pytest.mark.parametrize("autoreset_mode", ["NEXT_STEP", "SAME_STEP", "DISABLED"])
+def test_infos_become_lists_in_every_mode(autoreset_mode):
+    env = DictInfoToList(make(2, horizon=1, observe_images=True, image_size=8, autoreset_mode=autoreset_mode))
+    _, infos = env.reset(seed=0)
+    task_ids = [info["task_id"] for info in infos]
+    *_, infos = env.step(no_motion(2))
+    assert len(infos) == 2
+    if autoreset_mode == "SAME_STEP":
+        assert [info["final_info"]["task_id"] for info in infos] == task_ids
+        assert infos[1]["final_obs"]["images"].shape == (8, 8, 3)
+        assert isinstance(infos[1]["final_obs"]["task_descriptions"], str)
+    env.close()
+
+
+def test_gymnasiums_wrappers_of_observations_take_the_default():
+    env = make(2, observe_text=False, horizon=2)
+    env = FilterObservation(env, ["states"])
+    env = NormalizeObservation(FlattenObservation(env))
+    observation, _ = env.reset(seed=0)
+    for _ in range(4):
+        observation, *_ = env.step(no_motion(2))
+    assert observation.shape == (2, 8)
+    assert env.observation_space.contains(observation.astype(np.float32))
+
+
+def test_placement_seeds_are_those_of_single_environments():
+    env = make(2, init_states="original", task_id=3)
+    env.reset(seed=1, options={"init_state_id": 7, "placement_seed": np.array([5, 6])})
+    for i, simulation in enumerate(env.simulations):
+        single = LiberoEnv(SUITE, observe_images=False, init_states="original", task_id=3)
+        single.reset(seed=9, options={"init_state_id": 7, "placement_seed": 5 + i})
+        np.testing.assert_array_equal(simulation.data.qpos, single.data.qpos)
+        np.testing.assert_array_equal(simulation.model.body_pos, single.model.body_pos)
 
 
 @pytest.mark.parametrize(
@@ -625,14 +705,14 @@ def test_render_returns_the_first_camera():
         ({"stepping": "slow"}, "stepping='slow' is unknown"),
         ({"init_states": "fresh"}, r"init_states='fresh' is unknown \(valid: 'settled', 'held_out', 'original'\)"),
         ({"autoreset_mode": "SOMETIMES"}, "autoreset_mode='SOMETIMES' is unknown"),
-        ({"camera_names": ["agentview"]}, "must name 2 cameras"),
-        ({"render_mode": "human"}, "render_mode='human' is unknown"),
+        ({"camera_names": []}, r"camera_names=\[\] must name at least one camera"),
+        ({"render_mode": "human"}, r"render_mode='human' is unknown \(valid: None, 'rgb_array'\)"),
         ({"images_as_torch": True}, "images_as_torch=True needs observe_images=True"),
         (
             {"images_as_torch": True, "renderer": "egl", "observe_images": True},
             r"draws with renderer='warp' \(given: 'egl'\)",
         ),
-        ({"render_mode": "rgb_array"}, "render_mode='rgb_array' needs observe_images=True"),
+        ({"render_size": -1}, "render_size=-1 is not a positive number"),
         ({"physics": "gpu"}, r"physics='gpu' is unknown \(valid: 'cpu', 'warp'\)"),
         ({"warp_options": "larger"}, "leave warp_options out with physics='cpu'"),
         ({"physics": "warp", "stepping": "fast"}, "stepping='fast' chooses among CPU steppers"),
@@ -698,8 +778,9 @@ def test_images_as_torch_without_torch_say_what_to_install(monkeypatch):
 
 def test_images_as_torch_equal_the_arrays():
     pytest.importorskip("torch", reason="torch is no part of this environment")
-    arrays = make(2, observe_images=True, image_size=16, renderer="warp", horizon=1)
-    tensors = make(2, observe_images=True, image_size=16, images_as_torch=True, horizon=1)
+    options = dict(observe_images=True, image_size=16, horizon=1, autoreset_mode="SAME_STEP")
+    arrays = make(2, renderer="warp", **options)
+    tensors = make(2, images_as_torch=True, **options)
     for env in (arrays, tensors):
         env.reset(seed=0)
     expected, *_, expected_infos = arrays.step(no_motion(2))

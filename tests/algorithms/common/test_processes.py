@@ -7,7 +7,7 @@ import pytest
 from accelerate.utils import DistributedType, DynamoBackend
 
 from algorithms.common import processes
-from algorithms.common.processes import make_accelerator
+from algorithms.common.processes import check_alone, make_accelerator
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path):
@@ -18,7 +18,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path):
 FINE = dict(
     distributed_type=DistributedType.MULTI_CPU, is_fsdp2=False, mixed_precision="bf16", gradient_accumulation_steps=1,
     state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)), parallelism_config=None,
-    num_processes=1,
+    num_processes=1, is_main_process=True,
 )  # fmt: skip
 
 
@@ -41,10 +41,15 @@ FINE = dict(
     ],
 )
 def test_launches_that_would_train_wrongly_are_refused(
-    changes: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setattr(processes, "Accelerator", lambda **_: SimpleNamespace(**FINE))
     make_accelerator((), tmp_path)
+    assert capsys.readouterr().out == "processes    1\n"
     monkeypatch.setattr(processes, "Accelerator", lambda **_: SimpleNamespace(**(FINE | changes)))
     with pytest.raises(ValueError, match=message):
         make_accelerator((), tmp_path)
@@ -58,3 +63,10 @@ def test_processes_that_accelerate_does_not_join_are_refused(
     monkeypatch.setenv(variable, "3")
     with pytest.raises(ValueError, match="3 processes were launched, but Accelerate runs 1 here"):
         make_accelerator((), tmp_path)
+
+
+def test_a_program_that_is_one_process_refuses_several(monkeypatch: pytest.MonkeyPatch):
+    check_alone()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, and each would do all of the work: start this"):
+        check_alone()

@@ -1,5 +1,6 @@
 """Renderers at the end of a process, and in one that was forked."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -154,7 +155,10 @@ class GLContext:
         self.make_current()
         print("freed")
 
-egl = types.SimpleNamespace(eglTerminate=terminate)
+egl = types.SimpleNamespace(
+    eglTerminate=terminate, eglGetCurrentContext=lambda: None, eglMakeCurrent=lambda *context: None,
+    EGL_NO_SURFACE=None, EGL_NO_CONTEXT=None,
+)
 sys.modules["mujoco.egl"] = types.SimpleNamespace(GLContext=GLContext, EGL=egl, EGL_DISPLAY="open")
 from libero_gym.rendering.renderers import GlRenderer
 renderers = [GlRenderer("egl", (), 8) for _ in range(3)]
@@ -177,3 +181,86 @@ def test_a_gpu_is_refused_in_a_forked_process(monkeypatch):
     with pytest.raises(RuntimeError, match=r"CUDA was opened by process \d+ and does not work in process 1"):
         WarpRenderer(("agentview",), 8, device="cuda:0")
     WarpRenderer(("agentview",), 8, device="cpu").close()
+
+
+# Triton holds a copy of LLVM, as Mesa does; any library can stand in for it where only the order matters.
+WITH_TRITON = """
+import sys
+sys.path.insert(0, {folder!r})
+def is_loaded(name):
+    return name in open("/proc/self/maps").read()
+from libero_gym.rendering.renderers import GlRenderer
+import mujoco
+print(is_loaded("libtriton"))
+GlRenderer({kind!r}, (), 8)
+print(is_loaded("libtriton"))
+"""
+
+
+def test_triton_is_loaded_before_opengl(gl_kinds, tmp_path: Path):
+    library = tmp_path / "triton" / "_C" / "libtriton.so"
+    library.parent.mkdir(parents=True)
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('this imports much')")
+    library.write_bytes(Path(importlib.util.find_spec("_ctypes").origin).read_bytes())
+    for kind in gl_kinds:
+        code = WITH_TRITON.format(folder=str(tmp_path), kind=kind)
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert process.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("egl", "osmesa"), ("osmesa", "egl")])
+def test_two_kinds_of_opengl_in_one_process_are_refused_by_name(gl_kinds, first: str, second: str):
+    if not {first, second} <= set(gl_kinds):
+        pytest.skip("EGL and OSMesa are not both here")
+    code = (
+        f"from libero_gym.rendering.renderers import GlRenderer\nfor kind in {(first, second)}: GlRenderer(kind, (), 8)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = f"renderer '{second}' is not available: this process uses OpenGL by '{first}' already"
+    assert message in process.stderr.splitlines()[-1]
+
+
+# LIBERO's own environment and ours in one process, in both orders and taking turns.
+BESIDE_LIBERO = """
+import hashlib, os, sys
+import numpy as np
+from libero_gym import get_task
+from libero_gym.env import LiberoEnv
+order, kind = sys.argv[1:]
+os.environ["MUJOCO_GL"] = kind
+
+def libero():
+    from libero.libero.envs import OffScreenRenderEnv
+    bddl_file = str(get_task("libero_spatial", 2).bddl_file)
+    env = OffScreenRenderEnv(bddl_file_name=bddl_file, camera_heights=64, camera_widths=64)
+    env.reset()
+    return env
+
+def draw(env):
+    env.reset(seed=0, options={"init_state_id": 3})
+    print(*(hashlib.sha256(env.observe()[key].tobytes()).hexdigest() for key in ("images", "wrist_images")), flush=True)
+
+theirs = libero() if order == "theirs first" else None
+ours = LiberoEnv("libero_spatial", task_id=2, image_size=64, renderer=kind)
+draw(ours)
+if order == "ours first":
+    theirs = libero()
+    theirs.step(np.zeros(7))
+    draw(ours)
+    theirs.close()
+    draw(ours)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_libero_beside_us_changes_no_picture(gl_kinds):
+    for kind in gl_kinds:
+        pictures = []
+        for order in ("alone", "theirs first", "ours first"):
+            command = [sys.executable, "-W", "ignore", "-c", BESIDE_LIBERO, order, kind]
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert process.returncode == 0, process.stderr[-2000:]
+            pictures += [line for line in process.stdout.splitlines() if len(line) == 129]
+        assert len(pictures) == 5
+        assert len(set(pictures)) == 1

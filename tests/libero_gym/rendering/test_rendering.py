@@ -256,6 +256,7 @@ class FakeEgl:
         self.EGLDeviceEXT = ctypes.c_void_p
         self.EGL_PLATFORM_DEVICE_EXT = 0x313F
         self.EGL_DISPLAY = None
+        self.EGL_NO_SURFACE = self.EGL_NO_CONTEXT = None
         self.opened_on = []
         signature = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_ssize_t))
         self.query = signature(self._query_device)
@@ -274,6 +275,12 @@ class FakeEgl:
 
     def eglGetError(self):
         return 0
+
+    def eglGetCurrentContext(self):
+        return None
+
+    def eglMakeCurrent(self, *context):
+        self.current = context
 
     def eglGetPlatformDisplayEXT(self, platform, device, attributes):
         assert platform == self.EGL_PLATFORM_DEVICE_EXT

@@ -1,0 +1,149 @@
+"""Cameras: those of a scene, and others of one's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import TaskSpec
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera:
+    """A camera of one's own, or one of the scene's with another field of view.
+
+    Attributes:
+        name: names the observation; without `pos`, the scene's camera of this name (`list_cameras`).
+        pos: position in metres, in the frame of `body`; None takes the scene's camera.
+        look_at: what it looks at, metres, in the frame of `body`; needed with `pos`. The picture is upright, z up, or
+            x up for a camera that looks straight down.
+        fovy_deg: vertical field of view, degrees; None takes the scene camera's, or 45 for one of one's own.
+        body: body that carries it, such as "robot0_right_hand"; "world" stands still.
+    """
+
+    name: str
+    pos: tuple[float, float, float] | None = None
+    look_at: tuple[float, float, float] | None = None
+    fovy_deg: float | None = None
+    body: str = "world"
+
+    def __post_init__(self) -> None:
+        """Check the values and make them tuples.
+
+        Raises:
+            ValueError: a value is of the wrong kind, or does not go with another.
+        """
+        if not self.name.isidentifier():
+            raise ValueError(f"camera name={self.name!r} is not an identifier (letters, digits, '_')")
+        if (self.pos is None) != (self.look_at is None) or (self.pos is None and self.body != "world"):
+            raise ValueError(f"camera {self.name!r} needs pos and look_at, or neither, then without body")
+        if self.fovy_deg is not None and not 0 < self.fovy_deg < 180:
+            raise ValueError(f"camera {self.name!r} has fovy_deg={self.fovy_deg} (valid: above 0, below 180)")
+        for field in ("pos", "look_at"):
+            value = getattr(self, field)
+            if value is not None:
+                point = tuple(float(x) for x in value)
+                if len(point) != 3 or not all(map(math.isfinite, point)):
+                    raise ValueError(f"camera {self.name!r} has {field}={value}; expected three finite numbers, metres")
+                object.__setattr__(self, field, point)
+        if self.pos is not None and self.pos == self.look_at:
+            raise ValueError(f"camera {self.name!r} stands where it looks at, {self.pos}")
+
+
+class CameraPlace(NamedTuple):
+    """Where a camera of a model is.
+
+    Attributes:
+        body_id: body that carries it.
+        pos: float64 [3], in the body's frame, m.
+        quat_wxyz: float64 [4], in the body's frame; the camera looks along -z, x is right, y is up.
+        fovy_deg: vertical field of view, degrees.
+    """
+
+    body_id: int
+    pos: FloatArray
+    quat_wxyz: FloatArray
+    fovy_deg: float
+
+
+def camera_name(camera: str | Camera) -> str:
+    """Return a camera's name."""
+    return camera if isinstance(camera, str) else camera.name
+
+
+def list_cameras(task: TaskSpec) -> dict[str, Camera]:
+    """Return the cameras of a task's scene by name, with their fields of view."""
+    model = load_scene(task).physics_model
+    cameras = (model.camera(i) for i in range(model.ncam))
+    return {camera.name: Camera(name=camera.name, fovy_deg=float(camera.fovy[0])) for camera in cameras}
+
+
+def place_camera(model: mujoco.MjModel, camera: str | Camera) -> CameraPlace:
+    """Return where a camera is.
+
+    Raises:
+        ValueError: the model has no such camera or body, or its camera tracks a target.
+    """
+    if isinstance(camera, str):
+        camera = Camera(name=camera)
+    if camera.pos is None or camera.look_at is None:
+        index = _find(model, mujoco.mjtObj.mjOBJ_CAMERA, "camera", camera.name, model.ncam)
+        if model.cam_mode[index] != mujoco.mjtCamLight.mjCAMLIGHT_FIXED:
+            raise ValueError("only cameras fixed to a body can be rendered, and one of these tracks a target")
+        return CameraPlace(
+            body_id=int(model.cam_bodyid[index]),
+            pos=model.cam_pos[index].copy(),
+            quat_wxyz=model.cam_quat[index].copy(),
+            fovy_deg=float(model.cam_fovy[index]) if camera.fovy_deg is None else camera.fovy_deg,
+        )
+    body_id = _find(model, mujoco.mjtObj.mjOBJ_BODY, "body", camera.body, model.nbody)
+    pos = np.array(camera.pos)
+    backward = _unit(pos - np.array(camera.look_at))
+    is_vertical = abs(backward[2]) > 1.0 - 1e-9
+    right = _unit(np.cross(np.array([1.0, 0.0, 0.0]) if is_vertical else np.array([0.0, 0.0, 1.0]), backward))
+    axes = np.stack([right, np.cross(backward, right), backward], axis=1)
+    quat = np.empty(4)
+    mujoco.mju_mat2Quat(quat, axes.ravel())
+    return CameraPlace(body_id, pos, quat, 45.0 if camera.fovy_deg is None else camera.fovy_deg)
+
+
+def check_cameras(cameras: Sequence[str | Camera]) -> tuple[str | Camera, ...]:
+    """Return cameras as a tuple.
+
+    Raises:
+        ValueError: there is none, or two have one name.
+        TypeError: one is neither a name nor a `Camera`.
+    """
+    if isinstance(cameras, str):
+        raise TypeError(f"camera_names={cameras!r} is not a sequence (for one camera: [{cameras!r}])")
+    for camera in cast("Sequence[Any]", cameras):
+        if not isinstance(camera, str | Camera):
+            raise TypeError(f"camera_names holds {camera!r}; expected names and libero_gym.Camera")
+    names = [camera_name(camera) for camera in cameras]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"camera_names={names} must name at least one camera, and none twice (without images: observe_images=False)"
+        )
+    return tuple(cameras)
+
+
+def _find(model: mujoco.MjModel, kind: mujoco.mjtObj, what: str, name: str, count: int) -> int:
+    index = mujoco.mj_name2id(model, kind, name)
+    if index < 0:
+        known = [mujoco.mj_id2name(model, kind, i) for i in range(count)]
+        plural = "cameras" if what == "camera" else "bodies"
+        raise ValueError(f"{what} {name!r} is not in the scene ({plural}: {known})")
+    return index
+
+
+def _unit(vector: FloatArray) -> FloatArray:
+    return vector / np.linalg.norm(vector)

@@ -1,0 +1,155 @@
+"""Suites of one's own: a folder of BDDL files becomes tasks, with initial states that LIBERO's sampler draws.
+
+What is registered stands in the environment variable `LIBERO_GYM_SUITES` as `name=folder`, or `name=folder=states`,
+several separated by `:`. Processes started later therefore know it too, and programs that import nothing of one's own,
+such as the trainers, can be told by setting the variable:
+
+    LIBERO_GYM_SUITES=mine=/path/to/bddl python algorithms/eval_gr00t.py --suite mine ...
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.cache import cache_dir, file_lock, is_intact, note_files, publish_folder
+
+VARIABLE = "LIBERO_GYM_SUITES"
+NUM_STATES = 50
+"""Initial states that are drawn for a task, as many as LIBERO stores."""
+
+_STATE_SUFFIXES = (".pruned_init.npz", ".pruned_init", ".npz")
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSuite:
+    """A registered suite.
+
+    Attributes:
+        name: its name.
+        bddl_files: its tasks, in the order of their names.
+        states_folder: where stored initial states lie, by the tasks' names; None if they are drawn.
+    """
+
+    name: str
+    bddl_files: tuple[Path, ...]
+    states_folder: Path | None
+
+    def states_file(self, bddl_file: Path) -> Path:
+        """Return where a task's initial states lie, or will lie once they are drawn.
+
+        Raises:
+            FileNotFoundError: the folder of states has none of this task.
+        """
+        if self.states_folder is None:
+            return _drawn_folder(bddl_file) / "states.npz"
+        candidates = [self.states_folder / f"{bddl_file.stem}{suffix}" for suffix in _STATE_SUFFIXES]
+        found = [path for path in candidates if path.is_file()]
+        if not found:
+            raise FileNotFoundError(
+                f"{self.states_folder} has no initial states of {bddl_file.stem} (looked for: "
+                f"{', '.join(path.name for path in candidates)})"
+            )
+        return found[0]
+
+
+def add_suite(name: str, folder: Path, states_folder: Path | None) -> OwnSuite:
+    """Register a suite and return it; the same one twice changes nothing.
+
+    Raises:
+        ValueError: the name or a path cannot be registered, or the name has another folder already.
+        FileNotFoundError: a folder is missing or has no BDDL files.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"name={name!r} cannot be part of an id (valid: letters, digits, '_', '-')")
+    places = [folder.expanduser().resolve()]
+    if states_folder is not None:
+        places.append(states_folder.expanduser().resolve())
+    for place in places:
+        if not place.is_dir():
+            raise FileNotFoundError(f"{place} is not a folder")
+        if os.pathsep in str(place) or "=" in str(place):
+            raise ValueError(f"{place} has {os.pathsep!r} or '=' in its path, which separate paths in {VARIABLE}")
+    entry = "=".join([name, *map(str, places)])
+    known = {line.partition("=")[0]: line for line in _entries()}
+    if known.get(name, entry) != entry:
+        raise ValueError(f"{name!r} is registered already, as {known[name]!r}; give another name")
+    suite = _read_entry(entry)
+    os.environ[VARIABLE] = os.pathsep.join({**known, name: entry}.values())
+    return suite
+
+
+def own_suites() -> dict[str, OwnSuite]:
+    """Return what is registered, by name.
+
+    Raises:
+        ValueError: `LIBERO_GYM_SUITES` is not of its form.
+        FileNotFoundError: a folder in it is missing or has no BDDL files.
+    """
+    suites = (_read_entry(entry) for entry in _entries())
+    return {suite.name: suite for suite in suites}
+
+
+def _entries() -> list[str]:
+    return [entry for entry in os.environ.get(VARIABLE, "").split(os.pathsep) if entry]
+
+
+@functools.lru_cache(maxsize=64)
+def _read_entry(entry: str) -> OwnSuite:
+    name, *folders = entry.split("=")
+    if len(folders) not in (1, 2) or not name:
+        raise ValueError(f"{VARIABLE} holds {entry!r}; expected name=folder or name=folder=states")
+    folder = Path(folders[0]).expanduser().resolve()
+    files = tuple(sorted(folder.glob("*.bddl")))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no .bddl files for the suite {name!r}")
+    for file in files:
+        if not read_problem(file).instruction:
+            raise ValueError(f"{file} has no instruction: add (:language ...) to it")
+    return OwnSuite(name=name, bddl_files=files, states_folder=Path(folders[1]) if len(folders) == 2 else None)
+
+
+def is_drawn(path: Path) -> bool:
+    """Return whether a file of initial states is one that `draw_states` writes."""
+    return path.is_relative_to(cache_dir() / "drawn_states")
+
+
+def draw_states(bddl_file: Path) -> None:
+    """Draw a task's initial states where `OwnSuite.states_file` says, unless they are there (a minute).
+
+    Raises:
+        RuntimeError: LIBERO cannot make the task; the message holds what it said.
+    """
+    folder = _drawn_folder(bddl_file)
+    if is_intact(folder):
+        return
+    with file_lock("drawn_states"):
+        if not is_intact(folder):  # another process may have drawn them while this one waited
+            publish_folder(folder, functools.partial(_run_sampler, bddl_file))
+
+
+def _run_sampler(bddl_file: Path, folder: Path) -> None:
+    package_parent = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package_parent, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "libero_gym.tasks.state_sampler", str(bddl_file), str(folder / "states.npz")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        output = "\n".join((process.stdout + process.stderr).splitlines()[-30:])
+        raise RuntimeError(f"drawing initial states of {bddl_file} failed (exit {process.returncode}):\n{output}")
+    note_files(folder)
+
+
+def _drawn_folder(bddl_file: Path) -> Path:
+    versions = [importlib.metadata.version(name) for name in ("mujoco", "robosuite")]
+    content = json.dumps([_FORMAT, NUM_STATES, versions, bddl_file.read_text(encoding="utf-8")])
+    return cache_dir() / "drawn_states" / hashlib.sha256(content.encode()).hexdigest()[:20]

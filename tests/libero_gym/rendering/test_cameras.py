@@ -1,0 +1,124 @@
+"""Any number of cameras, with poses and fields of view of one's own."""
+
+import subprocess
+import sys
+
+import mujoco
+import numpy as np
+import pytest
+
+import libero_gym
+from libero_gym.env import LiberoEnv
+from libero_gym.rendering.cameras import Camera, list_cameras, place_camera
+from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.suites import get_task
+from libero_gym.vector import LiberoVectorEnv
+
+TASK = get_task("libero_goal", 1)
+ABOVE = Camera(name="above", pos=(0.0, 0.0, 2.2), look_at=(0.0, 0.0, 0.9), fovy_deg=40)
+ON_HAND = Camera(name="on_hand", pos=(0.1, 0.0, 0.0), look_at=(0.0, 0.0, 0.2), body="robot0_right_hand")
+
+
+def test_the_scenes_cameras_are_listed():
+    cameras = list_cameras(TASK)
+    assert {"agentview", "robot0_eye_in_hand", "frontview", "birdview"} <= set(cameras)
+    assert cameras["robot0_eye_in_hand"].fovy_deg == 75
+    assert libero_gym.list_cameras is list_cameras
+
+
+def test_any_number_of_cameras_is_observed():
+    names = ["frontview", "agentview", ABOVE]
+    env = LiberoEnv(TASK, image_size=24, camera_names=names, renderer="warp")
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    images = [key for key in observation if key.endswith("images")]
+    assert images == ["images", "wrist_images", "above_images"]
+    envs = LiberoVectorEnv(TASK, 2, image_size=24, camera_names=names, renderer="warp", task_id=None)
+    batched, _ = envs.reset(seed=0)
+    assert envs.observation_space.contains(batched)
+    for key in images:
+        np.testing.assert_array_equal(batched[key][0], observation[key])
+    one = LiberoEnv(TASK, image_size=24, camera_names=["agentview"], renderer="warp")
+    alone, _ = one.reset(seed=0)
+    assert "wrist_images" not in alone
+    np.testing.assert_array_equal(alone["images"], observation["wrist_images"])
+    for each in (env, envs, one):
+        each.close()
+
+
+def test_a_camera_of_ones_own_can_equal_the_scenes():
+    model = load_scene(TASK).physics_model
+    place = place_camera(model, "agentview")
+    axes = np.empty(9)
+    mujoco.mju_quat2Mat(axes, place.quat_wxyz)
+    twin = Camera(
+        name="twin", pos=tuple(place.pos), look_at=tuple(place.pos - axes.reshape(3, 3)[:, 2]), fovy_deg=place.fovy_deg
+    )
+    found = place_camera(model, twin)
+    assert found.body_id == place.body_id
+    np.testing.assert_allclose(abs(found.quat_wxyz @ place.quat_wxyz), 1.0, atol=1e-3)  # LIBERO's is rounded
+    narrow = place_camera(model, Camera(name="agentview", fovy_deg=20))
+    np.testing.assert_array_equal(narrow.quat_wxyz, place.quat_wxyz)
+    assert narrow.fovy_deg == 20
+
+
+def test_a_camera_that_looks_straight_down_has_x_up():
+    place = place_camera(load_scene(TASK).physics_model, ABOVE)
+    axes = np.empty(9)
+    mujoco.mju_quat2Mat(axes, place.quat_wxyz)
+    np.testing.assert_allclose(axes.reshape(3, 3).T, [[0, -1, 0], [1, 0, 0], [0, 0, 1]], atol=1e-12)
+
+
+DRAW = """
+import sys
+import numpy as np
+from libero_gym.env import LiberoEnv
+from libero_gym.rendering.cameras import Camera
+kind = sys.argv[1]
+cameras = [
+    Camera(name="above", pos=(0.0, 0.0, 2.2), look_at=(0.0, 0.0, 0.9), fovy_deg=40),
+    Camera(name="on_hand", pos=(0.1, 0.0, 0.0), look_at=(0.0, 0.0, 0.2), body="robot0_right_hand"),
+    Camera(name="agentview", fovy_deg=25),
+]
+env = LiberoEnv("libero_goal", task_id=1, image_size=96, camera_names=cameras, renderer=kind)
+observation, _ = env.reset(seed=0)
+np.savez(sys.argv[2], *[observation[key] for key in ("images", "wrist_images", "agentview_images")])
+"""
+
+
+def test_renderers_agree_on_cameras_of_ones_own(gl_kinds, tmp_path):
+    pictures = []
+    for kind in ("warp", gl_kinds[0]):
+        path = tmp_path / f"{kind}.npz"
+        subprocess.run([sys.executable, "-c", DRAW, kind, path], check=True, capture_output=True)
+        with np.load(path) as archive:
+            pictures.append([archive[name].astype(float) for name in archive.files])
+    for ray_cast, drawn in zip(*pictures, strict=True):
+        assert drawn.std() > 10
+        psnr = 10 * np.log10(255**2 / np.mean((ray_cast - drawn) ** 2))
+        assert psnr > 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(name="my camera"), "is not an identifier"),
+        (dict(name="a", pos=(0, 0, 1)), "needs pos and look_at, or neither"),
+        (dict(name="a", pos=(0, 0, 1), look_at=(0, 0, 1)), "stands where it looks at"),
+        (dict(name="a", pos=(0, 1), look_at=(0, 0, 1)), "expected three finite numbers"),
+        (dict(name="agentview", fovy_deg=180), r"fovy_deg=180 \(valid: above 0, below 180\)"),
+    ],
+)
+def test_impossible_cameras_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Camera(**arguments)
+
+
+def test_unknown_cameras_and_bodies_name_the_known_ones():
+    model = load_scene(TASK).physics_model
+    with pytest.raises(ValueError, match=r"camera 'topview' is not in the scene \(cameras: .*'agentview'"):
+        place_camera(model, "topview")
+    with pytest.raises(ValueError, match=r"body 'hand' is not in the scene \(bodies: .*'robot0_right_hand'"):
+        place_camera(model, Camera(name="a", pos=(0, 0, 1), look_at=(0, 0, 0), body="hand"))
+    with pytest.raises(TypeError, match=r"is not a sequence \(for one camera: \['agentview'\]\)"):
+        LiberoEnv(TASK, camera_names="agentview")

@@ -1,0 +1,138 @@
+"""Suites of one's own: a folder of BDDL files becomes an id that everything takes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+import libero_gym
+from libero_gym.env import LiberoEnv
+from libero_gym.experts import make_expert
+from libero_gym.tasks import own_suites
+from libero_gym.tasks.initial_states import load_recorded_states
+from libero_gym.tasks.suites import load_init_states
+from libero_gym.vector import LiberoVectorEnv
+
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "own_suite"
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(own_suites.VARIABLE, "")
+    libero_gym.register_suite("mine", FOLDER)
+    return "mine"
+
+
+def test_files_become_tasks(mine: str):
+    tasks = libero_gym.list_tasks(mine)
+    assert [task.name for task in tasks] == ["put_the_cream_cheese_on_the_bowl", "put_the_cream_cheese_on_the_plate"]
+    assert tasks[1].language == "Put the cream cheese on the plate, please"
+    assert mine in libero_gym.list_suites()
+    assert "libero_gym/mine-v0" in gymnasium.registry
+    assert libero_gym.horizon(mine) == 480
+    assert libero_gym.register_suite("mine", str(FOLDER)) == tasks  # once more changes nothing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_states_are_drawn_by_liberos_sampler_and_at_rest(mine: str):
+    task = libero_gym.get_task(mine, 1)
+    states, recorded = load_init_states(task), load_recorded_states(task, "settled")
+    assert len(states) == len(recorded.physics) == 50
+    assert len(np.unique(states, axis=0)) == 50
+    env = gymnasium.make("libero_gym/mine-v0", task_id=1, observe_images=False)
+    simulation = None
+    for init_state_id in (0, 49):
+        observation, info = env.reset(seed=0, options={"init_state_id": init_state_id})
+        assert not info["success"]
+        assert observation["task_descriptions"] == task.language
+        simulation = env.unwrapped.simulation
+        cheese = simulation.data.xpos[simulation.scene.objects["cream_cheese_1"].body_id].copy()
+        x, y = cheese[:2] - simulation.scene.reference_pos[:2]
+        assert -0.17 < x < -0.05  # the file's region, whose radius LIBERO keeps inside
+        assert -0.13 < y < 0.03
+        for _ in range(20):
+            env.step(np.array([0, 0, 0, 0, 0, 0, -1], np.float32))
+        moved = simulation.data.xpos[simulation.scene.objects["cream_cheese_1"].body_id] - cheese
+        assert np.linalg.norm(moved) < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_environments_and_experts_take_it(mine: str):
+    envs = gymnasium.make_vec("libero_gym/mine-v0", num_envs=2, observe_images=False, task_id=1)
+    _, infos = envs.reset(seed=0, options={"init_state_id": np.array([3, 4])})
+    assert infos["task_id"].tolist() == [1, 1]
+    state = envs.unwrapped.get_state(1)
+    single = LiberoEnv(libero_gym.get_task(mine, 1), observe_images=False)  # a task stands for suite and number
+    single.reset(seed=0, options={"init_state_id": 4})
+    for name in ("physics", "fixture_poses"):
+        np.testing.assert_array_equal(single.get_state()[name], state[name])
+    expert = make_expert(single.task)
+    expert.reset(single.simulation, np.random.default_rng(0))
+    terminated = truncated = False
+    while not (terminated or truncated):
+        *_, terminated, truncated, info = single.step(expert.act(single.simulation))
+    assert info["success"]
+    envs.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_gpu_physics_takes_it(mine: str):
+    pytest.importorskip("mujoco_warp", reason="the extra warp-physics is not installed")
+    options = dict(observe_images=False, task_ids=[0, 1])
+    warp, cpu = (LiberoVectorEnv(mine, 2, physics=physics, **options) for physics in ("warp", "cpu"))
+    start = dict(seed=0, options={"task_id": np.array([0, 1]), "init_state_id": 2})
+    for env in (warp, cpu):
+        env.reset(**start)
+    action = np.tile(np.array([0.2, 0, 0.1, 0, 0, 0, -1], np.float32), (2, 1))
+    found, expected = warp.step(action)[0], cpu.step(action)[0]
+    np.testing.assert_allclose(found["states"], expected["states"], atol=1e-5)
+    warp.close()
+
+
+def test_programs_and_children_are_told_by_the_environment(mine: str):
+    command = "import libero_gym; print(*[task.name for task in libero_gym.list_tasks('mine')])"
+    process = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == [task.name for task in libero_gym.list_tasks(mine)]
+    by_hand = {**os.environ, own_suites.VARIABLE: f"mine={FOLDER}"}
+    again = subprocess.run([sys.executable, "-c", command], env=by_hand, capture_output=True, text=True, check=True)
+    assert again.stdout == process.stdout
+
+
+def test_stored_states_are_taken_where_they_are_given(mine: str, tmp_path: Path):
+    states = np.zeros((3, 1 + 30 + 28))
+    for file in FOLDER.glob("*.bddl"):
+        np.savez(tmp_path / f"{file.stem}.pruned_init.npz", states=states)
+    tasks = libero_gym.register_suite("stored", FOLDER, tmp_path)
+    assert load_init_states(tasks[0]).shape == states.shape
+    assert LiberoEnv("stored", observe_images=False).options.init_states == "original"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "error", "message"),
+    [
+        ("my suite", FOLDER, ValueError, "name='my suite' cannot be part of an id"),
+        ("libero_goal", FOLDER, ValueError, "is a suite of LIBERO's; give another name"),
+        ("mine", FOLDER.parent, ValueError, "'mine' is registered already, as 'mine=.*own_suite'"),
+        ("other", FOLDER / "no", FileNotFoundError, "no is not a folder"),
+        ("other", FOLDER.parent, FileNotFoundError, "has no .bddl files for the suite 'other'"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(mine: str, name: str, folder: Path, error: type, message: str):
+    with pytest.raises(error, match=message):
+        libero_gym.register_suite(name, folder)
+    assert libero_gym.list_suites()[-1] == mine
+
+
+def test_a_task_that_is_no_suites_is_refused(mine: str):
+    task = libero_gym.get_task(mine, 0)
+    with pytest.raises(ValueError, match="make a suite of your own BDDL files by"):
+        LiberoEnv(libero_gym.TaskSpec(**{**vars(task), "language": "Do something else"}), observe_images=False)
+    with pytest.raises(ValueError, match="were given with one task"):
+        LiberoEnv(task, task_id=1, observe_images=False)

@@ -1,0 +1,102 @@
+"""Watching and steering: `python -m libero_gym.play`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from libero_gym import play
+
+OWN = """
+import numpy as np
+calls = []
+def make():
+    def policy(observation):
+        calls.append(observation["images"].shape)
+        return np.tile([0, 0, 0.5, 0, 0, 0, -1], (4, 1))
+    return policy
+"""
+
+
+def test_a_policy_of_ones_own_is_filmed_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own_lifting_policy.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    options = ["--task-id", "3", "--horizon", "10", "--render-size", "64", "--video", "films"]
+    assert play.main([*options, "--policy", "own_lifting_policy:make", "--num-episodes", "2"]) == [False, False]
+    assert sys.modules["own_lifting_policy"].calls == [(256, 256, 3)] * 6  # a chunk of four at a time
+    films = sorted((tmp_path / "films").glob("*.mp4"))
+    assert [film.name for film in films] == [f"libero_spatial-3-episode-{i}.mp4" for i in range(2)]
+    with av.open(str(films[0])) as film:
+        (stream,) = film.streams
+        assert (stream.width, stream.height, float(stream.average_rate)) == (64, 64, 20.0)
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(stream)]
+    assert len(frames) in (10, 11)  # the reset's and one a step; MoviePy rounds away the last of some lengths
+    assert (frames[0] != frames[-1]).any()
+
+
+@pytest.mark.slow
+def test_the_expert_solves_what_one_watches(tmp_path: Path):
+    options = ["--task-id", "3", "--init-state-id", "0", "--render-size", "32", "--video", str(tmp_path / "films")]
+    assert play.main(options) == [True]
+
+
+def test_keys_move_the_hand_as_the_picture_shows():
+    assert play.keyboard_action([]).tolist() == [0, 0, 0, 0, 0, 0, -1]
+    assert play.keyboard_action(["up", "w", "space"]).tolist() == [-0.5, 0, 0.5, 0, 0, 0, 1]
+    assert play.keyboard_action(["left", "right", "j"]).tolist() == [0, 0, 0, 0, 0, 0.5, -1]
+
+
+STEERED = """
+import numpy as np
+from libero_gym import play, window
+held = iter([["up", "w"]] * 6 + [["backspace"]] + [["w"]] * 2 + [["escape"]])
+window.Window.pressed_keys = lambda self: next(held)
+assert play.main(["--task-id", "3", "--policy", "keyboard", "--render-size", "32"]) == []
+assert next(held, None) is None
+"""
+
+
+def test_the_keyboard_steers_in_a_window():
+    pytest.importorskip("pygame", reason="pygame is an extra")
+    environment = {**os.environ, "SDL_VIDEODRIVER": "dummy", "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
+    subprocess.run([sys.executable, "-c", STEERED], env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "clever"], "policy='clever' is unknown (valid: 'expert', 'keyboard', 'random', or"),
+        (["--policy", "no_such_module:make"], "there is no module 'no_such_module' here or installed"),
+        (["--policy", "math:no_such"], "has no function 'no_such'"),
+        (["--policy", "keyboard"], "--policy keyboard needs a window; leave --video out"),
+        (["--task-id", "12"], "task_id=12 is not in libero_spatial (valid: 0-9)"),
+        (["--suite", "libero_spacial"], "libero_spatial"),
+    ],
+)
+def test_bad_arguments_end_in_a_message(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit, match="2"):
+        play.main([*arguments, "--video", str(tmp_path / "films")])
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_display_it_says_how_to_film(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        play.main([])
+    assert "--video FOLDER" in capsys.readouterr().err
+
+
+def test_actions_of_another_width_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(play, "load_policy", lambda name: lambda observation: np.zeros(6))
+    with pytest.raises(SystemExit):
+        play.main(["--policy", "a:b", "--horizon", "2", "--video", str(tmp_path / "films")])
+    assert "the policy's actions have shape (6,); expected (7,) or (C, 7)" in capsys.readouterr().err
