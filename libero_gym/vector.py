@@ -270,7 +270,9 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if (observe_images or render_mode is not None) and (images_as_torch or physics == "warp"):
             asking = "images_as_torch=True" if images_as_torch else "physics='warp'"
             renderer = _only_warp(renderer, asking)
-        limits = [check_horizon(steps, suite) for steps in (horizon, max_episode_steps) if steps is not None]
+        limits = [steps for steps in (horizon, max_episode_steps) if steps is not None]
+        for steps in limits:
+            check_horizon(steps, suite)
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
