@@ -159,6 +159,9 @@ def _wrapped(text: str) -> str:
 def _told(status: int) -> Generator[None]:
     try:
         yield
+    except BrokenPipeError:  # by `--help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
+        raise SystemExit(status) from None
     except _USER_ERRORS as error:
         if not _is_ours(error) or sys.flags.dev_mode:
             raise

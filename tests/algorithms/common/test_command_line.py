@@ -111,6 +111,17 @@ def test_help_shows_the_values_of_the_chosen_preset():
         assert "Discount per decision. (default: 0.99)" in shown
 
 
+def test_help_may_be_cut_off_by_a_pipe():
+    program = subprocess.Popen(
+        [sys.executable, "algorithms/ppo_gr00t.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert program.stdout is not None and program.stderr is not None
+    program.stdout.close()  # nobody reads
+    assert program.stderr.read() == b""
+    program.wait(timeout=60)
+    program.stderr.close()
+
+
 def test_of_two_processes_the_first_speaks():
     """The launcher ends the other as soon as the first has ended."""
     launch_two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
