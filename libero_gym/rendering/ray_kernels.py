@@ -172,7 +172,7 @@ def cull(scene: Scene, worlds: Worlds, width: int, height: int, tiles: Tiles):
         ),
     )
     sine = wp.sqrt(wp.max(1.0 - cosine * cosine, 0.0))
-    count = int(0)
+    count = int(0)  # noqa: RUF046, UP018, or Warp takes it for a constant
     for part in range(scene.num_parts):
         sphere = worlds.part_sphere[world, part]
         radius = sphere[3]
