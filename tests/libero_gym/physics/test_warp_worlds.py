@@ -107,8 +107,7 @@ def test_controller_equals_the_reference(goal):
         goal._actions.assign(actions[:, None])
         goal._step.zero_()
         goal._is_active.fill_(1)
-        goal._substep = 0 if sets_goal else 1
-        goal._control(None, None)
+        goal._control(0 if sets_goal else 1)
         torques, limits = goal._live.ctrl.numpy()[:, robot.arm_actuator_ids], robot.torque_high
         wanted = expected[:, robot.arm_actuator_ids]
         assert np.mean(np.abs(wanted) < limits) > 0.5  # most are not clipped
