@@ -12,7 +12,8 @@ Ranges are halved where this bound does not yet exclude contact (branch and boun
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Collection, Iterable
 
 import mujoco
 import numpy as np
@@ -28,7 +29,9 @@ _FAR_M = 1.0
 _proven: dict[bytes, bool] = {}
 
 
-def find_clear_pairs(model: mujoco.MjModel, pairs: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+def find_clear_pairs(
+    model: mujoco.MjModel, pairs: Iterable[tuple[int, int]], placed_bodies: Collection[int] = ()
+) -> set[tuple[int, int]]:
     """Return those of some pairs of geoms that are meshes and can be proven never to touch.
 
     Pairs between which there are more than two joints, or joints without limits, are not among them, nor are pairs
@@ -38,13 +41,19 @@ def find_clear_pairs(model: mujoco.MjModel, pairs: Iterable[tuple[int, int]]) ->
     Args:
         model: the model.
         pairs: ids of two geoms each.
+        placed_bodies: bodies whose poses in their parents are not the model's but drawn for each episode; what they
+            move against each other or against the rest is not proven.
     """
-    return {pair for pair in pairs if _is_clear(model, *pair)}
+    placed = set(placed_bodies)
+    return {pair for pair in pairs if _is_clear(model, *pair, placed)}
 
 
-def _is_clear(model: mujoco.MjModel, geom_a: int, geom_b: int) -> bool:
+def _is_clear(model: mujoco.MjModel, geom_a: int, geom_b: int, placed: set[int]) -> bool:
     is_mesh = model.geom_type[[geom_a, geom_b]] == mujoco.mjtGeom.mjGEOM_MESH
     if not is_mesh.all():
+        return False
+    paths = [_path_to_world(model, int(model.geom_bodyid[geom])) for geom in (geom_a, geom_b)]
+    if placed & (set(paths[0]) ^ set(paths[1])):
         return False
     joints = _joints_between(model, geom_a, geom_b)
     if joints is None:
@@ -57,6 +66,9 @@ def _is_clear(model: mujoco.MjModel, geom_a: int, geom_b: int) -> bool:
 
 def _prove(model: mujoco.MjModel, geom_a: int, geom_b: int, joints: dict[int, float]) -> bool:
     """Return whether the geoms keep away from each other wherever `joints` are; their values are reaches in m."""
+    model = copy.copy(model)
+    # MuJoCo's other algorithm measures too short a distance between shapes that do not touch.
+    model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_NATIVECCD)
     data = mujoco.MjData(model)
     margin = float(model.geom_margin[[geom_a, geom_b]].sum() + model.geom_gap[[geom_a, geom_b]].sum())
     ids = np.array(list(joints))
@@ -100,12 +112,12 @@ def _joints_between(model: mujoco.MjModel, geom_a: int, geom_b: int) -> dict[int
         for body in path:
             if body in common:
                 break
-            first = int(model.body_jntadr[body])
-            for joint in range(first, first + int(model.body_jntnum[body])):
+            reach += _shift(model, body)
+            for joint in _joints_of(model, body):
                 if mujoco.mjtJoint(model.jnt_type[joint]) not in _BEYOND_LIMIT or not model.jnt_limited[joint]:
                     return None
                 joints[joint] = reach + float(np.linalg.norm(model.jnt_pos[joint]))
-            reach += float(np.linalg.norm(model.body_pos[body])) + _slide_length(model, body)
+            reach += float(np.linalg.norm(model.body_pos[body]))
     return joints if 0 < len(joints) <= _MAX_JOINTS else None
 
 
@@ -116,10 +128,21 @@ def _path_to_world(model: mujoco.MjModel, body: int) -> list[int]:
     return path
 
 
-def _slide_length(model: mujoco.MjModel, body: int) -> float:
+def _joints_of(model: mujoco.MjModel, body: int) -> range:
     first = int(model.body_jntadr[body])
-    joints = range(first, first + int(model.body_jntnum[body]))
-    return float(sum(np.abs(model.jnt_range[joint]).max() for joint in joints if not _is_hinge(model, joint)))
+    return range(first, first + int(model.body_jntnum[body]))
+
+
+def _shift(model: mujoco.MjModel, body: int) -> float:
+    """Return how far at most a body's joints move its origin away from where it is in its parent, m."""
+    shift = 0.0
+    for joint in _joints_of(model, body):
+        if _is_hinge(model, joint):
+            shift += 2 * float(np.linalg.norm(model.jnt_pos[joint]))
+        else:
+            away = np.abs(model.jnt_range[joint] - model.qpos0[model.jnt_qposadr[joint]]).max()
+            shift += float(away) + _BEYOND_LIMIT[mujoco.mjtJoint.mjJNT_SLIDE]
+    return shift
 
 
 def _is_hinge(model: mujoco.MjModel, joint: int) -> bool:
@@ -128,7 +151,13 @@ def _is_hinge(model: mujoco.MjModel, joint: int) -> bool:
 
 def _fingerprint(model: mujoco.MjModel, geom_a: int, geom_b: int, joints: list[int]) -> bytes:
     """Return what the distances between two geoms depend on."""
-    parts: list[npt.NDArray[np.float64]] = [model.jnt_range[joints], model.jnt_axis[joints], model.jnt_pos[joints]]
+    parts: list[npt.NDArray[np.generic]] = [
+        model.jnt_type[joints],
+        model.jnt_range[joints],
+        model.jnt_axis[joints],
+        model.jnt_pos[joints],
+        model.qpos0[model.jnt_qposadr[joints]],
+    ]
     paths = [_path_to_world(model, int(model.geom_bodyid[geom])) for geom in (geom_a, geom_b)]
     for geom, path, other in zip((geom_a, geom_b), paths, reversed(paths), strict=True):
         mesh = int(model.geom_dataid[geom])
@@ -143,4 +172,4 @@ def _fingerprint(model: mujoco.MjModel, geom_a: int, geom_b: int, joints: list[i
             model.body_pos[bodies],
             model.body_quat[bodies],
         ]
-    return b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+    return b"".join(str(part.shape).encode() + np.ascontiguousarray(part).tobytes() for part in parts)

@@ -25,7 +25,6 @@
 #define SHARED __shared__
 #define BLOCK_SYNC() __syncthreads()
 #define WARP_SYNC() __syncwarp()
-#define ADD(target, value) atomicAdd(&(target), (value))
 #define LOWER(target, value) atomicMin(&(target), (value))
     const int width = 32;
     const int team_size = 8;
@@ -34,7 +33,6 @@
 #define SHARED
 #define BLOCK_SYNC()
 #define WARP_SYNC()
-#define ADD(target, value) ((target) += (value))
 #define LOWER(target, value) ((target) = (value) < (target) ? (value) : (target))
     const int width = 1;
     const int team_size = 1;
@@ -580,7 +578,7 @@
         sum(gradient_norm, unused_a, unused_b);
         // The slope only grows along the line, so that no step gained more than its length times the slope at its start.
         const bool is_small = scale * alpha * gain < tolerance || scale * wp::sqrt(gradient_norm) < tolerance;
-        if (iteration == max_iterations || (iteration > 0 && is_small)) break;
+        if (num_items == 0 || iteration == max_iterations || (iteration > 0 && is_small)) break;
 
         find_search();
         float decrement = 0.0f;
@@ -606,7 +604,6 @@
 #undef SHARED
 #undef BLOCK_SYNC
 #undef WARP_SYNC
-#undef ADD
 #undef LOWER
 #undef ENTRY
 #undef FOR_ROWS

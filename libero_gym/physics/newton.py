@@ -19,9 +19,12 @@ import mujoco
 import numpy as np
 import warp as wp
 
-# Threads of a block on a GPU: a world has some hundred contacts at most.
-BLOCK_SIZE = 128
+# Threads of a block on a GPU: a world has some hundred contacts at most. Blocks are smaller where a model has so many
+# degrees of freedom that a Hessian for each of four warps does not fit into shared memory.
+_BLOCK_SIZES = (128, 64, 32)
 _WARP_SIZE = 32
+# 48 KiB is what every CUDA device gives a block without being asked; Warp may take some of it for itself.
+_SHARED_BYTES = 47 * 1024
 # Kernels are compiled for numbers of degrees of freedom rounded up to multiples of this.
 _SIZE_STEP = 8
 
@@ -144,6 +147,7 @@ class NewtonSolver:
     kernel: Any
     problem: Any
     settings: tuple[int | float, ...]
+    block_size: int
     num_worlds: int
     device: str
 
@@ -158,7 +162,7 @@ class NewtonSolver:
             device: Warp's name of the device where they are.
 
         Raises:
-            ValueError: the model has constraints that scenes of LIBERO do not have.
+            ValueError: the model has constraints that scenes of LIBERO do not have, or too many degrees of freedom.
         """
         _check_model(mjm, model)
         problem = Problem()
@@ -198,8 +202,16 @@ class NewtonSolver:
             option.ls_tolerance,
             option.impratio**-0.5,
         )
-        kernel = _make_kernel(-(-mjm.nv // _SIZE_STEP) * _SIZE_STEP, max_rows, BLOCK_SIZE)
-        return cls(kernel, problem, settings, data.nworld, device)
+        max_nv = -(-mjm.nv // _SIZE_STEP) * _SIZE_STEP
+        block_size = _choose_block_size(mjm.nv, max_nv)
+        return cls(
+            kernel=_make_kernel(max_nv, max_rows, block_size),
+            problem=problem,
+            settings=settings,
+            block_size=block_size,
+            num_worlds=data.nworld,
+            device=device,
+        )
 
     def solve(self) -> None:
         """Write `qacc`, `efc.Ma`, `efc.force`, `efc.state`, `qfrc_constraint` and `solver_niter` of the data."""
@@ -207,9 +219,28 @@ class NewtonSolver:
             self.kernel,
             dim=[self.num_worlds],
             inputs=[self.problem, *self.settings],
-            block_dim=BLOCK_SIZE,
+            block_dim=self.block_size,
             device=self.device,
         )
+
+
+def _choose_block_size(nv: int, max_nv: int) -> int:
+    """Return the number of threads of a block, the most for which `newton.cu` has enough shared memory.
+
+    Raises:
+        ValueError: not even a single warp has enough.
+    """
+    for block_size in _BLOCK_SIZES:
+        if _shared_bytes(max_nv, block_size // _WARP_SIZE) <= _SHARED_BYTES:
+            return block_size
+    valid = max(nv for nv in range(0, max_nv, _SIZE_STEP) if _shared_bytes(nv, 1) <= _SHARED_BYTES)
+    raise ValueError(f"GPU physics solves scenes of at most {valid} degrees of freedom; this model has {nv}")
+
+
+def _shared_bytes(max_nv: int, num_warps: int) -> int:
+    """Return the size of the arrays that `newton.cu` declares as shared."""
+    a_warp = max_nv * (max_nv + 1) // 2 + max_nv + 6
+    return 4 * (num_warps * a_warp + 9 * max_nv + 2)
 
 
 def _check_model(mjm: mujoco.MjModel, model: Any) -> None:
@@ -220,6 +251,7 @@ def _check_model(mjm: mujoco.MjModel, model: Any) -> None:
         "a solver other than Newton": mjm.opt.solver != mujoco.mjtSolver.mjSOL_NEWTON,
         "pyramidal friction cones": mjm.opt.cone != mujoco.mjtCone.mjCONE_ELLIPTIC,
         "iterations of the noslip solver": mjm.opt.noslip_iterations,
+        "no warm start": mjm.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_WARMSTART,
         "a dense constraint Jacobian": not model.is_sparse,
     }
     found = [name for name, value in unsupported.items() if value]

@@ -11,7 +11,8 @@ as long as their slowest thread. Here the step falls into strands, which are str
 The broad phase compares boxes along the world's axes, first those of bodies, then those of their shapes, before MuJoCo
 Warp's own test of a pair, which reads and computes many times as much. Meshes that can be proven never to touch are not
 compared at all; see `libero_gym.physics.clearance`. The solver is `libero_gym.physics.newton`. Results are those of
-`mujoco_warp.step` but for the order in which contacts are found and sums rounded.
+`mujoco_warp.step` but for the order in which contacts are found, the rounding of sums, and where within its tolerance
+the solver stops. Energy and sensors are not computed.
 
 Shape legend: N worlds, B bodies, G geoms, Q pairs of bodies and P pairs of geoms that can collide.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -41,8 +42,10 @@ from libero_gym.physics.newton import NewtonSolver
 # Threads that go through the pairs of a world on a GPU, a warp for each pair of bodies.
 _PAIR_THREADS = 128
 _WARP_SIZE = 32
-# Nothing is so far from the origin unless its world has diverged.
-_DIVERGED_M = 1.0e4
+# m; float32 numbers of this size are a centimetre apart.
+_FAR = 1.0e5
+# Lower corner, and minus upper corner, of a box that none touches, m.
+_NOWHERE = 2.0e5
 
 
 class Substep:
@@ -52,7 +55,9 @@ class Substep:
         solver: solves for the constraints' forces.
     """
 
-    def __init__(self, mjm: mujoco.MjModel, model: Any, data: Any, *, device: str) -> None:
+    def __init__(
+        self, mjm: mujoco.MjModel, model: Any, data: Any, *, device: str, placed_bodies: Collection[int] = ()
+    ) -> None:
         """Allocate what a step needs.
 
         Args:
@@ -60,13 +65,15 @@ class Substep:
             model: from `mujoco_warp.put_model`.
             data: from `mujoco_warp.make_data`.
             device: Warp's name of the device where they are.
+            placed_bodies: bodies whose poses in their parents differ between worlds or will be changed.
 
         Raises:
-            ValueError: the model has what scenes of LIBERO do not have; see `NewtonSolver.of`.
+            ValueError: the model has what scenes of LIBERO do not have; see also `NewtonSolver.of`.
         """
+        _check_model(mjm, model)
         self._mjm, self._device = mjm, device
         with wp.ScopedDevice(device):
-            self._pairs = _group_pairs(mjm, model)
+            self._pairs = _group_pairs(mjm, model, placed_bodies)
         self._convex_pairs, self._primitive_pairs = _pairs_of_shapes(model)
         self._strands = _make_strands(device, 1 + len(self._convex_pairs)) if wp.get_device(device).is_cuda else []
         self._allocate(model, data)
@@ -209,6 +216,24 @@ def _make_strands(device: str, number: int) -> list[Any]:
     return [wp.Stream(device) for _ in range(number)]
 
 
+def _check_model(mjm: mujoco.MjModel, model: Any) -> None:
+    disabled = mujoco.mjtDisableBit.mjDSBL_CONTACT | mujoco.mjtDisableBit.mjDSBL_CONSTRAINT
+    unsupported = {
+        "an integrator other than Euler's": mjm.opt.integrator != mujoco.mjtIntegrator.mjINT_EULER,
+        "contacts switched off": mjm.opt.disableflags & disabled,
+        "sleeping bodies": model.opt.enableflags & mujoco_warp.EnableBit.SLEEP,
+        "explicit pairs of shapes": mjm.npair,
+        "signed distance fields": (mjm.geom_type == mujoco.mjtGeom.mjGEOM_SDF).any(),
+        "moving surfaces": model.flg_surfacevel,
+    }
+    found = [name for name, value in unsupported.items() if value]
+    if found:
+        raise ValueError(
+            f"GPU physics steps by Euler's method bodies whose shapes collide by what they are made of; this model has "
+            f"{', '.join(found)}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class _Pairs:
     """Pairs of geoms that can collide, by pairs of bodies; Warp arrays.
@@ -230,9 +255,9 @@ class _Pairs:
     body_num_geoms: Any
 
 
-def _group_pairs(mjm: mujoco.MjModel, model: Any) -> _Pairs:
+def _group_pairs(mjm: mujoco.MjModel, model: Any, placed_bodies: Collection[int]) -> _Pairs:
     geoms, ids = model.nxn_geom_pair_filtered.numpy(), model.nxn_pairid_filtered.numpy()
-    clear = find_clear_pairs(mjm, [(int(a), int(b)) for a, b in geoms])
+    clear = find_clear_pairs(mjm, [(int(a), int(b)) for a, b in geoms], placed_bodies)
     kept = np.array([(int(a), int(b)) not in clear for a, b in geoms], dtype=np.bool_)
     geoms, ids = geoms[kept], ids[kept]
     bodies = mjm.geom_bodyid[geoms]
@@ -272,15 +297,11 @@ def _bound_geoms(
     geom_xmat: wp.array2d(dtype=wp.mat33),
     bounds: wp.array3d(dtype=wp.vec3),
 ):
-    """Write the lower and the upper corner of the box that another's must touch to collide; dim (N, G).
-
-    A world that has diverged has no contacts: at distances where float32 knows no shapes all would touch, and their
-    contacts would take the space of the other worlds'.
-    """
+    """Write the lower and the upper corner of the box that another's must touch to collide; dim (N, G)."""
     world, geom = wp.tid()
     if geom_type[geom] == wp.static(int(mujoco_warp.GeomType.PLANE)):
-        bounds[world, geom, 0] = wp.vec3(-1.0e10)
-        bounds[world, geom, 1] = wp.vec3(1.0e10)
+        bounds[world, geom, 0] = wp.vec3(-wp.static(_FAR))
+        bounds[world, geom, 1] = wp.vec3(wp.static(_FAR))
         return
     mat = geom_xmat[world, geom]
     center = geom_xpos[world, geom] + mat @ geom_aabb[world % geom_aabb.shape[0], geom, 0]
@@ -290,9 +311,11 @@ def _bound_geoms(
     for axis in range(3):
         for side in range(3):
             reach[axis] += wp.abs(mat[axis, side]) * half[side]
-    if not wp.max(wp.abs(center)) < wp.static(_DIVERGED_M):
-        bounds[world, geom, 0] = wp.vec3(1.0e20)
-        bounds[world, geom, 1] = wp.vec3(-1.0e20)
+    if not wp.length(center) + wp.length(reach) < wp.static(_FAR):
+        # The world has diverged. What is so far away would touch everything there, and take other worlds' space for
+        # contacts.
+        bounds[world, geom, 0] = wp.vec3(wp.static(_NOWHERE))
+        bounds[world, geom, 1] = wp.vec3(-wp.static(_NOWHERE))
         return
     bounds[world, geom, 0] = center - reach
     bounds[world, geom, 1] = center + reach
@@ -307,8 +330,8 @@ def _bound_bodies(
 ):
     """Write the box around the boxes of a body's geoms; dim (N, B)."""
     world, body = wp.tid()
-    low = wp.vec3(1.0e10)
-    high = wp.vec3(-1.0e10)
+    low = wp.vec3(wp.static(_NOWHERE))
+    high = wp.vec3(-wp.static(_NOWHERE))
     first = body_first_geom[body]
     for geom in range(first, first + body_num_geoms[body]):
         low = wp.min(low, geom_bounds[world, geom, 0])

@@ -8,13 +8,17 @@ goals, but it is not LIBERO to the last bit, as `libero_gym.physics.simulation` 
   that means for success.
 - Contacts of boxes come from the same algorithm as MuJoCo's (they are nearly all of LIBERO's contacts); those of
   meshes and cylinders from MuJoCo Warp's own. Which of two barely touching shapes are in contact can differ.
-- The solver is LIBERO's (Newton, elliptic cones, impratio 20, Euler with implicit damping); it stops at a tolerance of
-  1e-6 instead of 1e-8, which float32 cannot reach, and after at most 10 iterations instead of 100.
+- Constraints are those of LIBERO (elliptic cones, impratio 20) and solved as there, by Newton's method with exact line
+  search, in a kernel of this package (`libero_gym.physics.newton`); it stops at a tolerance of 1e-6 instead of 1e-8,
+  which float32 cannot reach, and after at most 10 iterations instead of 100. Integration is LIBERO's: Euler with
+  implicit damping.
+- Pairs of the robot's meshes that can be proven never to touch are not compared (`libero_gym.physics.clearance`).
 - On a GPU the order of contacts, and so the rounding of sums, varies from run to run: the same seed gives the same
   starts and the same samples, not the same trajectory to the last bit. On a CPU it does.
 - Force sensors, which nothing here reads, are not computed.
 
-One environment step (25 substeps) is one captured graph, and poses go to the ray caster without leaving the device.
+`libero_gym.physics.warp_stepping` launches a substep's kernels, MuJoCo Warp's but for solver and broad phase. One
+environment step (25 substeps) is one captured graph, and poses go to the ray caster without leaving the device.
 Everything runs on a CPU too, for tests.
 
 Shape legend: N worlds, C steps of an action chunk, R worlds that are reset, B bodies, T tasks.
@@ -178,7 +182,7 @@ class WarpWorlds(Uncopied):
                 nccdmax=min(options.convex_contacts_per_world, options.contacts_per_world),
             )
         self._model.opt.warn_overflow = 0  # read from `overflow` instead of printed
-        self._substep = Substep(model, self._model, self._data, device=self.device)
+        self._substep = Substep(model, self._model, self._data, device=self.device, placed_bodies=fixtures.tolist())
         self._step_graph: Any = None
         self._refresh_graph: Any = None
         self._has_launched = False
