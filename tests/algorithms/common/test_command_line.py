@@ -115,7 +115,8 @@ def test_help_may_be_cut_off_by_a_pipe():
     program = subprocess.Popen(
         [sys.executable, "algorithms/ppo_gr00t.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert program.stdout is not None and program.stderr is not None
+    assert program.stdout is not None
+    assert program.stderr is not None
     program.stdout.close()  # nobody reads
     assert program.stderr.read() == b""
     program.wait(timeout=60)
