@@ -4,7 +4,8 @@ openpi's client, and whatever speaks as it does, connects, gets the metadata, an
 each answered by an action chunk. Messages are those of `gr00t_agent.messages`.
 
     metadata      on connecting: "model", "image_size" (height and width that cameras should have, pixels),
-                  "action_horizon" H, "action_dim" a, "observation" (the keys below), "takes_seed" True
+                  "action_horizon" H, "action_dim" a, "denoising_steps", "compute_dtype", "observation" (the keys
+                  below), "takes_seed" True
     observation   "observation/<camera>" uint8 [height, width, 3] for each `video.<camera>`, "observation/state" [S]
                   (the state parts in the data config's order, for LIBERO end effector's position (3, m), axis-angle (3,
                   rad) and finger positions (2, m)), "prompt" str; if wanted, "seed" int
@@ -71,6 +72,8 @@ class ServedPolicy:
             "image_size": agent.image_size,
             "action_horizon": self._horizon,
             "action_dim": agent.action_dim,
+            "denoising_steps": agent.policy.denoising_steps,
+            "compute_dtype": agent.policy.compute_dtype,
             "observation": [*self._cameras, STATE_KEY, PROMPT_KEY],
             "takes_seed": True,
         }
@@ -169,7 +172,9 @@ def make_server(policy: ServedPolicy, host: str = "127.0.0.1", port: int = 8000)
         except ConnectionClosed:
             return
 
-    return listen(converse, host, port, compression=None, max_size=None, process_request=_answer_health)
+    # A client that simulates may answer no ping for a while.
+    options: dict[str, Any] = dict(compression=None, max_size=None, ping_timeout=None)
+    return listen(converse, host, port, process_request=_answer_health, **options)
 
 
 def _answer(policy: ServedPolicy, message: str | bytes, generator: torch.Generator) -> dict[str, Any]:
