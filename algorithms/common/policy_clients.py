@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -160,29 +161,35 @@ class OpenpiClient(_Client):
 
     def __init__(self, address: str, num_action_chunks: int, timeout_s: float) -> None:
         super().__init__(address, num_action_chunks, timeout_s)
+        self._resources = ExitStack()
         try:
             # Servers that answer in the thread that reads, as openpi's, are deaf to pings meanwhile.
-            self._socket: ClientConnection = open_websocket(
+            connection = open_websocket(
                 address, compression=None, max_size=None, open_timeout=CONNECT_TIMEOUT_S, ping_interval=None
             )
+            self._socket: ClientConnection = self._resources.enter_context(connection)
         except (OSError, InvalidHandshake, InvalidURI, EOFError) as error:
             raise self._not_there(error) from error
-        metadata = self._receive()
-        if not isinstance(metadata, Mapping):
+        try:
+            self._read_metadata(self._receive())
+        except BaseException:
             self.close()
-            raise ValueError(f"{self._who}: metadata are {metadata!r:.200}; expected a dict, as openpi's servers send")
-        self.description: dict[str, Any] = _json_values(metadata)
-        size = metadata.get("image_size")
-        self._is_resized = size is None
-        if size is not None and (not isinstance(size, int) or size < 1):
-            self.close()
-            raise ValueError(f"{self._who}: image_size is {size!r}; expected pixels, a positive whole number")
-        self.image_size = CAMERA_SIZE if size is None else size
-        self._takes_seed = metadata.get("takes_seed") is True
+            raise
 
     def close(self) -> None:
         """Ends the connection; a second call does nothing."""
-        self._socket.close()
+        self._resources.close()
+
+    def _read_metadata(self, metadata: Any) -> None:
+        if not isinstance(metadata, Mapping):
+            raise ValueError(f"{self._who}: metadata are {metadata!r:.200}; expected a dict, as openpi's servers send")
+        self.description: dict[str, Any] = _json_values(metadata)
+        size = metadata.get("image_size")
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{self._who}: image_size is {size!r}; expected pixels, a positive whole number")
+        self._is_resized = size is None
+        self.image_size = CAMERA_SIZE if size is None else size
+        self._takes_seed = metadata.get("takes_seed") is True
 
     def _decide(
         self, obs: Any, acting: Sequence[int], generator: Sequence[torch.Generator]

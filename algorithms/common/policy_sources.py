@@ -66,9 +66,10 @@ def load_factory(name: str) -> Callable[[], Any]:
 
 def _spec(name: str) -> ModuleSpec:
     place, _, attribute = name.rpartition(":")
-    if not place or not attribute.isidentifier():
+    is_file = place.endswith(".py")
+    if not (is_file or all(part.isidentifier() for part in place.split("."))) or not attribute.isidentifier():
         raise ValueError(f"policy={name!r} names no function; give package.module:make or path/to/file.py:make")
-    if place.endswith(".py"):
+    if is_file:
         path = Path(place)
         if not path.is_file():
             raise FileNotFoundError(f"policy={name!r}: there is no file {path}; give its path")
@@ -85,5 +86,5 @@ def _spec(name: str) -> ModuleSpec:
 def _module_spec(place: str) -> ModuleSpec | None:
     try:
         return importlib.util.find_spec(place)
-    except (ModuleNotFoundError, ValueError):  # a package above it is missing, or a name is empty
+    except ModuleNotFoundError:  # a package above it
         return None
