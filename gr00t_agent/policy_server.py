@@ -132,8 +132,8 @@ class ServedPolicy:
         """Return the state's parts, each [1, width]; whether they are finite the preprocessor checks."""
         state, width = np.asarray(value), sum(self._state_widths.values())
         if state.dtype.kind not in "iuf" or state.shape != (width,):
-            parts = ", ".join(f"{key} ({size})" for key, size in self._state_widths.items())
-            raise ValueError(f"{STATE_KEY} is {state.dtype} {state.shape}; it must be numbers ({width},): {parts}")
+            expected = ", ".join(f"{key} ({size})" for key, size in self._state_widths.items())
+            raise ValueError(f"{STATE_KEY} is {state.dtype} {state.shape}; it must be numbers ({width},): {expected}")
         parts: dict[str, NDArray[np.float32]] = {}
         start = 0
         for key, size in self._state_widths.items():

@@ -226,6 +226,7 @@ def evaluate(
     if foreign := sorted(set(known) - set(keys)):
         raise ValueError(f"log holds (seed, task, initial state) {foreign[:3]}, which are not among the jobs")
 
+    episodic: EpisodicPolicy | None = agent if isinstance(agent, EpisodicPolicy) else None
     num_envs = envs.num_envs
     action_shape = (envs.action_space.shape or ())[1:]  # [C, 7], or [7] for C = 1
     chunk_length = action_shape[0] if len(action_shape) == 2 else 1
@@ -262,8 +263,8 @@ def evaluate(
                     descriptions[slot.key[1]] = str(obs[TASK_KEY][i])
                 if slot.frames is not None:
                     slot.frames.append(frame_of(obs, i, step=0, reward=0.0, success=False))
-            if isinstance(agent, EpisodicPolicy):
-                agent.begin_episodes(starting)
+            if episodic is not None:
+                episodic.begin_episodes(starting)
             timing["reset_s"] += time.perf_counter() - reset_start
 
         acting = [i for i, slot in enumerate(slots) if slot.is_acting]
@@ -288,8 +289,8 @@ def evaluate(
         obs, _, terminated, truncated, infos = envs.step(actions)
         timing["predict_s"] += step_start - predict_start
         timing["step_s"] += time.perf_counter() - step_start
-        if isinstance(agent, EpisodicPolicy):
-            agent.end_episodes([i for i in acting if terminated[i] or truncated[i]])
+        if episodic is not None:
+            episodic.end_episodes([i for i in acting if terminated[i] or truncated[i]])
 
         for i in acting:
             slot, ended = slots[i], bool(terminated[i] or truncated[i])
