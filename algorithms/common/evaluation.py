@@ -226,7 +226,7 @@ def evaluate(
     if foreign := sorted(set(known) - set(keys)):
         raise ValueError(f"log holds (seed, task, initial state) {foreign[:3]}, which are not among the jobs")
 
-    episodic: EpisodicPolicy | None = agent if isinstance(agent, EpisodicPolicy) else None
+    episodic = _episodic(agent)
     num_envs = envs.num_envs
     action_shape = (envs.action_space.shape or ())[1:]  # [C, 7], or [7] for C = 1
     chunk_length = action_shape[0] if len(action_shape) == 2 else 1
@@ -335,6 +335,10 @@ def evaluate(
         timing=timing | {"other_s": seconds - sum(timing.values())},
         videos=list(videos.values()),
     )
+
+
+def _episodic(agent: Any) -> EpisodicPolicy | None:
+    return agent if isinstance(agent, EpisodicPolicy) else None
 
 
 def _reset(envs: gym.vector.VectorEnv, keys: Sequence[Key], reset_ids: Sequence[int]) -> dict[str, Any]:
