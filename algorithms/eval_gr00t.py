@@ -6,11 +6,15 @@ sampling from an initial noise that depends on nothing but (seed, task, initial 
 `success_once`, that is success at any step before the suite's horizon; Wilson 95 % intervals. Any
 suite that is installed, LIBERO-PRO's included; settings of the policy that are not given are those
 saved with the checkpoint. An exception ends the evaluation: it never counts as a failed episode.
+Anybody's policy is evaluated by the same protocol, but for the noise, which is its own: one in
+Python by --policy, one behind openpi's or Isaac-GR00T's server by --policy-server.
 
     python algorithms/eval_gr00t.py --checkpoint checkpoints/libero_spatial_rl --num-envs 20
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --seeds 0 1 2
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --reference-env
     python algorithms/eval_gr00t.py --checkpoint runs/dsrl_libero_spatial_1/checkpoints/iteration_65
+    python algorithms/eval_gr00t.py --policy my_policy.py:make
+    python algorithms/eval_gr00t.py --policy-server ws://localhost:8000
 
 Writes result.json (the protocol, the tables, every episode), one video per task and one of all, and
 report.html with all of that. Episodes are also written as they end, and the same command with
@@ -21,6 +25,7 @@ ours. How episodes stream through the environments is in `algorithms.common.eval
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,6 +33,7 @@ from typing import Literal, get_args
 from algorithms.common.args import check_at_least, check_folder
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import Job, episode_keys, evaluation_jobs, stated_horizon
+from algorithms.common.policy_sources import check_address, policy_file
 from gr00t_agent.config import PresetName
 from libero_gym.tasks.initial_states import InitStates, check_init_states
 
@@ -37,12 +43,18 @@ class Args:
     """Command-line arguments; each one's help follows it."""
 
     # --- what is evaluated ---
-    checkpoint: str
+    checkpoint: str | None = None
     """A folder or hub id that `Gr00tAgent.from_pretrained` loads, a preset's name (random weights),
     or a checkpoint of dsrl_gr00t.py, which names the policy that it steers."""
     base_model: str | None = None
     """Folder or hub id of the policy that a checkpoint of dsrl_gr00t.py steers, if it is elsewhere
     than it was; its weights must be the same."""
+    policy: str | None = None
+    """Instead of a checkpoint, a policy of one's own: package.module:make or path/to/file.py:make,
+    where make takes no arguments and returns what `gr00t_agent.Policy` describes."""
+    policy_server: str | None = None
+    """Instead of a checkpoint, the address of a server that decides: ws://host:port for openpi's
+    protocol, zmq://host:port for Isaac-GR00T's."""
     suite: str = "libero_spatial"
     """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
     task_ids: tuple[int, ...] | None = None
@@ -54,7 +66,13 @@ class Args:
 
     # --- policy ---
     num_action_chunks: int | None = None
-    """Environment steps per decision; the checkpoint's own if not given."""
+    """Environment steps per decision; if not given, 1 with --temporal-ensemble, otherwise the
+    policy's own, or 5 of a server's."""
+    temporal_ensemble: float | None = None
+    """Execute the mean of all chunks that reach to a step, weighted by exp(-k i) from the oldest on,
+    where k is this number (ACT's is 0.01); if not given, the newest chunk."""
+    policy_timeout: float = 300.0
+    """Seconds to wait for an answer of the policy server."""
     denoising_steps: int | None = None
     """Denoising steps from noise to action; the checkpoint's own if not given."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
@@ -89,12 +107,42 @@ def check_args(args: Args) -> None:
     """Raises ValueError or FileNotFoundError for arguments that would otherwise fail late."""
     check_at_least(args, 1, "num_envs")
     check_at_least(args, 0, "videos_per_task")
-    if args.checkpoint not in get_args(PresetName):
-        check_folder("checkpoint", args.checkpoint, "for example checkpoints/libero_spatial_rl")
+    check_source(args)
     if args.base_model is not None:
         check_folder("base_model", args.base_model, "give that of the policy that is steered")
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
     episode_keys(args.seeds, jobs)
+
+
+def check_source(args: Args) -> None:
+    """Raises ValueError or FileNotFoundError unless exactly one policy is named, with its settings."""
+    sources = {name: getattr(args, name) for name in ("checkpoint", "policy", "policy_server")}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "give one of --checkpoint, --policy and --policy-server "
+            f"(given: {', '.join(given) or 'none'})"
+        )
+    if args.num_action_chunks is not None:
+        check_at_least(args, 1, "num_action_chunks")
+    if args.temporal_ensemble is not None and not math.isfinite(args.temporal_ensemble):
+        raise ValueError(f"temporal_ensemble={args.temporal_ensemble} must be a finite number")
+    if not 0 < args.policy_timeout < math.inf:
+        raise ValueError(f"policy_timeout={args.policy_timeout} must be seconds, more than 0")
+    if args.checkpoint is not None:
+        if args.checkpoint not in get_args(PresetName):
+            hint = "for example checkpoints/libero_spatial_rl"
+            check_folder("checkpoint", args.checkpoint, hint)
+        return
+    for name in ("base_model", "denoising_steps", "compute_dtype", "device"):
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(
+                f"{name}={value!r} is a setting of --checkpoint, and {given[0]} has its own; leave it out"
+            )
+    if args.policy is not None:
+        policy_file(args.policy)
+    if args.policy_server is not None:
+        check_address(args.policy_server)
 
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
@@ -102,7 +150,7 @@ ARGS = parse_args(Args, __doc__, check=check_args) if __name__ == "__main__" els
 
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any, cast
 
@@ -115,6 +163,14 @@ from rich.console import Console
 
 from algorithms.common.episode_log import EpisodeLog, EvalEpisode
 from algorithms.common.evaluation import EvalResult, evaluate
+from algorithms.common.policies import (
+    ChunkSource,
+    FirstSteps,
+    OwnPolicy,
+    TemporalEnsemble,
+    WholeChunks,
+)
+from algorithms.common.policy_clients import connect
 from algorithms.common.processes import check_alone
 from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.common.report import write_report
@@ -130,11 +186,124 @@ from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
 from libero_gym.tasks.suites import get_task
 
+# Environment steps per decision of a policy behind a server: openpi's LIBERO client replans so often.
+SERVER_ACTION_CHUNKS = 5
+
+
 # --- policy and environments ---
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A policy that is evaluated.
+
+    Attributes:
+        agent: decides, as `evaluate` takes it.
+        num_action_chunks: environment steps per decision.
+        image_size: height and width of the cameras, pixels.
+        protocol: what it is, and how it is used.
+    """
+
+    agent: Any
+    num_action_chunks: int
+    image_size: int
+    protocol: dict[str, Any]
+
+
+def make_candidate(args: Args, resources: ExitStack) -> Candidate:
+    """Returns the policy that the arguments name.
+
+    Args:
+        args: the arguments.
+        resources: closes the connection to a server.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ConnectionError: its server is not there.
+        ValueError: it goes with other arguments, or lacks something of a policy.
+    """
+    if args.policy is not None:
+        return own_candidate(args, args.policy)
+    if args.policy_server is not None:
+        return server_candidate(args, args.policy_server, resources)
+    return checkpoint_candidate(args)
+
+
+def checkpoint_candidate(args: Args) -> Candidate:
+    """Returns the policy of a checkpoint."""
+    agent = load_policy(args)
+    policy = agent.policy
+    what: dict[str, Any] = {"checkpoint": args.checkpoint}
+    if isinstance(agent, SteeredAgent):
+        what["noise_actor_sha256"] = file_digest(Path(str(args.checkpoint)) / WEIGHTS_FILE)
+        what["base_model"] = agent.model
+        what["weights_sha256"] = weights_digest(agent.model)
+    else:
+        what["weights_sha256"] = weights_digest(str(args.checkpoint))
+    settings = {
+        "num_action_chunks": policy.num_action_chunks,
+        "denoising_steps": policy.denoising_steps,
+        "compute_dtype": policy.compute_dtype,
+        "padding": policy.padding,
+        "round_to_bf16": policy.round_to_bf16,
+    }
+    if args.temporal_ensemble is None:
+        chunks, decides = policy.num_action_chunks, agent
+    elif isinstance(agent, SteeredAgent):
+        raise ValueError(
+            f"temporal_ensemble={args.temporal_ensemble} averages whole chunks, and {args.checkpoint} "
+            "decides the noise of the steps that are executed alone; leave it out"
+        )
+    else:
+        chunks = args.num_action_chunks or 1
+        decides = TemporalEnsemble(WholeChunks(agent), chunks, args.temporal_ensemble)
+        settings |= {"num_action_chunks": chunks, "temporal_ensemble": args.temporal_ensemble}
+    return Candidate(
+        agent=decides,
+        num_action_chunks=chunks,
+        image_size=agent.image_size,
+        protocol=what | {"policy": settings},
+    )
+
+
+def own_candidate(args: Args, name: str) -> Candidate:
+    """Returns a policy of one's own."""
+    chunks = 1 if args.temporal_ensemble is not None else None
+    source = OwnPolicy(name, args.num_action_chunks or chunks)
+    what = {"own_policy": name, "file_sha256": file_digest(policy_file(name))}
+    return chunked(args, source, source.num_action_chunks, source.image_size, what)
+
+
+def server_candidate(args: Args, address: str, resources: ExitStack) -> Candidate:
+    """Returns a policy whose server decides."""
+    default = 1 if args.temporal_ensemble is not None else SERVER_ACTION_CHUNKS
+    chunks = args.num_action_chunks or default
+    source = connect(address, chunks, timeout_s=args.policy_timeout)
+    resources.enter_context(closing(source))
+    what = {"policy_server": address, "server": source.description}
+    return chunked(args, source, chunks, source.image_size, what)
+
+
+def chunked(
+    args: Args, source: ChunkSource, num_action_chunks: int, image_size: int, what: dict[str, Any]
+) -> Candidate:
+    """Returns a source of whole chunks as it is executed."""
+    settings: dict[str, Any] = {"num_action_chunks": num_action_chunks}
+    if args.temporal_ensemble is None:
+        agent = FirstSteps(source, num_action_chunks)
+    else:
+        agent = TemporalEnsemble(source, num_action_chunks, args.temporal_ensemble)
+        settings["temporal_ensemble"] = args.temporal_ensemble
+    return Candidate(
+        agent=agent,
+        num_action_chunks=num_action_chunks,
+        image_size=image_size,
+        protocol=what | {"policy": settings, "sampling": "the policy's own"},
+    )
+
+
 def load_policy(args: Args) -> Gr00tAgent | SteeredAgent:
-    """Returns the policy on its device: an agent, or one that is steered by its noise.
+    """Returns the policy of a checkpoint on its device: an agent, or one that is steered by its noise.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or not the policy that it steers.
@@ -146,14 +315,15 @@ def load_policy(args: Args) -> Gr00tAgent | SteeredAgent:
         denoising_steps=args.denoising_steps,
         compute_dtype=args.compute_dtype,
     )
-    if is_noise_actor(args.checkpoint):
-        return load_steered(args.checkpoint, base_model=args.base_model, device=device, **settings)
+    checkpoint = str(args.checkpoint)
+    if is_noise_actor(checkpoint):
+        return load_steered(checkpoint, base_model=args.base_model, device=device, **settings)
     if args.base_model is not None:
         raise ValueError(
             f"base_model={args.base_model!r} goes with a checkpoint of dsrl_gr00t.py, and "
-            f"{args.checkpoint} is none; leave it out, or give such a checkpoint"
+            f"{checkpoint} is none; leave it out, or give such a checkpoint"
         )
-    return Gr00tAgent.load(args.checkpoint, **settings).to(device).eval()
+    return Gr00tAgent.load(checkpoint, **settings).to(device).eval()
 
 
 def make_envs(
@@ -183,18 +353,10 @@ def make_envs(
 
 
 def make_protocol(
-    args: Args, agent: Gr00tAgent | SteeredAgent, envs: gym.vector.VectorEnv, jobs: Sequence[Job]
+    args: Args, candidate: Candidate, envs: gym.vector.VectorEnv, jobs: Sequence[Job]
 ) -> dict[str, Any]:
     """Returns all that decides the outcomes, apart from package versions and hardware."""
-    policy = agent.policy
-    weights: dict[str, Any] = {"checkpoint": args.checkpoint}
-    if isinstance(agent, SteeredAgent):
-        weights["noise_actor_sha256"] = file_digest(Path(args.checkpoint) / WEIGHTS_FILE)
-        weights["base_model"] = agent.model
-        weights["weights_sha256"] = weights_digest(agent.model)
-    else:
-        weights["weights_sha256"] = weights_digest(args.checkpoint)
-    return weights | {
+    return candidate.protocol | {
         "suite": args.suite,
         "task_ids": sorted({task_id for task_id, _ in jobs}),
         "episodes_per_task": args.episodes_per_task,
@@ -204,15 +366,8 @@ def make_protocol(
         "init_states": check_init_states(args.init_states, args.suite),
         "renderer": cast(Any, envs.unwrapped).renderer_name,
         "texture_colorspace": cast(Any, envs.unwrapped).texture_colorspace,
-        "image_size": agent.image_size,
+        "image_size": candidate.image_size,
         "num_envs": envs.num_envs,
-        "policy": {
-            "num_action_chunks": policy.num_action_chunks,
-            "denoising_steps": policy.denoising_steps,
-            "compute_dtype": policy.compute_dtype,
-            "padding": policy.padding,
-            "round_to_bf16": policy.round_to_bf16,
-        },
     }
 
 
@@ -253,23 +408,22 @@ def main(args: Args) -> EvalResult:
     """Evaluates, prints the tables, writes result.json and videos."""
     check_args(args)
     check_alone()
-
-    # --- agent ---
-    set_seed(args.seeds[0])  # a preset's random weights
-    agent = load_policy(args)
-
-    # --- environments ---
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
     num_episodes = len(episode_keys(args.seeds, jobs))
     num_envs = min(args.num_envs, num_episodes)
 
-    # --- evaluate ---
-    chunks = agent.policy.num_action_chunks
-    with closing(make_envs(args, num_envs, chunks, agent.image_size)) as envs:
-        protocol = make_protocol(args, agent, envs, jobs)
+    with ExitStack() as resources:
+        # --- policy and environments ---
+        set_seed(args.seeds[0])  # a preset's random weights
+        candidate = make_candidate(args, resources)
+        chunks, image_size = candidate.num_action_chunks, candidate.image_size
+        envs = resources.enter_context(closing(make_envs(args, num_envs, chunks, image_size)))
+
+        # --- evaluate ---
+        protocol = make_protocol(args, candidate, envs, jobs)
         log = ShownEpisodeLog(args.output_dir, protocol, resume=args.resume, total=num_episodes)
         result = evaluate(
-            agent,
+            candidate.agent,
             envs,
             jobs,
             seed=args.seeds,

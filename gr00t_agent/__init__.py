@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         write_metadata,
     )
     from gr00t_agent.policy import FlowAction, PolicyConfig, SamplingDraws, preset_policy
-    from gr00t_agent.protocol import Agent, SteerableAgent, check_agent
+    from gr00t_agent.protocol import Agent, Policy, SteerableAgent, check_agent
 
 __all__ = [
     "Agent",
@@ -28,6 +28,7 @@ __all__ = [
     "FlowAction",
     "Gr00tAgent",
     "LiberoFrankaDataConfig",
+    "Policy",
     "PolicyConfig",
     "SamplingDraws",
     "SteerableAgent",
@@ -45,6 +46,7 @@ _LAZY = {
     "FlowAction": "gr00t_agent.policy",
     "Gr00tAgent": "gr00t_agent.agent",
     "LiberoFrankaDataConfig": "gr00t_agent.data_config",
+    "Policy": "gr00t_agent.protocol",
     "PolicyConfig": "gr00t_agent.policy",
     "SamplingDraws": "gr00t_agent.policy",
     "SteerableAgent": "gr00t_agent.protocol",

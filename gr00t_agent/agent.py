@@ -325,7 +325,14 @@ class Gr00tAgent(Pretrained):
             return self._value_inputs(context).float()
 
     @torch.no_grad()
-    def predict(self, obs: Observation, *, generator: NoiseSource = None, noise: Tensor | None = None) -> Tensor:
+    def predict(
+        self,
+        obs: Observation,
+        *,
+        generator: NoiseSource = None,
+        noise: Tensor | None = None,
+        num_steps: int | None = None,
+    ) -> Tensor:
         """Return the deterministic action chunk for the environment, float32 [B, C, a].
 
         Args:
@@ -333,8 +340,16 @@ class Gr00tAgent(Pretrained):
             generator: Source of the initial noise; a sequence gives every row its own, so that a row's action does
                 not depend on its batch mates' noise.
             noise: Initial noise [B, H, A] instead.
+            num_steps: Steps of the chunk, from the first on, instead of the C that are executed; at most H.
+
+        Raises:
+            ValueError: The chunk has fewer steps.
         """
-        return self.env_action(self.predict_chunk(obs, generator=generator, noise=noise))
+        horizon = self.config.action_head.action_horizon
+        steps = self.policy.num_action_chunks if num_steps is None else num_steps
+        if not 1 <= steps <= horizon:
+            raise ValueError(f"num_steps={steps} is not in 1-{horizon} (the action horizon)")
+        return self.env_action(self.predict_chunk(obs, generator=generator, noise=noise), steps)
 
     @torch.no_grad()
     def predict_chunk(self, obs: Observation, *, generator: NoiseSource = None, noise: Tensor | None = None) -> Tensor:
@@ -422,10 +437,15 @@ class Gr00tAgent(Pretrained):
         error = (velocity.float() - (target - noise)).square() * mask
         return error.sum() / mask.sum()
 
-    def env_action(self, chunk: Tensor) -> Tensor:
-        """Map a chunk [B, H, A] in normalised units to the executed environment actions, float32 [B, C, a]."""
-        actions = self.preprocessor.unnormalise_actions(chunk[:, : self.policy.num_action_chunks])
-        return self.preprocessor.to_env(actions)
+    def env_action(self, chunk: Tensor, num_steps: int | None = None) -> Tensor:
+        """Map a chunk [B, H, A] in normalised units to environment actions, float32 [B, C, a].
+
+        Args:
+            chunk: The chunk.
+            num_steps: Steps of it, from the first on, instead of the C that are executed.
+        """
+        steps = self.policy.num_action_chunks if num_steps is None else num_steps
+        return self.preprocessor.to_env(self.preprocessor.unnormalise_actions(chunk[:, :steps]))
 
     def compile_network(self, mode: str | None = None, backend: str = "inductor") -> None:
         """Compile backbone and action head with torch.compile; results agree with the plain path to rounding.

@@ -1,4 +1,4 @@
-"""What the trainers take as an agent, and a check that an agent of one's own is one.
+"""What the trainers and evaluations take as an agent, and a check that an agent of one's own is one.
 
 Shape legend: B batch, C executed steps of an action chunk, a action width, H steps of a whole chunk, A their padded
 width, F width of the features.
@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gr00t_agent.transforms import Observation
@@ -140,6 +141,43 @@ class SteerableAgent(Protocol):
         Args:
             obs: Observation, or `encode`'s result.
             noise: float32 [B, H, A], what the chunk is denoised from.
+        """
+        ...
+
+
+class Policy(Protocol):
+    """What `algorithms/eval_gr00t.py --policy` needs of a policy of one's own: a decision for many environments.
+
+    No module of PyTorch and no part of GR00T. A policy that remembers something of an episode, a history of pictures or
+    a hidden state, has a method `reset(env_ids)` too, called with the numbers of the rows (list[int]) in which an
+    episode begins, before the decision on its first observation.
+    """
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels that the environment's cameras shall have."""
+        ...
+
+    @property
+    def num_action_chunks(self) -> int:
+        """Environment steps C that are executed of each decision, unless the command line says otherwise."""
+        ...
+
+    def predict(self, obs: Observation, *, generator: Sequence[torch.Generator]) -> Tensor | NDArray[Any]:
+        """Return a decision for each row: actions [N, H, a], of which the first C steps are executed (H >= C).
+
+        For LIBERO a = 7: the change of the end effector's position (3) and of its rotation (3, axis-angle), both in
+        units of the controller's largest step, and the gripper, -1 open and 1 closed; see `libero_gym.LiberoEnv`.
+
+        Args:
+            obs: Arrays of N rows: `video.image` and `video.wrist_image` uint8 [N, size, size, 3], turned upright;
+                `state.x`, `.y`, `.z` (m), `.roll`, `.pitch`, `.yaw` (the axis-angle's components, rad) float32 [N, 1]
+                and `state.gripper` (finger positions, m) float32 [N, 2]; the instruction under
+                `annotation.human.action.task_description`, str [N]. A row whose episode is over holds its last
+                observation; what is returned for it is not executed.
+            generator: One CPU generator per row, made from (seed, task, initial state) when the episode begins. A
+                policy that draws only from it is evaluated alike however many environments there are, and again
+                after an interruption.
         """
         ...
 

@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from examples import gr00t_in_cleanrl, lerobot_policy, own_agent_in_ppo, own_policy, own_robot, record_video
+from algorithms import eval_gr00t
+from examples import (
+    gr00t_in_cleanrl,
+    lerobot_policy,
+    own_agent_in_ppo,
+    own_policy,
+    own_robot,
+    policy_to_evaluate,
+    record_video,
+)
 from gr00t_agent import Gr00tAgent
 
 EXAMPLES = Path(own_policy.__file__).parent
-COVERED = {gr00t_in_cleanrl, lerobot_policy, own_agent_in_ppo, own_policy, own_robot, record_video}
+COVERED = {gr00t_in_cleanrl, lerobot_policy, own_agent_in_ppo, own_policy, own_robot, policy_to_evaluate, record_video}
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +79,26 @@ def test_own_policy_moves_the_gripper_where_it_says():
     np.testing.assert_allclose(result["states"][:, :3], [[0.0, 0.1, 1.1]] * 2, atol=0.02)
     fingers = result["states"][:, 6:]
     assert (np.abs(fingers) < 0.01).all()  # closed: they start 4 cm apart
+
+
+@pytest.mark.slow
+def test_policy_to_evaluate_goes_to_its_waypoints(tmp_path: Path):
+    policy, noise = policy_to_evaluate.make(), [torch.Generator().manual_seed(0)]
+    above, rim, _ = policy_to_evaluate.WAYPOINTS
+    obs = {f"state.{axis}": np.array([[value]]) for axis, value in zip("xyz", above, strict=True)}
+    policy.reset([0])
+    actions = policy.predict(obs, generator=noise)
+    assert actions.shape == (1, policy_to_evaluate.HORIZON, 7)
+    down = (rim - above)[2] / policy_to_evaluate.LARGEST_STEP_M / policy.num_action_chunks
+    np.testing.assert_allclose(actions[0, :, 2], down, atol=0.2)  # within the noise
+    np.testing.assert_array_equal(actions[0, :, 6], -1)
+    args = eval_gr00t.Args(
+        policy=f"{policy_to_evaluate.__file__}:make", task_ids=(0,), episodes_per_task=1, num_envs=1, horizon=60,
+        renderer="warp", output_dir=tmp_path,
+    )  # fmt: skip
+    result = eval_gr00t.main(args)
+    assert [(e.success, e.length) for e in result.episodes] == [(False, 60)]
+    assert result.protocol["image_size"] == policy.image_size
 
 
 @pytest.mark.slow

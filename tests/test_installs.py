@@ -27,8 +27,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "tools": ("train",),
     "examples": ("train",),
 }
-# What the environment imports only where it is asked for by an option: GPU physics, tensors, a window.
-OPTIONAL = {"libero_gym": {"mujoco_warp": "warp-physics", "torch": "agent", "pygame": "watch"}}
+# What the packages import only where an option asks for it: GPU physics, tensors, a window; policy servers.
+OPTIONAL = {
+    "libero_gym": {"mujoco_warp": "warp-physics", "torch": "agent", "pygame": "watch"},
+    "gr00t_agent": {"msgpack": "serve", "websockets": "serve"},
+}
 # lerobot's, see `make test-lerobot` and `make test-libraries`
 IN_AN_ENVIRONMENT_OF_ITS_OWN = {ROOT / "tools" / "lerobot_peer.py", ROOT / "examples" / "lerobot_policy.py"}
 # Modules whose distribution comes with one that is declared and that names it in its own requirements.
@@ -245,7 +248,7 @@ def test_wheel_alone_is_the_environment(wheel: Path, tmp_path: Path):
 def test_wheel_with_agent(wheel: Path, tmp_path: Path):
     fresh = Environment(tmp_path, f"{wheel}[agent]", torch_requirement())
     assert not {"accelerate", "peft", "tensorboard", "mujoco-warp"} & fresh.installed()
-    fresh.run("-c", f"{IMPORT_ALL}\nimport_all('gr00t_agent')")
+    fresh.run("-c", f"{IMPORT_ALL}\nimport_all('gr00t_agent', without='msgpack')")
     fresh.run("-c", AGENT)
 
 

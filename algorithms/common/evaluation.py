@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -148,6 +148,19 @@ class SeededEnvs(Protocol):
         ...
 
 
+@runtime_checkable
+class EpisodicPolicy(Protocol):
+    """What an agent has that remembers something of an episode, or that need not decide where there is none."""
+
+    def begin_episodes(self, env_ids: Sequence[int]) -> None:
+        """Episodes begin in these environments: the next decision is on their first observation."""
+        ...
+
+    def end_episodes(self, env_ids: Sequence[int]) -> None:
+        """The episodes of these environments are over: decisions for them are not executed until others begin."""
+        ...
+
+
 @dataclass(eq=False)
 class _Slot:
     """What one of the environments is doing.
@@ -184,7 +197,8 @@ def evaluate(
     """Runs every job once for each seed and returns the outcomes.
 
     Args:
-        agent: `predict(obs, generator=[...])` gives an action chunk [N, C, 7] for N observations.
+        agent: `predict(obs, generator=[...])` gives an action chunk [N, C, 7] for N observations. An `EpisodicPolicy`
+            is told of episodes.
         envs: environments with autoreset disabled and GR00T's modality keys.
         jobs: the episodes.
         seed: seed, or several, of the noise and of the environments.
@@ -212,6 +226,7 @@ def evaluate(
     if foreign := sorted(set(known) - set(keys)):
         raise ValueError(f"log holds (seed, task, initial state) {foreign[:3]}, which are not among the jobs")
 
+    episodic = _episodic(agent)
     num_envs = envs.num_envs
     action_shape = (envs.action_space.shape or ())[1:]  # [C, 7], or [7] for C = 1
     chunk_length = action_shape[0] if len(action_shape) == 2 else 1
@@ -248,6 +263,8 @@ def evaluate(
                     descriptions[slot.key[1]] = str(obs[TASK_KEY][i])
                 if slot.frames is not None:
                     slot.frames.append(frame_of(obs, i, step=0, reward=0.0, success=False))
+            if episodic is not None:
+                episodic.begin_episodes(starting)
             timing["reset_s"] += time.perf_counter() - reset_start
 
         acting = [i for i, slot in enumerate(slots) if slot.is_acting]
@@ -272,6 +289,8 @@ def evaluate(
         obs, _, terminated, truncated, infos = envs.step(actions)
         timing["predict_s"] += step_start - predict_start
         timing["step_s"] += time.perf_counter() - step_start
+        if episodic is not None:
+            episodic.end_episodes([i for i in acting if terminated[i] or truncated[i]])
 
         for i in acting:
             slot, ended = slots[i], bool(terminated[i] or truncated[i])
@@ -316,6 +335,10 @@ def evaluate(
         timing=timing | {"other_s": seconds - sum(timing.values())},
         videos=list(videos.values()),
     )
+
+
+def _episodic(agent: Any) -> EpisodicPolicy | None:
+    return agent if isinstance(agent, EpisodicPolicy) else None
 
 
 def _reset(envs: gym.vector.VectorEnv, keys: Sequence[Key], reset_ids: Sequence[int]) -> dict[str, Any]:

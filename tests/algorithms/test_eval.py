@@ -1,5 +1,7 @@
 """The evaluation script: from a checkpoint to its files, interrupted and resumed, in both environments."""
 
+import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import torch
 from algorithms import eval_gr00t
 from algorithms.collect_demos import Attempt, record
 from algorithms.common.evaluation import evaluate
+from algorithms.common.policies import TemporalEnsemble
 from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.eval_gr00t import Args
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.data_config import read_metadata
 from gr00t_agent.loading import NANO_METADATA
+from gr00t_agent.policy_server import ServedPolicy, make_server
 from libero_gym.experts import ExpertConfig
 from libero_gym.tasks.suites import get_task
 from tests.algorithms.tiny_agent import tiny_agent
@@ -88,6 +92,95 @@ def test_a_checkpoint_is_evaluated_interrupted_and_resumed(checkpoint: Path, tmp
         eval_gr00t.main(small_args(checkpoint, tmp_path / "whole", resume=True, denoising_steps=3))
     with pytest.raises(FileExistsError, match="--resume"):
         eval_gr00t.main(small_args(checkpoint, tmp_path / "whole"))
+
+
+OWN_POLICY = """
+import numpy as np
+
+class Mover:
+    image_size, num_action_chunks = 32, 3
+
+    def predict(self, obs, *, generator):
+        assert obs["video.image"].shape[1:] == (32, 32, 3)
+        return np.full((len(generator), 4, 7), 0.1)
+
+def make():
+    return Mover()
+"""
+
+
+@pytest.mark.slow
+def test_ones_own_policy_is_evaluated_interrupted_and_resumed(tmp_path: Path):
+    file = tmp_path / "mover.py"
+    file.write_text(OWN_POLICY)
+
+    def args(**changes: Any) -> Args:
+        named = small_args(tmp_path, tmp_path / "eval", policy=f"{file}:make", device=None)
+        return replace(named, checkpoint=None, **changes)
+
+    whole = eval_gr00t.main(args())
+    assert whole.protocol["own_policy"] == f"{file}:make"
+    assert whole.protocol["policy"] == {"num_action_chunks": 3}
+    assert whole.protocol["sampling"] == "the policy's own"
+    assert [e.key for e in whole.episodes] == [(seed, task, 0) for seed in (0, 1) for task in (0, 6)]
+    log = tmp_path / "eval" / "episodes.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
+    again = eval_gr00t.main(args(resume=True))
+    assert replace(again, seconds=0, timing={}) == replace(whole, seconds=0, timing={})
+    for name in ("result.json", "report.html", "videos/all_tasks.mp4"):
+        assert (tmp_path / "eval" / name).is_file()
+    with pytest.raises(ValueError, match=r"policy.temporal_ensemble was None, now 0.01"):
+        eval_gr00t.main(args(resume=True, temporal_ensemble=0.01, num_action_chunks=3))
+    file.write_text(OWN_POLICY + "# changed\n")
+    with pytest.raises(ValueError, match=r"file_sha256 was '\w+', now '\w+'"):
+        eval_gr00t.main(args(resume=True))
+
+
+@pytest.mark.slow
+def test_a_server_gives_what_the_checkpoint_gives(checkpoint: Path, tmp_path: Path):
+    """An episode behind a server is that of the same actions here, to the last pixel of its film."""
+    agent = Gr00tAgent.load(checkpoint).eval()
+    server = make_server(ServedPolicy(agent, "tiny"), port=0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+
+    class Here:
+        """What the client and the server do, without them."""
+
+        def predict(self, obs: Any, generator: Any) -> torch.Tensor:
+            (noise,) = generator
+            seed = int(torch.randint(2**62, (), generator=noise))
+            return agent.predict(obs, generator=[torch.Generator().manual_seed(seed)], num_steps=3)
+
+    named: dict[str, Any] = dict(policy_server=address, device=None, seeds=(0,), task_ids=(6,), num_envs=1, horizon=9)
+    args = replace(small_args(tmp_path, tmp_path / "served", num_action_chunks=3, **named), checkpoint=None)
+    pictures: dict[str, bytes] = {}
+    try:
+        served = eval_gr00t.main(args)
+        pictures["served"] = served.videos[0].read_bytes()
+    finally:
+        server.shutdown()
+        thread.join()
+    assert served.protocol["server"]["image_size"] == agent.image_size
+    assert served.protocol["policy_server"] == address
+    envs = eval_gr00t.make_envs(args, 1, 3, agent.image_size)
+    here = evaluate(Here(), envs, [(6, 0)], seed=0, video_dir=tmp_path / "here")
+    envs.close()
+    assert here.episodes == served.episodes
+    assert here.videos[0].read_bytes() == pictures["served"]
+    with pytest.raises(ConnectionError, match=f"policy server {address} cannot be reached"):
+        eval_gr00t.main(replace(args, resume=True))
+
+
+def test_what_is_executed_with_temporal_ensembling(checkpoint: Path, tmp_path: Path):
+    args = small_args(checkpoint, tmp_path, temporal_ensemble=0.01)
+    candidate = eval_gr00t.make_candidate(args, ExitStack())
+    assert (candidate.num_action_chunks, candidate.protocol["policy"]["num_action_chunks"]) == (1, 1)
+    assert candidate.protocol["policy"]["temporal_ensemble"] == 0.01
+    assert isinstance(candidate.agent, TemporalEnsemble)
+    candidate = eval_gr00t.make_candidate(replace(args, num_action_chunks=4), ExitStack())
+    assert candidate.num_action_chunks == 4
 
 
 def test_the_policy_settings_of_the_command_line_win(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,204 @@
+"""Policies that are no agents of ours, as an evaluation takes them, and what is executed of their action chunks.
+
+A chunk source returns whole chunks [N, H, 7]; `FirstSteps` executes the first C steps of each, `TemporalEnsemble` the
+mean of all chunks that reach to a step. Policies whose servers answer are in `algorithms.common.policy_clients`.
+
+Shape legend: N environments, C executed steps of a chunk of H steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from algorithms.common.evaluation import EpisodicPolicy
+from algorithms.common.policy_sources import load_factory
+from libero_gym.conventions import ACTION_DIM
+
+
+class ChunkSource(Protocol):
+    """What decides; one with the methods of `EpisodicPolicy` is told when episodes begin and end."""
+
+    def predict(self, obs: Any, *, generator: Sequence[torch.Generator]) -> Tensor:
+        """Returns whole chunks, float32 [N, H, 7], H >= C."""
+        ...
+
+
+def checked_chunk(
+    value: Any, num_steps: int, who: str, *, num_rows: int | None = None, what: str = "actions"
+) -> NDArray[np.float32]:
+    """Returns `value` as a float32 array.
+
+    Args:
+        value: what should be actions [H, 7], or [N, H, 7].
+        num_steps: C.
+        who: gave it.
+        num_rows: N; None for a single chunk.
+        what: it is called.
+
+    Raises:
+        ValueError: it is no array of finite numbers of such a shape with at least C steps.
+    """
+    rows = () if num_rows is None else (num_rows,)
+    expected = f"numbers of shape {[*rows, 'H', ACTION_DIM]} with H >= {num_steps} (num_action_chunks)".replace("'", "")
+    array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+        kind = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(value).__name__}"
+        raise ValueError(f"{who}: {what} is {kind}; expected an array of {expected}")
+    shape = array.shape
+    if len(shape) != len(rows) + 2 or shape[: len(rows)] != rows or shape[-1] != ACTION_DIM or shape[-2] < num_steps:
+        raise ValueError(f"{who}: {what} has shape {list(shape)}; expected {expected}")
+    if not np.isfinite(array).all():
+        place = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
+        raise ValueError(f"{who}: {what}{place} is {array[tuple(place)]}; expected finite {expected}")
+    return array.astype(np.float32)
+
+
+class OwnPolicy:
+    """A policy that `--policy` names, see `gr00t_agent.Policy`.
+
+    Args:
+        name: where it is, see `algorithms.common.policy_sources`.
+        num_action_chunks: C; None takes the policy's own.
+
+    Attributes:
+        image_size: of the cameras.
+        num_action_chunks: C.
+
+    Raises:
+        ValueError: it is not there, or what was made lacks something of a policy.
+    """
+
+    def __init__(self, name: str, num_action_chunks: int | None) -> None:
+        policy = load_factory(name)()
+        self._policy, self._name = policy, name
+        for attribute in ("image_size", "num_action_chunks"):
+            value = getattr(policy, attribute, None)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"policy={name!r} made a {type(policy).__name__}, whose {attribute} is {value!r}; give it a "
+                    "positive whole number, see gr00t_agent.Policy"
+                )
+        if not callable(getattr(policy, "predict", None)):
+            raise ValueError(
+                f"policy={name!r} made a {type(policy).__name__}, which has no method predict(obs, *, generator); see "
+                "gr00t_agent.Policy"
+            )
+        self.image_size = cast(int, policy.image_size)
+        self.num_action_chunks = num_action_chunks or cast(int, policy.num_action_chunks)
+        self._reset = getattr(policy, "reset", None)
+
+    def begin_episodes(self, env_ids: Sequence[int]) -> None:
+        """Tells the policy, if it has a method `reset`."""
+        if self._reset is not None:
+            self._reset(list(env_ids))
+
+    def end_episodes(self, env_ids: Sequence[int]) -> None:
+        """Does nothing: a policy is told of the next episode."""
+
+    def predict(self, obs: Any, *, generator: Sequence[torch.Generator]) -> Tensor:
+        """Returns the policy's chunks, float32 [N, H, 7].
+
+        Raises:
+            ValueError: they are none, see `checked_chunk`.
+        """
+        actions = self._policy.predict(obs, generator=generator)
+        who = f"policy {self._name}"
+        return torch.from_numpy(checked_chunk(actions, self.num_action_chunks, who, num_rows=len(generator)))
+
+
+class WholeChunks:
+    """A GR00T agent that returns all steps of its chunks.
+
+    Args:
+        agent: see `gr00t_agent.Gr00tAgent`.
+    """
+
+    def __init__(self, agent: Any) -> None:
+        self._agent, (self._num_steps, _) = agent, agent.noise_shape
+
+    def predict(self, obs: Any, *, generator: Sequence[torch.Generator]) -> Tensor:
+        """Returns float32 [N, H, 7]."""
+        return self._agent.predict(obs, generator=generator, num_steps=self._num_steps)
+
+
+class FirstSteps:
+    """Executes the first C steps of each chunk.
+
+    Args:
+        source: decides.
+        num_action_chunks: C.
+    """
+
+    def __init__(self, source: ChunkSource, num_action_chunks: int) -> None:
+        self._source, self._num_steps = source, num_action_chunks
+
+    def begin_episodes(self, env_ids: Sequence[int]) -> None:
+        """Tells the source."""
+        if isinstance(self._source, EpisodicPolicy):
+            self._source.begin_episodes(env_ids)
+
+    def end_episodes(self, env_ids: Sequence[int]) -> None:
+        """Tells the source."""
+        if isinstance(self._source, EpisodicPolicy):
+            self._source.end_episodes(env_ids)
+
+    def predict(self, obs: Any, *, generator: Sequence[torch.Generator]) -> Tensor:
+        """Returns float32 [N, C, 7]."""
+        return self._source.predict(obs, generator=generator)[:, : self._num_steps]
+
+
+class TemporalEnsemble(FirstSteps):
+    """Executes, at each step, a weighted mean of the actions that all chunks so far have for it.
+
+    The weight of the i-th oldest of these chunks is exp(-k i), divided by the sum over all: k = 0 weighs them alike,
+    and the larger k, the slower a new chunk is taken in. With C = 1 every step is decided anew, as in the source; with
+    more, chunks are C steps apart.
+
+    Source: Zhao et al. 2023 (arXiv:2304.13705), section IV-B and `temporal_agg` of its code, where k = 0.01. There a
+    chunk whose action is exactly zero counts as absent, and here not.
+
+    Args:
+        source: decides.
+        num_action_chunks: C.
+        coefficient: k.
+
+    Raises:
+        ValueError: k is not finite.
+    """
+
+    def __init__(self, source: ChunkSource, num_action_chunks: int, coefficient: float) -> None:
+        if not math.isfinite(coefficient):
+            raise ValueError(f"temporal_ensemble={coefficient} must be a finite number; the source's is 0.01")
+        super().__init__(source, num_action_chunks)
+        self._coefficient = coefficient
+        # What each environment's chunks, the oldest first, have for the steps from the present on: [H or fewer, 7].
+        self._chunks: dict[int, list[Tensor]] = {}
+
+    def begin_episodes(self, env_ids: Sequence[int]) -> None:
+        """Forgets the chunks of episodes before."""
+        super().begin_episodes(env_ids)
+        for env_id in env_ids:
+            self._chunks[env_id] = []
+
+    def predict(self, obs: Any, *, generator: Sequence[torch.Generator]) -> Tensor:
+        """Returns float32 [N, C, 7]."""
+        newest = self._source.predict(obs, generator=generator).cpu()
+        return torch.stack([self._blend(env_id, chunk) for env_id, chunk in enumerate(newest)])
+
+    def _blend(self, env_id: int, newest: Tensor) -> Tensor:
+        """Returns an environment's next C actions, [C, 7], and moves its chunks on by as many steps."""
+        chunks = [*self._chunks.get(env_id, ()), newest]
+        actions: list[Tensor] = []
+        for step in range(self._num_steps):
+            known = torch.stack([chunk[step] for chunk in chunks if len(chunk) > step])  # [n, 7], the oldest first
+            weights = torch.exp(-self._coefficient * torch.arange(len(known), dtype=torch.float64))
+            actions.append((known * weights[:, None]).sum(dim=0) / weights.sum())
+        self._chunks[env_id] = [chunk[self._num_steps :] for chunk in chunks if len(chunk) > self._num_steps]
+        return torch.stack(actions).float()

@@ -1,0 +1,62 @@
+"""Serve a policy by openpi's websocket protocol.
+
+    python -m gr00t_agent.serve --model checkpoints/libero_spatial_rl --port 8000
+
+openpi's client gets action chunks from it, and so does an evaluation by --policy-server ws://localhost:8000. Every
+answer is deterministic. What is sent and answered says gr00t_agent/policy_server.py; nothing is encrypted and nobody is
+asked who they are, so listen at another --host only where you trust the network. Needs the extras `[agent,serve]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from gr00t_agent.config import PresetName
+from gr00t_agent.files import is_hub_name
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Load a model and answer until interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gr00t_agent.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a checkpoint's folder, hub id, or a preset's name")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for other machines too")
+    parser.add_argument("--port", type=int, default=8000, help="TCP port; 0 takes a free one")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, where an observation brings no seed")
+    parser.add_argument("--denoising-steps", type=int, help="from noise to action; the checkpoint's own if not given")
+    parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"], help="the checkpoint's own if not given")
+    parser.add_argument("--device", help="Torch device; a GPU if there is one, if not given")
+    parser.add_argument("--resize", action="store_true", help="resize pictures of another size than the model's")
+    given = parser.parse_args(arguments)
+    presets = get_args(PresetName)
+    if given.model not in presets and not Path(given.model).is_dir() and not is_hub_name(given.model):
+        parser.error(f"--model {given.model} is no folder, no hub id (owner/name) and no preset ({', '.join(presets)})")
+
+    import torch  # which takes seconds: a mistake is told at once
+
+    from gr00t_agent.agent import Gr00tAgent
+    from gr00t_agent.policy_server import ServedPolicy, make_server
+
+    torch.manual_seed(given.seed)  # a preset's random weights
+    try:
+        agent = Gr00tAgent.load(given.model, denoising_steps=given.denoising_steps, compute_dtype=given.compute_dtype)
+        agent = agent.to(given.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        policy = ServedPolicy(agent, Path(given.model).name, seed=given.seed, resize=given.resize)
+        server = make_server(policy, given.host, given.port)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    host, port = server.socket.getsockname()[:2]
+    print(f"serving {given.model} at ws://{host}:{port}", flush=True)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The server over real sockets: what it answers, by value, and what it says to clients that do wrong."""
+
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from gr00t_agent import Gr00tAgent
+from gr00t_agent.data_config import read_metadata
+from gr00t_agent.loading import NANO_METADATA
+from gr00t_agent.messages import pack, unpack
+from gr00t_agent.policy_server import ServedPolicy, make_server
+from tests.algorithms.tiny_agent import tiny_agent
+
+ROOT = Path(__file__).resolve().parents[2]
+H = 16
+
+
+@pytest.fixture(scope="module")
+def agent() -> Gr00tAgent:
+    torch.manual_seed(0)
+    return tiny_agent(read_metadata(NANO_METADATA, "libero_franka"), num_action_chunks=3).eval()
+
+
+@pytest.fixture(scope="module")
+def port(agent: Gr00tAgent) -> Iterator[int]:
+    server = make_server(ServedPolicy(agent, "tiny", seed=7), port=0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.socket.getsockname()[1]
+    server.shutdown()
+    thread.join()
+
+
+def open_at(port: int) -> ClientConnection:
+    return connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None)
+
+
+def observation(number: int = 0, /, **changes: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(number)
+    return {
+        "observation/image": rng.integers(0, 256, (32, 32, 3), dtype=np.uint8),
+        "observation/wrist_image": rng.integers(0, 256, (32, 32, 3), dtype=np.uint8),
+        "observation/state": rng.normal(size=8),
+        "prompt": "open the drawer",
+    } | changes
+
+
+def ask(connection: ClientConnection, request: dict[str, Any]) -> dict[str, Any]:
+    connection.send(pack(request))
+    answer = connection.recv(timeout=60)
+    assert isinstance(answer, bytes), answer
+    return unpack(answer)
+
+
+def predicted(agent: Gr00tAgent, request: dict[str, Any], generator: torch.Generator) -> np.ndarray:
+    state = request["observation/state"].astype(np.float32)
+    names = ("x", "y", "z", "roll", "pitch", "yaw")
+    obs = {f"state.{name}": state[None, i : i + 1] for i, name in enumerate(names)}
+    obs |= {"state.gripper": state[None, 6:], "annotation.human.action.task_description": [request["prompt"]]}
+    obs |= {f"video.{name}": request[f"observation/{name}"][None] for name in ("image", "wrist_image")}
+    return agent.predict(obs, generator=[generator], num_steps=H)[0].numpy()
+
+
+def test_the_metadata_say_what_is_wanted(port: int):
+    with open_at(port) as connection:
+        metadata = unpack(connection.recv())  # pyright: ignore[reportArgumentType]
+    assert metadata == {
+        "model": "tiny",
+        "image_size": 32,
+        "action_horizon": H,
+        "action_dim": 7,
+        "denoising_steps": 4,
+        "compute_dtype": "float32",
+        "observation": ["observation/image", "observation/wrist_image", "observation/state", "prompt"],
+        "takes_seed": True,
+    }
+
+
+def test_answers_are_the_agents_whole_chunks_and_depend_on_the_seed_alone(agent: Gr00tAgent, port: int):
+    generator = torch.Generator().manual_seed(7)
+    expected = [predicted(agent, observation(i), generator) for i in range(3)]
+    assert expected[0].shape == (H, 7)
+    for _ in range(2):  # a new connection begins anew
+        with open_at(port) as connection:
+            connection.recv()
+            for i in range(3):
+                answer = ask(connection, observation(i))
+                np.testing.assert_array_equal(answer["actions"], expected[i])
+                assert answer["server_timing"]["infer_ms"] > 0
+                # One with a seed of its own takes nothing from the others' noise.
+                with_seed = ask(connection, observation(i, seed=99))["actions"]
+                np.testing.assert_array_equal(
+                    with_seed, predicted(agent, observation(i), torch.Generator().manual_seed(99))
+                )
+                assert not np.array_equal(with_seed, expected[i])
+
+
+def test_it_is_healthy(port: int):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+        assert (answer.status, answer.read()) == (200, b"OK\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": 3}, "prompt is 3; it must be the instruction, a str"),
+        (
+            {"observation/image": np.zeros((3, 32, 32), np.uint8)},
+            "observation/image is uint8 (3, 32, 32); it must be uint8 (height, width, 3)",
+        ),
+        (
+            {"observation/state": np.zeros(7)},
+            "observation/state is float64 (7,); it must be numbers (8,): state.x (1), state.y (1)",
+        ),
+        ({"observation/state": np.full(8, np.nan)}, "state.x of row 0 is [nan]; it must be finite numbers"),
+        ({"seed": -1}, "seed is -1; it must be a whole number in 0 to 2^63 - 1"),
+    ],
+)
+def test_a_wrong_observation_is_told_and_the_server_goes_on(port: int, changes: dict[str, Any], message: str):
+    with open_at(port) as connection:
+        connection.recv()
+        connection.send(pack(observation(**changes)))
+        answer = connection.recv(timeout=60)
+        assert isinstance(answer, str)
+        assert message in answer
+        with pytest.raises(ConnectionClosed):
+            connection.recv(timeout=60)
+    with open_at(port) as connection:
+        connection.recv()
+        assert ask(connection, observation())["actions"].shape == (H, 7)
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ("hello", "the message is text, 'hello'; send an observation in msgpack"),
+        (b"\xc1", "1 bytes that begin with b'\\xc1' are no msgpack message"),
+        (pack([1]), "the observation has list; it must have observation/image, observation/wrist_image"),
+        (pack({"prompt": "a"}), "the observation has ['prompt']; it must have observation/image"),
+    ],
+)
+def test_what_is_no_observation_is_told(port: int, sent: str | bytes, message: str):
+    with open_at(port) as connection:
+        connection.recv()
+        connection.send(sent)
+        answer = connection.recv(timeout=60)
+        assert isinstance(answer, str)
+        assert message in answer
+
+
+def test_pictures_of_another_size_are_refused_or_resized(agent: Gr00tAgent, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(type(agent.preprocessor.metadata), "resolution", lambda self, key: (32, 32))
+    large = observation(1, **{"observation/image": np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)})
+    with pytest.raises(ValueError, match=r"observation/image is 64x64 pixels, and the model saw 32x32: .* --resize$"):
+        ServedPolicy(agent, "tiny").infer(large, torch.Generator())
+    picture = Image.fromarray(large["observation/image"]).resize((32, 32), Image.Resampling.BILINEAR)
+    small = large | {"observation/image": np.asarray(picture)}
+    resizing = ServedPolicy(agent, "tiny", resize=True)
+    one, two = (resizing.infer(request, torch.Generator().manual_seed(1))["actions"] for request in (large, small))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_a_mistake_on_the_command_line_is_told_before_torch_is_imported():
+    program = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "sys.argv = ['serve', '--model', 'nowhere']\n"
+        "runpy.run_module('gr00t_agent.serve', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "False\n")
+    assert "--model nowhere is no folder, no hub id (owner/name) and no preset (nano, gr00t_n1d5)" in ended.stderr
+
+
+@pytest.mark.slow
+def test_the_program_serves_a_checkpoint(agent: Gr00tAgent, tmp_path: Path):
+    agent.save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "gr00t_agent.serve", "--model", str(tmp_path), "--port", "0", "--seed", "7"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            assert line.startswith(f"serving {tmp_path} at ws://127.0.0.1:")
+            with open_at(int(line.rpartition(":")[2])) as connection:
+                connection.recv()
+                actions = ask(connection, observation())["actions"]
+        finally:
+            process.terminate()
+    expected = predicted(agent, observation(), torch.Generator().manual_seed(7))
+    np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-5)  # this process may compute with other threads
