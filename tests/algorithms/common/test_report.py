@@ -120,7 +120,7 @@ def test_the_headline_and_the_facts(run: Path):
         "45.0 %", "25.8 % to 65.8 % of 20",  # 9 of 20
         "55.0 %", "mean of the last 10 iterations", "of 50", "1000",
         "1 h 03 min", "20 env-steps/s, 2 min 30 s of it evaluations",
-"libero_goal · nano · commit 0123456789ab", "a processor", "one, two", "3.12.1", "2.9.9", "[0, 3]",
+        "libero_goal · nano · commit 0123456789ab", "a processor", "one, two", "3.12.1", "2.9.9", "[0, 3]",
     ):  # fmt: skip
         assert expected in texts, expected
     assert "warp-lang" not in texts  # not installed
