@@ -495,7 +495,7 @@ def main(
         agent = make_agent(args).to(device).eval()
         observed_size = 0 if args.model == STATE_MODEL else agent.image_size
         longest = -(-(args.horizon or horizon(args.suite)) // args.num_action_chunks)  # rounded up
-        decisions = args.num_envs * args.max_rollouts * longest
+        most_decisions = args.num_envs * args.max_rollouts * longest
         return measure(
             args,
             accelerator,
@@ -505,12 +505,12 @@ def main(
                 "environments": args.num_envs,
                 "groups wanted": args.num_groups,
                 "rollouts at most": args.max_rollouts,
-                "decisions at most": decisions,
-                "env-steps at most": decisions * args.num_action_chunks,
+                "decisions at most": most_decisions,
+                "env-steps at most": most_decisions * args.num_action_chunks,
                 "updates of an iteration": args.update_epochs * args.num_minibatches,
                 "iterations": args.num_iterations,
             },
-            decisions=decisions,
+            decisions=most_decisions,
             passes=args.update_epochs,
         )
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)

@@ -107,7 +107,7 @@ def test_help_shows_the_values_of_the_chosen_preset():
     for preset in ("--preset demo", "--preset=demo"):
         ended, _ = run("algorithms/ppo_gr00t.py", *preset.split(), "--help")
         shown = re.sub(r"[│\s]+", " ", ended.stdout)
-        assert "Rollout-and-update rounds; schedules run over them. (default: 3)" in shown
+        assert "Rollout-and-update rounds; schedules run over them. (default: 18)" in shown
         assert "Discount per decision. (default: 0.99)" in shown
 
 
