@@ -108,7 +108,7 @@ def test_help_shows_the_values_of_the_chosen_preset():
         ended, _ = run("algorithms/ppo_gr00t.py", *preset.split(), "--help")
         shown = re.sub(r"[│\s]+", " ", ended.stdout)
         assert "Rollout-and-update rounds; schedules run over them. (default: 18)" in shown
-        assert "Discount per decision. (default: 0.99)" in shown
+        assert "AdamW's decoupled weight decay. (default: 0.01)" in shown
 
 
 def test_of_two_processes_the_first_speaks():
