@@ -29,7 +29,7 @@ LEROBOT_VENV ?= $(VENV)-lerobot
 .PHONY: help demo test test-mujoco33 test-mujoco4 test-installs test-libraries test-lerobot quick lint format clean
 
 help:
-	@echo "make demo           train the nano policy by PPO on LIBERO-Spatial for a few iterations, evaluate it, leave a run folder"
+	@echo "make demo           train a small policy by PPO to finish a LIBERO task, compare it with itself before, and the shipped policies"
 	@echo "make test           lint-free, network-free test suite (less than 10 minutes on 2 cores)"
 	@echo "make test-mujoco33  the tests of physics and environments under MuJoCo 3.3"
 	@echo "make test-mujoco4   those and the tests of renderers and GPU physics under MuJoCo 4"
@@ -50,6 +50,9 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no algorithms/ppo_gr00t.py --preset demo $(DEMO_ARGS)
+	@echo
+	@echo 'What the same trainer makes of a vision-language-action policy in half an hour on a GPU, on whole tasks:'
+	$(BIN)/python algorithms/compare_gr00t.py --checkpoints checkpoints/libero_spatial_fewshot checkpoints/libero_spatial_rl --output-dir runs/demo_comparison --since $(shell date +%s)
 
 test: $(VENV)/.installed
 	$(IN_PARALLEL) $(BIN)/python -m pytest $(XDIST)

@@ -298,7 +298,7 @@ def check_args(args: Args) -> None:
     check_folders(args)
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
-    check_physics(args)
+    check_physics(args, "demo")
 
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.

@@ -38,9 +38,11 @@ from typing import Literal
 
 from algorithms.common import presets
 from algorithms.common.args import (
+    STATE_MODEL,
     check_at_least,
     check_entropy_bonus,
     check_folders,
+    check_near_goal,
     check_physics,
     check_sizes,
     share_of_process,
@@ -67,6 +69,8 @@ class Args:
     """Seed of the environments, the agent's initial weights and every random draw."""
     num_iterations: int = 400
     """Rollout-and-update rounds; schedules run over them."""
+    dry_run: bool = False
+    """Print sizes, memory and the time to the end, by one decision and one gradient, and end."""
 
     # --- environment ---
     suite: str = "libero_spatial"
@@ -79,6 +83,12 @@ class Args:
     """Environment steps that one decision executes (C)."""
     horizon: int | None = None
     """Environment steps before truncation; the suite's own if not given."""
+    steps_before_success: tuple[int, ...] = ()
+    """Begin episodes near their end, a reverse curriculum: where a scripted expert stands so many
+    environment steps before it succeeds, each number in turn (`libero_gym.near_goal`). The tasks'
+    own initial states if not given. Evaluations in training begin there too."""
+    num_near_goal_states: int = 4
+    """Initial states of a task from which experts run for steps_before_success, the first ones."""
     renderer: Literal["egl", "osmesa", "warp"] | None = None
     """Renderer; if not given, the best that the machine has."""
     physics: Literal["cpu", "warp"] = "cpu"
@@ -95,8 +105,8 @@ class Args:
 
     # --- agent ---
     model: str = "nano"
-    """A preset's name (`nano`, `gr00t_n1d5`: random weights), or the folder or hub id of a
-    checkpoint."""
+    """A preset's name (`nano`, `gr00t_n1d5`: random weights), the folder or hub id of a checkpoint,
+    or `state`: a small network on the robot's state that learns in minutes on a CPU."""
     denoising_steps: int = 4
     """Denoising steps from noise to action."""
     noise_method: Literal["flow_sde", "flow_cps", "reinflow", "reinflow_joint"] = "flow_sde"
@@ -185,8 +195,12 @@ class Args:
     # --- evaluation and saving ---
     eval_interval: int = 0
     """Iterations between evaluations; 0 evaluates only after the last."""
+    eval_before: bool = False
+    """Evaluate before training too, on the same episodes, and film both side by side."""
     eval_episodes_per_task: int = 50
     """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
+    eval_videos_per_task: int = 1
+    """Episodes per task, from the first on, that an evaluation films."""
     save_interval: int = 50
     """Iterations between checkpoints; the last iteration is always saved, and while keep_best is
     not 0 every evaluated one. 0 saves no others."""
@@ -241,10 +255,13 @@ def check_args(args: Args) -> None:
     if not 0 < args.final_noise <= 1:
         raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
     check_sizes(args, "num_envs", "micro_batch_size")
-    check_folders(args)
+    check_folders(args, STATE_MODEL)
+    check_near_goal(args)
+    if args.eval_before and args.eval_episodes_per_task == 0:
+        raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
-    check_physics(args)
+    check_physics(args, "libero_spatial_laptop")
 
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
@@ -254,6 +271,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import gymnasium as gym
@@ -265,8 +283,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.dry_run import measure
 from algorithms.common.episodes import played_episodes
-from algorithms.common.evaluation import evaluate_into, evaluation_file
+from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
 from algorithms.common.features import FeatureStore
 from algorithms.common.frozen import StartPolicy, store_frozen_as
 from algorithms.common.monitor import Monitor
@@ -289,21 +308,27 @@ from algorithms.common.randomness import (
 )
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
+from algorithms.common.state_agent import StateFlowAgent
 from algorithms.common.step_sizes import StepSizes
 from gr00t_agent import Gr00tAgent
-from libero_gym.adapters import ModalityVectorObservation
+from libero_gym import horizon
+from libero_gym.adapters import ModalityVectorObservation, load_modality
+from libero_gym.near_goal import NearGoalVectorEnv
 
 
 def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
-    """Returns `num_envs` environments with GR00T's modality keys that rest after their episode."""
+    """Returns `num_envs` environments with GR00T's modality keys that rest after their episode.
+
+    `image_size` 0 observes no images.
+    """
     options: dict[str, Any] = dict(
         task_ids=args.task_ids,
         num_action_chunks=args.num_action_chunks,
         horizon=args.horizon,
-        image_size=image_size,
         renderer=args.renderer,
         autoreset_mode=AutoresetMode.DISABLED,
     )
+    options |= dict(image_size=image_size) if image_size else dict(observe_images=False)
     if args.physics == "warp":
         options |= dict(physics="warp")
     else:
@@ -317,12 +342,21 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
         vectorization_mode="vector_entry_point",
         **options,
     )
-    return ModalityVectorObservation(envs)
+    if args.steps_before_success:
+        envs = NearGoalVectorEnv(
+            envs,
+            steps_before_success=args.steps_before_success,
+            num_init_states=args.num_near_goal_states,
+        )
+    modality = load_modality()
+    return ModalityVectorObservation(envs, modality if image_size else replace(modality, video={}))
 
 
-def make_agent(args: Args) -> Gr00tAgent:
+def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     """Returns the agent that `args` ask for, on the CPU."""
     check_entropy_bonus(args)
+    if args.model == STATE_MODEL:
+        return StateFlowAgent.from_args(args)
     agent = Gr00tAgent.load(
         args.model,
         num_action_chunks=args.num_action_chunks,
@@ -456,6 +490,29 @@ def main(
         )
     if accelerator.is_fsdp2:
         raise ValueError("FSDP cannot be used: processes end episodes at different times; use DDP")
+    if args.dry_run:
+        set_seed(args.seed)
+        agent = make_agent(args).to(device).eval()
+        observed_size = 0 if args.model == STATE_MODEL else agent.image_size
+        longest = -(-(args.horizon or horizon(args.suite)) // args.num_action_chunks)  # rounded up
+        most_decisions = args.num_envs * args.max_rollouts * longest
+        return measure(
+            args,
+            accelerator,
+            agent,
+            lambda num_envs: make_envs(args, num_envs, observed_size),
+            sizes={
+                "environments": args.num_envs,
+                "groups wanted": args.num_groups,
+                "rollouts at most": args.max_rollouts,
+                "decisions at most": most_decisions,
+                "env-steps at most": most_decisions * args.num_action_chunks,
+                "updates of an iteration": args.update_epochs * args.num_minibatches,
+                "iterations": args.num_iterations,
+            },
+            decisions=most_decisions,
+            passes=args.update_epochs,
+        )
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
     # Environments are numbered over all processes; adjacent ones are a group.
@@ -498,10 +555,11 @@ def main(
     store = FeatureStore(encode, device, args.feature_storage, args.feature_memory_gb)
 
     def make_stage(num_envs: int) -> gym.vector.VectorEnv:
-        return make_envs(args, num_envs, agent.image_size)
+        observed_size = 0 if args.model == STATE_MODEL else agent.image_size
+        return make_envs(args, num_envs, observed_size)
 
     def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
-        return stop.watched(make_stage(num_envs))
+        return stop.watched(make_envs(args, num_envs, agent.image_size))
 
     metrics: dict[str, float] = {}
     with (
@@ -538,6 +596,22 @@ def main(
                 print(missing_evaluation(checkpoint))
         checkpoints.take(done, global_step)
         monitor.start(done)
+
+        def evaluate_after(iteration: int) -> float:
+            monitor.print("evaluating")
+            with torch.no_grad(), accelerator.autocast():
+                return for_all(
+                    accelerator,
+                    evaluate_into,
+                    run.path,
+                    iteration,
+                    agent,
+                    make_eval_envs,
+                    args,
+                )
+
+        if args.eval_before and done == 0:
+            run.log({"eval/success_once": evaluate_after(0)}, global_step, 0)
 
         for iteration in range(done + 1, args.num_iterations + 1):
             progress = (iteration - 1) / args.num_iterations
@@ -799,26 +873,26 @@ def main(
 
             try:
                 if args.evaluates(iteration):
-                    monitor.print("evaluating")
-                    with torch.no_grad(), accelerator.autocast():
-                        metrics["eval/success_once"] = for_all(
-                            accelerator,
-                            evaluate_into,
-                            run.path,
-                            iteration,
-                            agent,
-                            make_eval_envs,
-                            args,
-                        )
+                    metrics["eval/success_once"] = evaluate_after(iteration)
             finally:  # also if a request to stop ends the evaluation
                 run.log(metrics, global_step, iteration)
             if args.saves(iteration):
                 checkpoints.save(args.score(metrics))
             monitor.end_iteration(metrics)
 
+    change = ""
+    if args.eval_before and is_main:
+        change = compare_evaluations(run.path, 0, args.num_iterations)
     run.finish()
     if is_main:
-        print(run.summary(f"iteration_{args.num_iterations}", args.suite))
+        print(change)
+        print(
+            run.summary(
+                f"iteration_{args.num_iterations}",
+                args.suite,
+                can_be_evaluated=args.model != STATE_MODEL,
+            )
+        )
     return metrics
 
 

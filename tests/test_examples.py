@@ -1,7 +1,9 @@
 """Every example runs, with small arguments, and does what it says."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -140,3 +142,19 @@ def test_own_robot_learns_and_is_saved(tmp_path: Path):
     losses = own_robot.main(own_robot.Args(num_steps=12, batch_size=8, output=tmp_path))
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FIRST_HOUR_ITERATIONS", "1")
+    monkeypatch.setenv("FIRST_HOUR_RUNS", str(tmp_path))
+    cells = json.loads((EXAMPLES / "first_hour.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []  # kept out of the repository
+            exec("".join(cell["source"]), names)
+    assert len(names["states"]) > 30
+    assert 0 <= names["before"] <= 0.5
+    assert (tmp_path / "first_hour" / "videos" / "before_after.mp4").is_file()
+    assert (tmp_path / "first_hour" / "report.html").is_file()

@@ -12,6 +12,8 @@ from gr00t_agent.files import is_hub_name
 
 # How a steered policy's noise is made of what the actor chooses, see `algorithms.common.steering.NoiseSpace`.
 NoiseForm = Literal["executed", "per_step", "repeated"]
+# A trainer's --model for a small policy on the robot's state, see `algorithms.common.state_agent`.
+STATE_MODEL = "state"
 # Where Accelerate reads the number of processes.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -47,16 +49,21 @@ def check_at_least(args: Any, least: int, *names: str) -> None:
             raise ValueError(f"{name}={value} must be at least {least}")
 
 
-def check_physics(args: Any) -> None:
-    """Raises ValueError if `args.physics` is to run on a GPU and there is none."""
+def check_physics(args: Any, cpu_preset: str) -> None:
+    """Raises ValueError if `args.physics` is to run on a GPU and there is none.
+
+    Args:
+        args: a trainer's.
+        cpu_preset: the preset to take without a GPU.
+    """
     if args.physics != "warp":
         return
     import torch  # which takes seconds
 
     if not torch.cuda.is_available():
         raise ValueError(
-            "physics='warp' simulates on a GPU, and PyTorch finds no CUDA device; give --physics cpu and as many "
-            "environments as a CPU can simulate, for example --num-envs 8"
+            f"physics='warp' simulates on a GPU, and PyTorch finds no CUDA device; take --preset {cpu_preset}, which "
+            "fits two cores, or give --physics cpu and sizes that a CPU can simulate, for example --num-envs 8"
         )
 
 
@@ -84,8 +91,24 @@ def exact_quotient(args: Any, dividend: str, divisor: str) -> int:
     """Returns args.dividend / args.divisor; raises ValueError unless it is a positive whole number."""
     a, b = getattr(args, dividend), getattr(args, divisor)
     if a < 1 or b < 1 or a % b:
-        raise ValueError(f"{dividend}={a} must be a positive multiple of {divisor}={b}")
+        fitting = max((n for n in range(1, min(max(a, 1), max(b, 1)) + 1) if a % n == 0), default=1)
+        made_of = " (num_envs x num_steps)" if dividend == "num_decisions" else ""
+        raise ValueError(
+            f"{dividend}={a} must be a positive multiple of {divisor}={b}{made_of}; give for example "
+            f"--{divisor.replace('_', '-')} {fitting}"
+        )
     return a // b
+
+
+def check_near_goal(args: Any) -> None:
+    """Raises ValueError for starts near the goal that cannot be, and for what `model` state has not."""
+    if any(steps < 1 for steps in args.steps_before_success):
+        raise ValueError(f"steps_before_success={args.steps_before_success}: each must be at least 1")
+    check_at_least(args, 1, "num_near_goal_states", "eval_videos_per_task")
+    if args.steps_before_success and args.physics != "cpu":
+        raise ValueError(f"steps_before_success needs --physics cpu (given: {args.physics!r}), where experts run")
+    if args.model == STATE_MODEL and getattr(args, "video_interval", 0):
+        raise ValueError("video_interval films what the policy sees, and model='state' sees no images; set it to 0")
 
 
 def launched_processes() -> int:
@@ -121,12 +144,18 @@ def base_name(args: Any) -> str:
     return name
 
 
-def check_folders(args: Any) -> None:
-    """Raises FileNotFoundError if the model, or the run to go on with, is not there, ValueError for a bad run_name."""
+def check_folders(args: Any, *other_models: str) -> None:
+    """Raises FileNotFoundError if the model, or the run to go on with, is not there, ValueError for a bad run_name.
+
+    Args:
+        args: a trainer's.
+        other_models: names that its `model` may have besides presets', folders' and hub ids.
+    """
     base_name(args)
     model, resume = getattr(args, "model", None), getattr(args, "resume", None)
-    if model is not None and model not in get_args(PresetName):
-        check_folder("model", model, f"give a preset's name ({', '.join(get_args(PresetName))}), a folder or a hub id")
+    names = (*get_args(PresetName), *other_models)
+    if model is not None and model not in names:
+        check_folder("model", model, f"give a preset's name ({', '.join(names)}), a folder or a hub id")
     if resume is not None and str(resume) != "auto" and not resume.is_dir():
         raise FileNotFoundError(
             f"{resume} holds no checkpoint to go on from; give the folder of a run that has saved one, or start a new "

@@ -30,6 +30,9 @@ ACCENT, GOOD, SOFT, LINE, CARD = "#010101", "#010102", "#010103", "#010104", "#0
 _VARIABLES = {ACCENT: "--accent", GOOD: "--good", SOFT: "--soft", LINE: "--line", CARD: "--card"}
 # From nothing solved to all solved.
 _SHADES = LinearSegmentedColormap.from_list("solved", [to_rgba(GOOD, 0.06), to_rgba(GOOD, 1.0)])
+# Of `curves`: colour and dashes; names for a legend beside them.
+LINE_STYLES = ((ACCENT, "-"), (GOOD, "-"), (SOFT, "-"), (ACCENT, ":"), (GOOD, ":"), (SOFT, ":"))
+LINE_NAMES = ("blue", "green", "grey", "blue, dotted", "green, dotted", "grey, dotted")
 _CLASSES = {"curve", "raw", "point", "interval", "cells"}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -121,6 +124,7 @@ def curve(
     y: Sequence[float],
     label: str,
     *,
+    axis_labels: tuple[str, str] = ("", ""),
     is_rate: bool = False,
     intervals: Sequence[tuple[float, float]] | None = None,
 ) -> Markup:
@@ -130,19 +134,52 @@ def curve(
         x: see there.
         y: see there.
         label: what is shown, for who cannot see it; unique on its page.
+        axis_labels: what the horizontal and the vertical axis count.
         is_rate: see there.
         intervals: see there.
     """
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.0, 2.64))
-        axes = figure.add_axes((0.14, 0.15, 0.83, 0.8))
-        axes.grid(axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+        figure, axes = _labelled_axes(axis_labels, is_whole=all(float(value).is_integer() for value in y))
         plot_curve(axes, x, y, is_rate=is_rate, intervals=intervals)
         return _inline(figure, label)
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    label: str,
+    *,
+    axis_labels: tuple[str, str] = ("", ""),
+    is_rate: bool = False,
+) -> Markup:
+    """Returns several curves in one picture, told apart by how they are drawn; see `curve`.
+
+    Args:
+        lines: steps and values by name, at most as many as there are `LINE_STYLES`.
+        label: see `curve`.
+        axis_labels: see there.
+        is_rate: see `plot_curve`.
+    """
+    with rc_context(_STYLE):
+        is_whole = all(float(value).is_integer() for _, y in lines.values() for value in y)
+        figure, axes = _labelled_axes(axis_labels, is_whole=is_whole)
+        if is_rate:
+            axes.set_ylim(0.0, 1.0)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        for (x, y), (color, style) in zip(lines.values(), LINE_STYLES, strict=False):
+            axes.plot(*thin(x, y), color=color, linestyle=style, linewidth=2, clip_on=False, gid="curve")
+        return _inline(figure, label)
+
+
+def _labelled_axes(axis_labels: tuple[str, str], *, is_whole: bool) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.0, 2.9))
+    axes = figure.add_axes((0.17, 0.21, 0.8, 0.74))
+    axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
+    axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=is_whole))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    return figure, axes
 
 
 def heat_cells(
@@ -167,13 +204,16 @@ def heat_cells(
     return joined, np.array(edges)
 
 
-def heatmap(rows: Mapping[int, Sequence[float | None]], x: Sequence[float], label: str) -> Markup:
+def heatmap(
+    rows: Mapping[int, Sequence[float | None]], x: Sequence[float], label: str, axis_labels: tuple[str, str] = ("", "")
+) -> Markup:
     """Returns rates by task (rows, by id) over steps (columns); see `heat_cells` and `curve`."""
     values, edges = heat_cells(rows, x)
     with rc_context(_STYLE):
-        height = 18 * len(rows) + 24  # points, of 720
+        height = 18 * len(rows) + 42  # points, of 720
         figure = Figure(figsize=(10.0, height / 72))
-        axes = figure.add_axes((0.05, 20 / height, 0.93, 1 - 20 / height))
+        axes = figure.add_axes((0.07, 38 / height, 0.91, 1 - 38 / height))
+        axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
         axes.spines[:].set_visible(False)
         mesh = axes.pcolormesh(
             edges, np.arange(len(rows) + 1), np.ma.masked_invalid(values), cmap=_SHADES, vmin=0.0, vmax=1.0

@@ -14,7 +14,7 @@ Jobs and keys are those of `algorithms.common.jobs`. Shape legend: N environment
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,13 +39,16 @@ from algorithms.common.video import (
     frame_of,
     picture_of,
     read_pictures,
+    titled,
     write_tiled_video,
     write_video,
 )
-from gr00t_agent.files import write_json
+from gr00t_agent.files import read_json, write_json
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
 from libero_gym.tasks.initial_states import check_init_states
 
+# Seconds between lines that tell how far an evaluation is.
+TOLD_EVERY_S = 5.0
 # Beside the videos of single episodes.
 OVERVIEW = "all_tasks.mp4"
 
@@ -353,6 +356,29 @@ def _reset(envs: gym.vector.VectorEnv, keys: Sequence[Key], reset_ids: Sequence[
     return obs
 
 
+class ToldEpisodes:
+    """Keeps episodes in memory and prints how far the evaluation is, every few seconds.
+
+    Args:
+        total: episodes of the evaluation.
+        title: what is evaluated.
+    """
+
+    def __init__(self, total: int, title: str = "") -> None:
+        self.episodes: list[EvalEpisode] = []
+        self._total, self._title = total, title
+        self._told_at = time.monotonic()
+
+    def append(self, episode: EvalEpisode) -> None:
+        """Keeps one more."""
+        self.episodes.append(episode)
+        now, count = time.monotonic(), len(self.episodes)
+        if now - self._told_at > TOLD_EVERY_S and count < self._total:
+            self._told_at = now
+            successes = sum(e.success for e in self.episodes)
+            print(f"  {self._title}{count} of {self._total} episodes, {successes} successes so far", flush=True)
+
+
 # --- files ---
 
 
@@ -396,9 +422,16 @@ def evaluate_into(
     """
     jobs = jobs_in_training(args)
     video_dir = run_path / "videos" / f"iteration_{iteration}"
+    num_filmed = getattr(args, "eval_videos_per_task", 1)
     with closing(make_envs(min(args.num_envs, len(jobs)))) as envs:
         result = evaluate(
-            agent, envs, jobs, seed=args.seed, record=lambda _, state_id: state_id == 0, video_dir=video_dir
+            agent,
+            envs,
+            jobs,
+            seed=args.seed,
+            record=lambda _, state_id: state_id < num_filmed,
+            video_dir=video_dir,
+            log=ToldEpisodes(len(jobs)),
         )
     result.protocol.update(
         suite=args.suite,
@@ -408,9 +441,51 @@ def evaluate_into(
         init_states=check_init_states(None, args.suite),
         image_size=agent.image_size,
     )
-    for name in ("renderer", "physics", "stepping"):
+    for name in ("renderer", "physics", "stepping", "steps_before_success", "num_near_goal_states"):
         if hasattr(args, name):
             result.protocol[name] = getattr(args, name)
     result.save(evaluation_file(run_path, iteration))
     result.print_table()
     return result.success_rate
+
+
+def success_in_words(row: Mapping[str, Any]) -> str:
+    """Returns a row of `EvalResult.rows` as `5 of 24, 20.8 % (95 %: 9.2-40.5)`."""
+    low, high = 100 * row["low"], 100 * row["high"]
+    return f"{row['successes']} of {row['episodes']}, {100 * row['success_rate']:.1f} % (95 %: {low:.1f}-{high:.1f})"
+
+
+def compare_evaluations(run_path: Path, before: int, after: int) -> str:
+    """Returns what two evaluations of a run say of the same episodes; their films, if any, become one.
+
+    The film is videos/before_after.mp4: a column for each filmed episode, the earlier evaluation above.
+
+    Raises:
+        ValueError: the evaluations are of other episodes.
+    """
+    contents = [read_json(evaluation_file(run_path, iteration)) for iteration in (before, after)]
+    keys = [[(e["seed"], e["task_id"], e["init_state_id"]) for e in content["episodes"]] for content in contents]
+    if keys[0] != keys[1]:
+        raise ValueError(
+            f"iterations {before} and {after} of {run_path} were evaluated on other episodes; evaluate both alike"
+        )
+    rows = [content["table"][-1] for content in contents]
+    text = (
+        f"the same {rows[0]['episodes']} episodes, without exploration\n"
+        f"  before training      {success_in_words(rows[0])}\n"
+        f"  after {after:4d} iterations {success_in_words(rows[1])}"
+    )
+    folders = [run_path / "videos" / f"iteration_{iteration}" for iteration in (before, after)]
+    films = [sorted(folder.glob("task_*_state_*.mp4")) for folder in folders]
+    if films[0]:
+        path = run_path / "videos" / "before_after.mp4"
+        # The outcome ends the name, so both lists are in the order of their episodes.
+        pictures = [
+            titled(read_pictures(film), title)
+            for title, row in zip(("before", "after"), films, strict=True)
+            for film in row
+        ]
+        chunk = read_json(run_path / "args.json")["num_action_chunks"]
+        write_tiled_video(path, pictures, CONTROL_FREQUENCY_HZ / chunk, columns=len(films[0]))
+        text += f"\n  film                 {path}"
+    return text

@@ -23,6 +23,8 @@ from algorithms.common.stages import EnvStage, EnvStages, EnvStep
 from algorithms.common.video import RolloutRecorder
 
 MAX_TASKS = 10
+# Seconds without a word after which progress is told in a line, where standard output is no terminal.
+TOLD_EVERY_S = 10.0
 
 
 class Monitor:
@@ -180,7 +182,8 @@ class TrainingProgress:
     """A progress bar over a whole training run; a silent one if not `enabled`.
 
     Each finished iteration prints two lines, what was achieved and success by task. While the next one is going on,
-    the same is shown in and below the bar. Where standard output is no terminal there is no bar.
+    the same is shown in and below the bar. Where standard output is no terminal there is no bar; a line tells the
+    progress every `TOLD_EVERY_S` seconds in which nothing else does.
 
     Args:
         num_iterations: iterations of the run.
@@ -196,6 +199,7 @@ class TrainingProgress:
         self._unit = 0
         self._success = "-"
         self._sps = 0.0
+        self._told_at = time.monotonic()
         self._console = Console(quiet=not enabled)
         self._bar = _Bar(
             TextColumn("{task.description}"),
@@ -248,13 +252,18 @@ class TrainingProgress:
 
     def print(self, text: str) -> None:
         """Prints a line above the bar."""
+        self._told_at = time.monotonic()
         self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.file.flush()
 
     def _advance(self, phase: str) -> None:
         self._unit += 1
         numbers = f"success {self._success}  {self._sps:.0f} env-steps/s"
         description = f"iteration {self._iteration + 1}/{self._num_iterations} {phase}"
         self._bar.update(self._task, advance=1, description=description, numbers=numbers)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._told_at > TOLD_EVERY_S:
+            self.print(f"  {description} {self._unit}/{self._units}  {self._sps:.0f} env-steps/s")
 
 
 class _Bar(Progress):

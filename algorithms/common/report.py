@@ -1,10 +1,12 @@
 """A run as one HTML file: success rates, curves, videos, arguments, versions.
 
-    python algorithms/common/report.py --run runs/ppo_libero_spatial_1
+    python algorithms/report.py --run runs/ppo_libero_spatial_1
+    python algorithms/report.py --run runs/ppo_libero_spatial_1 runs/ppo_libero_spatial_2
 
-Reads what a trainer or eval_gr00t.py left in a folder and writes report.html into it, from the template
-report.html.jinja. The file needs nothing else: pictures are inline SVG, videos are embedded up to a size. It reads well
-on a phone, in light and in dark, and may be written while the run goes on.
+The second command writes one page that compares the runs: what they came to, which arguments differ, and each
+metric's curves in one picture. The first reads what a trainer or eval_gr00t.py left in a folder and writes report.html
+into it. Both use the template report.html.jinja. A page needs nothing else: pictures are inline SVG, videos are
+embedded up to a size. It reads well on a phone, in light and in dark, and may be written while the run goes on.
 """
 
 from __future__ import annotations
@@ -22,8 +24,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from rich.console import Console
 
-from algorithms.common.charts import compact, curve, heatmap
-from algorithms.common.command_line import launch, parse_args
+from algorithms.common.charts import LINE_NAMES, compact, curve, curves, heatmap
 from gr00t_agent.files import write_text
 
 TEMPLATE_NAME = "report.html.jinja"
@@ -48,8 +49,11 @@ TASK_METRIC = re.compile(r"(.+)_task_(\d+)$")
 class Args:
     """Command-line arguments; each one's help follows it."""
 
-    run: Path
-    """Folder of a run or of an evaluation."""
+    run: tuple[Path, ...]
+    """Folder of a run or of an evaluation, which gets a report.html; or several, for one page that
+    compares them."""
+    output: Path | None = None
+    """The page of several; comparison.html beside the first of them if not given."""
     max_video_mb: float = MAX_VIDEO_MB
     """Megabytes of videos that are embedded at most, the latest first; the others are named."""
 
@@ -195,7 +199,11 @@ def tiles_of(run: Run) -> list[dict[str, str]]:
     seconds = sum(series_of(run.metrics, "time/total_s")[1])
     if seconds:
         _, speed = series_of(run.metrics, "charts/SPS")
-        add("time", duration(seconds), f"{compact(sum(speed) / len(speed))} env-steps/s" if speed else "")
+        evaluated = sum(evaluation.content["seconds"] for evaluation in run.evaluations)
+        notes = [f"{compact(sum(speed) / len(speed))} env-steps/s"] if speed else []
+        if evaluated:
+            notes.append(f"{duration(evaluated)} of it evaluations")
+        add("time", duration(seconds + evaluated), ", ".join(notes))
     elif run.evaluations and not run.metrics:
         content = run.evaluations[-1].content
         add("time", duration(content["seconds"]), f"{content['protocol']['num_envs']} environments")
@@ -221,6 +229,7 @@ def success_of(run: Run) -> dict[str, Any] | None:
             [float(e.number or 0) for e in over_time],
             [e.total["success_rate"] for e in over_time],
             "success over iterations",
+            axis_labels=("iterations", "success"),
             is_rate=True,
             intervals=[(e.total["low"], e.total["high"]) for e in over_time],
         )
@@ -267,6 +276,7 @@ def groups_of(run: Run) -> list[dict[str, Any]]:
             "title": GROUP_TITLES.get(group, group),
             "is_open": group not in CLOSED_GROUPS,
             "curves": _curves(run, [name for name in by_group[group] if not TASK_METRIC.match(name)]),
+            "constants": _constants(run, by_group[group]),
             "heatmaps": _heatmaps(run, by_group[group]),
         }
         for group in order
@@ -277,13 +287,28 @@ def _curves(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
     charts: list[dict[str, Any]] = []
     for name in names:
         x, y = series_of(run.metrics, name)
-        if not y:
+        if not y or _is_constant(y):
             continue
         is_rate = "success" in name
-        last = percent(y[-1]) if is_rate else compact(y[-1])
-        picture = curve(x, y, name, is_rate=is_rate)
-        charts.append(dict(name=name.partition("/")[2] or name, last=last, picture=picture))
+        short = name.partition("/")[2] or name
+        picture = curve(x, y, name, axis_labels=(unit_of(run), short), is_rate=is_rate)
+        charts.append(dict(name=short, last=f"last {_value(name, y[-1])}", picture=picture))
     return charts
+
+
+def _value(name: str, value: float) -> str:
+    return percent(value) if "success" in name else compact(value)
+
+
+def _is_constant(y: Sequence[float]) -> bool:
+    """Returns whether values, at least two, are all the same."""
+    return len(y) > 1 and min(y) == max(y)
+
+
+def _constants(run: Run, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the metrics that never change, with their value."""
+    series = {name: series_of(run.metrics, name)[1] for name in names if not TASK_METRIC.match(name)}
+    return [(name.partition("/")[2], _value(name, y[0])) for name, y in series.items() if _is_constant(y)]
 
 
 def _heatmaps(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -296,7 +321,7 @@ def _heatmaps(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
     charts: list[dict[str, Any]] = []
     for metric, tasks in by_metric.items():
         rows = {task: [line.get(tasks[task]) for line in run.metrics] for task in sorted(tasks)}
-        picture = heatmap(rows, x, f"{metric} by task")
+        picture = heatmap(rows, x, f"{metric} by task", (unit_of(run), "task"))
         charts.append(dict(name=metric.partition("/")[2], picture=picture))
     return charts
 
@@ -355,6 +380,75 @@ def facts_of(run: Run) -> list[tuple[str, list[tuple[str, Any]]]]:
     return [(title, list(block.items())) for title, block in blocks.items() if block]
 
 
+# --- several runs ---
+
+
+def comparison_rows(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """Returns for each run its name, its line in the pictures, its tiles and the arguments that differ."""
+    names = sorted({name for run in runs.values() for name in run.args})
+    differing = [name for name in names if len({json.dumps(run.args.get(name)) for run in runs.values()}) > 1]
+    return [
+        dict(
+            name=name,
+            line=line,
+            tiles=tiles_of(run),
+            differing=[(key, json.dumps(run.args.get(key))) for key in differing],
+        )
+        for (name, run), line in zip(runs.items(), LINE_NAMES, strict=False)
+    ]
+
+
+def comparison_groups(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """Returns a picture for each metric that changes in a run or differs between them, in groups as `groups_of`."""
+    names = sorted({name for run in runs.values() for line in run.metrics for name in line if "/" in name})
+    by_group: dict[str, list[dict[str, Any]]] = {}
+    unit = " or ".join(sorted({unit_of(run) for run in runs.values()}))
+    for name in names:
+        lines = {run_name: series_of(run.metrics, name) for run_name, run in runs.items()}
+        values = {value for _, y in lines.values() for value in y}
+        if TASK_METRIC.match(name) or len(values) < 2:
+            continue
+        group, _, short = name.partition("/")
+        last = ", ".join(_value(name, y[-1]) if y else "-" for _, y in lines.values())
+        picture = curves(lines, name, axis_labels=(unit, short), is_rate="success" in name)
+        by_group.setdefault(group, []).append(dict(name=short, last=f"last {last}", picture=picture))
+    order = [*(g for g in GROUP_TITLES if g in by_group), *(g for g in by_group if g not in GROUP_TITLES)]
+    return [
+        dict(
+            title=GROUP_TITLES.get(group, group),
+            is_open=group not in CLOSED_GROUPS,
+            curves=by_group[group],
+            constants=[],
+            heatmaps=[],
+        )
+        for group in order
+    ]
+
+
+def write_comparison(paths: Sequence[Path], output: Path) -> None:
+    """Writes a page that shows several runs side by side, whole or not at all.
+
+    Raises:
+        FileNotFoundError: a folder holds neither a run nor an evaluation.
+    """
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    runs = {name: read_run(path) for name, path in zip(names, paths, strict=True)}
+    page = template().render(
+        name=f"{len(runs)} runs",
+        subtitle=" · ".join(runs),
+        tiles=[],
+        runs=comparison_rows(runs),
+        success=None,
+        groups=comparison_groups(runs),
+        unit=" or ".join(sorted({unit_of(run) for run in runs.values()})),
+        videos=None,
+        facts=[],
+    )
+    write_text(output, page)
+
+
 # --- the page ---
 
 
@@ -380,6 +474,7 @@ def render(run: Run, max_video_mb: float = MAX_VIDEO_MB) -> str:
         name=run.path.resolve().name,
         subtitle=" · ".join(str(part) for part in subtitle if part),
         tiles=tiles_of(run),
+        runs=[],
         success=success_of(run),
         groups=groups_of(run),
         unit=unit_of(run),
@@ -399,12 +494,23 @@ def write_report(run_path: Path, *, max_video_mb: float = MAX_VIDEO_MB) -> Path:
     return path
 
 
+def check_args(args: Args) -> None:
+    """Raises ValueError for more runs than a picture can tell apart, or a place for a page that has its own."""
+    if not 1 <= len(args.run) <= len(LINE_NAMES):
+        raise ValueError(f"run names {len(args.run)} folders (valid: 1-{len(LINE_NAMES)})")
+    if len({path.resolve() for path in args.run}) < len(args.run):
+        raise ValueError(f"run={[str(path) for path in args.run]} names a folder twice")
+    if args.output is not None and len(args.run) == 1:
+        raise ValueError(f"output={args.output} is for several runs; the report of one is in its folder")
+
+
 def main(args: Args) -> Path:
-    """Writes the report and says where."""
-    path = write_report(args.run, max_video_mb=args.max_video_mb)
+    """Writes the report, or the page of several runs, and says where."""
+    check_args(args)
+    if len(args.run) == 1:
+        path = write_report(args.run[0], max_video_mb=args.max_video_mb)
+    else:
+        path = args.output or args.run[0].resolve().parent / "comparison.html"
+        write_comparison(args.run, path)
     Console().print(f"report  {path}  {path.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
     return path
-
-
-if __name__ == "__main__":
-    launch(main, parse_args(Args, __doc__))

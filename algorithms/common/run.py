@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import re
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from algorithms.common import presets
 from algorithms.common.args import base_name
 from algorithms.common.processes import leave
 from algorithms.common.provenance import describe_environment
@@ -97,6 +99,7 @@ class RunFolder:
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path = path
         self._accelerator = accelerator
+        self._start = time.perf_counter()
 
     @classmethod
     def open(cls, path: Path, accelerator: Accelerator) -> RunFolder:
@@ -174,33 +177,58 @@ class RunFolder:
                 f"{iteration}; the decision is in {dump}. Look at the weights and the observation's normalisation."
             )
 
-    def summary(self, checkpoint: str, suite: str, *, is_whole_policy: bool = True) -> str:
-        """Returns what to tell at the end of a run: where its files are and what to run next.
+    def summary(
+        self, checkpoint: str, suite: str, *, is_whole_policy: bool = True, can_be_evaluated: bool = True
+    ) -> str:
+        """Returns what to tell at the end of a run: where its files are and what to run next on such a machine.
 
         Args:
             checkpoint: name of the last one.
             suite: that it was trained on.
             is_whole_policy: the checkpoint is one that another training can start from.
+            can_be_evaluated: eval_gr00t.py takes it.
         """
         weights = self.path / "checkpoints" / checkpoint
-        videos = self.path / "videos"
-        has_logs = any(self.path.glob("logs/**/events.out.tfevents.*"))
-        training = f"  accelerate launch algorithms/ppo_gr00t.py --model {weights} --suite {suite}"
+        seconds = round(time.perf_counter() - self._start)
+        files = {
+            "checkpoint": weights,
+            "videos": self.path / "videos",
+            "TensorBoard": self.path / "logs",
+            "metrics": self.path / "metrics.jsonl",
+            "report": self.path / "report.html",
+        }
         return "\n".join(
             (
                 "",
+                f"time         {seconds // 60} min {seconds % 60:02d} s, evaluations included",
                 f"run folder   {self.path}",
-                f"checkpoint   {weights}",
-                *([f"videos       {videos}"] if videos.is_dir() else []),
-                f"metrics      {self.path / 'metrics.jsonl'}",
-                f"report       {self.path / 'report.html'}",
+                *(f"{name:12} {path}" for name, path in files.items() if path.exists()),
                 "",
                 "next:",
-                *([f"  tensorboard --logdir {self.path.parent}"] if has_logs else []),
-                f"  python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite}",
-                *([training] if is_whole_policy else []),
+                *self._next(weights, suite, is_whole_policy, can_be_evaluated),
             )
         )
+
+    def _next(self, weights: Path, suite: str, is_whole_policy: bool, can_be_evaluated: bool) -> list[str]:
+        """Returns commands that this machine can run in reasonable time."""
+        has_gpu = torch.cuda.is_available()
+        commands: list[str] = []
+        if (self.path / "logs").is_dir():
+            commands.append(f"tensorboard --logdir {self.path.parent}")
+        if can_be_evaluated:
+            size = "--num-envs 20" if has_gpu else "--episodes-per-task 5"
+            commands.append(f"python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite} {size}")
+        else:
+            commands.append("accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_laptop")
+            commands.append("python algorithms/eval_gr00t.py --checkpoint checkpoints/libero_spatial_rl")
+        if is_whole_policy and can_be_evaluated:
+            sizes = "--num-envs 8 --num-steps 24 --minibatch-size 48 --micro-batch-size 48"
+            if has_gpu:
+                sizes = f"--preset {suite}_nano" if f"{suite}_nano" in presets.PPO else ""
+            commands.append(
+                f"accelerate launch algorithms/ppo_gr00t.py --model {weights} --suite {suite} {sizes}".rstrip()
+            )
+        return [f"  {command}" for command in commands]
 
     def finish(self) -> None:
         """Writes the report and closes the trackers and the process group, whose threads end when the program does."""

@@ -152,6 +152,17 @@ def read_pictures(path: Path) -> Iterator[Picture]:
     yield from iio.imiter(path, plugin="pyav")
 
 
+def titled(pictures: Iterable[Picture], title: str) -> Iterator[Picture]:
+    """Yields the pictures with a title in their upper left corner."""
+    font = ImageFont.load_default(size=20)
+    for picture in pictures:
+        image = Image.fromarray(picture)
+        canvas = ImageDraw.Draw(image)
+        canvas.rectangle(canvas.textbbox((10, 6), title, font=font), fill="black")
+        canvas.text((10, 6), title, font=font, fill="white")
+        yield np.asarray(image)
+
+
 class RolloutRecorder:
     """Films the first environments of a trainer's rollouts, one tiled video per filmed iteration.
 

@@ -264,7 +264,10 @@ def test_environments_simulate_where_they_are_told_to(trainer: Any):
         (dict(save_interval=-1), "save_interval=-1 must be at least 0"),
         (dict(value_bounds=(1.0, 0.0)), "value_bounds=1.0 0.0 is no range"),
         (dict(eval_episodes_per_task=51), "episodes_per_task=51 is not possible for task 0"),
-        (dict(physics="warp"), "simulates on a GPU, and PyTorch finds no CUDA device; give --physics cpu"),
+        (
+            dict(physics="warp"),
+            "simulates on a GPU, and PyTorch finds no CUDA device; take --preset libero_spatial_laptop",
+        ),
     ],
 )
 def test_bad_arguments_stop_before_anything_is_made(

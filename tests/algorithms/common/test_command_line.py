@@ -67,7 +67,7 @@ def test_a_mistake_is_told_at_once(script: str):
     ("script", "given", "message"),
     [
         ("ppo_gr00t", "--preset demos", "invalid choice 'demos' for argument '--preset'"),
-        ("ppo_gr00t", "--preset demo --minibatch-size 7", "num_decisions=96 must be a positive multiple of minibatch_"),
+        ("ppo_gr00t", "--preset demo --minibatch-size 7", "num_decisions=256 must be a positive multiple of minibatch"),
         ("ppo_gr00t", "--preset demo --model x/y/z", "model='x/y/z' is no folder and no hub name (owner/name); give a"),
         ("grpo_gr00t", "--task-ids 12", "error: task_id=12 is not in libero_spatial (valid: 0-9)"),
         ("grpo_gr00t", "--resume nowhere", "nowhere holds no checkpoint to go on from; give the folder of a run that"),
@@ -87,7 +87,7 @@ def test_a_mistake_is_told_at_once(script: str):
         ("eval_gr00t", "--checkpoint nano --temporal-ensemble nan", "temporal_ensemble=nan must be a finite number"),
         ("eval_gr00t", "--checkpoint nano --seeds 1 1", "are asked for twice, but an episode counts once"),
         ("collect_demos", "--output docs", "docs exists; give another output, or remove it first"),
-        ("common/report", "--run docs", "docs is no folder of a run (args.json) or of an evaluation (result.json)"),
+        ("report", "--run docs", "docs is no folder of a run (args.json) or of an evaluation (result.json)"),
     ],
 )
 def test_sizes_names_and_folders_are_checked_before_anything_else(script: str, given: str, message: str):
@@ -117,8 +117,8 @@ def test_help_shows_the_values_of_the_chosen_preset():
     for preset in ("--preset demo", "--preset=demo"):
         ended, _ = run("algorithms/ppo_gr00t.py", *preset.split(), "--help")
         shown = re.sub(r"[│\s]+", " ", ended.stdout)
-        assert "Rollout-and-update rounds; schedules run over them. (default: 3)" in shown
-        assert "Discount per decision. (default: 0.99)" in shown
+        assert "Rollout-and-update rounds; schedules run over them. (default: 18)" in shown
+        assert "AdamW's decoupled weight decay. (default: 0.01)" in shown
 
 
 def test_help_may_be_cut_off_by_a_pipe():
@@ -231,3 +231,29 @@ def test_another_process_of_the_host_speaks_only_if_its_launcher_lets_it_live(
         parse(monkeypatch, "--name", "x", "--sed", "1")
     assert len(waited) == 2
     assert "Unrecognized options: --sed, 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trainer", ["ppo_gr00t", "grpo_gr00t"])
+def test_a_dry_run_tells_sizes_and_time_and_leaves_nothing(trainer: str, tmp_path: Path):
+    given = ("--preset", "demo", "--dry-run", "--num-envs", "8", "--output-dir", str(tmp_path / "runs"))
+    ended, _ = run(f"algorithms/{trainer}.py", *given)
+    assert ended.returncode == 0, ended.stderr
+    told = dict(re.findall(r"^(\S.*?)  +([\d.,]+)", ended.stdout, re.MULTILINE))
+    assert told["environments"] == "8"
+    assert told["iterations"] == {"ppo_gr00t": "18", "grpo_gr00t": "22"}[trainer]
+    assert (
+        told["env-steps of an iteration" if trainer == "ppo_gr00t" else "env-steps at most"]
+        == ({"ppo_gr00t": "640", "grpo_gr00t": "1,280"}[trainer])
+    )
+    for measured in ("parameters", "env-steps/s in a rollout", "memory of a process", "rollout", "update"):
+        assert float(told[measured].replace(",", "")) > 0
+    assert re.search(r"time to the end +\d+ h \d\d min", ended.stdout)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_preset_for_a_gpu_names_the_one_that_fits():
+    ended, _ = run("algorithms/ppo_gr00t.py", "--preset", "libero_spatial_nano", CUDA_VISIBLE_DEVICES="")
+    assert ended.returncode == 2
+    assert "take --preset libero_spatial_laptop, which fits two cores" in ended.stderr
+    ended, _ = run("algorithms/ppo_gr00t.py", "--num-envs", "8", "--num-steps", "24")
+    assert "--minibatch-size 192" in ended.stderr

@@ -3,13 +3,14 @@
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from algorithms.common import report
+from algorithms.common import charts, report
 from algorithms.common.episode_log import EvalEpisode
 from algorithms.common.evaluation import EvalResult
 from algorithms.common.report import duration, read_metrics, write_report
@@ -117,7 +118,8 @@ def test_the_headline_and_the_facts(run: Path):
     texts = page(run).texts
     for expected in (
         "45.0 %", "25.8 % to 65.8 % of 20",  # 9 of 20
-        "55.0 %", "mean of the last 10 iterations", "of 50", "1000", "1 h 01 min", "20 env-steps/s",
+        "55.0 %", "mean of the last 10 iterations", "of 50", "1000",
+        "1 h 03 min", "20 env-steps/s, 2 min 30 s of it evaluations",
         "libero_goal · nano · commit 0123456789ab", "a processor", "one, two", "3.12.1", "2.9.9", "[0, 3]",
     ):  # fmt: skip
         assert expected in texts, expected
@@ -153,13 +155,16 @@ def test_curves_are_grouped_and_tasks_share_a_heatmap(run: Path):
     shown = page(run)
     titles = [t for t in shown.texts if t in report.GROUP_TITLES.values()]
     assert titles == ["Episodes of training", "Policy update", "Throughput", "Time (s)"]
+    assert shown.texts.count("Constant") == 2  # what never changes has no picture
+    assert {"SPS", "total_s", "366"} <= set(shown.texts)
+    assert shown.texts.count("environment steps") == 4  # a tile, two curves, the heatmap
     assert "loss" in shown.texts
     assert "explained_variance" not in shown.texts  # never a number
     assert "success_once by task" in shown.texts
     assert not any("task_3" in t for t in shown.texts if "state" not in t)
     labels = [str(picture["aria-label"]) for picture in shown.named("svg")]
     assert "env/success_once by task" in labels
-    assert len(set(labels)) == len(labels) == 6  # four curves, the evaluations, the heatmap
+    assert len(set(labels)) == len(labels) == 4  # two curves, the evaluations, the heatmap
 
 
 def test_videos_are_embedded_up_to_a_limit(run: Path):
@@ -216,3 +221,38 @@ def test_names_inside_the_page_are_used_once(run: Path):
 
 def test_times_are_short():
     assert [duration(s) for s in (41.4, 200, 7500)] == ["41 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_several_runs_are_one_page(run: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    args = json.loads((other / "args.json").read_text())
+    (other / "args.json").write_text(json.dumps(args | {"learning_rate": 0.25}))
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"charts/SPS": 40.0, "actor/loss": 2.0 / line["iteration"]} for line in lines[:5]]
+    (other / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    path = report.main(report.Args(run=(run, other)))
+    assert path == tmp_path / "comparison.html"
+    shown = Page(path.read_text())
+    assert {"2 runs", "ppo_<1>", "other", "line: blue", "line: green", "learning_rate", "0.25", "null"} <= set(
+        shown.texts
+    )
+    assert "note" not in shown.texts  # the same in both
+    assert "last 0.1, 0.4" in shown.texts
+    labels = [str(picture["aria-label"]) for picture in shown.named("svg")]
+    assert labels == ["env/success_once", "actor/loss", "charts/SPS"]  # constant, but not the same
+    assert path.read_text().count('<g class="curve">') == 6
+
+    with pytest.raises(ValueError, match="names a folder twice"):
+        report.main(report.Args(run=(run, run)))
+    with pytest.raises(ValueError, match="is for several runs"):
+        report.main(report.Args(run=(run,), output=tmp_path / "x.html"))
+
+
+def test_counts_have_whole_ticks():
+    texts = [
+        t.strip() for t in re.findall(r"<text[^>]*>([^<]*)</text>", charts.curve([1, 2, 3], [1, 2, 2], "episodes"))
+    ]
+    assert "1.5" not in texts
+    assert {"1", "2"} <= set(texts)

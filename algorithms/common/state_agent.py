@@ -1,0 +1,150 @@
+"""A small flow policy on the robot's state, for what has to run in minutes on a CPU: `--model state`.
+
+It sees no images and no instruction, but acts, explores and is scored by the flow sampler that the GR00T agent uses:
+the trainers' code is the same to the last line. Shape legend: B observations, C executed actions, N denoising steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gr00t_agent.files import whole_file
+from gr00t_agent.sampler import FlowSampler, Prediction
+from libero_gym.conventions import ACTION_DIM
+
+STATE_KEYS = tuple(f"state.{name}" for name in ("x", "y", "z", "roll", "pitch", "yaw", "gripper"))
+
+
+class ChainAction(NamedTuple):
+    """A denoising chain [B, N+1, C, 7], its stochastic step [B], and what the environment takes [B, C, 7]."""
+
+    chain: Tensor
+    denoise_index: Tensor
+    env_action: Tensor
+
+
+class StateFlowAgent(nn.Module):
+    """A velocity network of two hidden layers on proprioception under the flow sampler, and a value network.
+
+    Untrained, its velocity draws the chain towards holding still with a closed hand.
+
+    Args:
+        num_action_chunks: C.
+        sampler: that of the GR00T agent.
+        width: of the hidden layers.
+
+    Attributes:
+        image_size: of the images that an evaluation films; the agent looks at none.
+    """
+
+    image_size = 128
+    # Position (m), axis-angle (rad) and fingers (m), brought to about unit size round where the task is done.
+    state_scale = (10.0, 10.0, 10.0, 1.0, 1.0, 1.0, 50.0, 50.0)
+
+    def __init__(self, num_action_chunks: int, sampler: FlowSampler, width: int = 64) -> None:
+        super().__init__()
+        self.sampler, self.chunk_shape = sampler, (num_action_chunks, ACTION_DIM)
+        size, state_dim = num_action_chunks * ACTION_DIM, len(self.state_scale)
+        self.velocity = nn.Sequential(
+            nn.Linear(size + state_dim + 1, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, size),
+        )
+        self.value = nn.Sequential(nn.Linear(state_dim, width), nn.SiLU(), nn.Linear(width, 1))
+        nn.init.zeros_(cast(nn.Linear, self.velocity[-1]).weight)
+        nn.init.zeros_(cast(nn.Linear, self.velocity[-1]).bias)
+        rest = torch.zeros(self.chunk_shape)
+        rest[:, -1] = 1.0  # the hand closed
+        self.register_buffer("rest", rest)
+        self.register_buffer("scale", torch.tensor(self.state_scale))
+
+    @classmethod
+    def from_args(cls, args: Any) -> StateFlowAgent:
+        """Returns the agent that a trainer's `args` ask for, with random weights.
+
+        Raises:
+            ValueError: they ask for what it has not: learned or joint noise, or a log-probability of each dimension.
+        """
+        if not args.noise_method.startswith("flow") or args.joint_logprob or args.logprob_level != "chunk":
+            raise ValueError(
+                f"model='state' has noise_method flow_sde or flow_cps (given: {args.noise_method!r}), no joint_logprob "
+                f"(given: {args.joint_logprob}) and logprob_level 'chunk' (given: {args.logprob_level!r}); leave these "
+                "at their defaults, or take --model nano"
+            )
+        sampler = FlowSampler(num_steps=args.denoising_steps, method=args.noise_method, noise_level=args.noise_level)
+        return cls(args.num_action_chunks, sampler)
+
+    def encode(self, obs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns the scaled state, float32 [B, 8], of an observation with modality keys or of an encoded one."""
+        if "state" in obs:
+            return dict(obs)
+        scale = cast(Tensor, self.scale)
+        state = torch.cat([torch.as_tensor(obs[key]) for key in STATE_KEYS], dim=-1)
+        return {"state": state.to(scale.device) * scale}
+
+    def forward(
+        self,
+        obs: Mapping[str, Any],
+        action: ChainAction | None = None,
+        *,
+        generator: Sequence[torch.Generator] = (),
+        noise_anneal: float = 1.0,
+    ) -> tuple[ChainAction, Tensor, Tensor, Tensor]:
+        """Samples a chunk, or scores a stored one; see `gr00t_agent.protocol.Agent`."""
+        velocity = self._velocity(obs)
+        if action is None:
+            normal = torch.stack([torch.randn((2, *self.chunk_shape), generator=one) for one in generator])
+            normal = normal.to(self._device)  # [B, 2, C, 7]
+            index = torch.cat([self.sampler.draw_index(1, self._device, one) for one in generator])
+            noise = normal[:, 1].expand(self.sampler.num_steps, *normal[:, 1].shape)
+            chain, scores = self.sampler.sample(
+                velocity, normal[:, 0], index, step_noise=noise, noise_anneal=noise_anneal
+            )
+            action = ChainAction(chain, index, chain[:, -1].clamp(-1, 1))
+        else:
+            scores = self.sampler.evaluate(velocity, action.chain, action.denoise_index, noise_anneal=noise_anneal)
+        entropy = scores.entropy.expand_as(scores.log_prob).flatten(1).sum(1)
+        return action, scores.log_prob.flatten(1).sum(1), entropy, self.get_value(obs)
+
+    @torch.no_grad()
+    def predict(self, obs: Mapping[str, Any], *, generator: Sequence[torch.Generator]) -> Tensor:
+        """Returns chunks [B, C, 7] without exploration; a generator a row draws the noise that they begin with."""
+        noise = torch.stack([torch.randn(self.chunk_shape, generator=one) for one in generator]).to(self._device)
+        return self.sampler.denoise(self._velocity(obs), noise).clamp(-1, 1)
+
+    def get_value(self, obs: Mapping[str, Any]) -> Tensor:
+        """Returns state values [B]."""
+        return self.value(self.encode(obs)["state"])[:, 0]
+
+    def param_groups(self, lr: float, value_lr: float) -> list[dict[str, Any]]:
+        """Returns optimiser groups."""
+        policy, value = list(self.velocity.parameters()), list(self.value.parameters())
+        return [{"name": "policy", "params": policy, "lr": lr}, {"name": "value", "params": value, "lr": value_lr}]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes the weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / "model.safetensors") as temporary:
+            save_file(dict(self.state_dict()), temporary)
+
+    @property
+    def _device(self) -> torch.device:
+        return cast(Tensor, self.rest).device
+
+    def _velocity(self, obs: Mapping[str, Any]) -> Any:
+        state, num_steps = self.encode(obs)["state"], self.sampler.num_steps
+
+        def velocity(x: Tensor, step: Tensor) -> Prediction:
+            tau = (step / num_steps)[:, None]
+            learned = self.velocity(torch.cat([x.flatten(1), state, tau], 1)).view_as(x)
+            return Prediction(cast(Tensor, self.rest) - x + learned, None)
+
+        return velocity
