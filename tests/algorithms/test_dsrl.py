@@ -409,7 +409,7 @@ def test_functions_that_ppo_has_too_are_the_same():
 
     ppo, dsrl = functions("ppo"), functions("dsrl")
     same = {name for name in ppo.keys() & dsrl.keys() if ppo[name] == dsrl[name]}
-    assert same == {"num_decisions", "evaluates", "saves", "score", "make_envs"}
+    assert same == {"num_decisions", "evaluates", "saves", "score"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from libero_gym.vector import LiberoVectorEnv
 
 
 def make(num_envs: int = 2, steps: tuple[int, ...] = (3, 6), **options: Any) -> NearGoalVectorEnv:
+    options = {"autoreset_mode": AutoresetMode.SAME_STEP, **options}
     envs = LiberoVectorEnv("libero_goal", num_envs, task_ids=[0], observe_images=False, **options)
     return NearGoalVectorEnv(envs, steps_before_success=steps, num_init_states=2)
 
