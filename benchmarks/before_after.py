@@ -21,6 +21,7 @@ from typing import Any, cast, get_args
 
 import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -84,7 +85,10 @@ class FilmedEnvs(gym.vector.VectorWrapper):
 
 def film(args: Args, jobs: Sequence[tuple[int, int]]) -> list[list[Frame]]:
     """Runs the (task id, initial state id) of `jobs` side by side and returns the frames of each."""
-    agent = Gr00tAgent.load(args.checkpoint).to(args.device).eval()
+    if args.checkpoint is None:
+        raise ValueError("there is no checkpoint to film; give --checkpoint")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    agent = Gr00tAgent.load(args.checkpoint).to(device).eval()
     with closing(FilmedEnvs(make_envs(args, len(jobs), agent.policy.num_action_chunks, agent.image_size))) as envs:
         evaluate(agent, envs, jobs, seed=args.seeds)  # with an environment for each job, they start in this order
     return envs.frames
