@@ -237,7 +237,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     @property
     def task_ids(self) -> tuple[int, ...]:
         """Tasks that episodes are sampled from."""
-        return tuple(task.task_id for task in self._tasks)
+        return tuple(task_number(self.options.suite, task) for task in self._tasks)
 
     @property
     def task_description(self) -> str:

@@ -29,7 +29,14 @@ from libero_gym.physics import warp_kernels as kernels
 from libero_gym.physics.simulation import PhysicsError
 from libero_gym.physics.states import read_task
 from libero_gym.physics.warp_loading import load_modules
-from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds, choose_device, raise_on_faults, state_identity
+from libero_gym.physics.warp_worlds import (
+    WarpOptions,
+    WarpWorlds,
+    check_tasks,
+    choose_device,
+    raise_on_faults,
+    state_identity,
+)
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
 from libero_gym.rendering.raycast import DevicePoses
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates
@@ -118,7 +125,8 @@ class GroupedWarpWorlds(Uncopied):
         self._num_chunks = num_action_chunks
         tasks_of_scene: dict[str, list[TaskSpec]] = {}
         scenes: dict[str, Scene] = {}
-        for task, scene in zip(tasks, load_scenes(tasks), strict=True):
+        scene_of_task = dict(zip(tasks, load_scenes(tasks), strict=True))
+        for task, scene in scene_of_task.items():
             tasks_of_scene.setdefault(scene.key, []).append(task)
             scenes[scene.key] = scene
         self._groups = [
@@ -132,7 +140,8 @@ class GroupedWarpWorlds(Uncopied):
             )
             for key, members in tasks_of_scene.items()
         ]
-        self._group_of_task = {task: i for i, group in enumerate(self._groups) for task in group.tasks}
+        group_of_scene = {key: i for i, key in enumerate(tasks_of_scene)}
+        self._group_of_task = {task: group_of_scene[scene.key] for task, scene in scene_of_task.items()}
 
         # Where each world is; -1 where it was never reset.
         self._group_ids = np.full(num_worlds, -1, np.int64)
@@ -314,10 +323,7 @@ class GroupedWarpWorlds(Uncopied):
 
     def _find_groups(self, tasks: Sequence[TaskSpec]) -> IntArray:
         """Return the group of each task, int64 [len(tasks)]."""
-        unknown = sorted({f"{task.suite}/{task.task_id}" for task in tasks if task not in self._group_of_task})
-        if unknown:
-            valid = [f"{task.suite}/{task.task_id}" for task in self.tasks]
-            raise ValueError(f"tasks {unknown} are not among those of these worlds (valid: {valid})")
+        check_tasks(tasks, self._group_of_task)
         return np.array([self._group_of_task[task] for task in tasks], np.int64)
 
     def _split(self, world_ids: IntArray) -> list[tuple[_Group, IntArray]]:

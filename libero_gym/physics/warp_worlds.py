@@ -30,7 +30,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -407,7 +407,7 @@ class WarpWorlds(Uncopied):
             ValueError: a task is not among the scene's tasks given to the constructor.
             FileNotFoundError: states of this kind are not recorded for the suite.
         """
-        self._check_tasks([start.task for start in starts])
+        check_tasks([start.task for start in starts], self._task_index)
         return self._start_values(starts, init_states)
 
     def upload_starts(self, rows: IntArray, values: dict[str, Any], *, settles: bool) -> None:
@@ -494,7 +494,7 @@ class WarpWorlds(Uncopied):
         layout = IDENTITY | self._state_layout
         check_keys(state, layout)
         task = check_scene(state, self.scene)
-        self._check_tasks([task])
+        check_tasks([task], self._task_index)
         return task, check_entries(state, layout)
 
     def write_row(self, row: int, task: TaskSpec, state: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -516,12 +516,6 @@ class WarpWorlds(Uncopied):
         if task is None:
             raise ValueError("reset() must be called first")
         return state_identity(self.scene, task, int(self._init_state_ids[world_id]))
-
-    def _check_tasks(self, tasks: Sequence[TaskSpec]) -> None:
-        unknown = sorted({f"{task.suite}/{task.task_id}" for task in tasks if task not in self._task_index})
-        if unknown:
-            valid = [f"{task.suite}/{task.task_id}" for task in self.tasks]
-            raise ValueError(f"tasks {unknown} are not among those of these worlds (valid: {valid})")
 
     def _state_arrays(self) -> dict[str, Any]:
         """Arrays with leading dimension N that make up the worlds' states."""
@@ -735,6 +729,14 @@ def choose_device(device: str | None) -> str:
     if chosen not in list_devices():
         raise ValueError(f"Warp has no device {chosen!r} (valid: {list_devices()})")
     return chosen
+
+
+def check_tasks(tasks: Sequence[TaskSpec], known: Collection[TaskSpec]) -> None:
+    """Raise ValueError unless all of `tasks` are among `known`, the tasks that worlds can be reset to."""
+    unknown = sorted({f"{task.suite}/{task.task_id}" for task in tasks if task not in known})
+    if unknown:
+        valid = [f"{task.suite}/{task.task_id}" for task in known]
+        raise ValueError(f"tasks {unknown} are not among those of these worlds (valid: {valid})")
 
 
 def raise_on_faults(has_diverged: BoolArray, overflow: npt.NDArray[np.int32]) -> None:

@@ -247,6 +247,13 @@ def test_default_horizon_is_that_of_the_tasks_own_suite(suite, task_id, horizon)
     assert [env.step(np.zeros(7, np.float32))[3] for _ in range(2)] == [False, True]
 
 
+def test_tasks_of_a_combined_suite_are_numbered_in_it():
+    env = _make("libero_40", task_ids=[25, 39])
+    assert env.task_ids == (25, 39)
+    with pytest.raises(ValueError, match=r"task_id=5 was asked of an environment made for task_ids=\[25, 39\]"):
+        env.reset(options={"task_id": 5})
+
+
 @pytest.mark.parametrize(
     ("reward", "expected"), [("sparse", [0.0, 1.0, 1.0, 0.0]), ("relative", [0.0, 1.0, 0.0, -1.0])]
 )
