@@ -251,7 +251,7 @@ def copy(requests, _):
             shutil.copy(os.path.join({source!r}, name), request["folder"])
 
 scenes._run_builder = copy
-scenes._compile = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+scenes._compile_physics = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 scenes.load_scene(get_task("libero_goal", 0))
 """
 
