@@ -124,7 +124,7 @@ def test_the_ray_caster_looks_like_the_installed_mujoco_where_asked(recorded):
     renderer.close()
 
 
-# OpenGL lives in a process of its own, one for each picture: PyOpenGL binds to one platform. All draw one compiled model.
+# OpenGL lives in a process of its own for each kind: PyOpenGL binds to one platform. All kinds draw one compiled model.
 GL_PICTURES = """
 import os, sys
 import numpy as np
