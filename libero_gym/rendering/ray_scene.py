@@ -267,6 +267,8 @@ def _geom_triangles(model: mujoco.MjModel, geom: int, texture: int) -> _Triangle
         triangles = _box(model, size)
     elif kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
         triangles = _cylinder(model, np.array([size[0], size[0], size[1]], dtype=np.float32))
+    elif kind == mujoco.mjtGeom.mjGEOM_CAPSULE:
+        triangles = _capsule(model, radius=float(size[0]), half_length=float(size[1]))
     elif kind == mujoco.mjtGeom.mjGEOM_PLANE:
         triangles = _plane(size)
     else:
@@ -277,7 +279,14 @@ def _geom_triangles(model: mujoco.MjModel, geom: int, texture: int) -> _Triangle
     repeat = model.mat_texrepeat[material].astype(np.float32)
     is_uniform = bool(model.mat_texuniform[material])
     is_mesh = kind == mujoco.mjtGeom.mjGEOM_MESH
-    if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
+    if kind == mujoco.mjtGeom.mjGEOM_CAPSULE:
+        if model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D or is_uniform:
+            raise ValueError(
+                f"geom {geom} is a capsule with a flat or uniform texture, which the ray caster cannot draw; give its "
+                "material a cube map without texuniform, or none"
+            )
+        coords = triangles.texture_coords
+    elif model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
         # A cube map is looked up by the position on the unit shape.
         scale = np.ones(3, np.float32) if is_uniform or is_mesh else np.where(size > 0, size, 1)
         if kind == mujoco.mjtGeom.mjGEOM_CYLINDER and not is_uniform:
@@ -364,6 +373,22 @@ def _cylinder(model: mujoco.MjModel, size: FloatArray) -> _Triangles:
         cap_coords = np.stack([0.5 + 0.5 * cap[..., 0], 0.5 + 0.5 * cap[..., 1], np.zeros_like(radii)], axis=-1)
         patch = (cap * size, cap_normals, cap_coords)
         patches.append(_grid(*patch) if sign < 0 else _grid(*(np.swapaxes(array, 0, 1) for array in patch)))
+    return _merge(patches)
+
+
+def _capsule(model: mujoco.MjModel, *, radius: float, half_length: float) -> _Triangles:
+    """A tube and two half spheres; their texture coordinates are points of the unit tube and the unit sphere."""
+    slices, stacks = model.vis.quality.numslices, model.vis.quality.numstacks
+    angles = 2 * np.pi * np.arange(slices + 1) / slices
+    z, angle = np.meshgrid(np.linspace(-1.0, 1.0, stacks + 1), angles, indexing="ij")
+    unit = np.stack([np.cos(angle), np.sin(angle), z], axis=-1)
+    normals = np.stack([np.cos(angle), np.sin(angle), np.zeros_like(z)], axis=-1)
+    patches = [_grid(unit * [radius, radius, half_length], normals, unit)]
+    quarter = 0.5 * np.pi
+    for sign, latitudes in ((1.0, (0.0, quarter)), (-1.0, (-quarter, 0.0))):
+        latitude, angle = np.meshgrid(np.linspace(*latitudes, stacks // 2 + 1), angles, indexing="ij")
+        unit = np.stack([np.cos(latitude) * np.cos(angle), np.cos(latitude) * np.sin(angle), np.sin(latitude)], axis=-1)
+        patches.append(_grid(unit * radius + [0.0, 0.0, sign * half_length], unit, unit))
     return _merge(patches)
 
 
