@@ -15,7 +15,6 @@ from benchmarks import learning
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import train
 
-
 # Where less is left to do, episodes are shorter and fewer of them teach it.
 NEARER: dict[str, Any] = dict(steps_before_success=(4, 6), horizon=15)
 
