@@ -31,6 +31,8 @@ SHININESS_SCALE = 128.0
 # Surfaces less opaque than this are left out: rays do not blend.
 MIN_ALPHA = 0.5
 MAX_MIP_LEVELS = 14
+# Images of 256 pixels never look at finer levels than those of textures of this size, texels.
+MAX_TEXTURE_SIZE = 1024
 
 TEXTURE_2D, TEXTURE_CUBE = 0, 1
 
@@ -123,7 +125,7 @@ def build_ray_scene(
     model: mujoco.MjModel,
     camera_names: tuple[str | Camera, ...],
     *,
-    max_texture_size: int = 1024,
+    max_texture_size: int = MAX_TEXTURE_SIZE,
     lit_sites: tuple[int, ...] = (),
     reflections: bool = True,
     texture_colorspace: TextureColorspace = "linear",
@@ -133,8 +135,7 @@ def build_ray_scene(
     Args:
         model: A model with visual geoms and textures.
         camera_names: Cameras to render, in order.
-        max_texture_size: Larger textures are halved until they fit. Images of 256 pixels never look at the
-            finer mipmap levels that this drops.
+        max_texture_size: Larger textures are halved until they fit.
         lit_sites: Sites that are drawn while they are lit.
         reflections: Whether the first reflective plane or box mirrors.
         texture_colorspace: Whether textures tagged as sRGB are decoded, see `libero_gym.rendering.textures`.
@@ -419,25 +420,13 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
     end = 1
     for texture in range(model.ntex):
         is_2d = model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D
-        height, width, channels = (
-            int(array[texture]) for array in (model.tex_height, model.tex_width, model.tex_nchannel)
-        )
-        start = int(model.tex_adr[texture])
-        if texture in used or texture == skybox:
-            data = model.tex_data[start : start + height * width * channels].reshape(height, width, channels)
-        else:
-            data = np.zeros((1, 1, channels), np.uint8)
-            height, width = 1, 1
-        count = 6 if not is_2d and height == 6 * width else 1
-        pixels = data[..., :3].reshape(count, height // count, width, 3)
-        pixels = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))  # [3, faces, height, width]
-        while max(pixels.shape[2:]) > max_size:
-            pixels = _halve_bytes(pixels)
+        is_seen = texture in used or texture == skybox
+        pixels = small_texture(model, texture, max_size) if is_seen else np.zeros((3, 1, 1, 1), np.uint8)
         values = pixels.astype(np.float32)
         if is_decoded[texture]:
             values = _srgb_to_linear(values / 255) * 255
         kinds.append(TEXTURE_2D if is_2d else TEXTURE_CUBE)
-        faces.append(count)
+        faces.append(pixels.shape[1])
         sizes.append(values.shape[3:1:-1])
         num_levels = 0
         for level in range(MAX_MIP_LEVELS):
@@ -459,6 +448,20 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
         "texels": np.concatenate(chunks),
         "skybox": skybox,
     }
+
+
+def small_texture(model: mujoco.MjModel, texture: int, max_size: int) -> NDArray[np.uint8]:
+    """Returns a texture of a compiled model, [3, faces, height, width], halved until a face fits `max_size`, texels."""
+    height, width, channels = (int(array[texture]) for array in (model.tex_height, model.tex_width, model.tex_nchannel))
+    first = int(model.tex_adr[texture])
+    data = model.tex_data[first : first + height * width * channels].reshape(height, width, channels)
+    is_2d = model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D
+    count = 6 if not is_2d and height == 6 * width else 1
+    faces = data[..., :3].reshape(count, height // count, width, 3)
+    pixels = np.ascontiguousarray(np.moveaxis(faces, -1, 0))
+    while max(pixels.shape[2:]) > max_size:
+        pixels = _halve_bytes(pixels)
+    return pixels
 
 
 def _halve(pixels: NDArray[np.uint8] | FloatArray) -> FloatArray:
