@@ -81,7 +81,7 @@ def _keep(file: Path, model: mujoco.MjModel, texture: int) -> dict[str, npt.NDAr
     """Halves a texture of a compiled model, writes it in one step and returns what `_read` does."""
     pixels = small_texture(model, texture, MAX_TEXTURE_SIZE)  # [3, faces, height, width]
     colorspace = model.tex_colorspace[texture] if installed_colorspace() == "auto" else 0
-    arrays = {
+    arrays: dict[str, Any] = {
         "pixels": np.moveaxis(pixels, 0, -1).reshape(-1, pixels.shape[-1], 3),
         "colorspace": np.array(colorspace, np.int64),
     }
