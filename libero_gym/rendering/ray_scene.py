@@ -356,14 +356,24 @@ def _box(model: mujoco.MjModel, size: FloatArray) -> _Triangles:
     return _merge(patches)
 
 
+def _angles(model: mujoco.MjModel) -> FloatArray:
+    """Angles at which MuJoCo cuts what is round, from 0 to 2 pi."""
+    slices = model.vis.quality.numslices
+    return 2 * np.pi * np.arange(slices + 1) / slices
+
+
+def _tube(model: mujoco.MjModel) -> tuple[FloatArray, FloatArray]:
+    """Points and normals [stacks + 1, slices + 1, 3] of a tube of radius 1 from z = -1 to 1."""
+    z, angle = np.meshgrid(np.linspace(-1.0, 1.0, model.vis.quality.numstacks + 1), _angles(model), indexing="ij")
+    points = np.stack([np.cos(angle), np.sin(angle), z], axis=-1)
+    return points, points * [1.0, 1.0, 0.0]
+
+
 def _cylinder(model: mujoco.MjModel, size: FloatArray) -> _Triangles:
-    slices, stacks = model.vis.quality.numslices, model.vis.quality.numstacks
-    angles = 2 * np.pi * np.arange(slices + 1) / slices
-    heights = np.linspace(-1.0, 1.0, stacks + 1)
-    z, angle = np.meshgrid(heights, angles, indexing="ij")
-    side = np.stack([np.cos(angle), np.sin(angle), z], axis=-1)
-    side_normals = np.stack([np.cos(angle), np.sin(angle), np.zeros_like(z)], axis=-1)
-    side_coords = np.stack([angle / (2 * np.pi), 0.5 * (1 - z), np.zeros_like(z)], axis=-1)
+    stacks, angles = model.vis.quality.numstacks, _angles(model)
+    side, side_normals = _tube(model)
+    around = np.broadcast_to(angles / (2 * np.pi), side.shape[:2])
+    side_coords = np.stack([around, 0.5 * (1 - side[..., 2]), np.zeros_like(around)], axis=-1)
     patches = [_grid(side * size, side_normals, side_coords)]
     radii, angle = np.meshgrid(np.linspace(0.0, 1.0, stacks // 2 + 1), angles, indexing="ij")
     for sign in (-1.0, 1.0):
@@ -378,11 +388,8 @@ def _cylinder(model: mujoco.MjModel, size: FloatArray) -> _Triangles:
 
 def _capsule(model: mujoco.MjModel, *, radius: float, half_length: float) -> _Triangles:
     """A tube and two half spheres; their texture coordinates are points of the unit tube and the unit sphere."""
-    slices, stacks = model.vis.quality.numslices, model.vis.quality.numstacks
-    angles = 2 * np.pi * np.arange(slices + 1) / slices
-    z, angle = np.meshgrid(np.linspace(-1.0, 1.0, stacks + 1), angles, indexing="ij")
-    unit = np.stack([np.cos(angle), np.sin(angle), z], axis=-1)
-    normals = np.stack([np.cos(angle), np.sin(angle), np.zeros_like(z)], axis=-1)
+    stacks, angles = model.vis.quality.numstacks, _angles(model)
+    unit, normals = _tube(model)
     patches = [_grid(unit * [radius, radius, half_length], normals, unit)]
     quarter = 0.5 * np.pi
     for sign, latitudes in ((1.0, (0.0, quarter)), (-1.0, (-quarter, 0.0))):

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import numpy.typing as npt
 
 from libero_gym.rendering.ray_scene import MAX_TEXTURE_SIZE, small_texture
 from libero_gym.rendering.textures import installed_colorspace
-from libero_gym.tasks.cache import cache_dir, digest_file
+from libero_gym.tasks.cache import cache_dir, digest_file, publish_file
 from libero_gym.tasks.scenes import Scene
 
 _FORMAT = 1
@@ -86,10 +84,5 @@ def _keep(file: Path, model: mujoco.MjModel, texture: int) -> dict[str, npt.NDAr
         "colorspace": np.array(colorspace, np.int64),
     }
     file.parent.mkdir(exist_ok=True)
-    staging = file.with_name(f".{file.stem}.{os.getpid()}.{secrets.token_hex(4)}.npz")
-    try:
-        np.savez(staging, **arrays)
-        staging.replace(file)
-    finally:
-        staging.unlink(missing_ok=True)
+    publish_file(file, lambda staging: np.savez(staging, **arrays))
     return arrays

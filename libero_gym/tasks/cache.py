@@ -152,6 +152,22 @@ def note_files(folder: Path) -> None:
     _write_manifest(folder, noted)
 
 
+def publish_file(file: Path, write: Callable[[Path], Any]) -> None:
+    """Put a file into a folder of the cache in one step: readers see all of it or nothing.
+
+    Args:
+        file: Where it shall be; its folder exists.
+        write: Writes the file that it is given the path of.
+    """
+    # Beside the folder, whose files may be being noted.
+    staging = file.parent.with_name(f".{file.parent.name}.{os.getpid()}.{secrets.token_hex(4)}{file.suffix}")
+    try:
+        write(staging)
+        staging.replace(file)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def _is(path: Path, size: int, digest: str) -> bool:
     return path.is_file() and path.stat().st_size == size and digest_file(path) == digest
 
@@ -172,11 +188,5 @@ def _read_manifest(folder: Path) -> dict[str, list[Any]]:
 
 
 def _write_manifest(folder: Path, noted: dict[str, list[Any]]) -> None:
-    if noted == _read_manifest(folder):
-        return
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        staging.write_text(json.dumps(noted), encoding="utf-8")
-        staging.replace(folder / MANIFEST_FILE)
-    finally:
-        staging.unlink(missing_ok=True)
+    if noted != _read_manifest(folder):
+        publish_file(folder / MANIFEST_FILE, lambda staging: staging.write_text(json.dumps(noted), encoding="utf-8"))
