@@ -369,7 +369,8 @@ def make_envs(
         autoreset_mode=autoreset_mode,
     )
     if args.physics == "warp":
-        options |= dict(physics="warp")
+        # Images stay on the GPU, where the agent wants them.
+        options |= dict(physics="warp", images_as_torch=True)
     else:
         options |= dict(stepping=args.stepping)
         if args.pipeline_stage_num > 1:

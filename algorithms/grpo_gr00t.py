@@ -42,9 +42,9 @@ from algorithms.common.args import (
     check_at_least,
     check_entropy_bonus,
     check_folders,
-    check_hold,
     check_near_goal,
     check_physics,
+    check_schedule,
     check_sizes,
     share_of_process,
 )
@@ -130,6 +130,9 @@ class Args:
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of matrix products; the checkpoint's own if not given. Trained weights and
     log-probabilities are float32."""
+    tf32: bool = False
+    """Multiply float32 matrices by a GPU's TensorFloat-32 units: much faster, with 10 bits of their
+    factors' fractions instead of 23."""
     compile: bool = False
     """Compile the network with torch.compile; the first iterations then take minutes longer."""
 
@@ -261,7 +264,7 @@ def check_args(args: Args) -> None:
     check_sizes(args, "num_envs", "micro_batch_size")
     check_folders(args, STATE_MODEL)
     check_near_goal(args)
-    check_hold(args.lr_schedule, args.lr_hold)
+    check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:
         raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
     if args.eval_episodes_per_task > 0:
@@ -335,7 +338,8 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
     )
     options |= dict(image_size=image_size) if image_size else dict(observe_images=False)
     if args.physics == "warp":
-        options |= dict(physics="warp")
+        # Images stay on the GPU, where the agent wants them.
+        options |= dict(physics="warp", images_as_torch=bool(image_size))
     else:
         options |= dict(stepping=args.stepping)
         if args.pipeline_stage_num > 1:
@@ -484,6 +488,7 @@ def main(
     """
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     device, num_processes = accelerator.device, accelerator.num_processes
     is_main = accelerator.is_main_process
     num_envs = share_of_process(args, "num_envs", num_processes)

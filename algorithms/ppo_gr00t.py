@@ -53,9 +53,9 @@ from algorithms.common.args import (
     check_at_least,
     check_entropy_bonus,
     check_folders,
-    check_hold,
     check_near_goal,
     check_physics,
+    check_schedule,
     check_sizes,
     exact_quotient,
     share_of_process,
@@ -149,6 +149,9 @@ class Args:
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of matrix products; the checkpoint's own if not given. Trained weights and
     log-probabilities are float32."""
+    tf32: bool = False
+    """Multiply float32 matrices by a GPU's TensorFloat-32 units: much faster, with 10 bits of their
+    factors' fractions instead of 23."""
     compile: bool = False
     """Compile the network with torch.compile; the first iterations then take minutes longer."""
 
@@ -176,6 +179,10 @@ class Args:
     values clipped to it, so that an overestimate cannot feed itself."""
     norm_adv: bool = True
     """Normalise advantages over the iteration's decisions of all processes."""
+    center_adv_by_task: bool = False
+    """Subtract each task's own mean from its advantages. While the critic cannot tell tasks apart
+    yet, every decision of one that often fails looks bad, and what succeeds there now and then would
+    be forgotten."""
 
     # --- optimisation ---
     learning_rate: float = 5e-6
@@ -345,7 +352,7 @@ def check_args(args: Args) -> None:
     exact_quotient(args, "minibatch_size", "micro_batch_size")
     check_folders(args, STATE_MODEL)
     check_near_goal(args)
-    check_hold(args.lr_schedule, args.lr_hold)
+    check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:
         raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
     if args.eval_episodes_per_task > 0:
@@ -373,6 +380,7 @@ from torch import Tensor, nn
 
 from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.dry_run import measure
+from algorithms.common.episodes import played_tasks
 from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
 from algorithms.common.features import FeatureStore
 from algorithms.common.frozen import StartPolicy, store_frozen_as
@@ -381,6 +389,7 @@ from algorithms.common.processes import (
     clip_grad_norm,
     explained_variance,
     for_all,
+    group_means,
     make_accelerator,
     mean_and_variance,
     over_processes,
@@ -428,7 +437,8 @@ def make_envs(
     )
     options |= dict(image_size=image_size) if image_size else dict(observe_images=False)
     if args.physics == "warp":
-        options |= dict(physics="warp")
+        # Images stay on the GPU, where the agent wants them.
+        options |= dict(physics="warp", images_as_torch=bool(image_size))
     else:
         options |= dict(stepping=args.stepping)
         if args.pipeline_stage_num > 1:
@@ -619,6 +629,7 @@ def main(
     """
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     device, num_processes = accelerator.device, accelerator.num_processes
     is_main = accelerator.is_main_process
     num_envs = share_of_process(args, "num_envs", num_processes)
@@ -800,6 +811,7 @@ def main(
             episode_lengths = torch.zeros(
                 (args.num_steps, num_envs), dtype=torch.long
             )  # at its end
+            task_ids = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
             final_obs: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
 
             for step in range(args.num_steps + 1):
@@ -816,6 +828,9 @@ def main(
                         ended[step - 1, stage.rows] = torch.from_numpy(is_end)
                         num_executed = torch.from_numpy(outcome.infos["num_steps"])
                         executed_steps[step - 1, stage.rows] = num_executed
+                        if args.center_adv_by_task:
+                            played = played_tasks(outcome.infos, is_end)
+                            task_ids[step - 1, stage.rows] = torch.from_numpy(played)
                         if is_end.any():
                             lengths = torch.from_numpy(
                                 outcome.infos["final_info"]["episode_length"]
@@ -881,10 +896,12 @@ def main(
                 args.gae_lambda,
             )
             returns_mean, _ = mean_and_variance(accelerator, returns)
-            advantages_mean, advantages_variance = mean_and_variance(accelerator, advantages)
+            advantages_mean, _ = mean_and_variance(accelerator, advantages)
+            if args.center_adv_by_task:
+                advantages = advantages - group_means(accelerator, advantages, task_ids.to(device))
             if args.norm_adv:
-                advantages_std = advantages_variance.sqrt()
-                advantages = ((advantages - advantages_mean) / (advantages_std + 1e-5)).float()
+                center, variance = mean_and_variance(accelerator, advantages)
+                advantages = ((advantages - center) / (variance.sqrt() + 1e-5)).float()
 
             weights = torch.ones_like(returns)
             if args.loss_weighting == "trajectory":
@@ -953,8 +970,19 @@ def main(
                         with nullcontext() if is_last else accelerator.no_sync(model):
                             features = store.get(b_obs[inds])
                             decided = index(b_actions, inds)
+                            flow_error = None
                             with accelerator.autocast():
-                                _, newlogprob, entropy, newvalue = model(features, decided, **noise)
+                                if args.imitation_coef:
+                                    _, newlogprob, entropy, newvalue, flow_error = model(
+                                        features,
+                                        decided,
+                                        flow_draws=[x[at] for x in b_flow],
+                                        **noise,
+                                    )
+                                else:
+                                    _, newlogprob, entropy, newvalue = model(
+                                        features, decided, **noise
+                                    )
                             executed = b_executed[at]
                             newlogprob = of_executed(newlogprob, executed, args.logprob_level)
                             entropy = of_executed(entropy, executed, args.logprob_level)
@@ -990,12 +1018,7 @@ def main(
                             loss = (b_weights[at] * loss).mean()
 
                             imitation_loss = torch.zeros_like(newvalue)
-                            if args.imitation_coef:
-                                noise_and_steps = [x[at] for x in b_flow]
-                                with accelerator.autocast():
-                                    flow_error = model(
-                                        features, decided, flow_draws=noise_and_steps
-                                    )
+                            if flow_error is not None:
                                 imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
                                 loss = loss + args.imitation_coef * imitation_loss.mean()
                             accelerator.backward(loss / num_micro_batches)

@@ -158,6 +158,9 @@ class Args:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of matrix products in training; weights, optimiser and the saved policy's own type
     stay."""
+    tf32: bool = False
+    """Multiply float32 matrices by a GPU's TensorFloat-32 units: much faster, with 10 bits of their
+    factors' fractions instead of 23."""
     compile: bool = False
     """Compile the network (takes minutes, then saves time)."""
 
@@ -456,6 +459,7 @@ def main(
     """Trains, evaluates, and returns the last logged metrics."""
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     if accelerator.is_fsdp2:
         raise ValueError(
             "FSDP cannot be used for fine-tuning: averages and adapters need whole weights; use DDP",

@@ -233,15 +233,15 @@ class Gr00tAgent(Pretrained):
         flow_draws: Sequence[Tensor] | None = None,
         **options: Any,
     ) -> Any:
-        """Dispatch to `get_action_and_value`, to `sft_loss` if `sft_actions` is given, or to `flow_error` if
-        `flow_draws` are.
+        """Dispatch to `get_action_and_value`, to `sft_loss` if `sft_actions` is given, or to `score_with_flow_error`
+        if `flow_draws` are.
 
         DistributedDataParallel synchronises gradients only for calls through the wrapper, that is, through here.
         """
         if sft_actions is not None:
             return self.sft_loss(obs, sft_actions, **options)
         if flow_draws is not None:
-            return self.flow_error(obs, cast(FlowAction, action), flow_draws)
+            return self.score_with_flow_error(obs, cast(FlowAction, action), flow_draws, **options)
         return self.get_action_and_value(obs, action, **options)
 
     def get_action_and_value(
@@ -276,36 +276,36 @@ class Gr00tAgent(Pretrained):
         """
         with self._without_dropout():
             context = self._context(obs)
-            value = self._value(context)
+            return self._decide_or_score(context, action, generator, noise_anneal, draws)
 
-            def velocity(x: Tensor, step: Tensor) -> Prediction:
-                return self._predict(context, x, step, noise_anneal)
+    def score_with_flow_error(
+        self, obs: Observation, action: FlowAction, flow_draws: Sequence[Tensor], *, noise_anneal: float = 1.0
+    ) -> tuple[FlowAction, Tensor, Tensor, Tensor, Tensor]:
+        """Score decided actions, and return by how much the flow misses them besides.
 
-            if action is None:
-                batch = context.state_features.shape[0]
-                if isinstance(generator, Sequence):
-                    if draws is not None:
-                        raise ValueError("a generator for each row and draws exclude each other; give one of them")
-                    draws, generator = self._draws_of_rows(generator, batch), None
-                draws = SamplingDraws() if draws is None else draws
-                noise = self._initial_noise(batch, generator) if draws.noise is None else draws.noise.to(self.device)
-                index = draws.denoise_index
-                if index is None:
-                    index = self.sampler.draw_index(batch, self.device, generator)
-                chain, scores = self.sampler.sample(
-                    velocity,
-                    noise,
-                    index.to(self.device),
-                    step_noise=draws.step_noise,
-                    generator=generator,
-                    noise_anneal=noise_anneal,
-                )
-                chain = chain.detach()
-                action = FlowAction(chain, index, self.env_action(chain[:, -1]))
-            else:
-                scores = self.sampler.evaluate(velocity, action.chain, action.denoise_index, noise_anneal=noise_anneal)
-        entropy = scores.entropy.expand_as(scores.log_prob)
-        return action, self._reduce(scores.log_prob), self._reduce(entropy), value
+        The observation is read once for both. The flow's error is flow matching's squared error of the velocity on the
+        straight line from fresh noise to the chain's end, at the times at which the policy denoises. Its gradient makes
+        what was decided more likely, whichever step was noised.
+
+        Args:
+            obs: Observation, or `encode`'s result.
+            action: Decided in it.
+            flow_draws: Standard normal noise [B, H, A] and denoising steps int64 [B] in 0 to N - 1.
+            noise_anneal: As in `get_action_and_value`.
+
+        Returns:
+            What `get_action_and_value` returns, and the error, float32 [B, C, a].
+        """
+        noise, step = flow_draws
+        target = action.chain[:, -1]
+        tau = (step.float() / self.policy.denoising_steps)[:, None, None]
+        point = (1 - tau) * noise + tau * target
+        with self._without_dropout():
+            context = self._context(obs)
+            scored = self._decide_or_score(context, action, None, noise_anneal, None)
+            velocity = self._predict(context, point, step, 1.0, learned_std=False).velocity
+        error = (velocity - (target - noise)).square()
+        return *scored, error[:, : self.policy.num_action_chunks, : self.preprocessor.action_dim]
 
     def get_value(self, obs: Observation) -> Tensor:
         """Return state values, float32 [B]."""
@@ -397,26 +397,6 @@ class Gr00tAgent(Pretrained):
         if draws is None:
             draws = self._initial_noise(len(target), generator), self._training_time(len(target), generator)
         return self.flow_matching_loss(self._context(obs), target, mask, draws)
-
-    def flow_error(self, obs: Observation, action: FlowAction, draws: Sequence[Tensor]) -> Tensor:
-        """Return by how much the flow misses decided actions: flow matching's squared error, float32 [B, C, a].
-
-        The error of the velocity on the straight line from fresh noise to the chain's end, at the times at which the
-        policy denoises. Its gradient makes what was decided more likely, whichever step was noised.
-
-        Args:
-            obs: Observation, or `encode`'s result.
-            action: Decided in it.
-            draws: Standard normal noise [B, H, A] and denoising steps int64 [B] in 0 to N - 1.
-        """
-        noise, step = draws
-        target = action.chain[:, -1]
-        tau = (step.float() / self.policy.denoising_steps)[:, None, None]
-        point = (1 - tau) * noise + tau * target
-        with self._without_dropout():
-            velocity = self._predict(self._context(obs), point, step, 1.0, learned_std=False).velocity
-        error = (velocity - (target - noise)).square()
-        return error[:, : self.policy.num_action_chunks, : self.preprocessor.action_dim]
 
     def flow_matching_loss(
         self, context: HeadContext, target: Tensor, mask: Tensor, draws: tuple[Tensor, Tensor]
@@ -521,6 +501,45 @@ class Gr00tAgent(Pretrained):
         self._begin_call()
         with self._autocast():
             return self._run_prepare(features, readable, state, self.embodiment)
+
+    def _decide_or_score(
+        self,
+        context: HeadContext,
+        action: FlowAction | None,
+        generator: NoiseSource,
+        noise_anneal: float,
+        draws: SamplingDraws | None,
+    ) -> tuple[FlowAction, Tensor, Tensor, Tensor]:
+        value = self._value(context)
+
+        def velocity(x: Tensor, step: Tensor) -> Prediction:
+            return self._predict(context, x, step, noise_anneal)
+
+        if action is None:
+            batch = context.state_features.shape[0]
+            if isinstance(generator, Sequence):
+                if draws is not None:
+                    raise ValueError("a generator for each row and draws exclude each other; give one of them")
+                draws, generator = self._draws_of_rows(generator, batch), None
+            draws = SamplingDraws() if draws is None else draws
+            noise = self._initial_noise(batch, generator) if draws.noise is None else draws.noise.to(self.device)
+            index = draws.denoise_index
+            if index is None:
+                index = self.sampler.draw_index(batch, self.device, generator)
+            chain, scores = self.sampler.sample(
+                velocity,
+                noise,
+                index.to(self.device),
+                step_noise=draws.step_noise,
+                generator=generator,
+                noise_anneal=noise_anneal,
+            )
+            chain = chain.detach()
+            action = FlowAction(chain, index, self.env_action(chain[:, -1]))
+        else:
+            scores = self.sampler.evaluate(velocity, action.chain, action.denoise_index, noise_anneal=noise_anneal)
+        entropy = scores.entropy.expand_as(scores.log_prob)
+        return action, self._reduce(scores.log_prob), self._reduce(entropy), value
 
     def _predict(
         self, context: HeadContext, x: Tensor, step: Tensor, noise_anneal: float, *, learned_std: bool = True

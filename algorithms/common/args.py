@@ -49,8 +49,16 @@ def check_at_least(args: Any, least: int, *names: str) -> None:
             raise ValueError(f"{name}={value} must be at least {least}")
 
 
-def check_hold(schedule: str, hold: float) -> None:
-    """Raises ValueError if `hold` is no part of training, or `schedule` has no use for it."""
+def check_schedule(schedule: str, target_kl: float | None, hold: float) -> None:
+    """Raises ValueError if a schedule of step sizes lacks what it follows, or is given what it has no use for.
+
+    Args:
+        schedule: `lr_schedule`.
+        target_kl: What an adaptive one follows.
+        hold: `lr_hold`, the part of training before a linear one falls.
+    """
+    if schedule == "adaptive" and (target_kl is None or target_kl <= 0):
+        raise ValueError(f"lr_schedule='adaptive' needs a positive target_kl to follow, e.g. 0.1 (given: {target_kl})")
     if not 0 <= hold < 1:
         raise ValueError(f"lr_hold={hold} is not in [0, 1): some of training must be left to fall in")
     if hold > 0 and schedule != "linear":

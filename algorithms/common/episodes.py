@@ -52,6 +52,18 @@ def finished_episodes(infos: Mapping[str, Any], ended_mask: NDArray[np.bool_]) -
     ]
 
 
+def played_tasks(infos: Mapping[str, Any], ended_mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Returns the task [N] of the episode that each environment's step was of.
+
+    Args:
+        infos: the step's infos, of environments that reset themselves in the same step.
+        ended_mask: [N], True where an episode ended: there `task_id` is the next one's.
+    """
+    if not ended_mask.any():
+        return infos["task_id"]
+    return np.where(ended_mask, infos["final_info"]["task_id"], infos["task_id"])
+
+
 def played_episodes(starts: NDArray[np.int64], success: NDArray[np.bool_], length: NDArray[np.int64]) -> list[Episode]:
     """Returns the episodes that were played from `starts` [E, 2] (task id, initial state id) to their end."""
     return [

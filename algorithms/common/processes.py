@@ -244,6 +244,22 @@ def mean_and_variance(accelerator: Accelerator, values: Tensor) -> tuple[Tensor,
     return mean, over_processes(accelerator, (values - mean).square().sum(), "sum") / total[1]
 
 
+def group_means(accelerator: Accelerator, values: Tensor, groups: Tensor) -> Tensor:
+    """Returns for each element the mean over all processes' elements of its group, shaped as `values`.
+
+    Args:
+        accelerator: Of the run.
+        values: Any shape.
+        groups: int64 like `values`, numbers from 0.
+    """
+    num_groups = int(over_processes(accelerator, groups.max(), "max")) + 1
+    sums = torch.zeros((2, num_groups), dtype=torch.float64, device=values.device)  # of values, and how many
+    sums[0].index_add_(0, groups.flatten(), values.double().flatten())
+    sums[1].index_add_(0, groups.flatten(), sums.new_ones(groups.numel()))
+    totals, counts = over_processes(accelerator, sums, "sum")
+    return (totals / counts)[groups].to(values.dtype)
+
+
 def explained_variance(accelerator: Accelerator, values: Tensor, returns: Tensor) -> float:
     """Returns 1 - Var[returns - values] / Var[returns] over all processes; NaN or -inf where returns do not vary."""
     residual, total = (mean_and_variance(accelerator, x)[1] for x in (returns - values, returns))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from algorithms.common.args import check_hold
+from algorithms.common.args import check_schedule
 
 Schedule = Literal["constant", "linear", "adaptive"]
 
@@ -30,11 +30,7 @@ class StepSizes:
     """
 
     def __init__(self, optimizer: Any, schedule: Schedule, target_kl: float | None, hold: float = 0.0) -> None:
-        if schedule == "adaptive" and (target_kl is None or target_kl <= 0):
-            raise ValueError(
-                f"lr_schedule='adaptive' needs a positive target_kl to follow, e.g. 0.1 (given: {target_kl})"
-            )
-        check_hold(schedule, hold)
+        check_schedule(schedule, target_kl, hold)
         self._optimizer, self._schedule, self._target_kl, self._hold = optimizer, schedule, target_kl, hold
         self._start = [group["lr"] for group in optimizer.param_groups]
 

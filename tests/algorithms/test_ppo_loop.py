@@ -10,6 +10,7 @@ import torch
 
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.common import presets
+from algorithms.common.processes import group_means
 from algorithms.ppo_gr00t import PRESETS
 from examples.own_agent_in_ppo import MLPAgent
 from libero_gym.physics.cpu_worlds import CpuWorlds
@@ -141,6 +142,34 @@ def test_tasks_are_played_by_what_is_to_be_learnt(tmp_path: Path):
     assert [last["env/weight_task_0"], last["env/weight_task_1"]] == TwoTasks.asked[-2]
     with pytest.raises(TypeError, match="task_sampling='uniform'"):
         train("ppo", tmp_path, task_sampling="adaptive")
+
+
+def test_advantages_are_centred_by_the_task_that_was_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class TaskByState(LineVectorEnv):
+        """The side that a point starts from is its task; tells which one every step was of."""
+
+        played: ClassVar[list[np.ndarray]] = []
+
+        def step(self, actions: np.ndarray):
+            self.played.append(self.state_id.copy())
+            obs, reward, terminated, truncated, info = super().step(actions)
+            if "final_info" in info:
+                info["final_info"]["task_id"] = info["final_info"]["init_state_id"]
+            return obs, reward, terminated, truncated, info | dict(task_id=self.state_id.copy())
+
+    def recorded(accelerator: Any, values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        means = group_means(accelerator, values, groups)
+        seen.append((values - means, groups))
+        return means
+
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(ppo_gr00t, "group_means", recorded)
+    train("ppo", tmp_path, env=TaskByState, center_adv_by_task=True, num_iterations=2, num_steps=12)
+    assert np.array_equal(torch.cat([groups for _, groups in seen]).numpy(), np.stack(TaskByState.played))
+    assert len(np.unique(TaskByState.played)) == 2
+    for centred, groups in seen:
+        for task in (0, 1):
+            assert centred[groups == task].mean().item() == pytest.approx(0, abs=1e-6)
 
 
 def test_divergence_from_the_start_policy_is_held_back_by_its_coefficient(tmp_path: Path):
@@ -293,8 +322,8 @@ def test_presets_have_the_published_settings_and_sizes_that_divide():
     assert ten.num_envs * ten.num_steps * 10 == 512 * 480
     assert (ten.learning_rate, ten.value_learning_rate, ten.update_epochs, ten.num_action_chunks) == (2e-5, 2e-5, 1, 10)
     for name in ("spatial", "object", "goal", "10"):
-        start = {"spatial": presets.SPATIAL_START, "goal": presets.GOAL_START}.get(name, "nano")
-        assert PRESETS[f"libero_{name}_nano"].model == start
+        start = {"spatial": presets.SPATIAL_START, "object": presets.OBJECT_START, "goal": presets.GOAL_START}
+        assert PRESETS[f"libero_{name}_nano"].model == start.get(name, "nano")
     for args in PRESETS.values():
         assert args.num_minibatches > 0
         assert args.num_micro_batches > 0

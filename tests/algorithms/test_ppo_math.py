@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from algorithms.common.args import share_of_process
 from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.episodes import Episode, finished_episodes, wilson_interval
-from algorithms.common.processes import explained_variance, mean_and_variance
+from algorithms.common.processes import explained_variance, group_means, mean_and_variance
 from algorithms.ppo_gr00t import (
     Args,
     compute_gae,
@@ -143,6 +143,14 @@ def test_explained_variance():
 def test_mean_and_variance_do_not_cancel_far_from_zero():
     mean, variance = mean_and_variance(Accelerator(), torch.tensor([1e4, 1e4 + 1, 1e4 + 2]))
     assert (mean.item(), variance.item()) == (10001.0, pytest.approx(2 / 3))
+
+
+def test_group_means():
+    values = torch.tensor([[1.0, 10.0], [3.0, 20.0], [-4.0, 60.0]])
+    groups = torch.tensor([[0, 3], [0, 3], [2, 3]])
+    means = group_means(Accelerator(), values, groups)
+    assert means.tolist() == [[2, 30], [2, 30], [-4, 30]]
+    assert means.dtype == values.dtype
 
 
 def test_gae_with_a_truncation_inside_and_an_end_of_the_rollout_in_an_episode():

@@ -488,7 +488,9 @@ def test_flow_error_is_that_of_the_velocity_on_the_straight_line_to_what_was_dec
     with torch.no_grad():
         action = nano_agent.get_action_and_value(obs, generator=seeded())[0]
         noise, steps = torch.randn(action.chain[:, 0].shape, generator=seeded(1)), torch.tensor([0, 2, 3])
-        error = nano_agent(obs, action, flow_draws=(noise, steps))
+        *scored, error = nano_agent(obs, action, flow_draws=(noise, steps))
+        for ours, alone in zip(scored[1:], nano_agent(obs, action)[1:], strict=True):
+            assert torch.equal(ours, alone)
         assert error.shape == (3, policy.num_action_chunks, 7)
         for row, step in enumerate(steps.tolist()):
             part = step / policy.denoising_steps
@@ -507,7 +509,7 @@ def test_imitation_reaches_the_policy_and_not_the_value_head(nano_agent):
     obs = make_observation(2)
     action = nano_agent.get_action_and_value(obs, generator=seeded())[0]
     draws = torch.randn_like(action.chain[:, 0]), torch.tensor([0, 1])
-    nano_agent(obs, action, flow_draws=draws).sum().backward()
+    nano_agent(obs, action, flow_draws=draws)[-1].sum().backward()
     assert all(p.grad is None for p in nano_agent.value_parameters())
     assert any(p.grad is not None and bool((p.grad != 0).any()) for p in nano_agent.policy_parameters())
     nano_agent.zero_grad()
