@@ -13,6 +13,7 @@ from typing import Any
 # Nano policies fine-tuned on 20 demonstrations of each task of a suite, which ship with the repository.
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 SPATIAL_START = str(CHECKPOINTS / "libero_spatial_fewshot")
+OBJECT_START = str(CHECKPOINTS / "libero_object_fewshot")
 GOAL_START = str(CHECKPOINTS / "libero_goal_fewshot")
 
 # What is left of "open the middle drawer of the cabinet" when the hand holds the handle and the drawer is partly open:
@@ -95,6 +96,7 @@ PPO: dict[str, dict[str, Any]] = {
         num_iterations=300,
         num_envs=1024,
         physics="warp",  # one scene: a GPU simulates it faster than the cores beside it
+        tf32=True,
         num_action_chunks=5,
         reward="relative",
         logprob_level="action",
@@ -135,9 +137,11 @@ PPO: dict[str, dict[str, Any]] = {
     # Ours, after libero_spatial_nano; not run yet.
     "libero_object_nano": dict(
         suite="libero_object",
-        model="nano",  # random weights: fine-tune first and give --model
+        model=OBJECT_START,
         num_iterations=300,
-        num_envs=512,
+        num_envs=1024,
+        physics="warp",
+        tf32=True,
         num_action_chunks=5,
         reward="relative",
         logprob_level="action",
@@ -151,6 +155,7 @@ PPO: dict[str, dict[str, Any]] = {
         minibatch_size=4096,
         micro_batch_size=4096,
         dual_clip=3.0,
+        imitation_coef=10.0,
         save_interval=25,
         eval_interval=50,
     ),
@@ -174,13 +179,14 @@ PPO: dict[str, dict[str, Any]] = {
         save_interval=25,
         eval_interval=50,
     ),
-    # Ours, after libero_spatial_nano; fourteen iterations of it are in docs/LOG.md.
+    # Ours, after libero_spatial_nano; two short runs of it are in docs/LOG.md.
     "libero_goal_nano": dict(
         suite="libero_goal",
         model=GOAL_START,
         num_iterations=300,
         num_envs=1024,
         physics="warp",  # one scene: a GPU simulates it faster than the cores beside it
+        tf32=True,
         num_action_chunks=5,
         reward="relative",
         logprob_level="action",
@@ -224,6 +230,7 @@ PPO: dict[str, dict[str, Any]] = {
         model="nano",  # random weights: fine-tune first and give --model
         num_iterations=300,
         num_envs=512,
+        tf32=True,
         num_action_chunks=10,
         reward="relative",
         logprob_level="action",
@@ -327,6 +334,7 @@ GRPO: dict[str, dict[str, Any]] = {
         num_iterations=300,
         num_envs=1024,
         physics="warp",  # one scene: a GPU simulates it faster than the cores beside it
+        tf32=True,
         num_action_chunks=5,
         logprob_level="action",
         group_size=8,
@@ -362,14 +370,16 @@ GRPO: dict[str, dict[str, Any]] = {
     # Ours, after libero_spatial_nano; not run yet.
     "libero_object_nano": dict(
         suite="libero_object",
-        model="nano",  # random weights: fine-tune first and give --model
+        model=OBJECT_START,
         num_iterations=300,
-        num_envs=512,
+        num_envs=1024,
+        physics="warp",
+        tf32=True,
         num_action_chunks=5,
         logprob_level="action",
         group_size=8,
         num_groups=64,
-        max_rollouts=2,  # 128 groups at most
+        max_rollouts=1,  # 128 groups at most
         learning_rate=4e-5,
         update_epochs=3,
         num_minibatches=6,
@@ -404,6 +414,7 @@ GRPO: dict[str, dict[str, Any]] = {
         num_iterations=300,
         num_envs=1024,
         physics="warp",  # one scene: a GPU simulates it faster than the cores beside it
+        tf32=True,
         num_action_chunks=5,
         logprob_level="action",
         group_size=8,
@@ -442,6 +453,7 @@ GRPO: dict[str, dict[str, Any]] = {
         model="nano",  # random weights: fine-tune first and give --model
         num_iterations=300,
         num_envs=512,
+        tf32=True,
         num_action_chunks=10,
         logprob_level="action",
         group_size=8,

@@ -1,22 +1,40 @@
 #!/usr/bin/env bash
-# How checkpoints/libero_spatial_fewshot was made, on one H100 and 16 cores; some seven minutes.
+# How the policies in checkpoints/libero_*_fewshot were made, and how one for any suite is: collect 20 demonstrations of
+# each task, fine-tune a nano policy, keep it as it was after some of the steps, rounded to bfloat16, and evaluate it.
+# Some five minutes on an H100 or H200 with 16 cores.
+#
+#     benchmarks/runs/fewshot.sh libero_spatial 1200 400
+#     benchmarks/runs/fewshot.sh libero_goal 600 600 --tf32
+#     benchmarks/runs/fewshot.sh libero_object 600 400 --tf32
+#     benchmarks/runs/fewshot.sh libero_10 1600 1600 --tf32
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-python algorithms/collect_demos.py --suite libero_spatial --episodes-per-task 20 --object-shift 0.02 \
+suite=$1       # the suite
+num_steps=$2   # steps of fine-tuning, over which the step size falls
+kept_step=$3   # the step whose policy is kept, a multiple of 200
+options=("${@:4}")  # of sft_gr00t.py
+
+python algorithms/collect_demos.py --suite "$suite" --episodes-per-task 20 --object-shift 0.02 \
     --expert.speed-spread 0.1 --expert.noise 0.06 --expert.via-noise 0.01 --image-size 118 --storage image \
-    --num-workers 16 --num-writers 12 --render-batch-size 256 --output runs/data/spatial_20
-python algorithms/sft_gr00t.py --preset nano --dataset runs/data/spatial_20 --run-name spatial_fewshot \
-    --batch-size 512 --micro-batch-size 512 --learning-rate 7e-4 --num-steps 1200 --save-interval 200 --keep-last 6 \
+    --num-workers 8 --num-writers 7 --render-batch-size 256 --output "runs/data/${suite}_20"
+
+python algorithms/sft_gr00t.py --preset nano --dataset "runs/data/${suite}_20" --suite "$suite" \
+    --run-name "${suite}_fewshot" --batch-size 512 --micro-batch-size 512 --learning-rate 7e-4 \
+    --num-steps "$num_steps" --save-interval 200 --keep-last 8 \
     --augmentation.brightness 0.1 --augmentation.contrast 0.1 --augmentation.saturation 0.1 --augmentation.hue 0.02 \
-    --eval-episodes-per-task 0
-# The policy after 400 of the 1,200 steps, rounded to bfloat16.
-python - <<'PYTHON'
+    --eval-episodes-per-task 0 "${options[@]}"
+
+python - "runs/${suite}_fewshot/checkpoints/step_$kept_step" "runs/kept/${suite}_fewshot" <<'PYTHON'
+import sys
+
 import torch
+
 from gr00t_agent import Gr00tAgent
 
-agent = Gr00tAgent.from_pretrained("runs/spatial_fewshot/checkpoints/step_400", dtype=torch.bfloat16)
-agent.save_pretrained("runs/libero_spatial_fewshot")
+source, target = sys.argv[1:]
+Gr00tAgent.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(target)
 PYTHON
-python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_fewshot --suite libero_spatial \
-    --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 --output-dir runs/eval_spatial_fewshot
+
+python algorithms/eval_gr00t.py --checkpoint "runs/kept/${suite}_fewshot" --suite "$suite" \
+    --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 --output-dir "runs/eval_${suite}_fewshot"
