@@ -156,7 +156,8 @@ def read_pictures(path: Path) -> Iterator[Picture]:
     converter = VideoReformatter()
     with av.open(str(path)) as film:
         for frame in film.decode(video=0):
-            yield converter.reformat(frame, format="rgb24").to_ndarray()
+            picture: Any = converter.reformat(frame, format="rgb24").to_ndarray()
+            yield picture
 
 
 def titled(pictures: Iterable[Picture], title: str) -> Iterator[Picture]:
