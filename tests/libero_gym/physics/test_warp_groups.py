@@ -368,31 +368,9 @@ def no_motion(*lead):
     return action
 
 
-@pytest.fixture(scope="module")
-def kept_worlds():
-    """Worlds of environments by how they are made: to prepare their steps takes seconds."""
-    return {}
-
-
-@pytest.fixture
-def make_env(kept_worlds, monkeypatch):
-    """Return a function that makes environments of four tasks; those of equal size have, in turn, the same worlds."""
-
-    def take_worlds(tasks, num_worlds, **options):
-        made_by = (tuple(tasks), num_worlds, repr(options))
-        if made_by not in kept_worlds:
-            kept_worlds[made_by] = worlds = make_warp_worlds(tasks, num_worlds, **options)
-            worlds.close = lambda: None
-        return kept_worlds[made_by]
-
-    def make(num_envs=4, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(warp_groups, "make_warp_worlds", take_worlds)
-            return LiberoVectorEnv(
-                "libero_40", num_envs, physics="warp", observe_images=False, task_ids=[2, 4, 21, 27], **options
-            )
-
-    return make
+def make_env(num_envs=4, **options):
+    options = {"observe_images": False, "task_ids": [2, 4, 21, 27]} | options
+    return LiberoVectorEnv("libero_40", num_envs, physics="warp", **options)
 
 
 def test_made_by_id_for_several_suites():
@@ -413,7 +391,7 @@ def test_made_by_id_for_several_suites():
     env.close()
 
 
-def test_draws_are_those_of_the_cpu_environments(make_env):
+def test_draws_are_those_of_the_cpu_environments():
     env = make_env()
     cpu = LiberoVectorEnv("libero_40", 4, observe_images=False, task_ids=env.task_ids)
     observation, infos = env.reset(seed=11)
@@ -430,7 +408,7 @@ def test_starts_are_those_of_the_cpu_however_worlds_change_scenes(monkeypatch):
     monkeypatch.setattr(warp_groups, "_RESERVE_STEP", 1)
     monkeypatch.setattr(warp_groups, "_ROWS_STEP", 1)
     num_envs, task_ids = 7, [2, 4, 10, 11, 21, 27]  # four scenes
-    env = LiberoVectorEnv("libero_40", num_envs, physics="warp", observe_images=False, task_ids=task_ids)
+    env = make_env(num_envs, task_ids=task_ids)
     cpu = LiberoVectorEnv("libero_40", num_envs, observe_images=False, task_ids=task_ids)
     rng = np.random.default_rng(0)
     mask = np.ones(num_envs, np.bool_)
@@ -449,7 +427,7 @@ def test_starts_are_those_of_the_cpu_however_worlds_change_scenes(monkeypatch):
     env.close()
 
 
-def test_groups_of_equal_starts_in_several_scenes(make_env):
+def test_groups_of_equal_starts_in_several_scenes():
     env = make_env(horizon=3)
     choice = {"task_id": np.repeat([4, 21], 2), "init_state_id": np.repeat([1, 2], 2)}
     observation, _ = env.reset(seed=[5, 5, 6, 6], options=choice)
@@ -461,7 +439,7 @@ def test_groups_of_equal_starts_in_several_scenes(make_env):
 
 
 @pytest.mark.parametrize("mode", ["SAME_STEP", "NEXT_STEP", "DISABLED"])
-def test_autoreset_follows_task_weights_into_other_scenes(make_env, mode):
+def test_autoreset_follows_task_weights_into_other_scenes(mode):
     env = make_env(horizon=1, autoreset_mode=mode)
     env.reset(seed=0, options={"task_id": np.array([2, 21, 27, 4])})
     env.set_task_weights([0, 0, 1, 1])  # the second scene's
@@ -493,7 +471,7 @@ def test_autoreset_follows_task_weights_into_other_scenes(make_env, mode):
     env.close()
 
 
-def test_states_of_environments_go_on_in_other_scenes(make_env):
+def test_states_of_environments_go_on_in_other_scenes():
     env = make_env(2)
     env.reset(seed=0, options={"task_id": np.array([2, 27])})
     env.step(no_motion(2))
