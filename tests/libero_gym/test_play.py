@@ -1,7 +1,5 @@
 """Watching and steering: `python -m libero_gym.play`."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 
 from libero_gym import play
+from tests.preloaded import run_environments
 
 OWN = """
 import numpy as np
@@ -62,8 +61,7 @@ assert next(held, None) is None
 
 def test_the_keyboard_steers_in_a_window():
     pytest.importorskip("pygame", reason="pygame is an extra")
-    environment = {**os.environ, "SDL_VIDEODRIVER": "dummy", "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
-    subprocess.run([sys.executable, "-c", STEERED], env=environment, check=True)
+    run_environments(STEERED, SDL_VIDEODRIVER="dummy", PYGAME_HIDE_SUPPORT_PROMPT="1")
 
 
 @pytest.mark.parametrize(
