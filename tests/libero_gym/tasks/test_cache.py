@@ -149,11 +149,12 @@ def test_a_damaged_configuration_of_libero_is_written_anew(tmp_path, monkeypatch
     assert target.read_text() == whole
 
 
+# Its scene has few and small textures.
 STEP = """
 import sys
 import numpy as np
 from libero_gym.env import LiberoEnv
-env = LiberoEnv("libero_spatial", task_id=0, image_size=16, observe_images={images}, renderer="warp")
+env = LiberoEnv("libero_90", task_id=86, image_size=16, observe_images={images}, renderer="warp")
 env.reset(seed=0)
 observation, *_ = env.step(np.full(7, 0.5, np.float32))
 print(*(value.tobytes().hex() for name, value in sorted(observation.items()) if name != "task_descriptions"))
@@ -163,7 +164,7 @@ print(*(value.tobytes().hex() for name, value in sorted(observation.items()) if 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that holds scenes, but no compiled physics."""
-    built = load_scene(get_task("libero_spatial", 0)).folder
+    built = load_scene(get_task("libero_90", 86)).folder
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / built.name).symlink_to(built)
     monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path))
@@ -176,7 +177,7 @@ def warm_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, s
     printed = result(start(images=True))
     for name in (stepping._CACHE_NAME, "warp", "textures"):
         shutil.copytree(cache_dir() / name, tmp_path / name)
-    built = load_scene(get_task("libero_spatial", 0)).folder
+    built = load_scene(get_task("libero_90", 86)).folder
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / built.name).symlink_to(built)
     monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path))
