@@ -1,11 +1,14 @@
-"""Programs of the tests that start without importing PyTorch and the trainers, which takes seconds each time.
+"""Programs of the tests that start without importing PyTorch and the trainers, or the environments, each time.
 
 A server imports them once and forks for each program, before any thread is there. Its child is as good as a new
 interpreter: it has its own environment, folder, output and arguments, runs as `__main__`, and ends as an interpreter
-does. Its reports have no charts. What a launcher starts, and what is about imports, starts anew all the same.
+does. Trainers' reports have no charts. What a launcher starts, and what is about imports, starts anew all the same.
 
     process = start("-m", "tests.algorithms.line_trainer", "ppo", "{}", RANK="0")
     output, _ = process.communicate(timeout=60)
+    lines = run_environments("from libero_gym.env import LiberoEnv; print(LiberoEnv())").splitlines()
+
+Environments have a server of their own, which imports no PyTorch.
 """
 
 from __future__ import annotations
@@ -26,7 +29,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("tests.algorithms.line_trainer", "tests.algorithms.sft_trainer")
+MODULES = {
+    "trainers": ("tests.algorithms.line_trainer", "tests.algorithms.sft_trainer"),
+    "environments": (
+        "libero_gym.env",
+        "libero_gym.vector",
+        "libero_gym.physics.stepping",
+        "libero_gym.rendering.raycast",
+    ),
+}
 MESSAGE_BYTES = 1 << 20
 
 
@@ -38,20 +49,22 @@ class Program:
         returncode: exit status, minus the signal that ended it; None before it is known.
     """
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], *, own_group: bool) -> None:
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], *, server: str, own_group: bool, own_errors: bool
+    ) -> None:
         self.returncode: int | None = None
-        self._parts: list[bytes] = []
         self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
-        output, end = os.pipe()
+        pipes = [os.pipe() for _ in range(1 + own_errors)]
+        ends = [end for _, end in pipes]
         request = dict(arguments=arguments, environment=environment, own_group=own_group)
-        socket.send_fds(_server(), [json.dumps(request).encode()], [end, status.fileno()])
-        os.close(end)
+        socket.send_fds(_server(server), [json.dumps(request).encode()], [status.fileno(), *ends])
+        for end in ends:
+            os.close(end)
         status.close()
         answer = self._status.recv(64)
         assert answer, "the server has ended; its output tells why"
         self.pid = int(answer)
-        self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
-        self._reader.start()
+        self._readers = [Reader(output) for output, _ in pipes]
 
     def poll(self) -> int | None:
         """Returns the exit status, None while the program runs."""
@@ -60,8 +73,8 @@ class Program:
             self._status.close()
         return self.returncode
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """Waits for the end and returns what was written to stdout and stderr.
+    def communicate(self, timeout: float | None = None) -> tuple[str, str | None]:
+        """Waits for the end and returns what was written to stdout and, if it has not gone there too, to stderr.
 
         Raises:
             subprocess.TimeoutExpired: it takes longer.
@@ -69,8 +82,8 @@ class Program:
         if self.returncode is None and not select.select([self._status], [], [], timeout)[0]:
             raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
         self.poll()
-        self._reader.join()
-        return b"".join(self._parts).decode(), None
+        output, *errors = (reader.read() for reader in self._readers)
+        return output, errors[0] if errors else None
 
     def send_signal(self, number: int) -> None:
         """Sends a signal, unless the program has ended."""
@@ -85,14 +98,46 @@ class Program:
         """Sends SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
-    def _read(self, output: int) -> None:
-        with os.fdopen(output, "rb") as stream:
+
+class Reader:
+    """Reads a pipe to its end, in a thread."""
+
+    def __init__(self, pipe: int) -> None:
+        self._parts: list[bytes] = []
+        self._thread = threading.Thread(target=self._collect, args=(pipe,), daemon=True)
+        self._thread.start()
+
+    def read(self) -> str:
+        """Waits for the end and returns all that was written."""
+        self._thread.join()
+        return b"".join(self._parts).decode()
+
+    def _collect(self, pipe: int) -> None:
+        with os.fdopen(pipe, "rb") as stream:
             self._parts.extend(iter(lambda: stream.read1(), b""))
 
 
 def start(*arguments: str, own_group: bool = False, **variables: str) -> Program:
     """Starts what `python *arguments` would: `-m MODULE ...` or `-c CODE ...`, with variables added to ours."""
-    return Program(list(arguments), os.environ | variables, own_group=own_group)
+    environment = os.environ | variables
+    return Program(list(arguments), environment, server="trainers", own_group=own_group, own_errors=False)
+
+
+def run_environments(code: str, *arguments: str, timeout: float = 200, **variables: str) -> str:
+    """Runs what `python -W ignore -c CODE ...` would, where environments are imported; returns what it printed.
+
+    If it fails, or takes more than `timeout` seconds, so does the test; its children end with it in the second case.
+    """
+    command = ["-c", f"import warnings; warnings.simplefilter('ignore')\n{code}", *arguments]
+    environment = os.environ | variables
+    program = Program(command, environment, server="environments", own_group=True, own_errors=True)
+    try:
+        output, errors = program.communicate(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(program.pid, signal.SIGKILL)
+        raise AssertionError(f"it hangs after {program.communicate()}") from None
+    assert program.returncode == 0, (errors or "")[-2000:]
+    return output
 
 
 def start_two(*arguments: str, **variables: str) -> list[Program]:
@@ -105,11 +150,11 @@ def start_two(*arguments: str, **variables: str) -> list[Program]:
 
 
 @functools.cache
-def _server() -> socket.socket:
+def _server(kind: str) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Arrow's own allocator would begin a thread.
     variables = {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-    command = [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())]
+    command = [sys.executable, "-m", "tests.preloaded", kind, str(theirs.fileno())]
     server = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, pass_fds=[theirs.fileno()])
     theirs.close()
     atexit.register(lambda: (ours.close(), server.wait()))
@@ -122,7 +167,7 @@ def _server() -> socket.socket:
 def serve(requests: socket.socket) -> list[str]:
     """Forks for each request; returns in the child, with the arguments of its program, and ends in the server."""
     while True:
-        message, descriptors, *_ = socket.recv_fds(requests, MESSAGE_BYTES, 2)
+        message, descriptors, *_ = socket.recv_fds(requests, MESSAGE_BYTES, 3)
         if not message:
             sys.exit()
         if os.fork() == 0:
@@ -132,7 +177,7 @@ def serve(requests: socket.socket) -> list[str]:
             os.close(descriptor)
 
 
-def _child(request: dict[str, Any], output: int, status: int) -> list[str]:
+def _child(request: dict[str, Any], status: int, output: int, errors: int | None = None) -> list[str]:
     """Waits, for the server, for a child of its own, which returns."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if pid := os.fork():
@@ -144,8 +189,9 @@ def _child(request: dict[str, Any], output: int, status: int) -> list[str]:
     if request["own_group"]:
         os.setsid()
     os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    os.dup2(output if errors is None else errors, 2)
+    for pipe in {output, errors} - {None}:
+        os.close(pipe)
     os.environ.clear()
     os.environ.update(request["environment"])
     return request["arguments"]
@@ -165,13 +211,15 @@ def _run(kind: str, program: str, *arguments: str) -> None:
 if __name__ == "__main__":
     import importlib
 
-    import pytest
-
-    from tests.algorithms.plain_reports import leave_charts_out
-
-    for name in MODULES:
+    kind, requests = sys.argv[1:]
+    for name in MODULES[kind]:
         importlib.import_module(name)
-    leave_charts_out(pytest.MonkeyPatch())
+    if kind == "trainers":
+        import pytest
+
+        from tests.algorithms.plain_reports import leave_charts_out
+
+        leave_charts_out(pytest.MonkeyPatch())
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
-    _run(*serve(socket.socket(fileno=int(sys.argv[1]))))
+    _run(*serve(socket.socket(fileno=int(requests))))

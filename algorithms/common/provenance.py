@@ -69,8 +69,12 @@ def describe_hardware() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """Returns the commit of the checkout that holds this file, "-dirty" if it was changed; None outside git."""
+    """Returns the commit of the checkout that holds this file, "-dirty" if it was changed; None outside git.
+
+    It is that of the first call in a process, whose code does not change after it was imported.
+    """
     if shutil.which("git") is None:
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from fractions import Fraction
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
+import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -32,6 +34,8 @@ _SUCCESS, _FAILURE, _RUNNING = (18, 84, 38), (110, 28, 28), (0, 0, 0)
 _ROLLOUT_VIEW_SIZE = 192
 # Colours of a GIF, and the number of its pictures that they are chosen from.
 _GIF_COLORS, _GIF_SAMPLES = 256, 8
+# Largest denominator of a rate of pictures that an mp4 can have.
+_MAX_RATE = 65535
 
 Picture = NDArray[np.uint8]
 """[H, W, 3]."""
@@ -149,7 +153,11 @@ def write_pictures(path: Path, pictures: Iterable[Picture], fps: float) -> None:
 
 def read_pictures(path: Path) -> Iterator[Picture]:
     """Yields the pictures of an mp4 that `write_pictures` wrote, as compression left them."""
-    yield from iio.imiter(path, plugin="pyav")
+    converter = VideoReformatter()
+    with av.open(str(path)) as film:
+        for frame in film.decode(video=0):
+            picture: Any = converter.reformat(frame, format="rgb24").to_ndarray()
+            yield picture
 
 
 def titled(pictures: Iterable[Picture], title: str) -> Iterator[Picture]:
@@ -277,15 +285,21 @@ def _tiled(tiles: Sequence[Picture], columns: int | None, width: int) -> Picture
     return np.asarray(whole)
 
 
-def _write_mp4(path: Path, pictures: Iterable[Picture], fps: float) -> None:
-    with iio.imopen(path, "w", plugin="pyav") as file:
+def _write_mp4(path: Path, pictures: Iterator[Picture], fps: float) -> None:
+    first = next(pictures)
+    converter = VideoReformatter()  # a frame's own would keep its threads for as long as this one lives
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(_MAX_RATE))
+        stream.height, stream.width = first.shape[:2]
         # What every browser plays; encoders default to other chroma sampling.
-        file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
-        for picture in pictures:
-            file.write_frame(picture)
+        stream.pix_fmt = "yuv420p"
+        for picture in chain([first], pictures):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            film.mux(stream.encode(converter.reformat(frame, format="yuv420p")))
+        film.mux(stream.encode(None))
 
 
-def _write_gif(path: Path, pictures: Iterable[Picture], fps: float) -> None:
+def _write_gif(path: Path, pictures: Iterator[Picture], fps: float) -> None:
     everything = list(pictures)
     # From the last one backwards: colours that tell how episodes ended are there.
     sample = np.concatenate(everything[:: -math.ceil(len(everything) / _GIF_SAMPLES)])

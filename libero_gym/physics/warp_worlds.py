@@ -19,7 +19,7 @@ goals, but it is not LIBERO to the last bit, as `libero_gym.physics.simulation` 
 
 `libero_gym.physics.warp_stepping` launches a substep's kernels, MuJoCo Warp's but for solver and broad phase. One
 environment step (25 substeps) is one captured graph, and poses go to the ray caster without leaving the device.
-Everything runs on a CPU too, for tests.
+Everything runs on a CPU too, for tests, there with a graph for each kind of substep.
 
 Shape legend: N worlds, C steps of an action chunk, R worlds that are reset, B bodies, T tasks.
 """
@@ -183,7 +183,7 @@ class WarpWorlds(Uncopied):
             )
         self._model.opt.warn_overflow = 0  # read from `overflow` instead of printed
         self._substep = Substep(model, self._model, self._data, device=self.device, placed_bodies=fixtures.tolist())
-        self._step_graph: Any = None
+        self._step_graphs: list[Any] = []
         self._refresh_graph: Any = None
         self._has_launched = False
 
@@ -359,7 +359,7 @@ class WarpWorlds(Uncopied):
     def close(self) -> None:
         """Release what was captured, in the process that made it; the rest goes with the object."""
         if self._owner.is_this_process:
-            self._step_graph = self._refresh_graph = None
+            self._step_graphs, self._refresh_graph = [], None
 
     def find_kernels(self) -> list[tuple[Any, Any, int | None]]:
         """Return the modules of kernels of resets and steps, for `load_modules`; what is missed loads when launched."""
@@ -391,7 +391,7 @@ class WarpWorlds(Uncopied):
         for name in _ROW_ARRAYS:
             setattr(rows, name, _head(getattr(self, name), num_rows))
         rows._substep = self._substep.for_rows(rows._model, rows._data)
-        rows._step_graph = rows._refresh_graph = None
+        rows._step_graphs, rows._refresh_graph = [], None
         return rows
 
     def row_arrays(self) -> list[Any]:
@@ -452,7 +452,7 @@ class WarpWorlds(Uncopied):
                 device=self.device,
                 stream=stream,
             )
-            wp.capture_launch(self._step_graph, stream=stream)
+            self.launch_step(stream=stream)
 
     def upload_chunk(self, actions: FloatArray, is_active: BoolArray, steps_left: IntArray) -> None:
         """Give actions [N, C, 7], see `step`; `launch_step` runs the next step of them."""
@@ -466,7 +466,8 @@ class WarpWorlds(Uncopied):
 
     def launch_step(self, *, stream: Any = None) -> None:
         """Launch the next step of the chunk on a stream; None is the device's current one."""
-        wp.capture_launch(self._step_graph, stream=stream)
+        for graph in self._step_graphs:
+            wp.capture_launch(graph, stream=stream)
 
     def read_chunk(self) -> Steps:
         """Return what the chunk came to, waiting for it."""
@@ -598,14 +599,26 @@ class WarpWorlds(Uncopied):
     def _prepare(self) -> None:
         """Capture a reset and an environment step as graphs, once.
 
-        Both are run before, with all worlds idle, to load their kernels.
+        Their kernels are launched before, with all worlds idle, to load them.
         """
-        if self._step_graph is not None:
+        if self._refresh_graph is not None:
             return
         if not self._has_launched:
             self._launch_all()
             self._has_launched = True
-        self._refresh_graph, self._step_graph = self._capture(self._refresh), self._capture(self._launch_step)
+        self._refresh_graph, self._step_graphs = self._capture(self._refresh), self._capture_step()
+
+    def _capture_step(self) -> list[Any]:
+        """Return the graphs of an environment step, to be launched in turn.
+
+        On a GPU it is one graph. A CPU gains nothing by that, and equal substeps are captured once.
+        """
+        if not wp.get_device(self.device).is_cpu:
+            return [self._capture(self._launch_step)]
+        first, *middle, before_last, last = (functools.partial(self._launch_substep, i) for i in range(SUBSTEPS))
+        parts = (self._begin_step, first, middle[0], before_last, last, self._end_step)
+        begin, first, among, before_last, last, end = (self._capture(part) for part in parts)
+        return [begin, first, *[among] * len(middle), before_last, last, end]
 
     def _capture(self, launch: Callable[[], None]) -> Any:
         with wp.ScopedCapture(device=self.device) as capture:
@@ -617,13 +630,21 @@ class WarpWorlds(Uncopied):
         self._is_active.zero_()
         self._step.zero_()
         self._refresh()
-        self._launch_step()
+        self._begin_step()
+        self._launch_substep(0)  # the others launch the same kernels
+        self._end_step()
 
     def _launch_step(self) -> None:
         """Launch the kernels of one environment step."""
         self._begin_step()
         for substep in range(SUBSTEPS):
-            self._substep.run(functools.partial(self._control, substep))
+            self._launch_substep(substep)
+        self._end_step()
+
+    def _launch_substep(self, substep: int) -> None:
+        self._substep.run(functools.partial(self._control, substep))
+
+    def _end_step(self) -> None:
         self._judge()
         self._launch(
             kernels.end_step,

@@ -119,9 +119,9 @@ def test_successful_episodes_are_imitated(tmp_path: Path):
     options |= dict(micro_batch_size=96, update_epochs=20, learning_rate=1e-3, gamma=0.0, reward_scale=0.0, vf_coef=0.0)
     options |= dict(norm_adv=False, max_ratio_deviation=1.0)
     train("ppo", tmp_path, imitation_coef=1.0, run_name="imitating", **options)
-    train("ppo", tmp_path, run_name="plain", **(options | dict(update_epochs=1)))
+    train("ppo", tmp_path, run_name="plain", **(options | dict(update_epochs=1, num_iterations=2)))
     imitating, plain = ([line["actor/imitation_loss"] for line in logged(tmp_path / n)] for n in ("imitating", "plain"))
-    assert plain == [0.0] * 4
+    assert plain == [0.0] * 2
     assert 0 < imitating[-1] < 0.8 * imitating[0]
 
 

@@ -1,6 +1,5 @@
 """The Gymnasium environment's contract."""
 
-import os
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ from libero_gym.env import LiberoEnv
 from libero_gym.options import make_observation_space
 from libero_gym.physics.simulation import PhysicsError, Simulation
 from libero_gym.tasks.suites import get_task, list_suites, list_tasks
+from tests.preloaded import run_environments
 
 
 def _make(suite="libero_goal", **options) -> LiberoEnv:
@@ -124,8 +124,7 @@ env.close()
 
 def test_human_rendering_shows_each_step():
     pytest.importorskip("pygame", reason="pygame is an extra")
-    environment = {**os.environ, "SDL_VIDEODRIVER": "dummy", "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
-    subprocess.run([sys.executable, "-c", HUMAN], env=environment, check=True)
+    run_environments(HUMAN, SDL_VIDEODRIVER="dummy", PYGAME_HIDE_SUPPORT_PROMPT="1")
 
 
 def test_text_can_be_left_out():

@@ -1,11 +1,7 @@
 """Environments in forked processes, and copies of them: refused at once, and what the errors advise works."""
 
 import copy
-import os
 import pickle
-import signal
-import subprocess
-import sys
 
 import gymnasium
 import numpy as np
@@ -19,6 +15,7 @@ from libero_gym.rendering.renderers import GlRenderer
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
 from libero_gym.vector import LiberoVectorEnv
+from tests.preloaded import run_environments
 
 SPATIAL = "libero_gym/libero_spatial-v0"
 
@@ -72,23 +69,8 @@ for make, shape, which in ((single, (7,), ()), (vector, (2, 7), (0,))):
 """
 
 
-def run(code: str, timeout: float = 200) -> list[str]:
-    """Run a program, and end its children too if it does not end itself; return what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        printed, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"hangs after {process.communicate()[0]}")
-    assert process.returncode == 0, errors[-2000:]
-    return printed.splitlines()
-
-
 def assert_refused_in_a_child(options: str) -> None:
-    lines = run(FORKED.format(options=options))
+    lines = run_environments(FORKED.format(options=options)).splitlines()
     assert [line.split()[0] for line in lines] == ["single", "exit", "single", "vector", "exit", "vector"], lines
     assert lines[0] == lines[2]
     assert lines[3] == lines[5]
@@ -117,7 +99,7 @@ env.close()
 
 @pytest.mark.slow
 def test_processes_forked_while_kernels_compile_do_not_wait_for_ever():
-    (images,) = run(ASYNC)
+    (images,) = run_environments(ASYNC).splitlines()
     own = LiberoVectorEnv("libero_spatial", 2, task_ids=[0], image_size=16, renderer="warp")
     assert own.reset(seed=0)[0]["images"].tobytes().hex() == images
     own.close()

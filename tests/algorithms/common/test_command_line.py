@@ -17,6 +17,7 @@ from algorithms.common import command_line
 from algorithms.common.charts import thin
 from algorithms.common.command_line import launch, parse_args
 from libero_gym import get_task
+from tests import preloaded
 
 ROOT = Path(__file__).resolve().parents[3]
 TRAINERS = ("ppo_gr00t", "grpo_gr00t", "dsrl_gr00t", "sft_gr00t")
@@ -236,9 +237,10 @@ def test_another_process_of_the_host_speaks_only_if_its_launcher_lets_it_live(
 @pytest.mark.parametrize("trainer", ["ppo_gr00t", "grpo_gr00t"])
 def test_a_dry_run_tells_sizes_and_time_and_leaves_nothing(trainer: str, tmp_path: Path):
     given = ("--preset", "demo", "--dry-run", "--num-envs", "8", "--output-dir", str(tmp_path / "runs"))
-    ended, _ = run(f"algorithms/{trainer}.py", *given)
-    assert ended.returncode == 0, ended.stderr
-    told = dict(re.findall(r"^(\S.*?)  +([\d.,]+)", ended.stdout, re.MULTILINE))
+    process = preloaded.start("-m", f"algorithms.{trainer}", *given, COLUMNS="100")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    told = dict(re.findall(r"^(\S.*?)  +([\d.,]+)", output, re.MULTILINE))
     assert told["environments"] == "8"
     assert told["iterations"] == {"ppo_gr00t": "18", "grpo_gr00t": "22"}[trainer]
     assert (
@@ -247,7 +249,7 @@ def test_a_dry_run_tells_sizes_and_time_and_leaves_nothing(trainer: str, tmp_pat
     )
     for measured in ("parameters", "env-steps/s in a rollout", "memory of a process", "rollout", "update"):
         assert float(told[measured].replace(",", "")) > 0
-    assert re.search(r"time to the end +\d+ h \d\d min", ended.stdout)
+    assert re.search(r"time to the end +\d+ h \d\d min", output)
     assert not (tmp_path / "runs").exists()
 
 

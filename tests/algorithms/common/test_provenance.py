@@ -16,11 +16,20 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
-def _forget_versions() -> Iterator[None]:
-    """They are read once a process."""
-    provenance._version.cache_clear()  # pyright: ignore[reportPrivateUsage]
+def _forget() -> Iterator[None]:
+    """Versions and the commit are read once a process."""
+    read_once = (provenance._version, provenance.git_commit)  # pyright: ignore[reportPrivateUsage]
+    for read in read_once:
+        read.cache_clear()
     yield
-    provenance._version.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    for read in read_once:
+        read.cache_clear()
+
+
+def test_the_commit_is_asked_for_once_a_process(monkeypatch: pytest.MonkeyPatch):
+    first = provenance.git_commit()
+    monkeypatch.setattr(provenance.subprocess, "run", lambda *inputs, **options: pytest.fail("asked again"))
+    assert provenance.git_commit() == first
 
 
 @pytest.mark.parametrize("installed_as", ["2.14.1", "2.14.1+cu130"])

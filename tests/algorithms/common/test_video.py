@@ -1,5 +1,6 @@
 """Videos: what browsers play, the right picture at the right moment, and what a trainer's recorder films."""
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ def test_an_episode_is_h264_that_browsers_play(tmp_path: Path):
     with pytest.raises(ValueError, match=r"of one size, but \(304, 512, 3\) is followed by \(304, 256, 3\)"):
         write_video(tmp_path / "none.mp4", [plain(0), plain(0, views=plain(0).views[:1])], fps=4)
     assert not (tmp_path / "none.mp4").exists()
+
+
+def test_films_leave_no_threads_and_the_collector_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A collection takes half a second of a trainer, whose imports made a million objects."""
+
+    def num_threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    monkeypatch.setattr(gc, "collect", lambda *generation: pytest.fail("the collector was called"))
+    before = num_threads()
+    write_video(tmp_path / "episode.mp4", [plain(40), plain(90)], fps=4)
+    assert len(list(read_pictures(tmp_path / "episode.mp4"))) == 2
+    assert num_threads() == before
 
 
 def test_an_interrupted_encoding_leaves_the_old_file(tmp_path: Path):

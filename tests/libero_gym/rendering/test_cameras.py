@@ -1,8 +1,5 @@
 """Any number of cameras, with poses and fields of view of one's own."""
 
-import subprocess
-import sys
-
 import mujoco
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from libero_gym.rendering.cameras import Camera, list_cameras, place_camera
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
 from libero_gym.vector import LiberoVectorEnv
+from tests.preloaded import run_environments
 
 TASK = get_task("libero_90", 86)  # whose textures are few and small
 ABOVE = Camera(name="above", pos=(0.0, 0.0, 2.2), look_at=(0.0, 0.0, 0.9), fovy_deg=40)
@@ -90,7 +88,7 @@ def test_renderers_agree_on_cameras_of_ones_own(gl_kinds, tmp_path):
     pictures = []
     for kind in ("warp", gl_kinds[0]):
         path = tmp_path / f"{kind}.npz"
-        subprocess.run([sys.executable, "-c", DRAW, kind, path], check=True, capture_output=True)
+        run_environments(DRAW, kind, str(path))
         with np.load(path) as archive:
             pictures.append([archive[name].astype(float) for name in archive.files])
     for ray_cast, drawn in zip(*pictures, strict=True):

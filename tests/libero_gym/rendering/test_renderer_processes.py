@@ -9,6 +9,7 @@ import pytest
 
 from libero_gym.rendering import raycast
 from libero_gym.rendering.raycast import WarpRenderer
+from tests.preloaded import run_environments
 
 LEFT_OPEN = """
 from libero_gym.rendering.renderers import GlRenderer
@@ -67,11 +68,8 @@ print("the parent draws on:", (renderer.render([world]) == images).all())
 
 def run_forked(kind):
     code = FORKED.format(folder=str(Path(__file__).parent), kind=kind)
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert process.returncode == 0, process.stderr[-2000:]
     exits = ["exit code 0"] if kind == "osmesa" else ["exit code 0", "exit code 5"]
-    refused, new, *rest = process.stdout.splitlines()
+    refused, new, *rest = run_environments(code).splitlines()
     assert rest == [*exits, "the parent draws on: True"]
     return refused, new
 
@@ -115,10 +113,8 @@ env.close()
 @pytest.mark.slow
 def test_a_forked_environment_with_opengl_is_refused(gl_kinds):
     for kind in gl_kinds:
-        command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", ENVIRONMENT.format(kind=kind)]
-        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-        assert process.returncode == 0, process.stderr[-2000:]
-        assert process.stdout.split("\n") == [*["True"] * 4, "exit code 0", ""]
+        printed = run_environments(ENVIRONMENT.format(kind=kind))
+        assert printed.split("\n") == [*["True"] * 4, "exit code 0", ""]
 
 
 # Stands in for EGL: a context that is used after its display was closed raises an error that cannot be printed.
@@ -261,9 +257,7 @@ def test_libero_beside_us_changes_no_picture(gl_kinds):
     for kind in gl_kinds:
         pictures = []
         for order in orders[kind]:
-            command = [sys.executable, "-W", "ignore", "-c", BESIDE_LIBERO, order, kind]
-            process = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert process.returncode == 0, process.stderr[-2000:]
-            pictures += [line for line in process.stdout.splitlines() if len(line) == 129]
+            printed = run_environments(BESIDE_LIBERO, order, kind)
+            pictures += [line for line in printed.splitlines() if len(line) == 129]
         assert len(pictures) == 3 + len(orders[kind]) - 1
         assert len(set(pictures)) == 1

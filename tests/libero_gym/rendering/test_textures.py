@@ -19,6 +19,7 @@ from libero_gym.rendering.ray_scene import _halve, _halve_bytes, build_ray_scene
 from libero_gym.rendering.raycast import DeviceScene, SceneCaster, WarpRenderer
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import decoded_textures, installed_colorspace, textures_in
+from tests.preloaded import run_environments
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 LINEAR, SRGB = 1, 2
@@ -156,10 +157,8 @@ for colorspace, version, name in pictures:
 @pytest.mark.slow
 def test_opengl_looks_like_mujoco_3_3_2_and_like_the_installed_one_where_asked(gl_kinds):
     has_tags = installed_colorspace() == "auto"
-    command = [sys.executable, "-c", GL_PICTURES, str(Path(__file__).parent), str(has_tags), *gl_kinds]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr[-2000:]
-    agreement = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in process.stdout.splitlines()}
+    printed = run_environments(GL_PICTURES, str(Path(__file__).parent), str(has_tags), *gl_kinds)
+    agreement = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in printed.splitlines()}
     assert len(agreement) == len(gl_kinds) * (10 + 2 * has_tags)
     assert min(agreement.values()) >= 40, agreement
 

@@ -94,7 +94,7 @@ def rollout(environment: dict[str, str]) -> list[str]:
 @pytest.mark.slow
 def test_an_archive_replaces_libero_to_the_last_bit(archive_file: Path, tmp_path: Path):
     language, digest, is_alone = rollout({})
-    for name in (stepping._CACHE_NAME, "warp"):  # what was compiled there; scenes are the archive's
+    for name in (stepping._CACHE_NAME, "warp", "textures"):  # what was made of code and files; scenes are the archive's
         shutil.copytree(cache_dir() / name, tmp_path / name)
     archived = rollout({"LIBERO_GYM_SCENES": str(archive_file), "LIBERO_GYM_CACHE": str(tmp_path)})
     assert archived == [language, digest, "True"]

@@ -149,11 +149,12 @@ def test_a_damaged_configuration_of_libero_is_written_anew(tmp_path, monkeypatch
     assert target.read_text() == whole
 
 
+# Its scene has few and small textures.
 STEP = """
 import sys
 import numpy as np
 from libero_gym.env import LiberoEnv
-env = LiberoEnv("libero_spatial", task_id=0, image_size=16, observe_images={images}, renderer="warp")
+env = LiberoEnv("libero_90", task_id=86, image_size=16, observe_images={images}, renderer="warp")
 env.reset(seed=0)
 observation, *_ = env.step(np.full(7, 0.5, np.float32))
 print(*(value.tobytes().hex() for name, value in sorted(observation.items()) if name != "task_descriptions"))
@@ -163,7 +164,7 @@ print(*(value.tobytes().hex() for name, value in sorted(observation.items()) if 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that holds scenes, but no compiled physics."""
-    built = load_scene(get_task("libero_spatial", 0)).folder
+    built = load_scene(get_task("libero_90", 86)).folder
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / built.name).symlink_to(built)
     monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path))
@@ -174,9 +175,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def warm_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
     """A copy of the cache that all tests share with what a step with images needs, and what it prints."""
     printed = result(start(images=True))
-    for name in (stepping._CACHE_NAME, "warp"):
+    for name in (stepping._CACHE_NAME, "warp", "textures"):
         shutil.copytree(cache_dir() / name, tmp_path / name)
-    built = load_scene(get_task("libero_spatial", 0)).folder
+    built = load_scene(get_task("libero_90", 86)).folder
     (tmp_path / "scenes").mkdir()
     (tmp_path / "scenes" / built.name).symlink_to(built)
     monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path))
@@ -201,18 +202,24 @@ def written(folder: Path) -> dict[Path, int]:
 @pytest.mark.slow
 def test_damaged_native_code_is_compiled_anew(warm_cache: tuple[Path, str]):
     own_cache, expected = warm_cache
-    before = {path: time for name in ("native", "warp") for path, time in written(own_cache / name).items()}
-    native = list(own_cache.glob("native/*/*/stepping._run_substeps-*.nbc"))
-    kernels = list(own_cache.glob("warp/*/wp_place_*/*.o"))  # of other versions of the code too
-    for path in (*native, *kernels):  # those of this version would be loaded as they are
+
+    def compiled() -> dict[Path, int]:
+        return {path: time for name in ("native", "warp") for path, time in written(own_cache / name).items()}
+
+    before = compiled()
+    # Of this version of the code and, where the shared cache has seen others, of theirs.
+    damaged = [*own_cache.glob("native/*/*/stepping._run_substeps-*.nbc"), *own_cache.glob("warp/*/wp_place_*/*.o")]
+    for path in damaged:  # those of this version would be loaded as they are
         flip(path)
     assert result(start(images=True)) == expected
-    # What another version compiled is dropped, and not made again.
-    repaired = {path: path.stat().st_mtime_ns for path in before if path.exists()}
-    for damaged in (native, kernels):
-        assert any(path in repaired and repaired[path] != before[path] for path in damaged)
+    after = compiled()
+    repaired = [path for path in damaged if path in after]
+    assert all(after[path] != before[path] for path in repaired)
+    assert sorted(path.suffix for path in repaired) == [".nbc", ".o"]  # what other versions made is not made again
+    folders_with_damage = {path.parent for path in damaged}
+    assert all(path.parent in folders_with_damage for path in before.keys() - after.keys())
     assert result(start(images=True)) == expected
-    assert {path: path.stat().st_mtime_ns for path in repaired} == repaired  # nothing is compiled without need
+    assert compiled() == after  # nothing is compiled without need
 
 
 @pytest.mark.slow
