@@ -26,6 +26,9 @@ LEROBOT ?= lerobot[dataset]==0.6.1
 LEROBOT_PYTHON ?= python3.12
 LEROBOT_VENV ?= $(VENV)-lerobot
 
+# Tests import the project in dozens of processes: they shall not compile it each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-mujoco33 test-mujoco4 test-installs test-libraries test-lerobot quick lint format clean
 
 help:

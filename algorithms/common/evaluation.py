@@ -32,6 +32,7 @@ from algorithms.common.episode_log import EpisodeStore, EvalEpisode
 from algorithms.common.episodes import wilson_interval
 from algorithms.common.jobs import Job, Key, episode_keys, jobs_in_training, stated_horizon
 from algorithms.common.provenance import describe_environment
+from algorithms.common.randomness import EVALUATIONS, seed_of
 from algorithms.common.video import (
     TASK_KEY,
     Frame,
@@ -414,6 +415,9 @@ def evaluate_into(
 ) -> float:
     """Evaluates an agent in training; leaves the JSON, a video per task and one of all in the run's folder.
 
+    All evaluations of a run have the same initial noise, which is none that `eval_gr00t.py --seeds 0 1 2` draws: the
+    best of several checkpoints has not been chosen by the episodes that it is then judged by.
+
     Args:
         run_path: the run's folder.
         iteration: names the files.
@@ -432,7 +436,7 @@ def evaluate_into(
             agent,
             envs,
             jobs,
-            seed=args.seed,
+            seed=seed_of(args.seed, EVALUATIONS),
             record=lambda _, state_id: state_id < num_filmed,
             video_dir=video_dir,
             log=ToldEpisodes(len(jobs)),

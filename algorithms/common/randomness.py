@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 # What a draw is for: the second part of a key, after the run's seed.
-EPISODES, NOISE, MINIBATCHES, GROUPS, FLOW, UPDATES = range(6)
+EPISODES, NOISE, MINIBATCHES, GROUPS, FLOW, UPDATES, EVALUATIONS = range(7)
 
 
 def seed_of(*key: int) -> int:

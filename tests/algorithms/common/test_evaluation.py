@@ -330,6 +330,8 @@ def test_evaluation_in_training_leaves_its_files(tmp_path: Path):
     rate = evaluate_into(tmp_path, 12, NoisyAgent(), lambda n: made.append(n) or Closes(n), TrainerArgs)
     saved = json.loads((tmp_path / "evaluations" / "iteration_12.json").read_text())
     assert rate == saved["success_once"]
+    (seed,) = saved["protocol"]["seeds"]
+    assert seed > 2**32  # the seeds of final evaluations are small
     assert (made, closed) == ([3], [True])
     assert [(e["task_id"], e["init_state_id"]) for e in saved["episodes"]] == [(3, 0), (3, 1), (5, 0), (5, 1)]
     assert (saved["protocol"]["suite"], saved["protocol"]["horizon"]) == ("libero_goal", horizon("libero_goal"))
