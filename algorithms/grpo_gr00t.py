@@ -39,9 +39,11 @@ from typing import Literal
 from algorithms.common import presets
 from algorithms.common.args import (
     STATE_MODEL,
+    LoraPart,
     check_at_least,
     check_entropy_bonus,
     check_folders,
+    check_lora,
     check_near_goal,
     check_physics,
     check_schedule,
@@ -127,6 +129,13 @@ class Args:
     train_backbone: bool = False
     """Train the vision tower and the language model too; otherwise their features are computed once
     a decision."""
+    lora_rank: int = 0
+    """Inner width of low-rank adapters, which are trained in place of the attention layers of
+    lora_parts; 0 for none."""
+    lora_alpha: float = 16.0
+    """Adapters are scaled by alpha / rank."""
+    lora_parts: tuple[LoraPart, ...] = ("action_head",)
+    """What gets adapters; all but action_head needs train_backbone."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of matrix products; the checkpoint's own if not given. Trained weights and
     log-probabilities are float32."""
@@ -258,11 +267,20 @@ def check_args(args: Args) -> None:
         "num_minibatches",
         "keep_last",
     )
-    check_at_least(args, 0, "eval_interval", "eval_episodes_per_task", "save_interval", "keep_best")
+    check_at_least(
+        args,
+        0,
+        "eval_interval",
+        "eval_episodes_per_task",
+        "save_interval",
+        "keep_best",
+        "lora_rank",
+    )
     if not 0 < args.final_noise <= 1:
         raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
     check_sizes(args, "num_envs", "micro_batch_size")
     check_folders(args, STATE_MODEL)
+    check_lora(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:
@@ -296,6 +314,7 @@ from algorithms.common.episodes import played_episodes
 from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
 from algorithms.common.features import FeatureStore
 from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.monitor import Monitor
 from algorithms.common.processes import (
     clip_grad_norm,
@@ -378,6 +397,15 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         train_backbone=args.train_backbone,
         compute_dtype=args.compute_dtype,
     )
+    if args.lora_rank:
+        # Without dropout: a log-probability has to be a function of its arguments.
+        settings = LoraSettings(
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            dropout=0.0,
+            parts=args.lora_parts,
+        )
+        add_lora(agent, settings)
     return store_frozen_as(agent, agent.policy.torch_dtype)
 
 
@@ -571,6 +599,10 @@ def main(
     def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
         return stop.watched(make_envs(args, num_envs, agent.image_size))
 
+    def write_merged(folder: Path) -> None:
+        with merged(agent):
+            agent.save_pretrained(folder)
+
     metrics: dict[str, float] = {}
     with (
         StopSignal(accelerator) as stop,
@@ -588,6 +620,7 @@ def main(
             optimizer,
             keep_last=args.keep_last,
             keep_best=args.keep_best,
+            write_agent=write_merged if args.lora_rank else None,
         ) as checkpoints,
         Monitor(
             accelerator,

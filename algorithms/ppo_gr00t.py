@@ -50,9 +50,11 @@ from typing import Literal
 from algorithms.common import presets
 from algorithms.common.args import (
     STATE_MODEL,
+    LoraPart,
     check_at_least,
     check_entropy_bonus,
     check_folders,
+    check_lora,
     check_near_goal,
     check_physics,
     check_schedule,
@@ -146,6 +148,13 @@ class Args:
     train_backbone: bool = False
     """Train the vision tower and the language model too; otherwise their features are computed once
     a decision."""
+    lora_rank: int = 0
+    """Inner width of low-rank adapters, which are trained in place of the attention layers of
+    lora_parts; 0 for none."""
+    lora_alpha: float = 16.0
+    """Adapters are scaled by alpha / rank."""
+    lora_parts: tuple[LoraPart, ...] = ("action_head",)
+    """What gets adapters; all but action_head needs train_backbone."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of matrix products; the checkpoint's own if not given. Trained weights and
     log-probabilities are float32."""
@@ -337,6 +346,7 @@ def check_args(args: Args) -> None:
         "eval_episodes_per_task",
         "save_interval",
         "keep_best",
+        "lora_rank",
         "video_interval",
         "critic_warmup_iterations",
         "policy_warmup_iterations",
@@ -351,6 +361,7 @@ def check_args(args: Args) -> None:
     exact_quotient(args, "num_decisions", "minibatch_size")
     exact_quotient(args, "minibatch_size", "micro_batch_size")
     check_folders(args, STATE_MODEL)
+    check_lora(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:
@@ -384,6 +395,7 @@ from algorithms.common.episodes import played_tasks
 from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
 from algorithms.common.features import FeatureStore
 from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.monitor import Monitor
 from algorithms.common.processes import (
     clip_grad_norm,
@@ -478,6 +490,15 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         train_backbone=args.train_backbone,
         compute_dtype=args.compute_dtype,
     )
+    if args.lora_rank:
+        # Without dropout: a log-probability has to be a function of its arguments.
+        settings = LoraSettings(
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            dropout=0.0,
+            parts=args.lora_parts,
+        )
+        add_lora(agent, settings)
     return store_frozen_as(agent, agent.policy.torch_dtype)
 
 
@@ -632,6 +653,8 @@ def main(
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     device, num_processes = accelerator.device, accelerator.num_processes
     is_main = accelerator.is_main_process
+    if accelerator.is_fsdp2 and args.lora_rank:
+        raise ValueError("FSDP cannot be used with lora_rank: merging adapters needs whole weights")
     num_envs = share_of_process(args, "num_envs", num_processes)
     share_of_process(args, "micro_batch_size", num_processes)
     num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
@@ -708,6 +731,10 @@ def main(
     def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
         return stop.watched(make_envs(args, num_envs, agent.image_size, AutoresetMode.DISABLED))
 
+    def write_merged(folder: Path) -> None:
+        with merged(agent):
+            agent.save_pretrained(folder)
+
     metrics: dict[str, float] = {}
     with (
         StopSignal(accelerator) as stop,
@@ -725,6 +752,7 @@ def main(
             optimizer,
             keep_last=args.keep_last,
             keep_best=args.keep_best,
+            write_agent=write_merged if args.lora_rank else None,
         ) as checkpoints,
         Monitor(
             accelerator,

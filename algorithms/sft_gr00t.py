@@ -39,6 +39,7 @@ from typing import Literal
 
 from algorithms.common.args import (
     Augmentation,
+    LoraPart,
     check_at_least,
     check_folder,
     check_folders,
@@ -49,7 +50,6 @@ from algorithms.common.args import (
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import jobs_in_training
 
-LoraPart = Literal["action_head", "language_model", "vision_model"]
 # What may differ between a run and its continuation.
 FREE_ARGS = {
     "preset",
@@ -544,7 +544,7 @@ def main(
             average.store(trained.values())
             average.copy_to(trained.values())
         try:
-            with merged(agent):
+            with merged(agent) if args.lora_rank else nullcontext():
                 agent.eval()
                 yield
         finally:

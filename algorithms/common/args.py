@@ -12,6 +12,8 @@ from gr00t_agent.files import is_hub_name
 
 # How a steered policy's noise is made of what the actor chooses, see `algorithms.common.steering.NoiseSpace`.
 NoiseForm = Literal["executed", "per_step", "repeated"]
+# What can have low-rank adapters, see `algorithms.common.lora`.
+LoraPart = Literal["action_head", "language_model", "vision_model"]
 # A trainer's --model for a small policy on the robot's state, see `algorithms.common.state_agent`.
 STATE_MODEL = "state"
 # Where Accelerate reads the number of processes.
@@ -40,6 +42,15 @@ class Augmentation:
         for name, high in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)} is not in 0-{high}")
+
+
+def check_lora(args: Any) -> None:
+    """Raises ValueError if there is nothing to adapt: low-rank adapters go into a GR00T network."""
+    if args.lora_rank and args.model == STATE_MODEL:
+        raise ValueError(
+            f"lora_rank={args.lora_rank}: model='{STATE_MODEL}' has no attention layers to adapt; leave lora_rank at "
+            "0, or take --model nano"
+        )
 
 
 def check_at_least(args: Any, least: int, *names: str) -> None:

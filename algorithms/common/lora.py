@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -45,11 +43,20 @@ def add_lora(agent: nn.Module, settings: LoraSettings) -> int:
     """Puts adapters into `agent`, freezes the weights of the adapted parts, and returns the number of adapters.
 
     Raises:
-        ValueError: an unknown part, or a part without attention layers.
+        ValueError: an unknown part, a part without attention layers, or one that is computed without gradients.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, and few runs have adapters
+
     unknown = sorted(set(settings.parts) - PARTS.keys())
     if unknown or not settings.parts:
         raise ValueError(f"lora parts {unknown or list(settings.parts)} are unknown (valid: {', '.join(PARTS)})")
+    trainable = getattr(agent, "trainable", {})
+    for part, flag in (("language_model", "tune_llm"), ("vision_model", "tune_visual")):
+        if part in settings.parts and not trainable.get(flag, True):
+            raise ValueError(
+                f"lora parts {list(settings.parts)} hold {part}, which is frozen and computed without gradients; train "
+                f"it (--{flag.replace('_', '-')} in fine-tuning, --train-backbone in PPO and GRPO), or leave it out"
+            )
     prefixes = tuple(prefix for part in settings.parts for prefix in PARTS[part])
     trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
     targets = [
@@ -72,6 +79,8 @@ def add_lora(agent: nn.Module, settings: LoraSettings) -> int:
 @contextmanager
 def merged(agent: nn.Module) -> Generator[None]:
     """Gives `agent` the plain network's module tree for a while, the adapters' effect merged into its weights."""
+    from peft.tuners.lora import LoraLayer
+
     found: list[tuple[str, Any]] = [(name, m) for name, m in agent.named_modules() if isinstance(m, LoraLayer)]
     weights: list[Tensor] = []
     for name, layer in found:
