@@ -62,8 +62,13 @@ _PR_SET_PDEATHSIG = 1
 _PLACES = {"cache_dir"}
 
 
-def make_accelerator(log_with: Sequence[str], output_dir: Path) -> Accelerator:
+def make_accelerator(log_with: Sequence[str], output_dir: Path, *, cpu: bool = False) -> Accelerator:
     """Returns the accelerator of this process, with its trackers logging below `output_dir`.
+
+    Args:
+        log_with: names of the trackers.
+        output_dir: where they log.
+        cpu: this process computes nothing, and leaves GPUs to others.
 
     Raises:
         ValueError: a tracker is not installed, or the launch asks for what the trainers do not do or would do wrongly:
@@ -80,10 +85,10 @@ def make_accelerator(log_with: Sequence[str], output_dir: Path) -> Accelerator:
     _end_with_launcher()
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     accelerator = Accelerator(
-        log_with=cast(Any, list(log_with) or None), project_dir=str(output_dir), kwargs_handlers=[timeout]
+        cpu=cpu, log_with=cast(Any, list(log_with) or None), project_dir=str(output_dir), kwargs_handlers=[timeout]
     )
     _check_launch(accelerator)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not cpu:
         print(f"processes    {accelerator.num_processes}", flush=True)
     if accelerator.num_processes > 1:
         Watch.start(accelerator)

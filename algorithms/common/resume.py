@@ -521,6 +521,11 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def status(self) -> int | None:
+        """Exit status if this process was asked to end, else None."""
+        return self._status
+
     def watched(self, envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
         """Returns environments for an evaluation that ends at the next step if it is asked to."""
         return _Watched(envs, self.check_alone)

@@ -1,0 +1,1528 @@
+"""Asynchronous PPO of a flow-matching vision-language-action policy on LIBERO, over a cluster by Ray.
+
+The objective is that of `ppo_gr00t.py`, whose formulas are copied here. What differs is where it is
+computed. Env workers step environments, rollout workers decide for them, and a group of learners
+updates; they share GPUs or have their own, on any node (collocated, hybrid, disaggregated):
+
+    env workers -> observations -> rollout workers -> rollouts -> learners -> weights -> rollout workers
+
+Rollout t is played by the weights of version max(0, t - 1 - S), with S = max_staleness and a version
+the number of iterations whose updates the weights have had. So S = 0 is PPO in turns, equal to
+`ppo_gr00t.py`; with S = 1 or 2 rollouts are played while the learners update, and which weights play
+which rollout does not depend on who is faster (as in Cleanba, arXiv:2310.00036). Where they are older
+than the learners', the objective is decoupled (Hilton et al. 2022, arXiv:2110.00641; AReaL,
+arXiv:2505.24298):
+
+    L = -E[min(p / b, importance_cap) * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)],  r = pi / p
+
+with b the policy that acted, and p, round which the ratio is clipped, that of the learners' last
+synchronised weights, with which values are computed anew too.
+
+Launch:
+    python algorithms/async_ppo_gr00t.py --preset libero_spatial_nano
+    python algorithms/async_ppo_gr00t.py --preset libero_spatial_rlinf --max-staleness 1 \\
+        --ray-address 10.0.0.1:6379 --placement "env:0-3 rollout:4-7 actor:0-7"
+Without --ray-address it makes a cluster of this machine for itself. All sizes are global, and every
+draw is keyed as in `ppo_gr00t.py`.
+
+A worker that is lost is replaced and its rollout played again; the unfinished episodes of a lost env
+worker are discarded. Learners that are lost start again from the last checkpoint.
+
+Metrics: those of `ppo_gr00t.py`, and `rollout/staleness_mean` (iterations by which the weights of a
+decision were older than the learners'), `actor/importance_weight`, `rollout/workers_replaced`,
+`rollout/episodes_discarded`, `time/learner_idle_s` (waiting for rollouts), `time/env_idle_s`
+(environments doing nothing). `time/total_s` is from the end of one update to that of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from algorithms.common import presets
+from algorithms.common.args import (
+    STATE_MODEL,
+    check_at_least,
+    check_entropy_bonus,
+    check_folders,
+    check_near_goal,
+    check_physics,
+    exact_quotient,
+)
+from algorithms.common.command_line import launch, parse_args
+from algorithms.common.jobs import jobs_in_training
+from algorithms.common.placement import (
+    check_installed,
+    check_shares,
+    parse_placement,
+    place_roles,
+)
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Command-line arguments; each one's help follows it. Sizes are over all processes."""
+
+    # --- run ---
+    preset: str | None = None
+    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
+    run_name: str = "ppo_{suite}_{seed}"
+    """Name of the run's folder; may hold fields of these arguments in braces."""
+    output_dir: Path = Path("runs")
+    """Where run folders are made."""
+    resume: Path | None = None
+    """Run folder (or its newest checkpoint) to go on with, or `auto`: the newest run of this name
+    that has a checkpoint, else a new one. Give the same arguments as before."""
+    seed: int = 1
+    """Seed of the environments, the agent's initial weights and every random draw."""
+    num_iterations: int = 400
+    """Rollout-and-update rounds; schedules run over them."""
+
+    # --- cluster ---
+    ray_address: str | None = None
+    """Cluster to use, host:port of its head node; one of this machine alone if not given."""
+    placement: str | None = None
+    """GPUs of each role, numbered over the cluster's nodes, such as `env:0-3 rollout:4-7 actor:0-7`;
+    `env:cpu*16` are sixteen processes without one."""
+    env_workers: int | None = None
+    """Processes without a GPU that step environments; if not given, pipeline_stage_num for each rollout
+    worker."""
+    rollout_gpus: int | None = None
+    """GPUs that decide, the cluster's first ones; all if not given."""
+    learner_gpus: int | None = None
+    """GPUs that learn, the cluster's last ones; all if not given."""
+    max_staleness: Literal[0, 1, 2] = 0
+    """Iterations by which the weights that play a rollout are older than those that it updates."""
+    importance_cap: float = 5.0
+    """Largest weight of a decision for the difference between the policies that acted and that the
+    update starts from."""
+    max_restarts: int = 3
+    """Times that a rollout is played again, or learners start again without getting further, before
+    the run stops."""
+
+    # --- environment ---
+    suite: str = "libero_spatial"
+    """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
+    task_ids: tuple[int, ...] | None = None
+    """Tasks to train on, each drawn as often as it is named; all of the suite if not given."""
+    task_sampling: Literal["uniform", "adaptive"] = "uniform"
+    """`adaptive` plays most the tasks that succeed about half of the time, and solved and hopeless
+    ones now and then."""
+    num_envs: int = 64
+    """Parallel environments over all processes."""
+    num_action_chunks: int = 5
+    """Environment steps that one decision executes (C)."""
+    horizon: int | None = None
+    """Environment steps before truncation; the suite's own if not given."""
+    steps_before_success: tuple[int, ...] = ()
+    """Begin episodes near their end, a reverse curriculum: where a scripted expert stands so many
+    environment steps before it succeeds, each number in turn (`libero_gym.near_goal`). The tasks'
+    own initial states if not given. Evaluations in training begin there too."""
+    num_near_goal_states: int = 4
+    """Initial states of a task from which experts run for steps_before_success, the first ones."""
+    reward: Literal["sparse", "relative"] = "sparse"
+    """Sparse: 1 at success. Relative: the change of success from the step before."""
+    renderer: Literal["egl", "osmesa", "warp"] | None = None
+    """Renderer; if not given, the best that the machine has."""
+    physics: Literal["cpu", "warp"] = "cpu"
+    """`warp` simulates on the GPU: much faster for a thousand environments and more, and not
+    bit-identical."""
+    stepping: Literal["exact", "fast"] = "exact"
+    """`exact` repeats LIBERO's simulation bit by bit; `fast` takes a fifth less time and rounds
+    differently. Without meaning for physics `warp`."""
+    pipeline_stage_num: int = 1
+    """Stages that a process's environments are split into; one simulates while another is
+    decided."""
+    env_timeout_s: float = 600.0
+    """Stop the run if a decision's environment steps take longer."""
+
+    # --- agent ---
+    model: str = "nano"
+    """A preset's name (`nano`, `gr00t_n1d5`: random weights), the folder or hub id of a checkpoint,
+    or `state`: a small network on the robot's state that learns in minutes on a CPU."""
+    denoising_steps: int = 4
+    """Denoising steps from noise to action."""
+    noise_method: Literal["flow_sde", "flow_cps", "reinflow", "reinflow_joint"] = "flow_sde"
+    """How the denoising chain is made stochastic for exploration."""
+    noise_level: float = 0.5
+    """Strength of the exploration noise (flow_sde and flow_cps)."""
+    final_noise: float = 1.0
+    """Part of the exploration noise that is left at the end of training; it falls linearly from
+    1."""
+    logprob_level: Literal["chunk", "action", "token"] = "chunk"
+    """What has one ratio to clip: the whole chunk (log-probabilities summed over C steps and their
+    dimensions), each of its actions (summed over dimensions), or each dimension of each action."""
+    joint_logprob: bool = False
+    """Noise at every denoising step, and one log-probability of the whole chain; otherwise one step
+    of each chain is noised and scored. With reinflow's noise and ent_coef 0.005 this is pi_RL's
+    Flow-Noise."""
+    critic_detach: bool = True
+    """Keep the value loss's gradient out of the policy's trunk."""
+    train_backbone: bool = False
+    """Train the vision tower and the language model too; otherwise their features are computed once
+    a decision."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of matrix products; the checkpoint's own if not given. Trained weights and
+    log-probabilities are float32."""
+    compile: bool = False
+    """Compile the network with torch.compile; the first iterations then take minutes longer."""
+
+    # --- rollout and advantages ---
+    num_steps: int = 48
+    """Decisions per environment and iteration; 48 chunks of 5 steps are one LIBERO-Spatial
+    horizon."""
+    feature_storage: Literal["device", "host", "mixed", "none"] = "mixed"
+    """Where encoded observations wait for the update. `device`, `host`: up to feature_memory_gb
+    there, the rest is encoded anew in every epoch. `mixed`: up to feature_memory_gb on the device,
+    the rest in host memory. `none`: all encoded anew."""
+    feature_memory_gb: float = 16.0
+    """Memory of a process for encoded observations, 10^9 bytes."""
+    reward_scale: float = 1.0
+    """Factor on rewards before advantages are computed."""
+    gamma: float = 0.99
+    """Discount per decision."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    truncation: Literal["bootstrap", "failure"] = "bootstrap"
+    """An episode cut at the horizon has the value of its last observation left, or 0: being late is
+    a failure."""
+    value_bounds: tuple[float, float] | None = None
+    """Range of possible returns (0 and reward_scale where success ends an episode). Advantages see
+    values clipped to it, so that an overestimate cannot feed itself."""
+    norm_adv: bool = True
+    """Normalise advantages over the iteration's decisions of all processes."""
+
+    # --- optimisation ---
+    learning_rate: float = 5e-6
+    """AdamW's step size for the policy."""
+    value_learning_rate: float = 1e-4
+    """AdamW's step size for the value head."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon: gradients much smaller than it take smaller steps."""
+    lr_schedule: Literal["constant", "linear", "adaptive"] = "constant"
+    """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow
+    target_kl: 1.5 times smaller after an update that ended above it, 1.5 times larger after one
+    that ended below half of it, up to 10 times either way."""
+    target_kl: float | None = None
+    """End an iteration's update when a minibatch's approximate KL from the rollout's policy exceeds
+    this."""
+    critic_warmup_iterations: int = 0
+    """First iterations, in which only the value head moves. The policy's gradients already enter
+    AdamW's moments, so that its first real step is no larger than the next ones."""
+    policy_warmup_iterations: int = 0
+    """Iterations after those over which the policy's step size rises from 0, update by update: while
+    weights rest, gradients agree with each other, and AdamW's first steps all go the same way."""
+    update_epochs: int = 4
+    """Passes over each iteration's decisions."""
+    minibatch_size: int = 1024
+    """Decisions per optimiser step over all processes."""
+    micro_batch_size: int = 1024
+    """Decisions per forward pass over all processes at most; smaller ones accumulate gradients."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped."""
+
+    # --- loss ---
+    loss_weighting: Literal["decision", "trajectory"] = "decision"
+    """All decisions weigh the same, or all episodes do, as in RLinf: a decision's weight is one over
+    the decisions of its whole episode."""
+    clip_coef: float = 0.2
+    """Lower clip of the ratio: 1 - clip_coef."""
+    clip_coef_high: float = 0.2
+    """Upper clip of the ratio: 1 + clip_coef_high."""
+    dual_clip: float | None = None
+    """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
+    value_clip: float = 0.2
+    """Clip of the value's change within an iteration."""
+    huber_delta: float = 10.0
+    """Where the value loss turns from quadratic to linear."""
+    vf_coef: float = 1.0
+    """Weight of the value loss."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
+    follow it."""
+    imitation_coef: float = 0.0
+    """Weight of flow matching on what the rollout's successful episodes did (self-imitation). A
+    policy whose mean moves by it needs a smaller step size than PPO alone would bear."""
+    kl_coef: float = 0.0
+    """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
+    max_ratio_deviation: float = 0.05
+    """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities
+    disagree."""
+
+    # --- evaluation and saving ---
+    eval_interval: int = 0
+    """Iterations between evaluations; 0 evaluates only after the last."""
+    eval_before: bool = False
+    """Evaluate before training too, on the same episodes, and film both side by side."""
+    eval_episodes_per_task: int = 50
+    """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
+    eval_videos_per_task: int = 1
+    """Episodes per task, from the first on, that an evaluation films."""
+    save_interval: int = 50
+    """Iterations between checkpoints; the last iteration is always saved, and while keep_best is
+    not 0 every evaluated one. 0 saves no others."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Evaluated checkpoints that are kept besides for their success rate."""
+
+    # --- logging ---
+    log_with: tuple[str, ...] = ("tensorboard",)
+    """Accelerate trackers that receive the metrics."""
+    video_interval: int = 0
+    """Iterations between films of what four environments do in a rollout; 0 films none."""
+
+    @property
+    def num_decisions(self) -> int:
+        """Decisions per iteration over all processes."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_minibatches(self) -> int:
+        """Optimiser steps per epoch."""
+        return exact_quotient(self, "num_decisions", "minibatch_size")
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes per optimiser step."""
+        return exact_quotient(self, "minibatch_size", "micro_batch_size")
+
+    def evaluates(self, iteration: int) -> bool:
+        """Returns whether the policy is evaluated after `iteration`."""
+        is_last = iteration == self.num_iterations
+        is_due = self.eval_interval > 0 and iteration % self.eval_interval == 0
+        return (is_last or is_due) and self.eval_episodes_per_task > 0
+
+    def saves(self, iteration: int) -> bool:
+        """Returns whether a checkpoint is saved after `iteration`."""
+        is_last = iteration == self.num_iterations
+        is_due = self.save_interval > 0 and iteration % self.save_interval == 0
+        return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
+
+    def policy_step_factor(self, updated: float) -> float:
+        """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
+
+        0 while only the critic learns, then rising to 1.
+        """
+        since = updated - self.critic_warmup_iterations
+        if self.policy_warmup_iterations == 0:
+            return float(since > 0)
+        return min(max(since / self.policy_warmup_iterations, 0.0), 1.0)
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """Returns what the best checkpoints are chosen by; None where none was evaluated.
+
+        Not the success of the training's own episodes, which explore and are of earlier weights.
+        """
+        return metrics.get("eval/success_once")
+
+
+PRESETS = {name: Args(**settings) for name, settings in presets.PPO.items()}
+
+
+def check_args(args: Args) -> None:
+    """Raises ValueError for arguments that would otherwise fail late."""
+    check_at_least(
+        args,
+        1,
+        "num_iterations",
+        "num_action_chunks",
+        "pipeline_stage_num",
+        "denoising_steps",
+        "num_steps",
+        "update_epochs",
+        "keep_last",
+    )
+    check_at_least(
+        args,
+        0,
+        "eval_interval",
+        "eval_episodes_per_task",
+        "save_interval",
+        "keep_best",
+        "video_interval",
+        "critic_warmup_iterations",
+        "policy_warmup_iterations",
+        "imitation_coef",
+    )
+    if not 0 < args.final_noise <= 1:
+        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
+    if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
+        low, high = args.value_bounds
+        raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
+    check_installed()
+    check_at_least(args, 0, "max_restarts")
+    if args.importance_cap <= 0:
+        raise ValueError(f"importance_cap={args.importance_cap} must be positive")
+    if args.placement is not None:
+        parse_placement(args.placement)
+    exact_quotient(args, "num_decisions", "minibatch_size")
+    exact_quotient(args, "minibatch_size", "micro_batch_size")
+    check_folders(args, STATE_MODEL)
+    check_near_goal(args)
+    if args.eval_before and args.eval_episodes_per_task == 0:
+        raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
+    if args.eval_episodes_per_task > 0:
+        jobs_in_training(args)
+    check_physics(args, "libero_spatial_laptop")
+
+
+# Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
+ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
+
+import contextlib
+import io
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import gymnasium as gym
+import numpy as np
+import ray
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.cluster import (
+    EnvWorkerLost,
+    LearnerGroup,
+    LearnersLost,
+    RemoteStage,
+    Report,
+    RolloutGroup,
+    connect,
+    free_address,
+    from_store,
+    merged,
+    start_env_workers,
+    to_store,
+)
+from algorithms.common.episodes import Cohorts, cohort_metrics, finished_episodes
+from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
+from algorithms.common.features import FeatureStore
+from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.monitor import TrainingProgress, describe_iteration
+from algorithms.common.processes import (
+    clip_grad_norm,
+    explained_variance,
+    for_all,
+    make_accelerator,
+    mean_and_variance,
+    over_processes,
+    prepare,
+)
+from algorithms.common.randomness import FLOW, MINIBATCHES, NOISE, deal, flow_draws, generators_of
+from algorithms.common.resume import (
+    FREE_ARGS,
+    Checkpoints,
+    StopSignal,
+    checkpoints_in,
+    missing_evaluation,
+    open_run,
+)
+from algorithms.common.run import RunFolder
+from algorithms.common.state_agent import StateFlowAgent
+from algorithms.common.step_sizes import StepSizes
+from algorithms.common.stop_request import ring_on_signals, take_place
+from algorithms.common.task_sampling import TaskSampler
+from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
+from gr00t_agent import Gr00tAgent
+from libero_gym import horizon
+from libero_gym.adapters import ModalityVectorObservation, load_modality
+from libero_gym.near_goal import NearGoalVectorEnv
+
+# Arguments that may differ between a run and its continuation.
+CLUSTER_ARGS = {
+    "ray_address",
+    "placement",
+    "env_workers",
+    "rollout_gpus",
+    "learner_gpus",
+    "max_restarts",
+}
+
+
+def make_envs(
+    args: Args,
+    num_envs: int,
+    image_size: int,
+    autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+    num_threads: int | None = None,
+) -> gym.vector.VectorEnv:
+    """Returns `num_envs` environments whose observations carry GR00T's modality keys.
+
+    `image_size` 0 observes no images.
+    """
+    options: dict[str, Any] = dict(
+        task_ids=args.task_ids,
+        num_action_chunks=args.num_action_chunks,
+        horizon=args.horizon,
+        reward=args.reward,
+        renderer=args.renderer,
+        autoreset_mode=autoreset_mode,
+    )
+    options |= dict(image_size=image_size) if image_size else dict(observe_images=False)
+    if args.physics == "warp":
+        options |= dict(physics="warp")
+    else:
+        options |= dict(stepping=args.stepping, num_threads=num_threads)
+    envs = gym.make_vec(
+        f"libero_gym/{args.suite}-v0",
+        num_envs=num_envs,
+        vectorization_mode="vector_entry_point",
+        **options,
+    )
+    if args.steps_before_success:
+        envs = NearGoalVectorEnv(
+            envs,
+            steps_before_success=args.steps_before_success,
+            num_init_states=args.num_near_goal_states,
+        )
+    modality = load_modality()
+    return ModalityVectorObservation(envs, modality if image_size else replace(modality, video={}))
+
+
+def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
+    """Returns the agent that `args` ask for, on the CPU."""
+    check_entropy_bonus(args)
+    if args.model == STATE_MODEL:
+        return StateFlowAgent.from_args(args)
+    agent = Gr00tAgent.load(
+        args.model,
+        num_action_chunks=args.num_action_chunks,
+        denoising_steps=args.denoising_steps,
+        noise_method=args.noise_method,
+        noise_level=args.noise_level,
+        joint_logprob=args.joint_logprob,
+        # Chunks are summed up here, where it is known which of their actions were executed.
+        logprob_level="token" if args.logprob_level == "token" else "action",
+        critic_detach=args.critic_detach,
+        train_backbone=args.train_backbone,
+        compute_dtype=args.compute_dtype,
+    )
+    return store_frozen_as(agent, agent.policy.torch_dtype)
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    ended: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns advantages and returns, each [K, N], of K decisions in N environments.
+
+    Args:
+        rewards: [K, N] reward of each decision.
+        values: [K, N] value of the observation that each decision saw.
+        next_values: [K, N] value of the observation that each decision led to, before any reset: at
+            an episode's end that of its own last observation.
+        terminated: [K, N] bool, True where the episode ended in success.
+        ended: [K, N] bool, True where the episode ended (terminated or truncated).
+        gamma: discount per decision.
+        lam: lambda of GAE.
+    """
+    deltas = rewards + gamma * next_values * ~terminated - values
+    advantages = torch.zeros_like(rewards)
+    carried = torch.zeros_like(rewards[0])
+    for k in reversed(range(len(rewards))):
+        carried = deltas[k] + gamma * lam * ~ended[k] * carried
+        advantages[k] = carried
+    return advantages, advantages + values
+
+
+def trajectory_weights(ended: Tensor, lengths: Tensor, horizon: int) -> Tensor:
+    """Returns for each decision [K, N] one over the decisions of its whole episode.
+
+    An episode that the rollout cuts weighs no more than its part: what came before the rollout is
+    counted, and one that goes on after it is taken to last to the horizon.
+
+    Args:
+        ended: [K, N] bool, True where the episode ended.
+        lengths: [K, N] decisions of the whole episode that ended there.
+        horizon: decisions of the longest episode.
+    """
+    weights = torch.zeros(ended.shape, device=ended.device)
+    length = torch.full(ended.shape[1:], horizon, device=ended.device)
+    for k in reversed(range(len(ended))):
+        length = torch.where(ended[k], lengths[k], length)
+        weights[k] = 1 / length
+    return weights
+
+
+def won_decisions(ended: Tensor, success: Tensor) -> Tensor:
+    """Returns 1 for each decision [K, N] of an episode that ends in success within the rollout, else 0.
+
+    Args:
+        ended: [K, N] bool, True where the episode ended.
+        success: [K, N] bool, True where it ended in success.
+    """
+    won = torch.zeros(ended.shape, device=ended.device)
+    carried = torch.zeros(ended.shape[1:], device=ended.device)
+    for k in reversed(range(len(ended))):
+        carried = torch.where(ended[k], success[k].float(), carried)
+        won[k] = carried
+    return won
+
+
+def policy_loss(
+    logratio: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns the clipped surrogate loss of each element and a mask, True where clipping acts.
+
+    `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens;
+    `advantages` are [B].
+    """
+    advantages = advantages.reshape(-1, *[1] * (logratio.ndim - 1))
+    ratio = logratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    return loss, clipped > unclipped
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float, huber_delta: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the clipped Huber loss of each value [B] and a mask, True where clipping acts."""
+    clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    plain = nn.functional.huber_loss(values, returns, reduction="none", delta=huber_delta)
+    clipped = nn.functional.huber_loss(clipped_values, returns, reduction="none", delta=huber_delta)
+    # Within the clip both are the same but for rounding.
+    is_clipped = (clipped > plain) & ((values - old_values).abs() > value_clip)
+    return torch.maximum(plain, clipped), is_clipped
+
+
+def divergence(logratio: Tensor) -> Tensor:
+    """Returns r - 1 - log r of each element: estimates KL(p || q) if r = q / p at draws from p."""
+    return logratio.exp() - 1 - logratio
+
+
+def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+    """Returns log-probabilities or entropies of the actions that were executed, at `level`.
+
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
+    consequence, and are 0 here.
+
+    Args:
+        elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
+        executed: [B, C] bool, True where an action was executed.
+        level: "chunk" sums over all actions to [B], "action" and "token" keep the shape.
+    """
+    if elements.ndim == 1:
+        return elements
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2))
+    elements = torch.where(mask, elements, 0.0)
+    return elements.flatten(1).sum(dim=1) if level == "chunk" else elements
+
+
+def mean_of_executed(elements: Tensor, executed: Tensor) -> Tensor:
+    """Returns the mean of each decision's elements [B], [B, C] or [B, C, a] that count, [B]."""
+    if elements.ndim == 1:
+        return elements.float()
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2)).expand_as(elements)
+    total = torch.where(mask, elements.float(), 0.0).flatten(1).sum(dim=1)
+    return total / mask.flatten(1).sum(dim=1).clamp(min=1)
+
+
+def sum_per_decision(elements: Tensor) -> Tensor:
+    """Returns the sum of each decision's elements [B, ...], [B]."""
+    return elements.float().reshape(len(elements), -1).sum(dim=1)
+
+
+def importance_weights(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor:
+    """Returns min(p / b, cap) of each element, from log-probabilities of any one shape."""
+    return (proximal - behaviour).exp().clamp(max=cap)
+
+
+class Rollout(NamedTuple):
+    """K decisions in n environments: what rollout workers give learners, in host memory.
+
+    `cut` holds, of the decisions that a truncated episode ended with, their number, the rows of the
+    environments, and the features of the episodes' own last observations. `versions` are those of
+    the weights that decided.
+    """
+
+    features: dict[str, Any]  # [K, n, ...]
+    last_features: dict[str, Any]  # [n, ...]
+    cut: list[tuple[int, NDArray[np.intp], dict[str, Any]]]
+    actions: Any  # [K, n, ...]
+    logprobs: Any  # [K, n, ...]
+    values: Any  # [K, n], as are the following
+    rewards: Any
+    terminated: Any
+    succeeded: Any
+    ended: Any
+    executed_steps: Any
+    episode_lengths: Any
+    versions: Any
+
+
+def noise_options(args: Args, iteration: int) -> dict[str, float]:
+    """Returns options of the policy's exploration noise in an iteration."""
+    if args.final_noise == 1:
+        return {}
+    progress = (iteration - 1) / args.num_iterations
+    return {"noise_anneal": 1 - (1 - args.final_noise) * progress}
+
+
+class RolloutWorker:
+    """Decides for some of the environments, with weights that learners have published."""
+
+    def __init__(
+        self,
+        place: Any,
+        bell: Any,
+        args: Args,
+        make_agent: Callable[..., Any],
+        run_path: Path,
+        number: int,
+        env_ids: NDArray[np.intp],
+    ) -> None:
+        take_place(place)
+        ring_on_signals(bell)
+        if place.gpu is None:
+            torch.set_num_threads(place.cpus)
+        self.args, self.env_ids = args, env_ids
+        self.accelerator = Accelerator()
+        self.run = RunFolder(run_path, self.accelerator)
+        set_seed(args.seed)
+        self.agent = make_agent(args).to(self.accelerator.device).eval()
+        if args.compile:
+            self.agent.compile_network()
+        self.trained = dict(self.agent.named_parameters()) | dict(self.agent.named_buffers())
+        self.stages: list[RemoteStage] = []
+        self.is_broken = True
+        self.ended_at = time.perf_counter()
+        self.number = number
+        self.recorder = RolloutRecorder(
+            run_path / "videos",
+            num_envs=4,
+            interval=args.video_interval if number == 0 else 0,
+            fps=CONTROL_FREQUENCY_HZ / args.num_action_chunks,
+        )
+
+    def observed_size(self) -> int:
+        """Returns the size of the images that environments shall draw; 0 for none."""
+        return 0 if self.args.model == STATE_MODEL else self.agent.image_size
+
+    def ping(self) -> None:
+        """Returns when the calls before it are done."""
+
+    def open_envs(self, workers: Sequence[Any], openings: Sequence[Any]) -> tuple[bool, Any]:
+        """Takes env workers and observes; returns whether none was lost, and their states."""
+        num_stages = self.args.pipeline_stage_num
+        ids = np.split(self.env_ids, num_stages)
+        of_stage = np.split(np.arange(len(workers)), num_stages)
+        self.is_broken = False
+        try:
+            self.stages = []
+            for stage_ids, mine in zip(ids, of_stage, strict=True):
+                offset = int(stage_ids[0] - self.env_ids[0])
+                handles = [workers[w] for w in mine]
+                stage = RemoteStage(handles, stage_ids, offset, self.args.env_timeout_s)
+                stage.open([openings[w] for w in mine])
+                self.stages.append(stage)
+            states = merged([stage.states() for stage in self.stages])
+        except EnvWorkerLost:
+            self.is_broken = True
+            return False, None
+        return True, states
+
+    def rollout(
+        self, iteration: int, version: int, weights: Any, task_weights: Any, num_parts: int
+    ) -> list[Any]:
+        """Plays an iteration's decisions; returns a report, and the rollout in parts of equal size."""
+        lost = [Report(is_lost=True), *[None] * num_parts]
+        if self.is_broken:
+            return lost
+        try:
+            return self._play(iteration, version, weights, task_weights, num_parts)
+        except EnvWorkerLost:
+            self.is_broken = True
+            return lost
+        except Exception as error:
+            failed = {
+                f"actions_of_stage_{i}": stage.failed_actions
+                for i, stage in enumerate(self.stages)
+                if stage.failed_actions is not None
+            }
+            if failed:
+                path = self.run.dump(f"failed_actions_of_rollout_worker_{self.number}", failed)
+                error.add_note(f"the actions of the step that failed are in {path}")
+            raise
+
+    @torch.no_grad()
+    def _play(
+        self, iteration: int, version: int, weights: Any, task_weights: Any, num_parts: int
+    ) -> list[Any]:
+        args, agent, stages = self.args, self.agent, self.stages
+        for name, value in from_store(weights).items():
+            self.trained[name].copy_(value)
+        if task_weights is not None:
+            for stage in stages:
+                stage.set_task_weights(task_weights)
+
+        def encode(obs: dict[str, Any]) -> dict[str, Tensor]:
+            with self.accelerator.autocast():
+                return agent.encode(obs)
+
+        noise = noise_options(args, iteration)
+        shape = (args.num_steps, len(self.env_ids))
+        start = time.perf_counter()
+        busy_s, wait_s = (sum(getattr(s, name) for s in stages) for name in ("busy_s", "wait_s"))
+        rewards = np.zeros(shape, dtype=np.float32)
+        terminated, succeeded, ended = np.zeros((3, *shape), dtype=bool)
+        executed_steps, episode_lengths = np.zeros((2, *shape), dtype=np.int64)
+        features: list[list[Any]] = [[] for _ in stages]
+        decided: list[list[Any]] = [[] for _ in stages]
+        cut: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
+        episodes: list[Any] = []
+        env_steps = 0
+        next_obs = [encode(stage.obs) for stage in stages]
+
+        for step in range(args.num_steps + 1):
+            for i, stage in enumerate(stages):
+                if step > 0:  # what the decision before has led to
+                    k = step - 1
+                    outcome = stage.receive()
+                    is_end = outcome.terminated | outcome.truncated
+                    is_terminal = outcome.terminated
+                    if args.truncation == "failure":  # nothing is left of a late episode
+                        is_terminal = is_end
+                    rewards[k, stage.rows] = outcome.reward
+                    terminated[k, stage.rows] = is_terminal
+                    succeeded[k, stage.rows] = outcome.terminated
+                    ended[k, stage.rows] = is_end
+                    executed_steps[k, stage.rows] = outcome.infos["num_steps"]
+                    env_steps += int(outcome.infos["num_steps"].sum())
+                    if is_end.any():
+                        lengths = outcome.infos["final_info"]["episode_length"]
+                        episode_lengths[k, stage.rows] = lengths
+                    for episode in finished_episodes(outcome.infos, is_end):
+                        before = -(-episode.length // args.num_action_chunks) - step
+                        episodes.append((episode, max(0, -(-before // args.num_steps))))
+
+                    rows = np.flatnonzero(outcome.truncated & ~outcome.terminated)
+                    if args.truncation == "bootstrap" and len(rows):
+                        cut_obs = encode(index(outcome.infos["final_obs"], rows))
+                        cut.append((k, stage.offset + rows, to_store(cut_obs)))
+
+                    next_obs[i] = encode(outcome.obs)
+                    if i == 0:
+                        self.recorder.add(iteration, outcome.obs, outcome.infos, is_end)
+
+                if step < args.num_steps:  # the next decision
+                    generators = generators_of((args.seed, NOISE, iteration, step), stage.env_ids)
+                    with self.accelerator.autocast():
+                        action, logprob, _, value = agent(
+                            next_obs[i],
+                            generator=generators,
+                            **noise,
+                        )
+                    env_action = action.env_action.cpu().numpy()
+                    self.run.check_actions(env_action, iteration, logprob=logprob, value=value)
+                    stage.send(env_action)
+                    features[i].append(next_obs[i])
+                    decided[i].append((action, logprob, value))
+
+        self.recorder.write(iteration)
+        played = [self._stacked(features), *(self._stacked(decided, part) for part in range(3))]
+        now = time.perf_counter()
+        busy_s = (sum(s.busy_s for s in stages) - busy_s) / len(stages)
+        wait_s = sum(s.wait_s for s in stages) - wait_s
+        report = Report(
+            ended=episodes,
+            env_steps=env_steps,
+            seconds=dict(
+                env_s=busy_s,
+                env_wait_s=wait_s,
+                policy_s=now - start - wait_s,
+                env_idle_s=now - self.ended_at - busy_s,
+            ),
+            env_states=merged([stage.states() for stage in stages]),
+        )
+        self.ended_at = now
+        whole = Rollout(
+            features=played[0],
+            last_features=to_store(concatenate(next_obs)),
+            cut=cut,
+            actions=played[1],
+            logprobs=played[2],
+            values=played[3],
+            rewards=rewards,
+            terminated=terminated,
+            succeeded=succeeded,
+            ended=ended,
+            executed_steps=executed_steps,
+            episode_lengths=episode_lengths,
+            versions=np.full(shape, version),
+        )
+        return [report, *split_rollout(whole, num_parts)]
+
+    @staticmethod
+    def _stacked(of_stages: Sequence[Sequence[Any]], part: int | None = None) -> Any:
+        """Returns what was kept of each decision of each stage as arrays [K, n, ...]."""
+        steps = zip(*of_stages, strict=True)
+        joined = [concatenate([x if part is None else x[part] for x in step]) for step in steps]
+        return to_store(map_tree(lambda *leaves: torch.stack(leaves), *joined))
+
+
+def map_tree(function: Callable[..., Any], *trees: Any) -> Any:
+    """Returns `function` of the corresponding leaves of trees that are nested alike."""
+    first = trees[0]
+    if isinstance(first, dict):
+        return {name: map_tree(function, *(tree[name] for tree in trees)) for name in first}
+    if isinstance(first, tuple):
+        return cast(Any, type(first))._make(
+            map_tree(function, *x) for x in zip(*trees, strict=True)
+        )
+    return function(*trees)
+
+
+def split_rollout(rollout: Rollout, num_parts: int) -> list[Rollout]:
+    """Returns rollouts of equally many environments each, in order."""
+    parts: list[Rollout] = []
+    num_envs = rollout.rewards.shape[1]
+    size = num_envs // num_parts
+    for first in range(0, num_envs, size):
+        rows = slice(first, first + size)
+        cut = []
+        for k, at, features in rollout.cut:
+            mine = np.flatnonzero((at >= first) & (at < first + size))
+            if len(mine):
+                cut.append((k, at[mine] - first, map_tree(lambda x, mine=mine: x[mine], features)))
+        fields = {
+            name: map_tree(lambda x, rows=rows: x[:, rows], value)
+            for name, value in rollout._asdict().items()
+            if name not in ("cut", "last_features")
+        }
+        last = map_tree(lambda x, rows=rows: x[rows], rollout.last_features)
+        parts.append(Rollout(**fields, cut=cut, last_features=last))
+    return parts
+
+
+class Learner:
+    """One process of the group that updates the policy."""
+
+    def __init__(
+        self,
+        place: Any,
+        bell: Any,
+        args: Args,
+        make_agent: Callable[..., Any],
+        make_envs: Callable[..., Any],
+        run_path: Path,
+    ) -> None:
+        take_place(place)
+        ring_on_signals(bell)
+        if place.gpu is None:
+            torch.set_num_threads(place.cpus)
+        self.args, self.make_agent, self.make_envs, self.run_path = (
+            args,
+            make_agent,
+            make_envs,
+            run_path,
+        )
+        self.rung = bell.wait.remote()
+
+    def free_address(self) -> str:
+        """Returns where the group can meet."""
+        return free_address()
+
+    def join(self, rank: int, size: int, address: str) -> None:
+        """Makes the group, the agent and the optimiser; collective, as are the following."""
+        args = self.args
+        if size > 1:
+            host, _, port = address.rpartition(":")
+            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
+            os.environ |= dict(MASTER_ADDR=host, MASTER_PORT=port)
+        accelerator = self.accelerator = make_accelerator((), args.output_dir)
+        device = accelerator.device
+        self.run = RunFolder(self.run_path, accelerator)
+        set_seed(args.seed)  # the same weights on every process
+        self.agent = self.make_agent(args).to(device).eval()
+        self.start_policy = None
+        if args.kl_coef:
+            self.start_policy = StartPolicy(self.agent, share_frozen=True)
+        if args.compile:  # after the copy, which would go on computing with this network's weights
+            self.agent.compile_network()
+        param_groups = self.agent.param_groups(args.learning_rate, args.value_learning_rate)
+        optimizer = torch.optim.AdamW(
+            param_groups,
+            betas=(0.9, 0.95),
+            eps=args.adam_eps,
+            weight_decay=args.weight_decay,
+        )
+        self.model, self.optimizer = prepare(accelerator, self.agent, optimizer)
+        self.step_sizes = StepSizes(self.optimizer, args.lr_schedule, args.target_kl)
+        set_seed(args.seed, device_specific=True)
+        self.checkpoints = Checkpoints(
+            self.run,
+            accelerator,
+            self.model,
+            self.optimizer,
+            keep_last=args.keep_last,
+            keep_best=args.keep_best,
+        )
+
+        @torch.no_grad()
+        def encode(obs: dict[str, Any]) -> dict[str, Tensor]:
+            with accelerator.autocast():
+                return self.agent.encode({name: value.to(device) for name, value in obs.items()})
+
+        self.store = FeatureStore(encode, device, args.feature_storage, args.feature_memory_gb)
+        num_envs = args.num_envs // size
+        self.env_ids = rank * num_envs + np.arange(num_envs)
+        envs_per_group = args.num_envs // math.gcd(args.num_envs, args.minibatch_size)
+        self.b_groups = np.tile(self.env_ids // envs_per_group, args.num_steps)
+        longest_episode = args.horizon or horizon(args.suite)
+        self.horizon_decisions = -(-longest_episode // args.num_action_chunks)  # rounded up
+
+    def restore(self, checkpoint: Path) -> tuple[Any, str]:
+        """Goes on from a checkpoint; returns what it says, and what was printed."""
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            restored = self.checkpoints.restore(checkpoint)
+        return restored, told.getvalue()
+
+    def weights(self) -> Any:
+        """Returns what training changes, by name."""
+        trained = {n: p for n, p in self.agent.named_parameters() if p.requires_grad}
+        return to_store(trained | dict(self.agent.named_buffers()))
+
+    def take(self, iteration: int, global_step: int, tensors: Any, env_states: Any) -> None:
+        """Takes the boundary after an iteration; the first learner is given environments' states."""
+        if env_states is None and not self.accelerator.is_main_process:
+            env_states = {}
+        self.checkpoints.take(iteration, global_step, env_states, tensors)
+
+    def save(self, score: float | None = None) -> Path:
+        """Writes the boundary."""
+        return self.checkpoints.save(score)
+
+    def evaluate(self, iteration: int) -> tuple[float | None, str]:
+        """Returns the success rate, None if the run was asked to stop, and what was printed."""
+        args, stop = self.args, StopSignal(self.accelerator)
+
+        def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
+            envs = self.make_envs(args, num_envs, self.agent.image_size, AutoresetMode.DISABLED)
+            return stop.watched(envs)
+
+        def check() -> None:
+            if ray.wait([self.rung], timeout=0)[0]:
+                raise InterruptedError
+
+        stop.check_alone = check
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            try:
+                with torch.no_grad(), self.accelerator.autocast():
+                    rate = for_all(
+                        self.accelerator,
+                        evaluate_into,
+                        self.run_path,
+                        iteration,
+                        self.agent,
+                        make_eval_envs,
+                        args,
+                    )
+            except InterruptedError:
+                return None, told.getvalue()
+        return rate, told.getvalue()
+
+    def update(self, iteration: int, *stored: Any) -> dict[str, float]:
+        """Updates the policy by an iteration's rollouts, and returns metrics."""
+        args, accelerator, agent, model = self.args, self.accelerator, self.agent, self.model
+        optimizer, step_sizes, store, run = self.optimizer, self.step_sizes, self.store, self.run
+        checkpoints, start_policy, device = self.checkpoints, self.start_policy, accelerator.device
+        env_ids, b_groups = self.env_ids, self.b_groups
+        num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
+        updates_per_iteration = args.update_epochs * num_minibatches
+        progress = (iteration - 1) / args.num_iterations
+        noise = noise_options(args, iteration)
+
+        # --- the rollouts of this process's environments, side by side ---
+        rollouts = [cast(Rollout, from_store(rollout)) for rollout in stored]
+        offsets = np.cumsum([0, *(rollout.rewards.shape[1] for rollout in rollouts)])[:-1]
+
+        def on_device(tree: Any) -> Any:
+            return map_tree(lambda leaf: leaf.to(device), from_store(tree))
+
+        def joined(name: str) -> Any:
+            parts = [getattr(rollout, name) for rollout in rollouts]
+            return on_device(map_tree(lambda *leaves: torch.cat(leaves, dim=1), *parts))
+
+        names = ("values", "rewards", "terminated", "succeeded", "ended")
+        values, rewards, terminated, succeeded, ended = map(joined, names)
+        names = ("executed_steps", "episode_lengths", "versions")
+        executed_steps, episode_lengths, versions = map(joined, names)
+        store.clear()
+        b_obs = np.concatenate(
+            [
+                store.put(features, on_device(features)).reshape(args.num_steps, -1)
+                for rollout in rollouts
+                for features in [map_tree(lambda x: x.flatten(0, 1), rollout.features)]
+            ],
+            axis=1,
+        ).flatten()
+        b_actions = map_tree(lambda x: x.flatten(0, 1), joined("actions"))
+        behaviour_logprobs = joined("logprobs").flatten(0, 1)
+
+        # --- what older weights decided is valued anew, and ratios begin at the present ones ---
+        staleness = (iteration - 1 - versions).double()
+        proximal_logprobs = behaviour_logprobs
+        if staleness.any():
+            scored: list[tuple[Tensor, Tensor]] = []
+            parts = np.array_split(np.arange(len(b_obs)), num_minibatches * num_micro_batches)
+            for part in parts:
+                with torch.no_grad(), accelerator.autocast():
+                    _, logprob, _, value = agent(
+                        store.get(b_obs[part]),
+                        index(b_actions, part),
+                        **noise,
+                    )
+                scored.append((logprob, value))
+            proximal_logprobs, b_new_values = (torch.cat(x) for x in zip(*scored, strict=True))
+            values = b_new_values.view_as(values)
+
+        # --- advantages ---
+        # A truncated episode goes on in the value of its own last observation.
+        with torch.no_grad(), accelerator.autocast():
+            last_values = torch.cat([agent.get_value(on_device(r.last_features)) for r in rollouts])
+            next_values = torch.cat([values[1:], last_values[None]])
+            for offset, rollout in zip(offsets, rollouts, strict=True):
+                for k, rows, features in rollout.cut:
+                    next_values[k, offset + rows] = agent.get_value(on_device(features))
+
+        bounded_values = values
+        if args.value_bounds is not None:
+            bounded_values = values.clamp(*args.value_bounds)
+            next_values = next_values.clamp(*args.value_bounds)
+        advantages, returns = compute_gae(
+            rewards * args.reward_scale,
+            bounded_values,
+            next_values,
+            terminated,
+            ended,
+            args.gamma,
+            args.gae_lambda,
+        )
+        returns_mean, _ = mean_and_variance(accelerator, returns)
+        advantages_mean, advantages_variance = mean_and_variance(accelerator, advantages)
+        if args.norm_adv:
+            advantages_std = advantages_variance.sqrt()
+            advantages = ((advantages - advantages_mean) / (advantages_std + 1e-5)).float()
+
+        weights = torch.ones_like(returns)
+        if args.loss_weighting == "trajectory":
+            decisions = -(-episode_lengths // args.num_action_chunks)  # rounded up
+            weights = trajectory_weights(ended, decisions, self.horizon_decisions)
+        weights_mean, _ = mean_and_variance(accelerator, weights)
+        weights = (weights / weights_mean).float()
+
+        # --- the batch: all decisions [K * N], step by step ---
+        b_executed = (
+            torch.arange(args.num_action_chunks, device=device) < executed_steps[..., None]
+        ).flatten(0, 1)
+        b_logprobs = of_executed(proximal_logprobs, b_executed, args.logprob_level)
+        b_behaviour = of_executed(behaviour_logprobs, b_executed, args.logprob_level)
+        b_importance = importance_weights(b_logprobs, b_behaviour, args.importance_cap)
+        b_values = values.flatten()
+        b_advantages = advantages.flatten()
+        b_returns = returns.flatten()
+        b_weights = weights.flatten()
+        b_won = torch.zeros_like(b_returns)
+        if args.imitation_coef:
+            won = won_decisions(ended, succeeded)
+            won_mean, _ = mean_and_variance(accelerator, won)
+            b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
+        b_start_logprobs = b_logprobs
+        if start_policy is not None:
+            with accelerator.autocast():
+                b_start_logprobs = start_policy.logprobs(
+                    store,
+                    b_obs,
+                    b_actions,
+                    num_passes=num_minibatches * num_micro_batches,
+                    **noise,
+                )
+            b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
+
+        # --- update ---
+        checkpoints.begin_update()
+        step_sizes.begin(progress)
+        history: list[dict[str, Tensor]] = []  # means of each minibatch
+        ratio_deviation = 0.0
+        kl_exceeded = False
+
+        for epoch in range(args.update_epochs):
+            b_flow: list[Tensor] = []  # fresh noise [K * N, H, A], and times to denoise it at
+            if args.imitation_coef:
+                draws = flow_draws(
+                    (args.seed, FLOW, iteration, epoch),
+                    env_ids,
+                    args.num_steps,
+                    args.denoising_steps,
+                    tuple(b_actions.chain.shape[2:]),
+                )
+                b_flow = [x.to(device) for x in draws]
+            key = (args.seed, MINIBATCHES, iteration, epoch)
+            for mb_inds in deal(b_groups, num_minibatches, key):
+                stats: list[dict[str, Tensor]] = []  # means of each micro-batch
+                dump: dict[str, Tensor] = {}
+
+                for micro, inds in enumerate(np.split(mb_inds, num_micro_batches)):
+                    # Processes exchange gradients with the last micro-batch.
+                    is_last = micro == num_micro_batches - 1
+                    at = torch.from_numpy(inds).to(device)
+                    with nullcontext() if is_last else accelerator.no_sync(model):
+                        features = store.get(b_obs[inds])
+                        decided = index(b_actions, inds)
+                        with accelerator.autocast():
+                            _, newlogprob, entropy, newvalue = model(features, decided, **noise)
+                        executed = b_executed[at]
+                        newlogprob = of_executed(newlogprob, executed, args.logprob_level)
+                        entropy = of_executed(entropy, executed, args.logprob_level)
+                        logratio = newlogprob - b_logprobs[at]
+
+                        pg_loss, pg_clipped = policy_loss(
+                            logratio,
+                            b_advantages[at],
+                            args.clip_coef,
+                            args.clip_coef_high,
+                            args.dual_clip,
+                        )
+                        pg_loss = mean_of_executed(b_importance[at] * pg_loss, executed)
+                        pg_clipped = mean_of_executed(pg_clipped, executed)
+
+                        v_loss, v_clipped = value_loss(
+                            newvalue,
+                            b_values[at],
+                            b_returns[at],
+                            args.value_clip,
+                            args.huber_delta,
+                        )
+
+                        approx_kl = divergence(logratio)
+                        start_kl = torch.zeros_like(logratio)
+                        if start_policy is not None:
+                            start_kl = divergence(b_start_logprobs[at] - newlogprob)
+
+                        loss = pg_loss + args.vf_coef * v_loss
+                        # At every level these weigh against the policy loss alike.
+                        loss = loss - args.ent_coef * mean_of_executed(entropy, executed)
+                        loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+                        loss = (b_weights[at] * loss).mean()
+
+                        imitation_loss = torch.zeros_like(newvalue)
+                        if args.imitation_coef:
+                            noise_and_steps = [x[at] for x in b_flow]
+                            with accelerator.autocast():
+                                flow_error = model(features, decided, flow_draws=noise_and_steps)
+                            imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
+                            loss = loss + args.imitation_coef * imitation_loss.mean()
+                        accelerator.backward(loss / num_micro_batches)
+
+                    terms = {
+                        "actor/loss": pg_loss,
+                        "actor/value_loss": v_loss,
+                        "actor/imitation_loss": imitation_loss,
+                        "actor/entropy": sum_per_decision(entropy),
+                        "actor/reference_kl": sum_per_decision(start_kl),
+                        "actor/importance_weight": mean_of_executed(b_importance[at], executed),
+                        "actor/approx_kl": sum_per_decision(approx_kl),
+                        "actor/pg_clipfrac": pg_clipped,
+                        "actor/value_clip_ratio": v_clipped.float(),
+                    }
+                    stats.append({name: x.detach().mean() for name, x in terms.items()})
+                    dump = dict(
+                        loss=loss,
+                        logratio=logratio,
+                        logprob=b_logprobs[at],
+                        new_value=newvalue,
+                        value=b_values[at],
+                        advantage=b_advantages[at],
+                        ret=b_returns[at],
+                        weight=b_weights[at],
+                    )
+                    if not history:  # nothing was updated since the rollout: ratios are 1
+                        deviation = (logratio.detach().exp() - 1).abs().max()
+                        deviation = over_processes(accelerator, deviation, "max").item()
+                        ratio_deviation = max(ratio_deviation, deviation)
+
+                if not history:
+                    run.check_ratio(ratio_deviation, args.max_ratio_deviation)
+                grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                run.check_finite(grad_norm, iteration, **dump)
+                updated = iteration - 1 + (len(history) + 1) / updates_per_iteration
+                with step_sizes.policy_scaled(args.policy_step_factor(updated)):
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+                means = cast(dict[str, Tensor], accelerator.reduce(mean_of(stats), "mean"))
+                history.append(means | {"actor/grad_norm": grad_norm})
+                kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
+                if kl_exceeded:
+                    break
+            if kl_exceeded:
+                break
+
+        # --- what it came to ---
+        explained_var = explained_variance(accelerator, bounded_values, returns)
+        staleness_mean, _ = mean_and_variance(accelerator, staleness)
+        metrics = {name: x.item() for name, x in mean_of(history).items()}
+        metrics |= {
+            "actor/ratio_first_minibatch_max_dev": ratio_deviation,
+            "actor/explained_variance": explained_var,
+            "actor/num_updates": float(len(history)),
+            "actor/lr": optimizer.param_groups[0]["lr"],
+            "actor/noise_anneal": noise.get("noise_anneal", 1.0),
+            "rollout/returns_mean": returns_mean.item(),
+            "rollout/advantages_mean": advantages_mean.item(),
+            "rollout/staleness_mean": staleness_mean.item(),
+        }
+        if iteration > args.critic_warmup_iterations:
+            step_sizes.follow(history[-1]["actor/approx_kl"])
+        return metrics
+
+
+def main(
+    args: Args,
+    make_agent: Callable[..., Any] = make_agent,
+    make_envs: Callable[..., Any] = make_envs,
+) -> dict[str, float]:
+    """Trains, evaluates, and returns the last iteration's metrics; see `ppo_gr00t.main`.
+
+    `make_envs` takes the number of threads, too.
+    """
+    check_args(args)
+    with connect(args.ray_address) as cluster:
+        placement = place_roles(
+            cluster.nodes,
+            placement=args.placement,
+            env_workers=args.env_workers,
+            rollout_gpus=args.rollout_gpus,
+            learner_gpus=args.learner_gpus,
+            env_on_gpu=args.physics == "warp",
+            num_stages=args.pipeline_stage_num,
+        )
+        check_shares(args, placement)
+        accelerator = make_accelerator(args.log_with, args.output_dir, cpu=True)
+        run, checkpoint = open_run(
+            args,
+            accelerator,
+            num_iterations=args.num_iterations,
+            free_args=FREE_ARGS | CLUSTER_ARGS,
+        )
+        print(f"cluster      {placement}", flush=True)
+        path = run.path.resolve()
+        longest_episode = args.horizon or horizon(args.suite)
+        cohorts = Cohorts(args.num_steps, -(-longest_episode // args.num_action_chunks))
+        updates = args.update_epochs * args.num_minibatches
+
+        def make_some_envs(num_envs: int, size: int, num_threads: int) -> gym.vector.VectorEnv:
+            return make_envs(args, num_envs, size, num_threads=num_threads)
+
+        with (
+            StopSignal(accelerator) as stop,
+            TrainingProgress(args.num_iterations, args.num_steps, updates, enabled=True) as bar,
+        ):
+            cluster.asked_to_stop = lambda: stop.status
+            learners = LearnerGroup(
+                cluster,
+                placement.actor,
+                lambda place: cluster.start(Learner, place, args, make_agent, make_envs, path),
+            )
+            rollouts = RolloutGroup(
+                cluster,
+                placement,
+                np.arange(args.num_envs),
+                seed=args.seed,
+                num_learners=len(placement.actor),
+                max_restarts=args.max_restarts,
+                start_worker=lambda place, number, env_ids: cluster.start(
+                    RolloutWorker, place, args, make_agent, path, number, env_ids
+                ),
+                start_env_worker=start_env_workers(cluster, make_some_envs),
+            )
+            restarts = 0
+            while True:
+                try:
+                    metrics = train(
+                        args, run, checkpoint, cluster, learners, rollouts, cohorts, bar
+                    )
+                    break
+                except LearnersLost as lost:
+                    newest = checkpoints_in(run.path)
+                    restarts = restarts + 1 if newest and newest[-1][1] == checkpoint else 1
+                    if restarts > args.max_restarts:
+                        raise RuntimeError(
+                            f"learners were lost {restarts} times without getting further ({lost}); "
+                            "look into the logs of the cluster's processes, or raise max_restarts"
+                        ) from None
+                    checkpoint = newest[-1][1] if newest else None
+                    bar.print(
+                        f"a learner was lost; all start again from {checkpoint or 'the start'}"
+                    )
+                    run.forget_after(newest[-1][0] if newest else 0)
+                    learners.start()
+
+        change = ""
+        if args.eval_before:
+            change = compare_evaluations(run.path, 0, args.num_iterations)
+        run.finish()
+        print(change)
+        print(
+            run.summary(
+                f"iteration_{args.num_iterations}",
+                args.suite,
+                can_be_evaluated=args.model != STATE_MODEL,
+            )
+        )
+    return metrics
+
+
+def train(
+    args: Args,
+    run: RunFolder,
+    checkpoint: Path | None,
+    cluster: Any,
+    learners: LearnerGroup,
+    rollouts: RolloutGroup,
+    cohorts: Cohorts,
+    bar: TrainingProgress,
+) -> dict[str, float]:
+    """Trains from a checkpoint, or from the start, to the end; returns the last metrics."""
+    metrics: dict[str, float] = {}
+    done, global_step, env_states = 0, 0, None
+    task_sampler = None
+    if args.task_sampling == "adaptive":
+        task_sampler = TaskSampler(rollouts.task_ids())
+    if checkpoint is not None:
+        restored, told = learners.call("restore", checkpoint)
+        bar.print(told.rstrip())
+        done, global_step = restored.iteration, restored.global_step
+        env_states = restored.env_states
+        if env_states is not None:
+            cohorts.load_state_dict(restored.tensors["episodes"])
+        else:
+            bar.print(f"{checkpoint} holds no environment states: new episodes begin")
+        if task_sampler is not None:
+            task_sampler.load_state_dict(restored.tensors["episodes"])
+        if args.evaluates(done) and not evaluation_file(run.path, done).is_file():
+            bar.print(missing_evaluation(checkpoint))
+    bar.skip(done)
+    has_boundary = False
+
+    def take_boundary(iteration: int, states: Any) -> None:
+        nonlocal has_boundary
+        tallies = cohorts.state_dict()
+        if task_sampler is not None:
+            tallies |= task_sampler.state_dict()
+        learners.call("take", iteration, global_step, {"episodes": tallies}, first=[states])
+        has_boundary = True
+
+    def evaluate_after(iteration: int) -> float:
+        bar.print("evaluating")
+        rate, told = learners.call("evaluate", iteration)
+        print(told, end="", flush=True)
+        if rate is None:
+            cluster.check()
+        return rate
+
+    try:
+        take_boundary(done, rollouts.begin(done, env_states))
+        if args.eval_before and done == 0:
+            run.log({"eval/success_once": evaluate_after(0)}, global_step, 0)
+        weights = {done: learners.weights()}
+        asked_for = done
+        replaced, discarded = rollouts.workers_replaced, rollouts.episodes_discarded
+        updated_at = time.perf_counter()
+
+        for iteration in range(done + 1, args.num_iterations + 1):
+            # --- rollouts: as far ahead as weights may be old ---
+            last = min(iteration + args.max_staleness, args.num_iterations)
+            task_weights = None if task_sampler is None else task_sampler.weights
+            for ahead in range(asked_for + 1, last + 1):
+                rollouts.submit(ahead, iteration - 1, weights[iteration - 1], task_weights)
+            asked_for = last
+            idle_from = time.perf_counter()
+            reports, parts = rollouts.receive(iteration)
+            cohorts.begin_iteration()
+            cohorts.add([ended for report in reports for ended in report.ended])
+
+            # --- update ---
+            update_from = time.perf_counter()
+            has_boundary = False
+            metrics = learners.call("update", iteration, each=parts)
+            weights = {iteration: learners.weights()}
+            update_s = time.perf_counter() - update_from
+
+            # --- log, evaluate, save ---
+            env_steps = sum(report.env_steps for report in reports)
+            global_step += env_steps
+            total_s = time.perf_counter() - updated_at
+            for name in reports[0].seconds:
+                metrics[f"time/{name}"] = float(np.mean([r.seconds[name] for r in reports]))
+            metrics |= {
+                "time/update_s": update_s,
+                "time/learner_idle_s": update_from - idle_from,
+                "time/total_s": total_s,
+                "charts/SPS": env_steps / total_s,
+                "rollout/workers_replaced": float(rollouts.workers_replaced - replaced),
+                "rollout/episodes_discarded": float(rollouts.episodes_discarded - discarded),
+            }
+            replaced, discarded = rollouts.workers_replaced, rollouts.episodes_discarded
+            metrics |= cohort_metrics(cohorts.complete())
+            if task_sampler is not None:
+                metrics |= task_sampler.metrics()
+                task_sampler.update(cohorts.complete())
+            take_boundary(iteration, merged([report.env_states for report in reports]))
+
+            try:
+                if args.evaluates(iteration):
+                    metrics["eval/success_once"] = evaluate_after(iteration)
+            finally:  # also if a request to stop ends the evaluation
+                run.log(metrics, global_step, iteration)
+            if args.saves(iteration):
+                learners.call("save", args.score(metrics))
+            bar.end_iteration(describe_iteration(metrics), metrics)
+            updated_at = time.perf_counter()
+    except SystemExit:
+        if has_boundary:
+            folder = learners.call("save")
+            print(f"stopped; the state is in {folder}. Go on with --resume {run.path}")
+        raise
+    except LearnersLost:
+        raise
+    except Exception as error:
+        if has_boundary:
+            folder = learners.call("save")
+            error.add_note(
+                f"the state before this rollout is in {folder}; go on with --resume {run.path}"
+            )
+        raise
+    return metrics
+
+
+if ARGS is not None:
+    launch(main, ARGS)
