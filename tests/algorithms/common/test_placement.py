@@ -4,15 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from algorithms.common.placement import (
-    Node,
-    Place,
-    Wanted,
-    check_shares,
-    check_versions,
-    parse_placement,
-    place_roles,
-)
+from algorithms.common.placement import Node, Place, Wanted, check_shares, check_versions, parse_placement, place_roles
 
 TWO_NODES = [
     Node(node_id="a", address="10.0.0.1", cpus=16, gpus=4),
