@@ -1,4 +1,4 @@
-"""Asynchronous PPO of a flow-matching vision-language-action policy on LIBERO, over a cluster by Ray.
+r"""Asynchronous PPO of a flow-matching vision-language-action policy on LIBERO, over a cluster by Ray.
 
 The objective is that of `ppo_gr00t.py`, whose formulas are copied here. What differs is where it is
 computed. Env workers step environments, rollout workers decide for them, and a group of learners
@@ -20,7 +20,7 @@ synchronised weights, with which values are computed anew too.
 
 Launch:
     python algorithms/async_ppo_gr00t.py --preset libero_spatial_nano
-    python algorithms/async_ppo_gr00t.py --preset libero_spatial_rlinf --max-staleness 1 \\
+    python algorithms/async_ppo_gr00t.py --preset libero_spatial_rlinf --max-staleness 1 \
         --ray-address 10.0.0.1:6379 --placement "env:0-3 rollout:4-7 actor:0-7"
 Without --ray-address it makes a cluster of this machine for itself. All sizes are global, and every
 draw is keyed as in `ppo_gr00t.py`.

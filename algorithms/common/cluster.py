@@ -95,7 +95,8 @@ def _init(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
     except OSError as error:
         raise ConnectionError(
-            f"ray_address={address}: nobody answers ({error}); start a cluster there by `ray start --head --port {port}`, or leave --ray-address out for a local one"
+            f"ray_address={address}: nobody answers ({error}); start a cluster there by `ray start --head --port "
+            f"{port}`, or leave --ray-address out for a local one"
         ) from None
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
@@ -179,7 +180,8 @@ class Cluster:
             if time.monotonic() > deadline:
                 left = [node for node in self.nodes if node.node_id in alive]
                 raise RuntimeError(
-                    f"node {lost.address} with {lost.gpus} GPU(s) is gone and none has taken its part for {_ANSWER_S:.0f} s; "
+                    f"node {lost.address} with {lost.gpus} GPU(s) is gone and none has taken its part for "
+                    f"{_ANSWER_S:.0f} s; "
                     f"there are {describe(left)}. Start one, or go on with --resume and another --placement"
                 )
             time.sleep(1.0)
@@ -214,7 +216,8 @@ def _described(nodes: Sequence[Mapping[str, Any]]) -> list[Node]:
             found = result(call, timeout=_ANSWER_S)
         except ImportError as error:
             raise ValueError(
-                f"node {address} cannot import this project ({error}); install the same checkout at the same place on all nodes"
+                f"node {address} cannot import this project ({error}); install the same checkout at the same place on "
+                "all nodes"
             ) from None
         cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
         described.append(Node(node_id=node["NodeID"], address=address, cpus=cpus, gpus=gpus, versions=found))
@@ -594,7 +597,8 @@ class RolloutGroup:
         share.losses += 1
         if share.losses > self._max_restarts:
             raise RuntimeError(
-                f"rollout {iteration} lost workers of rollout worker {number} more than max_restarts={self._max_restarts} "
+                f"rollout {iteration} lost workers of rollout worker {number} more than "
+                f"max_restarts={self._max_restarts} "
                 "times; look into the logs of the cluster's processes for what ends them, or raise max_restarts"
             )
         self._cancel(share)

@@ -1,4 +1,4 @@
-"""A process of a cluster that steps environments. Needs no PyTorch, so that hundreds of them start fast and are small."""
+"""A process of a cluster that steps environments. Needs no PyTorch: hundreds of them start fast and are small."""
 
 from __future__ import annotations
 

@@ -119,7 +119,8 @@ def _parse_places(text: str, role: str, places: str) -> Wanted:
         raise ValueError(f"placement={text!r}: {role}:{places} is empty; name at least one GPU, or cpu")
     if twice := sorted({gpu for gpu in gpus if gpus.count(gpu) > 1}):
         raise ValueError(
-            f"placement={text!r}: {role}:{places} names GPU {_listed(twice)} twice; roles may share a GPU, processes of one may not"
+            f"placement={text!r}: {role}:{places} names GPU {_listed(twice)} twice; roles may share a GPU, processes "
+            "of one may not"
         )
     return Wanted(gpus=tuple(gpus))
 
@@ -177,12 +178,14 @@ def place_roles(
         wanted["env"] = _default_env(wanted["rollout"], env_workers, env_on_gpu, num_stages)
     if env_on_gpu and not wanted["env"].gpus:
         raise ValueError(
-            f"physics='warp' simulates on GPUs, and env has {wanted['env'].cpu_processes} processes without one; name GPUs for env in --placement, or give --physics cpu"
+            f"physics='warp' simulates on GPUs, and env has {wanted['env'].cpu_processes} processes without one; name "
+            "GPUs for env in --placement, or give --physics cpu"
         )
     for role, want in wanted.items():
         if absent := [gpu for gpu in want.gpus if gpu >= len(gpus)]:
             raise ValueError(
-                f"{asked} puts {role} on GPU {_listed(absent)}, and the cluster has {describe(nodes)}; GPUs are numbered from 0 over the nodes in this order"
+                f"{asked} puts {role} on GPU {_listed(absent)}, and the cluster has {describe(nodes)}; GPUs are "
+                "numbered from 0 over the nodes in this order"
             )
     return Placement(**{role: _places(wanted[role], gpus, nodes) for role in ROLES})
 
@@ -244,7 +247,8 @@ def check_shares(args: object, placement: Placement) -> None:
     for name, value, parts, what in rules:
         if value < 1 or value % parts:
             raise ValueError(
-                f"{name} ({value}) cannot be shared by {parts} {what}: it must be a positive multiple; the placement is "
+                f"{name} ({value}) cannot be shared by {parts} {what}: it must be a positive multiple; the placement "
+                "is "
                 f"{placement}"
             )
 
@@ -264,7 +268,8 @@ def check_versions(nodes: Sequence[Node]) -> None:
         ]
         if differing:
             raise ValueError(
-                f"node {node.address} has other versions than the driver's: {', '.join(differing)}; install the same on all nodes"
+                f"node {node.address} has other versions than the driver's: {', '.join(differing)}; install the same "
+                "on all nodes"
             )
 
 
