@@ -9,7 +9,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import gymnasium
 import numpy as np
@@ -327,6 +327,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._images: Any = None  # [N, K, H, W, 3]
         self._states = np.zeros((self.num_envs, STATE_DIM), np.float32)
         self._is_stale = np.ones(self.num_envs, np.bool_)
+        self._is_undrawn = np.ones(self.num_envs, np.bool_)
+        self._is_looked_at = np.ones(self.num_envs, np.bool_)
 
     @property
     def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -480,6 +482,22 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
             raise ValueError(f"weights={values.tolist()}: they must be finite, not negative, and not all 0")
         self._task_probabilities = values / values.sum()
+
+    def draw_only(self, env_ids: Sequence[int] | None) -> None:
+        """Say whose images are drawn from now on, for those who look at few of them.
+
+        The images of other environments are as they were drawn last, at first black.
+
+        Args:
+            env_ids: environments that are drawn; None draws all, as at first.
+
+        Raises:
+            ValueError: there is no such environment.
+        """
+        chosen = range(self.num_envs) if env_ids is None else env_ids
+        for env_id in chosen:
+            self._check_env_id(env_id)
+        self._is_looked_at = np.isin(np.arange(self.num_envs), list(chosen))
 
     def observe(self) -> dict[str, Any]:
         """Return the current observation of all environments, for instance after `set_state`.
@@ -674,16 +692,30 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     def _refresh(self, env_ids: IntArray) -> None:
         """Read and draw those of the environments that have changed."""
         changed = np.sort(env_ids[self._is_stale[env_ids]])
-        if not len(changed):
+        if len(changed):
+            self._states[changed] = self.worlds.states(changed)
+            self._is_stale[changed] = False
+            self._is_undrawn[changed] = True
+        drawn = np.sort(env_ids[(self._is_undrawn & self._is_looked_at)[env_ids]])
+        if self._renderer is None:
             return
-        self._states[changed] = self.worlds.states(changed)
-        if self._renderer is not None:
-            images = self.worlds.render(self._renderer, changed, as_torch=self._as_torch)
-            if len(changed) == self.num_envs:
-                self._images = images
-            else:
-                self._images[changed] = images
-        self._is_stale[changed] = False
+        if len(drawn) == self.num_envs:
+            self._images = self.worlds.render(self._renderer, drawn, as_torch=self._as_torch)
+        else:
+            if self._images is None:
+                self._images = self._black_images()
+            if len(drawn):
+                self._images[drawn] = self.worlds.render(self._renderer, drawn, as_torch=self._as_torch)
+        self._is_undrawn[drawn] = False
+
+    def _black_images(self) -> Any:
+        size = self.options.image_size
+        shape = (self.num_envs, len(self.options.camera_names), size, size, 3)
+        if not self._as_torch:
+            return np.zeros(shape, np.uint8)
+        import torch
+
+        return torch.zeros(shape, dtype=torch.uint8, device=cast(Any, self._renderer).device)
 
     def _current_tasks(self) -> list[TaskSpec]:
         tasks = [task for task in self.worlds.current_tasks if task is not None]
