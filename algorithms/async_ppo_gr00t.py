@@ -31,7 +31,8 @@ worker are discarded. Learners that are lost start again from the last checkpoin
 Metrics: those of `ppo_gr00t.py`, and `rollout/staleness_mean` (iterations by which the weights of a
 decision were older than the learners'), `actor/importance_weight`, `rollout/workers_replaced`,
 `rollout/episodes_discarded`, `time/learner_idle_s` (waiting for rollouts), `time/env_idle_s`
-(environments doing nothing). `time/total_s` is from the end of one update to that of the next.
+(environments doing nothing). `time/total_s` is from the end of an iteration to that of the next
+one's update; evaluating and saving are not in it.
 """
 
 from __future__ import annotations
@@ -54,12 +55,7 @@ from algorithms.common.args import (
 )
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import jobs_in_training
-from algorithms.common.placement import (
-    check_installed,
-    check_shares,
-    parse_placement,
-    place_roles,
-)
+from algorithms.common.placement import check_installed, parse_placement
 
 
 @dataclass(kw_only=True)
@@ -379,50 +375,32 @@ def check_args(args: Args) -> None:
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
 ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
 
-import contextlib
-import io
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
-import ray
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.common.batch import concatenate, index, mean_of
-from algorithms.common.cluster import (
-    EnvWorkerLost,
-    LearnerGroup,
-    LearnersLost,
-    RemoteStage,
-    Report,
-    RolloutGroup,
-    connect,
-    free_address,
-    from_store,
-    merged,
-    start_env_workers,
-    to_store,
-)
-from algorithms.common.episodes import Cohorts, cohort_metrics, finished_episodes
-from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
+from algorithms.common.cluster import LearnerGroup, RolloutGroup, connect
+from algorithms.common.episodes import Cohorts, cohort_metrics
+from algorithms.common.evaluation import compare_evaluations, evaluation_file
 from algorithms.common.features import FeatureStore
 from algorithms.common.frozen import StartPolicy, store_frozen_as
 from algorithms.common.monitor import TrainingProgress, describe_iteration
 from algorithms.common.processes import (
     clip_grad_norm,
     explained_variance,
-    for_all,
     make_accelerator,
     mean_and_variance,
     over_processes,
@@ -433,14 +411,23 @@ from algorithms.common.resume import (
     FREE_ARGS,
     Checkpoints,
     StopSignal,
-    checkpoints_in,
     missing_evaluation,
     open_run,
+)
+from algorithms.common.roles import LearnerRole, RolloutRole, mean_seconds, merged
+from algorithms.common.rollouts import (
+    Cut,
+    Rollout,
+    from_store,
+    join_rollouts,
+    map_tree,
+    stack_decisions,
+    to_device,
+    to_store,
 )
 from algorithms.common.run import RunFolder
 from algorithms.common.state_agent import StateFlowAgent
 from algorithms.common.step_sizes import StepSizes
-from algorithms.common.stop_request import ring_on_signals, take_place
 from algorithms.common.task_sampling import TaskSampler
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
 from gr00t_agent import Gr00tAgent
@@ -660,27 +647,9 @@ def importance_weights(proximal: Tensor, behaviour: Tensor, cap: float) -> Tenso
     return (proximal - behaviour).exp().clamp(max=cap)
 
 
-class Rollout(NamedTuple):
-    """K decisions in n environments: what rollout workers give learners, in host memory.
-
-    `cut` holds, of the decisions that a truncated episode ended with, their number, the rows of the
-    environments, and the features of the episodes' own last observations. `versions` are those of
-    the weights that decided.
-    """
-
-    features: dict[str, Any]  # [K, n, ...]
-    last_features: dict[str, Any]  # [n, ...]
-    cut: list[tuple[int, NDArray[np.intp], dict[str, Any]]]
-    actions: Any  # [K, n, ...]
-    logprobs: Any  # [K, n, ...]
-    values: Any  # [K, n], as are the following
-    rewards: Any
-    terminated: Any
-    succeeded: Any
-    ended: Any
-    executed_steps: Any
-    episode_lengths: Any
-    versions: Any
+def longest_episode(args: Args) -> int:
+    """Returns the decisions of the longest episode."""
+    return -(-(args.horizon or horizon(args.suite)) // args.num_action_chunks)  # rounded up
 
 
 def noise_options(args: Args, iteration: int) -> dict[str, float]:
@@ -691,155 +660,76 @@ def noise_options(args: Args, iteration: int) -> dict[str, float]:
     return {"noise_anneal": 1 - (1 - args.final_noise) * progress}
 
 
-class RolloutWorker:
+class RolloutWorker(RolloutRole):
     """Decides for some of the environments, with weights that learners have published."""
 
-    def __init__(
-        self,
-        place: Any,
-        bell: Any,
-        args: Args,
-        make_agent: Callable[..., Any],
-        run_path: Path,
-        number: int,
-        env_ids: NDArray[np.intp],
-    ) -> None:
-        take_place(place)
-        ring_on_signals(bell)
-        if place.gpu is None:
-            torch.set_num_threads(place.cpus)
-        self.args, self.env_ids = args, env_ids
-        self.accelerator = Accelerator()
-        self.run = RunFolder(run_path, self.accelerator)
+    def build(self) -> None:
+        """Makes the agent."""
+        args = self.args
         set_seed(args.seed)
-        self.agent = make_agent(args).to(self.accelerator.device).eval()
+        self.agent = self.make_agent(args).to(self.accelerator.device).eval()
         if args.compile:
             self.agent.compile_network()
-        self.trained = dict(self.agent.named_parameters()) | dict(self.agent.named_buffers())
-        self.stages: list[RemoteStage] = []
-        self.is_broken = True
-        self.ended_at = time.perf_counter()
-        self.number = number
         self.recorder = RolloutRecorder(
-            run_path / "videos",
+            self.run.path / "videos",
             num_envs=4,
-            interval=args.video_interval if number == 0 else 0,
+            interval=args.video_interval if self.number == 0 else 0,
             fps=CONTROL_FREQUENCY_HZ / args.num_action_chunks,
         )
 
-    def observed_size(self) -> int:
-        """Returns the size of the images that environments shall draw; 0 for none."""
-        return 0 if self.args.model == STATE_MODEL else self.agent.image_size
-
-    def ping(self) -> None:
-        """Returns when the calls before it are done."""
-
-    def open_envs(self, workers: Sequence[Any], openings: Sequence[Any]) -> tuple[bool, Any]:
-        """Takes env workers and observes; returns whether none was lost, and their states."""
-        num_stages = self.args.pipeline_stage_num
-        ids = np.split(self.env_ids, num_stages)
-        of_stage = np.split(np.arange(len(workers)), num_stages)
-        self.is_broken = False
-        try:
-            self.stages = []
-            for stage_ids, mine in zip(ids, of_stage, strict=True):
-                offset = int(stage_ids[0] - self.env_ids[0])
-                handles = [workers[w] for w in mine]
-                stage = RemoteStage(handles, stage_ids, offset, self.args.env_timeout_s)
-                stage.open([openings[w] for w in mine])
-                self.stages.append(stage)
-            states = merged([stage.states() for stage in self.stages])
-        except EnvWorkerLost:
-            self.is_broken = True
-            return False, None
-        return True, states
-
-    def rollout(
-        self, iteration: int, version: int, weights: Any, task_weights: Any, num_parts: int
-    ) -> list[Any]:
-        """Plays an iteration's decisions; returns a report, and the rollout in parts of equal size."""
-        lost = [Report(is_lost=True), *[None] * num_parts]
-        if self.is_broken:
-            return lost
-        try:
-            return self._play(iteration, version, weights, task_weights, num_parts)
-        except EnvWorkerLost:
-            self.is_broken = True
-            return lost
-        except Exception as error:
-            failed = {
-                f"actions_of_stage_{i}": stage.failed_actions
-                for i, stage in enumerate(self.stages)
-                if stage.failed_actions is not None
-            }
-            if failed:
-                path = self.run.dump(f"failed_actions_of_rollout_worker_{self.number}", failed)
-                error.add_note(f"the actions of the step that failed are in {path}")
-            raise
-
     @torch.no_grad()
-    def _play(
-        self, iteration: int, version: int, weights: Any, task_weights: Any, num_parts: int
-    ) -> list[Any]:
-        args, agent, stages = self.args, self.agent, self.stages
-        for name, value in from_store(weights).items():
-            self.trained[name].copy_(value)
-        if task_weights is not None:
-            for stage in stages:
-                stage.set_task_weights(task_weights)
+    def play(self, iteration: int, version: int) -> Rollout:
+        """Returns an iteration's decisions, by weights of a version."""
+        args, agent, accelerator = self.args, self.agent, self.accelerator
+        noise = noise_options(args, iteration)
 
         def encode(obs: dict[str, Any]) -> dict[str, Tensor]:
-            with self.accelerator.autocast():
+            with accelerator.autocast():
                 return agent.encode(obs)
 
-        noise = noise_options(args, iteration)
+        # --- rollout: one stage of environments simulates while another is decided ---
         shape = (args.num_steps, len(self.env_ids))
-        start = time.perf_counter()
-        busy_s, wait_s = (sum(getattr(s, name) for s in stages) for name in ("busy_s", "wait_s"))
+        features: list[list[Any]] = [[] for _ in range(args.num_steps)]  # of each stage
+        actions: list[list[Any]] = [[] for _ in range(args.num_steps)]
+        logprobs: list[list[Tensor]] = [[] for _ in range(args.num_steps)]
+        values: list[list[Tensor]] = [[] for _ in range(args.num_steps)]
         rewards = np.zeros(shape, dtype=np.float32)
-        terminated, succeeded, ended = np.zeros((3, *shape), dtype=bool)
-        executed_steps, episode_lengths = np.zeros((2, *shape), dtype=np.int64)
-        features: list[list[Any]] = [[] for _ in stages]
-        decided: list[list[Any]] = [[] for _ in stages]
-        cut: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
-        episodes: list[Any] = []
-        env_steps = 0
-        next_obs = [encode(stage.obs) for stage in stages]
+        terminated = np.zeros(shape, dtype=bool)
+        succeeded = np.zeros(shape, dtype=bool)
+        ended = np.zeros(shape, dtype=bool)
+        executed_steps = np.zeros(shape, dtype=np.int64)
+        episode_lengths = np.zeros(shape, dtype=np.int64)  # at its end
+        cut: list[Cut] = []
+        next_obs = [encode(stage.obs) for stage in self.stages]
 
         for step in range(args.num_steps + 1):
-            for i, stage in enumerate(stages):
+            for i, stage in enumerate(self.stages):
                 if step > 0:  # what the decision before has led to
-                    k = step - 1
                     outcome = stage.receive()
                     is_end = outcome.terminated | outcome.truncated
                     is_terminal = outcome.terminated
                     if args.truncation == "failure":  # nothing is left of a late episode
                         is_terminal = is_end
-                    rewards[k, stage.rows] = outcome.reward
-                    terminated[k, stage.rows] = is_terminal
-                    succeeded[k, stage.rows] = outcome.terminated
-                    ended[k, stage.rows] = is_end
-                    executed_steps[k, stage.rows] = outcome.infos["num_steps"]
-                    env_steps += int(outcome.infos["num_steps"].sum())
+                    rewards[step - 1, stage.rows] = outcome.reward
+                    terminated[step - 1, stage.rows] = is_terminal
+                    succeeded[step - 1, stage.rows] = outcome.terminated
+                    ended[step - 1, stage.rows] = is_end
+                    executed_steps[step - 1, stage.rows] = outcome.infos["num_steps"]
                     if is_end.any():
                         lengths = outcome.infos["final_info"]["episode_length"]
-                        episode_lengths[k, stage.rows] = lengths
-                    for episode in finished_episodes(outcome.infos, is_end):
-                        before = -(-episode.length // args.num_action_chunks) - step
-                        episodes.append((episode, max(0, -(-before // args.num_steps))))
+                        episode_lengths[step - 1, stage.rows] = lengths
 
                     rows = np.flatnonzero(outcome.truncated & ~outcome.terminated)
                     if args.truncation == "bootstrap" and len(rows):
                         cut_obs = encode(index(outcome.infos["final_obs"], rows))
-                        cut.append((k, stage.offset + rows, to_store(cut_obs)))
+                        cut.append(Cut(step - 1, stage.offset + rows, to_store(cut_obs)))
 
                     next_obs[i] = encode(outcome.obs)
-                    if i == 0:
-                        self.recorder.add(iteration, outcome.obs, outcome.infos, is_end)
+                    self.add_step(step - 1, stage, outcome)
 
                 if step < args.num_steps:  # the next decision
                     generators = generators_of((args.seed, NOISE, iteration, step), stage.env_ids)
-                    with self.accelerator.autocast():
+                    with accelerator.autocast():
                         action, logprob, _, value = agent(
                             next_obs[i],
                             generator=generators,
@@ -848,33 +738,19 @@ class RolloutWorker:
                     env_action = action.env_action.cpu().numpy()
                     self.run.check_actions(env_action, iteration, logprob=logprob, value=value)
                     stage.send(env_action)
-                    features[i].append(next_obs[i])
-                    decided[i].append((action, logprob, value))
 
-        self.recorder.write(iteration)
-        played = [self._stacked(features), *(self._stacked(decided, part) for part in range(3))]
-        now = time.perf_counter()
-        busy_s = (sum(s.busy_s for s in stages) - busy_s) / len(stages)
-        wait_s = sum(s.wait_s for s in stages) - wait_s
-        report = Report(
-            ended=episodes,
-            env_steps=env_steps,
-            seconds=dict(
-                env_s=busy_s,
-                env_wait_s=wait_s,
-                policy_s=now - start - wait_s,
-                env_idle_s=now - self.ended_at - busy_s,
-            ),
-            env_states=merged([stage.states() for stage in stages]),
-        )
-        self.ended_at = now
-        whole = Rollout(
-            features=played[0],
+                    features[step].append(next_obs[i])
+                    actions[step].append(action)
+                    logprobs[step].append(logprob)
+                    values[step].append(value)
+
+        return Rollout(
+            features=stack_decisions(features),
             last_features=to_store(concatenate(next_obs)),
             cut=cut,
-            actions=played[1],
-            logprobs=played[2],
-            values=played[3],
+            actions=stack_decisions(actions),
+            logprobs=stack_decisions(logprobs),
+            values=stack_decisions(values),
             rewards=rewards,
             terminated=terminated,
             succeeded=succeeded,
@@ -883,88 +759,24 @@ class RolloutWorker:
             episode_lengths=episode_lengths,
             versions=np.full(shape, version),
         )
-        return [report, *split_rollout(whole, num_parts)]
-
-    @staticmethod
-    def _stacked(of_stages: Sequence[Sequence[Any]], part: int | None = None) -> Any:
-        """Returns what was kept of each decision of each stage as arrays [K, n, ...]."""
-        steps = zip(*of_stages, strict=True)
-        joined = [concatenate([x if part is None else x[part] for x in step]) for step in steps]
-        return to_store(map_tree(lambda *leaves: torch.stack(leaves), *joined))
 
 
-def map_tree(function: Callable[..., Any], *trees: Any) -> Any:
-    """Returns `function` of the corresponding leaves of trees that are nested alike."""
-    first = trees[0]
-    if isinstance(first, dict):
-        return {name: map_tree(function, *(tree[name] for tree in trees)) for name in first}
-    if isinstance(first, tuple):
-        return cast(Any, type(first))._make(
-            map_tree(function, *x) for x in zip(*trees, strict=True)
-        )
-    return function(*trees)
-
-
-def split_rollout(rollout: Rollout, num_parts: int) -> list[Rollout]:
-    """Returns rollouts of equally many environments each, in order."""
-    parts: list[Rollout] = []
-    num_envs = rollout.rewards.shape[1]
-    size = num_envs // num_parts
-    for first in range(0, num_envs, size):
-        rows = slice(first, first + size)
-        cut = []
-        for k, at, features in rollout.cut:
-            mine = np.flatnonzero((at >= first) & (at < first + size))
-            if len(mine):
-                cut.append((k, at[mine] - first, map_tree(lambda x, mine=mine: x[mine], features)))
-        fields = {
-            name: map_tree(lambda x, rows=rows: x[:, rows], value)
-            for name, value in rollout._asdict().items()
-            if name not in ("cut", "last_features")
-        }
-        last = map_tree(lambda x, rows=rows: x[rows], rollout.last_features)
-        parts.append(Rollout(**fields, cut=cut, last_features=last))
-    return parts
-
-
-class Learner:
+class Learner(LearnerRole):
     """One process of the group that updates the policy."""
 
-    def __init__(
-        self,
-        place: Any,
-        bell: Any,
-        args: Args,
-        make_agent: Callable[..., Any],
-        make_envs: Callable[..., Any],
-        run_path: Path,
-    ) -> None:
-        take_place(place)
-        ring_on_signals(bell)
-        if place.gpu is None:
-            torch.set_num_threads(place.cpus)
-        self.args, self.make_agent, self.make_envs, self.run_path = (
-            args,
-            make_agent,
-            make_envs,
-            run_path,
-        )
-        self.rung = bell.wait.remote()
-
-    def free_address(self) -> str:
-        """Returns where the group can meet."""
-        return free_address()
-
-    def join(self, rank: int, size: int, address: str) -> None:
-        """Makes the group, the agent and the optimiser; collective, as are the following."""
-        args = self.args
-        if size > 1:
-            host, _, port = address.rpartition(":")
-            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
-            os.environ |= dict(MASTER_ADDR=host, MASTER_PORT=port)
-        accelerator = self.accelerator = make_accelerator((), args.output_dir)
+    def build(self) -> None:
+        """Makes the agent, the optimiser, and room for observations; collective."""
+        args, accelerator = self.args, self.accelerator
         device = accelerator.device
-        self.run = RunFolder(self.run_path, accelerator)
+
+        # Environments are numbered over all processes. Each group of them gives every minibatch
+        # equally many decisions, and lies on one process: so minibatches do not depend on these.
+        num_envs = args.num_envs // accelerator.num_processes
+        self.env_ids = accelerator.process_index * num_envs + np.arange(num_envs)
+        envs_per_group = args.num_envs // math.gcd(args.num_envs, args.minibatch_size)
+        self.b_groups = np.tile(self.env_ids // envs_per_group, args.num_steps)
+
+        # --- agent and optimiser ---
         set_seed(args.seed)  # the same weights on every process
         self.agent = self.make_agent(args).to(device).eval()
         self.start_policy = None
@@ -972,6 +784,7 @@ class Learner:
             self.start_policy = StartPolicy(self.agent, share_frozen=True)
         if args.compile:  # after the copy, which would go on computing with this network's weights
             self.agent.compile_network()
+
         param_groups = self.agent.param_groups(args.learning_rate, args.value_learning_rate)
         optimizer = torch.optim.AdamW(
             param_groups,
@@ -991,118 +804,52 @@ class Learner:
             keep_best=args.keep_best,
         )
 
+        # --- observations: encoded by rollout workers, and kept for all epochs ---
         @torch.no_grad()
-        def encode(obs: dict[str, Any]) -> dict[str, Tensor]:
-            with accelerator.autocast():
-                return self.agent.encode({name: value.to(device) for name, value in obs.items()})
+        def encode(features: dict[str, Any]) -> dict[str, Tensor]:
+            """Returns what FeatureStore has not kept on the device; nothing is to be computed."""
+            return to_device(features, device)
 
         self.store = FeatureStore(encode, device, args.feature_storage, args.feature_memory_gb)
-        num_envs = args.num_envs // size
-        self.env_ids = rank * num_envs + np.arange(num_envs)
-        envs_per_group = args.num_envs // math.gcd(args.num_envs, args.minibatch_size)
-        self.b_groups = np.tile(self.env_ids // envs_per_group, args.num_steps)
-        longest_episode = args.horizon or horizon(args.suite)
-        self.horizon_decisions = -(-longest_episode // args.num_action_chunks)  # rounded up
 
-    def restore(self, checkpoint: Path) -> tuple[Any, str]:
-        """Goes on from a checkpoint; returns what it says, and what was printed."""
-        with contextlib.redirect_stdout(io.StringIO()) as told:
-            restored = self.checkpoints.restore(checkpoint)
-        return restored, told.getvalue()
-
-    def weights(self) -> Any:
-        """Returns what training changes, by name."""
-        trained = {n: p for n, p in self.agent.named_parameters() if p.requires_grad}
-        return to_store(trained | dict(self.agent.named_buffers()))
-
-    def take(self, iteration: int, global_step: int, tensors: Any, env_states: Any) -> None:
-        """Takes the boundary after an iteration; the first learner is given environments' states."""
-        if env_states is None and not self.accelerator.is_main_process:
-            env_states = {}
-        self.checkpoints.take(iteration, global_step, env_states, tensors)
-
-    def save(self, score: float | None = None) -> Path:
-        """Writes the boundary."""
-        return self.checkpoints.save(score)
-
-    def evaluate(self, iteration: int) -> tuple[float | None, str]:
-        """Returns the success rate, None if the run was asked to stop, and what was printed."""
-        args, stop = self.args, StopSignal(self.accelerator)
-
-        def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
-            envs = self.make_envs(args, num_envs, self.agent.image_size, AutoresetMode.DISABLED)
-            return stop.watched(envs)
-
-        def check() -> None:
-            if ray.wait([self.rung], timeout=0)[0]:
-                raise InterruptedError
-
-        stop.check_alone = check
-        with contextlib.redirect_stdout(io.StringIO()) as told:
-            try:
-                with torch.no_grad(), self.accelerator.autocast():
-                    rate = for_all(
-                        self.accelerator,
-                        evaluate_into,
-                        self.run_path,
-                        iteration,
-                        self.agent,
-                        make_eval_envs,
-                        args,
-                    )
-            except InterruptedError:
-                return None, told.getvalue()
-        return rate, told.getvalue()
-
-    def update(self, iteration: int, *stored: Any) -> dict[str, float]:
-        """Updates the policy by an iteration's rollouts, and returns metrics."""
+    def update(self, iteration: int, *parts: Rollout) -> dict[str, float]:
+        """Updates the policy by rollouts of this process's environments, and returns metrics."""
         args, accelerator, agent, model = self.args, self.accelerator, self.agent, self.model
-        optimizer, step_sizes, store, run = self.optimizer, self.step_sizes, self.store, self.run
-        checkpoints, start_policy, device = self.checkpoints, self.start_policy, accelerator.device
-        env_ids, b_groups = self.env_ids, self.b_groups
+        optimizer, step_sizes, store = self.optimizer, self.step_sizes, self.store
+        start_policy, device = self.start_policy, accelerator.device
         num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
         updates_per_iteration = args.update_epochs * num_minibatches
+        horizon_decisions = longest_episode(args)
         progress = (iteration - 1) / args.num_iterations
         noise = noise_options(args, iteration)
 
-        # --- the rollouts of this process's environments, side by side ---
-        rollouts = [cast(Rollout, from_store(rollout)) for rollout in stored]
-        offsets = np.cumsum([0, *(rollout.rewards.shape[1] for rollout in rollouts)])[:-1]
-
-        def on_device(tree: Any) -> Any:
-            return map_tree(lambda leaf: leaf.to(device), from_store(tree))
-
-        def joined(name: str) -> Any:
-            parts = [getattr(rollout, name) for rollout in rollouts]
-            return on_device(map_tree(lambda *leaves: torch.cat(leaves, dim=1), *parts))
-
-        names = ("values", "rewards", "terminated", "succeeded", "ended")
-        values, rewards, terminated, succeeded, ended = map(joined, names)
-        names = ("executed_steps", "episode_lengths", "versions")
-        executed_steps, episode_lengths, versions = map(joined, names)
+        # --- the rollouts, side by side ---
+        parts = tuple(from_store(part) for part in parts)
+        rollout = join_rollouts(parts, device)
         store.clear()
-        b_obs = np.concatenate(
-            [
-                store.put(features, on_device(features)).reshape(args.num_steps, -1)
-                for rollout in rollouts
-                for features in [map_tree(lambda x: x.flatten(0, 1), rollout.features)]
-            ],
-            axis=1,
-        ).flatten()
-        b_actions = map_tree(lambda x: x.flatten(0, 1), joined("actions"))
-        behaviour_logprobs = joined("logprobs").flatten(0, 1)
+        obs: list[NDArray[np.intp]] = []  # row numbers in the store
+        for step in range(args.num_steps):
+            for part in parts:
+                features = {name: leaf[step] for name, leaf in part.features.items()}
+                obs.append(store.put(features, to_device(features, device)))
+        b_obs = np.concatenate(obs)
+        b_actions = map_tree(lambda leaf: leaf.flatten(0, 1), rollout.actions)
+        b_executed = (
+            torch.arange(args.num_action_chunks, device=device) < rollout.executed_steps[..., None]
+        ).flatten(0, 1)  # [K * N, C]
+        behaviour_logprobs = rollout.logprobs.flatten(0, 1)
+        values, terminated, ended = rollout.values, rollout.terminated, rollout.ended
 
         # --- what older weights decided is valued anew, and ratios begin at the present ones ---
-        staleness = (iteration - 1 - versions).double()
+        staleness = (iteration - 1 - rollout.versions).double()
         proximal_logprobs = behaviour_logprobs
-        if staleness.any():
+        if staleness.any():  # on all processes alike
             scored: list[tuple[Tensor, Tensor]] = []
-            parts = np.array_split(np.arange(len(b_obs)), num_minibatches * num_micro_batches)
-            for part in parts:
+            for inds in np.array_split(np.arange(len(b_obs)), num_minibatches * num_micro_batches):
                 with torch.no_grad(), accelerator.autocast():
                     _, logprob, _, value = agent(
-                        store.get(b_obs[part]),
-                        index(b_actions, part),
+                        store.get(b_obs[inds]),
+                        index(b_actions, inds),
                         **noise,
                     )
                 scored.append((logprob, value))
@@ -1112,18 +859,17 @@ class Learner:
         # --- advantages ---
         # A truncated episode goes on in the value of its own last observation.
         with torch.no_grad(), accelerator.autocast():
-            last_values = torch.cat([agent.get_value(on_device(r.last_features)) for r in rollouts])
+            last_values = agent.get_value(rollout.last_features)
             next_values = torch.cat([values[1:], last_values[None]])
-            for offset, rollout in zip(offsets, rollouts, strict=True):
-                for k, rows, features in rollout.cut:
-                    next_values[k, offset + rows] = agent.get_value(on_device(features))
+            for k, cut, cut_obs in rollout.cut:
+                next_values[k, cut] = agent.get_value(cut_obs)
 
         bounded_values = values
         if args.value_bounds is not None:
             bounded_values = values.clamp(*args.value_bounds)
             next_values = next_values.clamp(*args.value_bounds)
         advantages, returns = compute_gae(
-            rewards * args.reward_scale,
+            rollout.rewards * args.reward_scale,
             bounded_values,
             next_values,
             terminated,
@@ -1139,15 +885,12 @@ class Learner:
 
         weights = torch.ones_like(returns)
         if args.loss_weighting == "trajectory":
-            decisions = -(-episode_lengths // args.num_action_chunks)  # rounded up
-            weights = trajectory_weights(ended, decisions, self.horizon_decisions)
+            decisions = -(-rollout.episode_lengths // args.num_action_chunks)  # rounded up
+            weights = trajectory_weights(ended, decisions, horizon_decisions)
         weights_mean, _ = mean_and_variance(accelerator, weights)
         weights = (weights / weights_mean).float()
 
         # --- the batch: all decisions [K * N], step by step ---
-        b_executed = (
-            torch.arange(args.num_action_chunks, device=device) < executed_steps[..., None]
-        ).flatten(0, 1)
         b_logprobs = of_executed(proximal_logprobs, b_executed, args.logprob_level)
         b_behaviour = of_executed(behaviour_logprobs, b_executed, args.logprob_level)
         b_importance = importance_weights(b_logprobs, b_behaviour, args.importance_cap)
@@ -1157,7 +900,7 @@ class Learner:
         b_weights = weights.flatten()
         b_won = torch.zeros_like(b_returns)
         if args.imitation_coef:
-            won = won_decisions(ended, succeeded)
+            won = won_decisions(ended, rollout.succeeded)
             won_mean, _ = mean_and_variance(accelerator, won)
             b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
         b_start_logprobs = b_logprobs
@@ -1173,7 +916,7 @@ class Learner:
             b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
 
         # --- update ---
-        checkpoints.begin_update()
+        self.checkpoints.begin_update()
         step_sizes.begin(progress)
         history: list[dict[str, Tensor]] = []  # means of each minibatch
         ratio_deviation = 0.0
@@ -1184,14 +927,14 @@ class Learner:
             if args.imitation_coef:
                 draws = flow_draws(
                     (args.seed, FLOW, iteration, epoch),
-                    env_ids,
+                    self.env_ids,
                     args.num_steps,
                     args.denoising_steps,
                     tuple(b_actions.chain.shape[2:]),
                 )
                 b_flow = [x.to(device) for x in draws]
             key = (args.seed, MINIBATCHES, iteration, epoch)
-            for mb_inds in deal(b_groups, num_minibatches, key):
+            for mb_inds in deal(self.b_groups, num_minibatches, key):
                 stats: list[dict[str, Tensor]] = []  # means of each micro-batch
                 dump: dict[str, Tensor] = {}
 
@@ -1275,9 +1018,9 @@ class Learner:
                         ratio_deviation = max(ratio_deviation, deviation)
 
                 if not history:
-                    run.check_ratio(ratio_deviation, args.max_ratio_deviation)
+                    self.run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                 grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
-                run.check_finite(grad_norm, iteration, **dump)
+                self.run.check_finite(grad_norm, iteration, **dump)
                 updated = iteration - 1 + (len(history) + 1) / updates_per_iteration
                 with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                     optimizer.step()
@@ -1321,16 +1064,7 @@ def main(
     """
     check_args(args)
     with connect(args.ray_address) as cluster:
-        placement = place_roles(
-            cluster.nodes,
-            placement=args.placement,
-            env_workers=args.env_workers,
-            rollout_gpus=args.rollout_gpus,
-            learner_gpus=args.learner_gpus,
-            env_on_gpu=args.physics == "warp",
-            num_stages=args.pipeline_stage_num,
-        )
-        check_shares(args, placement)
+        placement = cluster.place(args)
         accelerator = make_accelerator(args.log_with, args.output_dir, cpu=True)
         run, checkpoint = open_run(
             args,
@@ -1339,57 +1073,39 @@ def main(
             free_args=FREE_ARGS | CLUSTER_ARGS,
         )
         print(f"cluster      {placement}", flush=True)
-        path = run.path.resolve()
-        longest_episode = args.horizon or horizon(args.suite)
-        cohorts = Cohorts(args.num_steps, -(-longest_episode // args.num_action_chunks))
-        updates = args.update_epochs * args.num_minibatches
-
-        def make_some_envs(num_envs: int, size: int, num_threads: int) -> gym.vector.VectorEnv:
-            return make_envs(args, num_envs, size, num_threads=num_threads)
-
         with (
             StopSignal(accelerator) as stop,
-            TrainingProgress(args.num_iterations, args.num_steps, updates, enabled=True) as bar,
+            TrainingProgress(
+                args.num_iterations,
+                args.num_steps,
+                args.update_epochs * args.num_minibatches,
+                enabled=True,
+            ) as progress,
         ):
             cluster.asked_to_stop = lambda: stop.status
             learners = LearnerGroup(
                 cluster,
-                placement.actor,
-                lambda place: cluster.start(Learner, place, args, make_agent, make_envs, path),
+                placement,
+                Learner,
+                args,
+                make_agent,
+                make_envs,
+                run,
             )
             rollouts = RolloutGroup(
                 cluster,
                 placement,
-                np.arange(args.num_envs),
-                seed=args.seed,
-                num_learners=len(placement.actor),
-                max_restarts=args.max_restarts,
-                start_worker=lambda place, number, env_ids: cluster.start(
-                    RolloutWorker, place, args, make_agent, path, number, env_ids
-                ),
-                start_env_worker=start_env_workers(cluster, make_some_envs),
+                RolloutWorker,
+                args,
+                make_agent,
+                make_envs,
+                run.path.resolve(),
             )
-            restarts = 0
-            while True:
-                try:
-                    metrics = train(
-                        args, run, checkpoint, cluster, learners, rollouts, cohorts, bar
-                    )
-                    break
-                except LearnersLost as lost:
-                    newest = checkpoints_in(run.path)
-                    restarts = restarts + 1 if newest and newest[-1][1] == checkpoint else 1
-                    if restarts > args.max_restarts:
-                        raise RuntimeError(
-                            f"learners were lost {restarts} times without getting further ({lost}); "
-                            "look into the logs of the cluster's processes, or raise max_restarts"
-                        ) from None
-                    checkpoint = newest[-1][1] if newest else None
-                    bar.print(
-                        f"a learner was lost; all start again from {checkpoint or 'the start'}"
-                    )
-                    run.forget_after(newest[-1][0] if newest else 0)
-                    learners.start()
+            metrics = learners.train(
+                partial(train, args, run, learners, rollouts, progress),
+                checkpoint,
+                progress.print,
+            )
 
         change = ""
         if args.eval_before:
@@ -1409,123 +1125,101 @@ def main(
 def train(
     args: Args,
     run: RunFolder,
-    checkpoint: Path | None,
-    cluster: Any,
     learners: LearnerGroup,
     rollouts: RolloutGroup,
-    cohorts: Cohorts,
-    bar: TrainingProgress,
+    progress: TrainingProgress,
+    checkpoint: Path | None,
 ) -> dict[str, float]:
     """Trains from a checkpoint, or from the start, to the end; returns the last metrics."""
     metrics: dict[str, float] = {}
-    done, global_step, env_states = 0, 0, None
+    cohorts = Cohorts(args.num_steps, longest_episode(args))
     task_sampler = None
     if args.task_sampling == "adaptive":
         task_sampler = TaskSampler(rollouts.task_ids())
+
+    # --- start, or go on where a checkpoint was taken ---
+    done, global_step = 0, 0
+    env_states = None
     if checkpoint is not None:
-        restored, told = learners.call("restore", checkpoint)
-        bar.print(told.rstrip())
+        restored = learners.restore(checkpoint, progress.print)
         done, global_step = restored.iteration, restored.global_step
         env_states = restored.env_states
         if env_states is not None:
             cohorts.load_state_dict(restored.tensors["episodes"])
         else:
-            bar.print(f"{checkpoint} holds no environment states: new episodes begin")
+            progress.print(f"{checkpoint} holds no environment states: new episodes begin")
         if task_sampler is not None:
             task_sampler.load_state_dict(restored.tensors["episodes"])
         if args.evaluates(done) and not evaluation_file(run.path, done).is_file():
-            bar.print(missing_evaluation(checkpoint))
-    bar.skip(done)
-    has_boundary = False
+            progress.print(missing_evaluation(checkpoint))
+    env_states = rollouts.begin(done, env_states)
 
-    def take_boundary(iteration: int, states: Any) -> None:
-        nonlocal has_boundary
+    def take_boundary(iteration: int) -> None:
         tallies = cohorts.state_dict()
         if task_sampler is not None:
             tallies |= task_sampler.state_dict()
-        learners.call("take", iteration, global_step, {"episodes": tallies}, first=[states])
-        has_boundary = True
+        learners.take_boundary(iteration, global_step, {"episodes": tallies}, env_states)
 
     def evaluate_after(iteration: int) -> float:
-        bar.print("evaluating")
-        rate, told = learners.call("evaluate", iteration)
-        print(told, end="", flush=True)
-        if rate is None:
-            cluster.check()
-        return rate
+        progress.print("evaluating")
+        return learners.evaluate(iteration)
 
-    try:
-        take_boundary(done, rollouts.begin(done, env_states))
-        if args.eval_before and done == 0:
-            run.log({"eval/success_once": evaluate_after(0)}, global_step, 0)
-        weights = {done: learners.weights()}
-        asked_for = done
-        replaced, discarded = rollouts.workers_replaced, rollouts.episodes_discarded
+    take_boundary(done)
+    progress.skip(done)
+    if args.eval_before and done == 0:
+        run.forget_after(-1)  # if all starts again
+        run.log({"eval/success_once": evaluate_after(0)}, global_step, 0)
+
+    weights = learners.weights()
+    asked_for = done
+    updated_at = time.perf_counter()
+
+    for iteration in range(done + 1, args.num_iterations + 1):
+        # --- rollouts: as far ahead as their weights may be old ---
+        task_weights = None if task_sampler is None else task_sampler.weights
+        last = min(iteration + args.max_staleness, args.num_iterations)
+        for ahead in range(asked_for + 1, last + 1):
+            rollouts.submit(ahead, iteration - 1, weights, task_weights)
+        asked_for = last
+        idle_from = time.perf_counter()
+        reports, parts = rollouts.receive(iteration)
+
+        # --- update ---
+        update_from = time.perf_counter()
+        metrics = learners.update(iteration, parts)
+        weights = learners.weights()
+        update_to = time.perf_counter()
+
+        # --- log, evaluate, save ---
+        env_steps = sum(report.env_steps for report in reports)
+        env_states = merged([report.env_states for report in reports])
+        global_step += env_steps
+        cohorts.begin_iteration()
+        cohorts.add([episode for report in reports for episode in report.ended])
+        total_s = update_to - updated_at
+        metrics |= {
+            **mean_seconds(reports),
+            "time/update_s": update_to - update_from,
+            "time/learner_idle_s": update_from - idle_from,
+            "time/total_s": total_s,
+            "charts/SPS": env_steps / total_s,
+            **rollouts.losses(),
+            **cohort_metrics(cohorts.complete()),
+        }
+        if task_sampler is not None:
+            metrics |= task_sampler.metrics()
+            task_sampler.update(cohorts.complete())
+        take_boundary(iteration)
+
+        try:
+            if args.evaluates(iteration):
+                metrics["eval/success_once"] = evaluate_after(iteration)
+        finally:  # also if a request to stop ends the evaluation
+            run.log(metrics, global_step, iteration)
+        if args.saves(iteration):
+            learners.save(args.score(metrics))
+        progress.end_iteration(describe_iteration(metrics), metrics)
         updated_at = time.perf_counter()
-
-        for iteration in range(done + 1, args.num_iterations + 1):
-            # --- rollouts: as far ahead as weights may be old ---
-            last = min(iteration + args.max_staleness, args.num_iterations)
-            task_weights = None if task_sampler is None else task_sampler.weights
-            for ahead in range(asked_for + 1, last + 1):
-                rollouts.submit(ahead, iteration - 1, weights[iteration - 1], task_weights)
-            asked_for = last
-            idle_from = time.perf_counter()
-            reports, parts = rollouts.receive(iteration)
-            cohorts.begin_iteration()
-            cohorts.add([ended for report in reports for ended in report.ended])
-
-            # --- update ---
-            update_from = time.perf_counter()
-            has_boundary = False
-            metrics = learners.call("update", iteration, each=parts)
-            weights = {iteration: learners.weights()}
-            update_s = time.perf_counter() - update_from
-
-            # --- log, evaluate, save ---
-            env_steps = sum(report.env_steps for report in reports)
-            global_step += env_steps
-            total_s = time.perf_counter() - updated_at
-            for name in reports[0].seconds:
-                metrics[f"time/{name}"] = float(np.mean([r.seconds[name] for r in reports]))
-            metrics |= {
-                "time/update_s": update_s,
-                "time/learner_idle_s": update_from - idle_from,
-                "time/total_s": total_s,
-                "charts/SPS": env_steps / total_s,
-                "rollout/workers_replaced": float(rollouts.workers_replaced - replaced),
-                "rollout/episodes_discarded": float(rollouts.episodes_discarded - discarded),
-            }
-            replaced, discarded = rollouts.workers_replaced, rollouts.episodes_discarded
-            metrics |= cohort_metrics(cohorts.complete())
-            if task_sampler is not None:
-                metrics |= task_sampler.metrics()
-                task_sampler.update(cohorts.complete())
-            take_boundary(iteration, merged([report.env_states for report in reports]))
-
-            try:
-                if args.evaluates(iteration):
-                    metrics["eval/success_once"] = evaluate_after(iteration)
-            finally:  # also if a request to stop ends the evaluation
-                run.log(metrics, global_step, iteration)
-            if args.saves(iteration):
-                learners.call("save", args.score(metrics))
-            bar.end_iteration(describe_iteration(metrics), metrics)
-            updated_at = time.perf_counter()
-    except SystemExit:
-        if has_boundary:
-            folder = learners.call("save")
-            print(f"stopped; the state is in {folder}. Go on with --resume {run.path}")
-        raise
-    except LearnersLost:
-        raise
-    except Exception as error:
-        if has_boundary:
-            folder = learners.call("save")
-            error.add_note(
-                f"the state before this rollout is in {folder}; go on with --resume {run.path}"
-            )
-        raise
     return metrics
 
 

@@ -1,9 +1,9 @@
 """Ray: the cluster that a run is on, the actors of its roles, and what is done when one of them is lost.
 
     with connect(args.ray_address) as cluster:
-        placement = place_roles(cluster.nodes, ...)
-        rollouts = RolloutGroup(cluster, placement, ...)      # env workers and rollout workers
-        learners = LearnerGroup(cluster, placement.actor, ...)
+        placement = cluster.place(args)
+        learners = LearnerGroup(cluster, placement, Learner, ...)
+        rollouts = RolloutGroup(cluster, placement, RolloutWorker, ...)  # with their env workers
 
 Actors are put on the node, and shown the GPU, that the placement says. What they give each other goes by Ray's object
 store; the driver passes on references only. An actor is lost when its process or its node is gone.
@@ -11,43 +11,33 @@ store; the driver passes on references only. An actor is lost when its process o
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
 import socket
 import time
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import ray
-import torch
 from numpy.typing import NDArray
-from ray.exceptions import (
-    ActorUnschedulableError,
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from algorithms.common.batch import concatenate
-from algorithms.common.env_worker import EnvWorker, Step
-from algorithms.common.episodes import Episode
-from algorithms.common.placement import Node, Place, Placement, check_versions, describe
-from algorithms.common.provenance import git_commit
+from algorithms.common.cluster_process import StopBell, versions
+from algorithms.common.env_worker import EnvWorker
+from algorithms.common.placement import Node, Place, Placement, check_shares, check_versions, describe, place_roles
+from algorithms.common.processes import check_alone, refuse_sharding
 from algorithms.common.randomness import EPISODES, seed_of
-from algorithms.common.stages import EnvState, EnvStep
-from algorithms.common.stop_request import StopBell
+from algorithms.common.resume import RestoredState, checkpoints_in
+from algorithms.common.roles import LOST, LearnerRole, Report, RolloutRole, merged, result
+from algorithms.common.run import RunFolder
+from algorithms.common.stages import EnvState
 
-# What has to be the same on all nodes, besides Python and the commit.
-SAME_PACKAGES = ("libero-gr00t", "torch", "accelerate", "ray")
-# Errors of a call whose actor, node or object is gone.
-LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError, ActorUnschedulableError)
 _CONNECT_S = 10.0
 # An actor that does not answer for so long counts as lost; so long too a new node may take to come.
 _ANSWER_S = 120.0
@@ -70,8 +60,10 @@ def connect(address: str | None) -> Generator[Cluster]:
 
     Raises:
         ConnectionError: nobody answers there.
-        ValueError: no address, or a cluster of other versions.
+        ValueError: no address, a cluster of other versions, or a launch that this program does not do.
     """
+    check_alone()
+    refuse_sharding()
     is_ours = not ray.is_initialized()
     if is_ours:
         _init(address)
@@ -123,6 +115,24 @@ class Cluster:
         self.bell = self._start(StopBell, Place(node=0, gpu=None, cpus=1))
         self._rung = self.bell.wait.remote()
 
+    def place(self, args: Any) -> Placement:
+        """Returns where the processes of each role run, as a trainer's arguments say.
+
+        Raises:
+            ValueError: the cluster has not what is asked for, or work cannot be shared exactly.
+        """
+        placement = place_roles(
+            self.nodes,
+            placement=args.placement,
+            env_workers=args.env_workers,
+            rollout_gpus=args.rollout_gpus,
+            learner_gpus=args.learner_gpus,
+            env_on_gpu=args.physics == "warp",
+            num_stages=args.pipeline_stage_num,
+        )
+        check_shares(args, placement)
+        return placement
+
     def start(self, actor: type, place: Place, *inputs: Any) -> Any:
         """Returns the handle of a new actor at `place`, which is given the place, the bell and `inputs`."""
         return self._start(actor, place, place, self.bell, *inputs)
@@ -139,7 +149,11 @@ class Cluster:
             self.bell.ring.remote(status)
             raise SystemExit(status)
         if ray.wait([self._rung], timeout=0)[0]:
-            raise SystemExit(ray.get(self._rung))
+            try:
+                status = ray.get(self._rung)
+            except RayActorError:  # its own process was asked to stop, or killed
+                status = os.EX_UNAVAILABLE
+            raise SystemExit(status)
 
     def get(self, call: Any) -> Any:
         """Returns what a call of an actor returns, or raises what it raised.
@@ -191,16 +205,6 @@ def _is_done(call: Any) -> bool:
     return bool(ray.wait([call], timeout=0)[0])
 
 
-def result(call: Any, timeout: float | None = None) -> Any:
-    """Returns what a call returns, or raises what it raised, as it was raised there."""
-    try:
-        return ray.get(call, timeout=timeout)
-    except RayTaskError as error:
-        if isinstance(error, LOST):
-            raise
-        raise cast(Any, error).cause from error
-
-
 def _described(nodes: Sequence[Mapping[str, Any]]) -> list[Node]:
     """Returns nodes as they say themselves what they are.
 
@@ -224,196 +228,11 @@ def _described(nodes: Sequence[Mapping[str, Any]]) -> list[Node]:
     return described
 
 
-def versions() -> dict[str, str | None]:
-    """Returns what has to be the same on all nodes, of this one; None of what is not installed."""
-    import platform
-
-    found: dict[str, str | None] = {"Python": platform.python_version()}
-    for package in SAME_PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found | {"commit": git_commit()}
-
-
-# --- tensors in the object store ---
-
-
-class _Bfloat16(NamedTuple):
-    """A tensor of a type that NumPy has not, as 16-bit integers."""
-
-    bits: NDArray[np.int16]
-
-
-def to_store(tree: Any) -> Any:
-    """Returns nested tensors as arrays in host memory, which the object store keeps without a copy."""
-    if isinstance(tree, Mapping):
-        return {name: to_store(leaf) for name, leaf in tree.items()}
-    if isinstance(tree, tuple):
-        return cast(Any, type(tree))._make(to_store(leaf) for leaf in tree)
-    if isinstance(tree, torch.Tensor):
-        tensor = tree.detach().cpu().contiguous()
-        return _Bfloat16(tensor.view(torch.int16).numpy()) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-    return tree
-
-
-def from_store(tree: Any) -> Any:
-    """Returns what `to_store` was given, tensors in host memory that must not be written to."""
-    if isinstance(tree, _Bfloat16):
-        return from_store(tree.bits).view(torch.bfloat16)
-    if isinstance(tree, Mapping):
-        return {name: from_store(leaf) for name, leaf in tree.items()}
-    if isinstance(tree, tuple):
-        return cast(Any, type(tree))._make(from_store(leaf) for leaf in tree)
-    if isinstance(tree, np.ndarray) and tree.dtype.kind in "biuf":
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(tree)
-    return tree
-
-
-# --- environments, as a rollout worker sees them ---
-
-
-class EnvWorkerLost(Exception):
-    """An env worker is gone."""
-
-
-class RemoteStage:
-    """Some of a rollout worker's environments, on one or more env workers, with the methods of `EnvStage`.
-
-    Args:
-        workers: handles of `EnvWorker`s, each with equally many environments.
-        env_ids: [n] numbers of the environments among all.
-        offset: place of the first among the rollout worker's environments.
-        timeout_s: seconds that a step may take.
-
-    Attributes:
-        obs: the last observation.
-        wait_s: seconds that `receive` waited so far.
-        busy_s: seconds of stepping so far, a mean over the workers.
-        failed_actions: what the step was given that raised or did not end.
-    """
-
-    def __init__(self, workers: Sequence[Any], env_ids: NDArray[np.intp], offset: int, timeout_s: float) -> None:
-        self.workers, self.env_ids, self.offset = list(workers), env_ids, offset
-        self.obs: dict[str, Any] = {}
-        self.wait_s, self.busy_s = 0.0, 0.0
-        self.failed_actions: NDArray[np.float32] | None = None
-        self._actions = np.zeros(0, dtype=np.float32)
-        self._timeout_s = timeout_s
-        self._calls: list[Any] = []
-
-    @property
-    def rows(self) -> slice:
-        """Where these environments are among the rollout worker's."""
-        return slice(self.offset, self.offset + len(self.env_ids))
-
-    def open(self, openings: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
-        """Observes: each worker by a method with its inputs (`reset`, `restore` or `observe`)."""
-        pairs = zip(self.workers, openings, strict=True)
-        observed = self._results([getattr(worker, name).remote(*inputs) for worker, (name, inputs) in pairs])
-        self.obs = concatenate(observed)
-
-    def send(self, actions: NDArray[np.float32]) -> None:
-        """Starts a step with `actions`, one for each environment."""
-        self._actions = actions
-        parts = np.split(actions, len(self.workers))
-        self._calls = [worker.step.remote(part) for worker, part in zip(self.workers, parts, strict=True)]
-
-    def receive(self) -> EnvStep:
-        """Returns the outcome of the step that `send` started.
-
-        Raises:
-            EnvWorkerLost: a worker is gone.
-            TimeoutError: the step has not ended in time.
-            Exception: whatever the environments raised.
-        """
-        start = time.perf_counter()
-        try:
-            results = self._results(self._calls)
-        except GetTimeoutError:
-            self.failed_actions = self._actions
-            raise TimeoutError(
-                f"environments {self.env_ids[0]} to {self.env_ids[-1]} have not ended a step within "
-                f"env_timeout_s={self._timeout_s:g}; look for a hanging renderer or simulation, or raise env_timeout_s"
-            ) from None
-        except EnvWorkerLost:
-            raise
-        except Exception as error:
-            self.failed_actions = self._actions
-            error.add_note(f"raised by a step of environments {self.env_ids[0]} to {self.env_ids[-1]}")
-            raise
-        self.wait_s += time.perf_counter() - start
-        self.busy_s += float(np.mean([seconds for _, seconds in results]))
-        step = join_steps([step for step, _ in results])
-        self.obs = step.obs
-        return step
-
-    def states(self) -> dict[int, EnvState] | None:
-        """Returns the environments' states by their number among all; None if they cannot give any."""
-        parts = self._results([worker.states.remote() for worker in self.workers])
-        if any(part is None for part in parts):
-            return None
-        return dict(zip(self.env_ids.tolist(), [state for part in parts for state in part], strict=True))
-
-    def set_task_weights(self, weights: NDArray[np.float64]) -> None:
-        """Says how often the episodes that start from now on are of which task."""
-        self._results([worker.set_task_weights.remote(weights) for worker in self.workers])
-
-    def _results(self, calls: Sequence[Any]) -> list[Any]:
-        try:
-            return [result(call, self._timeout_s) for call in calls]
-        except LOST as error:
-            raise EnvWorkerLost(str(error)) from None
-
-
-def join_steps(steps: Sequence[Step]) -> EnvStep:
-    """Returns the steps of several env workers as one of all their environments.
-
-    Where episodes have ended on some workers only, the rows of the others in `final_obs` and `final_info` hold the last
-    observation and zeros.
-    """
-    obs, rewards, terminated, truncated, infos = zip(*steps, strict=True)
-    with_final = next((info for info in infos if "final_info" in info), None)
-    joined: dict[str, Any] = {"num_steps": np.concatenate([info["num_steps"] for info in infos])}
-    if with_final is not None:
-        finals: list[dict[str, Any]] = []
-        for info, reward in zip(infos, rewards, strict=True):
-            empty = {
-                name: np.zeros((len(reward), *np.shape(a)[1:]), np.asarray(a).dtype)
-                for name, a in with_final["final_info"].items()
-            }
-            finals.append(info.get("final_info", empty))
-        joined["final_info"] = concatenate(finals)
-        joined["final_obs"] = concatenate([info.get("final_obs", o) for info, o in zip(infos, obs, strict=True)])
-    return EnvStep(concatenate(obs), *(np.concatenate(x) for x in (rewards, terminated, truncated)), joined)
-
-
 # --- env workers and rollout workers, as the driver sees them ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a rollout worker tells the driver of a rollout.
-
-    Attributes:
-        is_lost: an env worker was lost; the rest is empty.
-        ended: episodes that ended, each with the number of iterations ago in which it began.
-        env_steps: environment steps.
-        seconds: of stepping (`env_s`), waiting for it (`env_wait_s`), the rest (`policy_s`), and in which environments
-            did nothing since the last rollout ended (`env_idle_s`).
-        env_states: states of its environments after it; None if they cannot give any.
-    """
-
-    is_lost: bool = False
-    ended: Sequence[tuple[Episode, int]] = ()
-    env_steps: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    env_states: Mapping[int, EnvState] | None = None
-
-
 class _Order(NamedTuple):
-    """What a rollout is played by: inputs of `RolloutWorker.rollout`."""
+    """What a rollout is played by: inputs of `RolloutRole.rollout`."""
 
     iteration: int
     version: int
@@ -424,7 +243,8 @@ class _Order(NamedTuple):
 class _Share:
     """A rollout worker, its env workers, and the rollouts that it has been asked for."""
 
-    def __init__(self, place: Place, env_places: Sequence[Place], env_ids: NDArray[np.intp]) -> None:
+    def __init__(self, number: int, place: Place, env_places: Sequence[Place], env_ids: NDArray[np.intp]) -> None:
+        self.number = number
         self.place, self.env_places, self.env_ids = place, list(env_places), env_ids
         self.worker: Any = None
         self.env_workers: list[Any] = []
@@ -446,51 +266,49 @@ class RolloutGroup:
     Args:
         cluster: where they run.
         placement: of the roles.
-        env_ids: [N] numbers of all environments.
-        seed: of the run.
-        num_learners: learners, among whom each rollout's environments are divided.
-        max_restarts: times that a rollout is played again.
-        start_worker: from the place, the number of the rollout worker and its environments, a new `RolloutWorker`.
-        start_env_worker: from the place and the number of environments, a new `EnvWorker`.
-
-    Attributes:
-        workers_replaced: workers that were replaced so far.
-        episodes_discarded: episodes that were under way in env workers that were lost so far.
+        role: of rollout workers.
+        args: the trainer's arguments.
+        make_agent: makes the agent from them.
+        make_envs: makes environments from them, their number, and the size of their images.
+        run_path: folder of the run.
     """
 
     def __init__(
         self,
         cluster: Cluster,
         placement: Placement,
-        env_ids: NDArray[np.intp],
-        *,
-        seed: int,
-        num_learners: int,
-        max_restarts: int,
-        start_worker: Callable[[Place, int, NDArray[np.intp]], Any],
-        start_env_worker: Callable[[Place, int, int], Any],
+        role: type[RolloutRole],
+        args: Any,
+        make_agent: Callable[..., Any],
+        make_envs: Callable[..., gym.vector.VectorEnv],
+        run_path: Path,
     ) -> None:
-        self._cluster, self._seed, self._max_restarts = cluster, seed, max_restarts
-        self._start_worker, self._start_env_worker = start_worker, start_env_worker
-        num_workers = len(placement.rollout)
-        self._num_parts = max(1, num_learners // num_workers)
-        self._num_learners = num_learners
-        self.workers_replaced, self.episodes_discarded = 0, 0
-        places = np.array_split(np.arange(len(placement.env)), num_workers)
+        self._cluster, self._args, self._max_restarts = cluster, args, args.max_restarts
+        self._role, self._inputs = role, (args, make_agent, run_path)
+        self._make_envs = make_envs
+        num_workers, self._num_learners = len(placement.rollout), len(placement.actor)
+        self._num_parts = max(1, self._num_learners // num_workers)
+        self._workers_replaced, self._episodes_discarded = 0, 0
+
+        env_places = np.array_split(np.arange(len(placement.env)), num_workers)
+        env_ids = np.split(np.arange(args.num_envs), num_workers)
         self._shares = [
-            _Share(place, [placement.env[e] for e in mine], ids)
-            for place, mine, ids in zip(placement.rollout, places, np.split(env_ids, num_workers), strict=True)
+            _Share(number, place, [placement.env[e] for e in mine], ids)
+            for number, (place, mine, ids) in enumerate(zip(placement.rollout, env_places, env_ids, strict=True))
         ]
-        for number, share in enumerate(self._shares):
-            share.worker = start_worker(share.place, number, share.env_ids)
-        size = cluster.get(self._shares[0].worker.observed_size.remote())
-        self._observed_size = size
+        for share in self._shares:
+            share.worker = self._new_worker(share)
+        self._observed_size = cluster.get(self._shares[0].worker.observed_size.remote())
         for share in self._shares:
             share.env_workers = [self._new_env_worker(share, place) for place in share.env_places]
 
+    def _new_worker(self, share: _Share) -> Any:
+        return self._cluster.start(self._role, share.place, *self._inputs, share.number, share.env_ids)
+
     def _new_env_worker(self, share: _Share, place: Place) -> Any:
         num_envs = len(share.env_ids) // len(share.env_places)
-        return self._start_env_worker(place, num_envs, self._observed_size)
+        make = partial(self._make_envs, self._args, num_envs, self._observed_size, num_threads=place.cpus)
+        return self._cluster.start(EnvWorker, place, make)
 
     def task_ids(self) -> Sequence[int]:
         """Returns the tasks that the environments sample from."""
@@ -515,9 +333,9 @@ class RolloutGroup:
                     raise ValueError(f"no states of environments {missing} were saved; resume with the same num_envs")
                 share.states = {env_id: env_states[env_id] for env_id in share.env_ids.tolist()}
             self._open(share, set(range(len(share.env_workers))))
-        for number, share in enumerate(self._shares):
+        for share in self._shares:
             while not self._has_opened(share):
-                self._replace(number, share, iterations + 1)
+                self._replace(share, iterations + 1)
         return merged([share.states for share in self._shares])
 
     def submit(
@@ -536,18 +354,32 @@ class RolloutGroup:
             self._ask(share, share.orders[iteration])
 
     def receive(self, iteration: int) -> tuple[list[Report], list[list[Any]]]:
-        """Waits for the rollout of an iteration; returns the workers' reports, and references for each learner."""
+        """Waits for the rollout of an iteration; returns the workers' reports, and references for each learner.
+
+        Raises:
+            RuntimeError: workers were lost too often.
+            LearnersLost: the weights are gone that it was to be played by.
+        """
         reports: list[Report] = []
         parts: list[Any] = []
-        for number, share in enumerate(self._shares):
+        for share in self._shares:
             while (report := self._report(share, iteration)).is_lost:
-                self._replace(number, share, iteration)
+                self._replace(share, iteration)
             share.boundary, share.losses, share.states = iteration, 0, report.env_states
             del share.orders[iteration]
             parts += share.calls.pop(iteration)[1:]
             reports.append(report)
         per_learner = len(parts) // self._num_learners
         return reports, [parts[i : i + per_learner] for i in range(0, len(parts), per_learner)]
+
+    def losses(self) -> dict[str, float]:
+        """Returns what was lost since the last call, as metrics."""
+        lost = {
+            "rollout/workers_replaced": float(self._workers_replaced),
+            "rollout/episodes_discarded": float(self._episodes_discarded),
+        }
+        self._workers_replaced, self._episodes_discarded = 0, 0
+        return lost
 
     def _ask(self, share: _Share, order: _Order) -> None:
         rollout = share.worker.rollout.options(num_returns=1 + self._num_parts)
@@ -586,45 +418,37 @@ class RolloutGroup:
             if share.states is not None and (i not in fresh or share.losses == 0):
                 openings.append(("restore", ([share.states[env_id] for env_id in ids.tolist()],)))
             elif i in fresh:
-                key = (self._seed, EPISODES, share.boundary, *([share.losses] if share.losses else []))
+                key = (self._args.seed, EPISODES, share.boundary, *([share.losses] if share.losses else []))
                 openings.append(("reset", ([seed_of(*key, int(env_id)) for env_id in ids],)))
             else:
                 openings.append(("observe", ()))
         share.opening = share.worker.open_envs.remote(share.env_workers, openings)
 
-    def _replace(self, number: int, share: _Share, iteration: int) -> None:
+    def _replace(self, share: _Share, iteration: int) -> None:
         """Replaces what was lost of a share, and asks for its rollouts again."""
         share.losses += 1
         if share.losses > self._max_restarts:
             raise RuntimeError(
-                f"rollout {iteration} lost workers of rollout worker {number} more than "
-                f"max_restarts={self._max_restarts} "
-                "times; look into the logs of the cluster's processes for what ends them, or raise max_restarts"
+                f"rollout {iteration} lost workers of rollout worker {share.number} more than "
+                f"max_restarts={self._max_restarts} times; look into the logs of the cluster's processes for what ends "
+                "them, or raise max_restarts"
             )
         self._cancel(share)
         fresh = {i for i, worker in enumerate(share.env_workers) if not is_there(worker)}
         for i in fresh:
             share.env_places[i] = self._cluster.standing(share.env_places[i])
             share.env_workers[i] = self._new_env_worker(share, share.env_places[i])
-            self.episodes_discarded += len(share.env_ids) // len(share.env_workers)
-        self.workers_replaced += len(fresh)
+            self._episodes_discarded += len(share.env_ids) // len(share.env_workers)
+        self._workers_replaced += len(fresh)
         if not is_there(share.worker):
             share.place = self._cluster.standing(share.place)
-            share.worker = self._start_worker(share.place, number, share.env_ids)
-            self.workers_replaced += 1
+            share.worker = self._new_worker(share)
+            self._workers_replaced += 1
+        elif not fresh:  # nothing that the rollout is played with, but what it is played by
+            raise LearnersLost(f"the weights for rollout {iteration} are gone with the learner that had them")
         self._open(share, fresh)
         for order in share.orders.values():
             self._ask(share, order)
-
-
-def merged(parts: Sequence[Mapping[int, EnvState] | None]) -> Mapping[int, EnvState] | None:
-    """Returns the states of all parts; None if one has none."""
-    states: dict[int, EnvState] = {}
-    for part in parts:
-        if part is None:
-            return None
-        states |= part
-    return states
 
 
 def is_there(worker: Any) -> bool:
@@ -645,46 +469,128 @@ class LearnerGroup:
 
     Args:
         cluster: where they run.
-        places: of each.
-        start_learner: from the place, a new `Learner`.
+        placement: of the roles.
+        role: of learners.
+        args: the trainer's arguments.
+        make_agent: makes the agent from them.
+        make_envs: makes environments for evaluations.
+        run: the run's folder.
     """
 
-    def __init__(self, cluster: Cluster, places: Sequence[Place], start_learner: Callable[[Place], Any]) -> None:
-        self._cluster, self._places, self._start_learner = cluster, list(places), start_learner
+    def __init__(
+        self,
+        cluster: Cluster,
+        placement: Placement,
+        role: type[LearnerRole],
+        args: Any,
+        make_agent: Callable[..., Any],
+        make_envs: Callable[..., gym.vector.VectorEnv],
+        run: RunFolder,
+    ) -> None:
+        self._cluster, self._places, self._role, self._run = cluster, list(placement.actor), role, run
+        self._inputs = (args, make_agent, make_envs, run.path.resolve())
+        self._max_restarts = args.max_restarts
         self._learners: list[Any] = []
-        self.start()
+        self._has_boundary = False
 
-    def start(self) -> None:
-        """Starts the group, in place of one that has lost a process."""
+    def train(
+        self, train: Callable[[Path | None], dict[str, float]], checkpoint: Path | None, say: Callable[[str], None]
+    ) -> dict[str, float]:
+        """Starts the learners, and returns what `train` returns, called with the checkpoint to go on from.
+
+        It is None for the start. If a learner is lost meanwhile, all start again and `train` is called with the newest
+        checkpoint. If the run is stopped or fails between updates, the last boundary is saved.
+
+        Raises:
+            RuntimeError: learners were lost too often without getting further.
+        """
+        restarts = 0
+        while True:
+            try:
+                self._start()
+                return train(checkpoint)
+            except LearnersLost as lost:
+                newest = checkpoints_in(self._run.path)
+                done, last = newest[-1] if newest else (0, None)
+                restarts = restarts + 1 if last == checkpoint else 1
+                if restarts > self._max_restarts:
+                    raise RuntimeError(
+                        f"learners were lost {restarts} times without getting further ({lost}); look into the logs of "
+                        "the cluster's processes, or raise max_restarts"
+                    ) from None
+                checkpoint = last
+                say(f"a learner was lost; all start again from {checkpoint or 'the start'}")
+                self._run.forget_after(done)
+            except SystemExit:
+                if self._has_boundary:
+                    print(f"stopped; the state is in {self.save()}. Go on with --resume {self._run.path}")
+                raise
+            except Exception as error:
+                if self._has_boundary:
+                    error.add_note(
+                        f"the state before this rollout is in {self.save()}; go on with --resume {self._run.path}"
+                    )
+                raise
+
+    def _start(self) -> None:
+        """Starts the group, in place of one that has lost a process if there is one."""
         for learner in self._learners:
             ray.kill(learner)
+        self._has_boundary = False
         self._places = [self._cluster.standing(place) for place in self._places]
-        self._learners = [self._start_learner(place) for place in self._places]
+        self._learners = [self._cluster.start(self._role, place, *self._inputs) for place in self._places]
         address = self._cluster.get(self._learners[0].free_address.remote())
         size = len(self._learners)
         self._results([learner.join.remote(rank, size, address) for rank, learner in enumerate(self._learners)])
 
-    def call(self, method: str, *inputs: Any, first: Sequence[Any] = (), each: Sequence[Any] | None = None) -> Any:
-        """Has all learners call a method, and returns what the first one's returns.
+    def restore(self, checkpoint: Path, say: Callable[[str], None]) -> RestoredState:
+        """Puts weights and optimiser back, and returns what else a checkpoint says."""
+        restored, told = self._call("restore", checkpoint)
+        say(told.rstrip())
+        return restored
 
-        Args:
-            method: name of the method.
-            inputs: its inputs.
-            first: further ones, for the first learner only; None for the others.
-            each: a further one for each learner, a list of references.
+    def take_boundary(self, iteration: int, global_step: int, tensors: Mapping[str, Any], env_states: Any) -> None:
+        """Takes the present moment as the boundary after `iteration`; see `Checkpoints.take`."""
+        calls = [
+            learner.take.remote(iteration, global_step, tensors, env_states if rank == 0 else None)
+            for rank, learner in enumerate(self._learners)
+        ]
+        self._results(calls)
+        self._has_boundary = True
 
-        Raises:
-            LearnersLost: one of them is gone.
-        """
-        calls: list[Any] = []
-        for rank, learner in enumerate(self._learners):
-            own = first if rank == 0 else [None] * len(first)
-            calls.append(getattr(learner, method).remote(*inputs, *own, *(each[rank] if each is not None else ())))
-        return self._results(calls)[0]
+    def update(self, iteration: int, parts: Sequence[Sequence[Any]]) -> dict[str, float]:
+        """Updates by references to the rollouts of each learner, and returns metrics."""
+        self._has_boundary = False
+        pairs = zip(self._learners, parts, strict=True)
+        return self._results([learner.update.remote(iteration, *mine) for learner, mine in pairs])[0]
 
     def weights(self) -> Any:
         """Returns a reference to the first learner's trained weights."""
         return self._learners[0].weights.remote()
+
+    def evaluate(self, iteration: int) -> float:
+        """Evaluates, and returns the success rate.
+
+        Raises:
+            SystemExit: the run was asked to stop meanwhile.
+        """
+        rate, told = self._call("evaluate", iteration)
+        print(told, end="", flush=True)
+        if rate is None:
+            self._cluster.check()
+        return rate
+
+    def save(self, score: float | None = None) -> Path:
+        """Writes the last boundary, and returns the checkpoint."""
+        return self._call("save", score)
+
+    def _call(self, method: str, *inputs: Any) -> Any:
+        """Has all learners call a method, and returns what the first one's returns.
+
+        Raises:
+            LearnersLost: one of them is gone.
+        """
+        return self._results([getattr(learner, method).remote(*inputs) for learner in self._learners])[0]
 
     def _results(self, calls: Sequence[Any]) -> list[Any]:
         waiting = list(calls)
@@ -704,27 +610,3 @@ class LearnerGroup:
                         continue
                 raise
         return [result(call) for call in calls]
-
-
-def free_address() -> str:
-    """Returns this node's address and a port that is free on it, host:port."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
-
-
-def start_env_workers(cluster: Cluster, make_envs: Callable[[int, int, int], Any]) -> Callable[[Place, int, int], Any]:
-    """Returns what starts an env worker, from its place, its number of environments and the size of their images.
-
-    Args:
-        cluster: where it runs.
-        make_envs: makes so many environments with images of a size, for so many threads.
-    """
-
-    def start(place: Place, num_envs: int, image_size: int) -> Any:
-        def make(num_envs: int, num_threads: int) -> Any:
-            return make_envs(num_envs, image_size, num_threads)
-
-        return cluster.start(EnvWorker, place, make, num_envs)
-
-    return start

@@ -10,8 +10,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from algorithms.common.cluster_process import Bell, ring_on_signals, take_place
 from algorithms.common.placement import Place
-from algorithms.common.stop_request import Bell, ring_on_signals, take_place
 
 Step = tuple[dict[str, Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
 
@@ -22,16 +22,13 @@ class EnvWorker:
     Args:
         place: where it runs.
         bell: told of a request to stop that this process gets.
-        make_envs: makes so many environments, for so many threads.
-        num_envs: environments.
+        make_envs: makes them.
     """
 
-    def __init__(
-        self, place: Place, bell: Bell, make_envs: Callable[[int, int], gym.vector.VectorEnv], num_envs: int
-    ) -> None:
+    def __init__(self, place: Place, bell: Bell, make_envs: Callable[[], gym.vector.VectorEnv]) -> None:
         take_place(place)
         ring_on_signals(bell)
-        self._envs = make_envs(num_envs, place.cpus)
+        self._envs = make_envs()
         self._obs: dict[str, Any] = {}
 
     def reset(self, seeds: Sequence[int]) -> dict[str, Any]:

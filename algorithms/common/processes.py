@@ -32,6 +32,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -102,6 +103,15 @@ def check_alone() -> None:
         raise ValueError(
             f"{launched} processes were launched, and each would do all of the work: start this program by python, "
             "without accelerate, torchrun or mpirun"
+        )
+
+
+def refuse_sharding() -> None:
+    """Raises ValueError if this process was started for FSDP, by a program that keeps weights whole."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "FSDP is not supported here (ACCELERATE_USE_FSDP is set): learners hold whole weights, which they hand on; "
+            "unset it, and start the program by python without `accelerate launch`"
         )
 
 

@@ -528,7 +528,7 @@ class StopSignal:
 
     def watched(self, envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
         """Returns environments for an evaluation that ends at the next step if it is asked to."""
-        return _Watched(envs, self.check_alone)
+        return checked_every_step(envs, self.check_alone)
 
     def check(self) -> None:
         """Raises SystemExit if the program was asked to end."""
@@ -558,9 +558,12 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
-class _Watched(gym.vector.VectorWrapper):
-    """Calls `check` before every step."""
+def checked_every_step(envs: gym.vector.VectorEnv, check: Callable[[], None]) -> gym.vector.VectorEnv:
+    """Returns `envs` calling `check` before every step."""
+    return _Checked(envs, check)
 
+
+class _Checked(gym.vector.VectorWrapper):
     def __init__(self, envs: gym.vector.VectorEnv, check: Callable[[], None]) -> None:
         super().__init__(envs)
         self._check = check

@@ -1,15 +1,25 @@
-"""How a process of a cluster takes its place, and passes on that it was asked to stop. Needs no PyTorch."""
+"""What every process of a cluster does: take its place, say its versions, pass on that it was asked to stop.
+
+Imports neither PyTorch nor Ray, so that processes that need neither start fast and are small.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import os
+import platform
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from algorithms.common.placement import Place
+from algorithms.common.provenance import git_commit
+
+# What has to be the same on all nodes, besides Python and the commit.
+SAME_PACKAGES = ("libero-gr00t", "torch", "accelerate", "ray")
 
 Bell = Any
 """Handle of an actor of class `StopBell`."""
@@ -54,3 +64,12 @@ def take_place(place: Place) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else str(place.gpu)
     if place.gpu is None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def versions() -> dict[str, str | None]:
+    """Returns what has to be the same on all nodes, of this one, by name; the commit is None where it is not known."""
+    found: dict[str, str | None] = {"Python": platform.python_version()}
+    for package in SAME_PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found | {"commit": git_commit()}
