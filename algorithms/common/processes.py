@@ -176,18 +176,13 @@ def _end_with_launcher() -> None:
         raise SystemExit("the launcher has ended")
 
 
-def wait_for_main(accelerator: Accelerator, check: Callable[[], None] = lambda: None) -> None:
-    """Has all processes wait until the main one comes here, however long it works before; collective.
-
-    Args:
-        accelerator: of this process.
-        check: called every second of waiting.
-    """
+def wait_for_main(accelerator: Accelerator) -> None:
+    """Has all processes wait until the main one comes here, however long it works before; collective."""
     if (watch := Watch.current) is not None and accelerator.num_processes > 1:
         if accelerator.is_main_process:
             watch.say_done()
         else:
-            watch.wait(check)
+            watch.wait()
 
 
 def leave(*, farewell: bool) -> None:
@@ -291,13 +286,7 @@ def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def for_all(
-    accelerator: Accelerator,
-    work: Callable[..., float],
-    folder: Path,
-    *inputs: Any,
-    check: Callable[[], None] = lambda: None,
-) -> float:
+def for_all(accelerator: Accelerator, work: Callable[..., float], folder: Path, *inputs: Any) -> float:
     """Returns `work(folder, *inputs)`, done by the main process while the others wait, however long it takes.
 
     Sharded weights need every process: then all do the same, the others with a folder that is thrown away.
@@ -307,13 +296,21 @@ def for_all(
         work: what is done.
         folder: where it writes.
         inputs: further ones for `work`.
-        check: called every second of waiting.
+
+    Raises:
+        SystemExit: on all processes, if a request to stop has ended the work.
     """
-    result = [0.0]
-    if accelerator.is_main_process:
-        result = [work(folder, *inputs)]
-    elif accelerator.is_fsdp2:
-        with tempfile.TemporaryDirectory() as scratch:
-            result = [work(Path(scratch), *inputs)]
-    wait_for_main(accelerator, check)
-    return broadcast_object_list(result)[0]
+    result, status = 0.0, None
+    try:
+        if accelerator.is_main_process:
+            result = work(folder, *inputs)
+        elif accelerator.is_fsdp2:
+            with tempfile.TemporaryDirectory() as scratch:
+                result = work(Path(scratch), *inputs)
+    except SystemExit as stop:  # the others wait, and would for ever
+        status = stop.code
+    wait_for_main(accelerator)
+    result, status = broadcast_object_list([result, status])
+    if status is not None:
+        raise SystemExit(status)
+    return result
