@@ -56,7 +56,7 @@ class LearnersLost(Exception):
 def connect(address: str | None) -> Generator[Cluster]:
     """Gives the cluster at `address` (host:port), or a local one that lasts as long as the context.
 
-    A connection that this process has already is used, and left as it is.
+    A connection that this process has already is used, and left as it is, if there is no address.
 
     Raises:
         ConnectionError: nobody answers there.
@@ -64,9 +64,11 @@ def connect(address: str | None) -> Generator[Cluster]:
     """
     check_alone()
     refuse_sharding()
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        _init(address)
+    is_ours = address is not None or not ray.is_initialized()
+    if address is not None:
+        _join(address)
+    elif is_ours:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         yield Cluster()
     finally:
@@ -74,10 +76,7 @@ def connect(address: str | None) -> Generator[Cluster]:
             ray.shutdown()
 
 
-def _init(address: str | None) -> None:
-    if address is None:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
-        return
+def _join(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
         raise ValueError(
@@ -90,6 +89,8 @@ def _init(address: str | None) -> None:
             f"ray_address={address}: nobody answers ({error}); start a cluster there by `ray start --head --port "
             f"{port}`, or leave --ray-address out for a local one"
         ) from None
+    if ray.is_initialized():
+        raise ValueError(f"ray_address={address}, and this process has a connection already; leave one of them out")
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except RuntimeError as error:  # Ray compares its own version and Python's

@@ -197,23 +197,31 @@ class RemoteStage:
 def join_steps(steps: Sequence[Step]) -> EnvStep:
     """Returns the steps of several env workers as one of all their environments.
 
-    Where episodes have ended on some workers only, the rows of the others in `final_obs` and `final_info` hold the last
-    observation and zeros.
+    Where episodes have ended on some workers only, the rows of the others in `final_obs` hold the last observation,
+    those in `final_info` zeros, and those in masks False.
     """
     obs, rewards, terminated, truncated, infos = zip(*steps, strict=True)
     with_final = next((info for info in infos if "final_info" in info), None)
-    joined: dict[str, Any] = {"num_steps": np.concatenate([info["num_steps"] for info in infos])}
     if with_final is not None:
-        finals: list[dict[str, Any]] = []
-        for info, reward in zip(infos, rewards, strict=True):
-            empty = {
-                name: np.zeros((len(reward), *np.shape(a)[1:]), np.asarray(a).dtype)
-                for name, a in with_final["final_info"].items()
-            }
-            finals.append(info.get("final_info", empty))
-        joined["final_info"] = concatenate(finals)
-        joined["final_obs"] = concatenate([info.get("final_obs", o) for info, o in zip(infos, obs, strict=True)])
-    return EnvStep(concatenate(obs), *(np.concatenate(x) for x in (rewards, terminated, truncated)), joined)
+        added = {name for name in with_final if name.removeprefix("_") in ("final_info", "final_obs")}
+        infos = [
+            info
+            if "final_info" in info
+            else info | _zeros({name: with_final[name] for name in added}, len(of_worker)) | {"final_obs": last}
+            for info, of_worker, last in zip(infos, rewards, obs, strict=True)
+        ]
+    joined = (np.concatenate(x) for x in (rewards, terminated, truncated))
+    return EnvStep(concatenate(obs), *joined, concatenate(infos))
+
+
+def _zeros(tree: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Returns arrays of `count` zeros that are nested, shaped and typed as `tree`."""
+    return {
+        name: _zeros(leaf, count)
+        if isinstance(leaf, Mapping)
+        else np.zeros((count, *np.shape(leaf)[1:]), np.asarray(leaf).dtype)
+        for name, leaf in tree.items()
+    }
 
 
 # --- the role that decides ---
