@@ -25,7 +25,7 @@ import gymnasium as gym
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from algorithms.common.cluster_process import StopBell, versions
@@ -38,6 +38,8 @@ from algorithms.common.roles import LOST, LearnerRole, Report, RolloutRole, merg
 from algorithms.common.run import RunFolder
 from algorithms.common.stages import EnvState
 
+# Errors of a task on a node that is gone or does nothing.
+_SILENT = (*LOST, TaskUnschedulableError, GetTimeoutError)
 _CONNECT_S = 10.0
 # An actor that does not answer for so long counts as lost; so long too a new node may take to come.
 _ANSWER_S = 120.0
@@ -180,10 +182,12 @@ class Cluster:
         while True:
             alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
             lost = self.nodes[place.node]
-            if lost.node_id in alive:
+            # A node that has just been lost may still be listed; one that has just joined may not answer yet.
+            if lost.node_id in alive and _answers(alive[lost.node_id]):
                 return place
+            alive.pop(lost.node_id, None)
             known = {node.node_id for node in self.nodes}
-            joined = [node for node_id, node in alive.items() if node_id not in known]
+            joined = [node for node_id, node in alive.items() if node_id not in known and _answers(node)]
             for node in _described(joined):
                 if node.gpus >= lost.gpus:
                     check_versions([self.nodes[0], node])
@@ -196,8 +200,8 @@ class Cluster:
                 left = [node for node in self.nodes if node.node_id in alive]
                 raise RuntimeError(
                     f"node {lost.address} with {lost.gpus} GPU(s) is gone and none has taken its part for "
-                    f"{_ANSWER_S:.0f} s; "
-                    f"there are {describe(left)}. Start one, or go on with --resume and another --placement"
+                    f"{_ANSWER_S:.0f} s; there are {describe(left)}. Start one, or go on with --resume and another "
+                    "--placement"
                 )
             time.sleep(1.0)
 
@@ -206,19 +210,39 @@ def _is_done(call: Any) -> bool:
     return bool(ray.wait([call], timeout=0)[0])
 
 
+def _asked_for_versions(node: Mapping[str, Any]) -> Any:
+    """Returns the call of a node that asks it for its versions."""
+    strategy = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+    return ray.remote(versions).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote()
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Returns whether a node that is listed as alive does what it is asked for."""
+    try:
+        result(_asked_for_versions(node), timeout=_ANSWER_S)
+    except _SILENT:
+        return False
+    return True
+
+
 def _described(nodes: Sequence[Mapping[str, Any]]) -> list[Node]:
     """Returns nodes as they say themselves what they are.
 
     Raises:
+        ConnectionError: one of them does not answer.
         ValueError: this project cannot be imported on one of them.
     """
-    strategies = [NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False) for node in nodes]
-    calls = [ray.remote(versions).options(num_cpus=0, scheduling_strategy=s).remote() for s in strategies]
+    calls = [_asked_for_versions(node) for node in nodes]
     described: list[Node] = []
     for node, call in zip(nodes, calls, strict=True):
         address, resources = node["NodeManagerAddress"], node["Resources"]
         try:
             found = result(call, timeout=_ANSWER_S)
+        except _SILENT as error:
+            raise ConnectionError(
+                f"node {address} is listed by the cluster and does not answer ({error}); wait until it is listed no "
+                "longer, or start it anew"
+            ) from None
         except ImportError as error:
             raise ValueError(
                 f"node {address} cannot import this project ({error}); install the same checkout at the same place on "
