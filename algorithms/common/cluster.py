@@ -95,6 +95,11 @@ def _join(address: str) -> None:
         raise ValueError(f"ray_address={address}, and this process has a connection already; leave one of them out")
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"ray_address={address} answers and is no cluster that lets this process in ({error}); since Ray 2.60 "
+            "`ray start` asks for a token: set RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN on all nodes and here"
+        ) from None
     except RuntimeError as error:  # Ray compares its own version and Python's
         raise ValueError(f"ray_address={address} is a cluster of other versions: {error}") from None
 
