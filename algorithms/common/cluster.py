@@ -11,6 +11,7 @@ store; the driver passes on references only. An actor is lost when its process o
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -70,7 +71,7 @@ def connect(address: str | None) -> Generator[Cluster]:
     if address is not None:
         _join(address)
     elif is_ours:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield Cluster()
     finally:
@@ -94,7 +95,7 @@ def _join(address: str) -> None:
     if ray.is_initialized():
         raise ValueError(f"ray_address={address}, and this process has a connection already; leave one of them out")
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConnectionError(
             f"ray_address={address} answers and is no cluster that lets this process in ({error}); since Ray 2.60 "
@@ -153,15 +154,21 @@ class Cluster:
 
     def check(self) -> None:
         """Raises SystemExit if any process of the run was asked to stop."""
+        self.pass_on_request()
+        if self.asked_to_stop() is not None or ray.wait([self._rung], timeout=0)[0]:
+            raise SystemExit(self.rung_status())
+
+    def pass_on_request(self) -> None:
+        """Rings the bell if this process was asked to stop."""
         if (status := self.asked_to_stop()) is not None:
             self.bell.ring.remote(status)
-            raise SystemExit(status)
-        if ray.wait([self._rung], timeout=0)[0]:
-            try:
-                status = ray.get(self._rung)
-            except RayActorError:  # its own process was asked to stop, or killed
-                status = os.EX_UNAVAILABLE
-            raise SystemExit(status)
+
+    def rung_status(self) -> int:
+        """Returns the exit status that was asked for, as soon as the bell is rung."""
+        try:
+            return ray.get(self._rung)
+        except RayActorError:  # its own process was asked to stop, or killed
+            return os.EX_UNAVAILABLE
 
     def get(self, call: Any) -> Any:
         """Returns what a call of an actor returns, or raises what it raised.
@@ -607,7 +614,7 @@ class LearnerGroup:
         rate, told = self._call("evaluate", iteration)
         print(told, end="", flush=True)
         if rate is None:
-            self._cluster.check()
+            raise SystemExit(self._cluster.rung_status())
         return rate
 
     def save(self, score: float | None = None) -> Path:
@@ -625,7 +632,10 @@ class LearnerGroup:
     def _results(self, calls: Sequence[Any]) -> list[Any]:
         waiting = list(calls)
         while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1)
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
+            self._cluster.pass_on_request()  # an evaluation ends by it
+            if not ready:
+                continue
             try:
                 result(ready[0])
             except LOST as error:

@@ -300,7 +300,7 @@ def for_all(accelerator: Accelerator, work: Callable[..., float], folder: Path, 
     Raises:
         SystemExit: on all processes, if a request to stop has ended the work.
     """
-    result, status = 0.0, None
+    result, status = 0.0, cast(Any, None)
     try:
         if accelerator.is_main_process:
             result = work(folder, *inputs)
@@ -310,7 +310,7 @@ def for_all(accelerator: Accelerator, work: Callable[..., float], folder: Path, 
     except SystemExit as stop:  # the others wait, and would for ever
         status = stop.code
     wait_for_main(accelerator)
-    result, status = broadcast_object_list([result, status])
+    result, status = cast(Any, broadcast_object_list([result, status]))
     if status is not None:
         raise SystemExit(status)
     return result

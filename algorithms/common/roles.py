@@ -210,8 +210,8 @@ def join_steps(steps: Sequence[Step]) -> EnvStep:
             else info | _zeros({name: with_final[name] for name in added}, len(of_worker)) | {"final_obs": last}
             for info, of_worker, last in zip(infos, rewards, obs, strict=True)
         ]
-    joined = (np.concatenate(x) for x in (rewards, terminated, truncated))
-    return EnvStep(concatenate(obs), *joined, concatenate(infos))
+    reward, terminal, truncation = (np.concatenate(x) for x in (rewards, terminated, truncated))
+    return EnvStep(concatenate(obs), reward, terminal, truncation, concatenate(infos))
 
 
 def _zeros(tree: Mapping[str, Any], count: int) -> dict[str, Any]:
