@@ -883,6 +883,8 @@ def main(
                 if step > 0:
                     monitor.end_decision()
 
+            stop.check_together()
+
             # --- replay: the decisions [K * N] of all processes, step by step ---
             checkpoints.begin_update()
             monitor.begin_update()

@@ -729,6 +729,7 @@ def main(
                             )
                             decisions.append(latest[i])
 
+                stop.check_together()
                 num_rollouts += 1
                 monitor.add_episodes(played_episodes(starts[:, :2], success, length))
                 monitor.end_decision()

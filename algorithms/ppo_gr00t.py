@@ -894,6 +894,8 @@ def main(
                 if step > 0:
                     monitor.end_decision()
 
+            stop.check_together()
+
             # --- advantages ---
             rewards, terminated, ended = (x.to(device) for x in (rewards, terminated, ended))
             # A truncated episode goes on in the value of its own last observation. Every process

@@ -575,7 +575,7 @@ def main(
         return state
 
     with (
-        StopSignal(accelerator, together=True) as stop,
+        StopSignal(accelerator) as stop,
         Checkpoints(
             run,
             accelerator,
@@ -615,7 +615,7 @@ def main(
         logged_wait_s = 0.0
 
         for step, batch in enumerate(batches, done + 1):
-            stop.check()
+            stop.check_together()
             checkpoints.begin_update()
 
             # --- what is random, for the batch of all processes ---
@@ -696,13 +696,7 @@ def main(
             if args.logs(step):
                 try:
                     if args.evaluates(step):
-                        success = for_all(
-                            accelerator,
-                            evaluate,
-                            run.path,
-                            step,
-                            check=stop.check_alone,
-                        )
+                        success = for_all(accelerator, evaluate, run.path, step)
                         metrics["eval/success_once"] = success
                 finally:  # also if a request to stop ends the evaluation
                     run.log(metrics, step, step)

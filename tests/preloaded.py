@@ -20,10 +20,12 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,29 @@ def start_two(*arguments: str, **variables: str) -> list[Program]:
 
 
 @functools.cache
+def ray_python() -> str:
+    """Returns what Ray may start in place of Python (`py_executable` of its runtime environment) for its workers."""
+    folder = Path(tempfile.mkdtemp(prefix="preloaded-"))
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(folder / "server"))
+    listener.listen()
+    atexit.register(shutil.rmtree, folder)
+    server = _server("trainers")
+
+    def pass_on() -> None:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                message, descriptors, *_ = socket.recv_fds(connection, MESSAGE_BYTES, 2)
+                socket.send_fds(server, [message], descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    threading.Thread(target=pass_on, name="ray-workers", daemon=True).start()
+    return f"{sys.executable} -S -E {ROOT / 'tests' / 'ray_worker.py'} {folder / 'server'}"
+
+
+@functools.cache
 def _server(kind: str) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Arrow's own allocator would begin a thread.
@@ -198,10 +223,12 @@ def _child(request: dict[str, Any], status: int, output: int, errors: int | None
 
 
 def _run(kind: str, program: str, *arguments: str) -> None:
-    """Does what `python -m` or `python -c` does."""
-    sys.argv = [kind, *arguments]
+    """Does what `python -m`, `python -c` or, for the kind "path", `python PROGRAM` does."""
+    sys.argv = [program if kind == "path" else kind, *arguments]
     sys.modules.pop(program, None)
-    if kind == "-m":
+    if kind == "path":
+        runpy.run_path(program, run_name="__main__")
+    elif kind == "-m":
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         main = sys.modules["__main__"] = type(sys)("__main__")

@@ -22,7 +22,7 @@ OWN = {*PACKAGES, "algorithms", "benchmarks", "examples", "tests", "tools"}
 NEEDS: dict[str, tuple[str, ...]] = {
     "libero_gym": (),
     "gr00t_agent": ("agent",),
-    "algorithms": ("train",),
+    "algorithms": ("train", "cluster"),
     "benchmarks": ("train",),
     "tools": ("train",),
     "examples": ("train",),
@@ -127,7 +127,7 @@ def test_the_environment_needs_no_torch():
 
 
 def test_all_is_what_users_need_and_dev_adds_tools():
-    assert declared("all") == declared("agent", "train", "warp-physics", "watch")
+    assert declared("all") == declared("agent", "train", "cluster", "warp-physics", "watch")
     assert declared("agent") < declared("train") < declared("all") < declared("dev")
 
 

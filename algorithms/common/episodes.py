@@ -72,6 +72,19 @@ def played_episodes(starts: NDArray[np.int64], success: NDArray[np.bool_], lengt
     ]
 
 
+def iterations_ago(length: int, decision: int, *, num_action_chunks: int, decisions: int) -> int:
+    """Returns how many iterations ago an episode began; 0 in the one in which it ended.
+
+    Args:
+        length: its environment steps.
+        decision: of the iteration, at which it ended, from 0.
+        num_action_chunks: environment steps of a decision.
+        decisions: decisions per environment in an iteration.
+    """
+    before = -(-length // num_action_chunks) - (decision + 1)
+    return max(0, -(-before // decisions))
+
+
 class Cohorts:
     """Episodes by the iteration in which they began: what a rollout shorter than a horizon says of success.
 

@@ -17,7 +17,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 from torch import Tensor
 
-from algorithms.common.episodes import SUCCESS_OF_TASK, Cohorts, Episode, cohort_metrics, finished_episodes
+from algorithms.common.episodes import (
+    SUCCESS_OF_TASK,
+    Cohorts,
+    Episode,
+    cohort_metrics,
+    finished_episodes,
+    iterations_ago,
+)
 from algorithms.common.processes import over_processes
 from algorithms.common.stages import EnvStage, EnvStages, EnvStep
 from algorithms.common.video import RolloutRecorder
@@ -103,8 +110,10 @@ class Monitor:
         """Takes in a step of environments that reset themselves: finished episodes, frames of the first stage."""
         ended = step.terminated | step.truncated
         for episode in finished_episodes(step.infos, ended):
-            decisions_before = -(-episode.length // self._num_action_chunks) - (self._decision + 1)
-            self._ended.append((episode, max(0, -(-decisions_before // self._decisions))))
+            ago = iterations_ago(
+                episode.length, self._decision, num_action_chunks=self._num_action_chunks, decisions=self._decisions
+            )
+            self._ended.append((episode, ago))
         self._env_steps += int(step.infos["num_steps"].sum())
         if self._recorder is not None and stage.offset == 0:
             self._recorder.add(self._iteration, step.obs, step.infos, ended)

@@ -32,6 +32,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -62,8 +63,13 @@ _PR_SET_PDEATHSIG = 1
 _PLACES = {"cache_dir"}
 
 
-def make_accelerator(log_with: Sequence[str], output_dir: Path) -> Accelerator:
+def make_accelerator(log_with: Sequence[str], output_dir: Path, *, cpu: bool = False) -> Accelerator:
     """Returns the accelerator of this process, with its trackers logging below `output_dir`.
+
+    Args:
+        log_with: names of the trackers.
+        output_dir: where they log.
+        cpu: this process computes nothing, and leaves GPUs to others.
 
     Raises:
         ValueError: a tracker is not installed, or the launch asks for what the trainers do not do or would do wrongly:
@@ -80,10 +86,10 @@ def make_accelerator(log_with: Sequence[str], output_dir: Path) -> Accelerator:
     _end_with_launcher()
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     accelerator = Accelerator(
-        log_with=cast(Any, list(log_with) or None), project_dir=str(output_dir), kwargs_handlers=[timeout]
+        cpu=cpu, log_with=cast(Any, list(log_with) or None), project_dir=str(output_dir), kwargs_handlers=[timeout]
     )
     _check_launch(accelerator)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not cpu:
         print(f"processes    {accelerator.num_processes}", flush=True)
     if accelerator.num_processes > 1:
         Watch.start(accelerator)
@@ -97,6 +103,15 @@ def check_alone() -> None:
         raise ValueError(
             f"{launched} processes were launched, and each would do all of the work: start this program by python, "
             "without accelerate, torchrun or mpirun"
+        )
+
+
+def refuse_sharding() -> None:
+    """Raises ValueError if this process was started for FSDP, by a program that keeps weights whole."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "FSDP is not supported here (ACCELERATE_USE_FSDP is set): learners hold whole weights, which they hand on; "
+            "unset it, and start the program by python without `accelerate launch`"
         )
 
 
@@ -161,18 +176,13 @@ def _end_with_launcher() -> None:
         raise SystemExit("the launcher has ended")
 
 
-def wait_for_main(accelerator: Accelerator, check: Callable[[], None] = lambda: None) -> None:
-    """Has all processes wait until the main one comes here, however long it works before; collective.
-
-    Args:
-        accelerator: of this process.
-        check: called every second of waiting.
-    """
+def wait_for_main(accelerator: Accelerator) -> None:
+    """Has all processes wait until the main one comes here, however long it works before; collective."""
     if (watch := Watch.current) is not None and accelerator.num_processes > 1:
         if accelerator.is_main_process:
             watch.say_done()
         else:
-            watch.wait(check)
+            watch.wait()
 
 
 def leave(*, farewell: bool) -> None:
@@ -292,13 +302,7 @@ def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def for_all(
-    accelerator: Accelerator,
-    work: Callable[..., float],
-    folder: Path,
-    *inputs: Any,
-    check: Callable[[], None] = lambda: None,
-) -> float:
+def for_all(accelerator: Accelerator, work: Callable[..., float], folder: Path, *inputs: Any) -> float:
     """Returns `work(folder, *inputs)`, done by the main process while the others wait, however long it takes.
 
     Sharded weights need every process: then all do the same, the others with a folder that is thrown away.
@@ -308,13 +312,21 @@ def for_all(
         work: what is done.
         folder: where it writes.
         inputs: further ones for `work`.
-        check: called every second of waiting.
+
+    Raises:
+        SystemExit: on all processes, if a request to stop has ended the work.
     """
-    result = [0.0]
-    if accelerator.is_main_process:
-        result = [work(folder, *inputs)]
-    elif accelerator.is_fsdp2:
-        with tempfile.TemporaryDirectory() as scratch:
-            result = [work(Path(scratch), *inputs)]
-    wait_for_main(accelerator, check)
-    return broadcast_object_list(result)[0]
+    result, status = 0.0, cast(Any, None)
+    try:
+        if accelerator.is_main_process:
+            result = work(folder, *inputs)
+        elif accelerator.is_fsdp2:
+            with tempfile.TemporaryDirectory() as scratch:
+                result = work(Path(scratch), *inputs)
+    except SystemExit as stop:  # the others wait, and would for ever
+        status = stop.code
+    wait_for_main(accelerator)
+    result, status = cast(Any, broadcast_object_list([result, status]))
+    if status is not None:
+        raise SystemExit(status)
+    return result

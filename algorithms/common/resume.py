@@ -46,8 +46,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from algorithms.common.args import base_name
+from algorithms.common.cluster_process import exit_status
 from algorithms.common.processes import check_same_args, from_main, leave, over_processes, wait_for_main
 from algorithms.common.run import RunFolder, choose_folder, lock, write_args
+from algorithms.common.watch import Watch
 from gr00t_agent.files import clean_up, json_ready, remove_folder, whole_folder, write_json
 
 STATE_FOLDER = "training_state"
@@ -489,63 +491,83 @@ def _read_env_states(path: Path) -> dict[int, dict[str, Any]]:
 
 
 class StopSignal:
-    """SIGTERM or SIGINT (Ctrl-C) as a request to save and end, for which `check` ends the program.
+    """SIGTERM or SIGINT (Ctrl-C) to any process of a run as a request to save and end all of them.
 
     The exit status is 0 after SIGTERM and 130 after SIGINT. A second SIGINT ends the program at once. Used as a
     context, and only in the main thread; elsewhere signals keep their meaning.
 
+    All processes end at the same `check_together`, because one that ended elsewhere would leave the others waiting in
+    a collective operation. Between two of them, where no other collective operation is, `check` lets those that know
+    of a request go to the next one at once.
+
     Args:
         accelerator: of this process.
-        together: `check` is a collective operation, after which all processes end if one was asked to; needed where
-            they may not end between different collective operations. Always so where weights are sharded.
     """
 
     # A launcher passes on a signal that the terminal has sent to all; it is no second one.
     _ECHO_S = 2.0
 
-    def __init__(self, accelerator: Accelerator, *, together: bool = False) -> None:
-        self._accelerator, self._together = accelerator, together
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self._status: int | None = None
         self._requested_at = 0.0
         self._previous: dict[int, Any] = {}
+        self._previous_wakeup = -1
         self._handles = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Self:
         if self._handles:
             self._previous = {n: signal.signal(n, self._request) for n in (signal.SIGTERM, signal.SIGINT)}
+            if Watch.current is not None:
+                self._previous_wakeup = signal.set_wakeup_fd(Watch.current.wakeup.fileno())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._handles and Watch.current is not None:
+            signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def status(self) -> int | None:
+        """Exit status if this process was asked to end, or has heard that another one was, else None."""
+        heard = None if Watch.current is None else Watch.current.stop_signal
+        if self._status is None and heard is not None:
+            return exit_status(heard)
+        return self._status
+
     def watched(self, envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
         """Returns environments for an evaluation that ends at the next step if it is asked to."""
-        return _Watched(envs, self.check_alone)
+        return checked_every_step(envs, self._check_evaluation)
 
     def check(self) -> None:
-        """Raises SystemExit if the program was asked to end."""
-        self._end_if_requested(together=self._together)
+        """Raises SystemExit if the program was asked to end, as far as this process knows."""
+        if self.status is not None or self._accelerator.is_fsdp2:
+            self.check_together()
 
-    def check_alone(self) -> None:
-        """Raises SystemExit if this process was asked to end, where others may be elsewhere."""
-        self._end_if_requested(together=False)
-
-    def _end_if_requested(self, *, together: bool) -> None:
-        status = self._status
-        if self._accelerator.num_processes > 1 and (together or self._accelerator.is_fsdp2):
-            flag = torch.tensor(-1.0 if status is None else status, device=self._accelerator.device)
+    def check_together(self) -> None:
+        """Raises SystemExit on all processes if one was asked to end; collective."""
+        status = self.status
+        if self._accelerator.num_processes > 1:
+            flag = torch.tensor(-1 if status is None else status, device=self._accelerator.device)
             largest = int(over_processes(self._accelerator, flag, "max"))
             status = largest if largest >= 0 else None
         if status is not None:
             raise SystemExit(status)
 
+    def _check_evaluation(self) -> None:
+        """Raises SystemExit, which `for_all` passes on to those that wait."""
+        if self._accelerator.is_fsdp2:  # all do the same
+            self.check_together()
+        elif self.status is not None:
+            raise SystemExit(self.status)
+
     def _request(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._status is None:
-            self._status = os.EX_OK if number == signal.SIGTERM else 128 + number
+            self._status = exit_status(number)
             self._requested_at = now
             if number == signal.SIGINT:
                 os.write(2, b"\nstopping at the next chance to save; once more ends at once, and saves nothing\n")
@@ -553,9 +575,12 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
-class _Watched(gym.vector.VectorWrapper):
-    """Calls `check` before every step."""
+def checked_every_step(envs: gym.vector.VectorEnv, check: Callable[[], None]) -> gym.vector.VectorEnv:
+    """Returns `envs` calling `check` before every step."""
+    return _Checked(envs, check)
 
+
+class _Checked(gym.vector.VectorWrapper):
     def __init__(self, envs: gym.vector.VectorEnv, check: Callable[[], None]) -> None:
         super().__init__(envs)
         self._check = check

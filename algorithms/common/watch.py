@@ -2,7 +2,8 @@
 
 A process that is stopped or cut off lets the others wait in a collective operation, whose time-out names nobody. So the
 main process and each of the others tell each other every few seconds that they are there, over a connection of their
-own that needs no collective operation. The same connection says that work is done for which the others wait patiently.
+own that needs no collective operation. The same connection says that work is done for which the others wait patiently,
+and that a process was asked to stop, also by one whose main thread waits in a collective operation.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import contextlib
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, cast
 
@@ -44,17 +46,28 @@ class Watch:
     A thread says so for each process; whether its main thread gets on, the time-outs of collective operations and of
     environments watch over. If a process is not heard of, this one is ended, because its main thread waits where
     nothing can reach it.
+
+    Attributes:
+        stop_signal: SIGTERM or SIGINT once any process has got it, else None.
+        thread: what works.
+        signals: the end of a socket at which it reads numbers of signals.
+        wakeup: the other end, where Python writes them as soon as they come (`signal.set_wakeup_fd`).
     """
 
     _BEAT, _DONE, _FAREWELL = b".", b"d", b"f"
+    _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # told by their number, a byte that is none of the words
     current: Watch | None = None
 
     def __init__(self, peers: Sequence[_Peer]) -> None:
+        self.stop_signal: int | None = None
+        self.signals, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
         self._peers = list(peers)
         self._done = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._is_over = False
-        threading.Thread(target=self._work, name="watch", daemon=True).start()
+        self.thread = threading.Thread(target=self._work, name="watch", daemon=True)
+        self.thread.start()
 
     @classmethod
     def start(cls, accelerator: Accelerator) -> None:
@@ -79,14 +92,13 @@ class Watch:
         """Lets the others' `wait` return."""
         self._send(self._DONE)
 
-    def wait(self, check: Callable[[], None]) -> None:
-        """Waits for the main process's `say_done`, and calls `check` every second.
+    def wait(self) -> None:
+        """Waits for the main process's `say_done`.
 
         Raises:
             RuntimeError: the main process has ended.
         """
         while not self._done.acquire(timeout=1.0):
-            check()
             if any(peer.ended is not None for peer in self._peers):
                 raise RuntimeError(f"{self._peers[0].name} has ended; its output tells why")
 
@@ -105,11 +117,14 @@ class Watch:
 
     def _work(self) -> None:
         selector, beat = selectors.DefaultSelector(), 0.0
+        selector.register(self.signals, selectors.EVENT_READ)
         for peer in self._peers:
             selector.register(peer.connection, selectors.EVENT_READ, peer)
-        while selector.get_map():
+        while not self._is_over or len(selector.get_map()) > 1:
             for key, _ in selector.select(timeout=BEAT_S / 10):
-                if not self._hear(key.data):
+                if key.data is None:
+                    self._pass_on(self.signals.recv(4096))
+                elif not self._hear(key.data):
                     selector.unregister(key.fileobj)
                     key.data.connection.close()
             if time.monotonic() - beat > BEAT_S:
@@ -117,9 +132,13 @@ class Watch:
                 beat = time.monotonic()
             if not self._is_over:
                 self._judge()
-        while not self._is_over:
-            time.sleep(BEAT_S / 10)
-            self._judge()
+
+    def _pass_on(self, words: bytes) -> None:
+        """Tells the others of the first request to stop, if there is one."""
+        for word in words:
+            if word in self._STOP_SIGNALS and self.stop_signal is None:
+                self.stop_signal = word
+                self._send(bytes([word]))
 
     def _hear(self, peer: _Peer) -> bool:
         """Takes in what a process says and returns whether it may say more."""
@@ -130,6 +149,7 @@ class Watch:
         peer.last_word = time.monotonic()
         for _ in range(words.count(self._DONE)):
             self._done.release()
+        self._pass_on(words)
         if self._FAREWELL in words:
             with self._lock:
                 self._peers.remove(peer)

@@ -33,6 +33,7 @@ from algorithms.common import processes, watch
 from tests.algorithms.line_trainer import SlowLineEnv, train
 rank = int(os.environ["RANK"])
 options = json.loads(sys.argv[1])
+there = Path(options["output_dir"]).with_name("there")
 {changes}
 train("ppo", Path(options.pop("output_dir")), env=SlowLineEnv, **options)
 """
@@ -168,3 +169,84 @@ def test_a_request_to_stop_reaches_through_accelerate_launch(tmp_path: Path):
     wait_for(lambda: not is_alive(worker))
     (run,) = tmp_path.iterdir()
     assert f"the state is in {checkpoints_in(run)[-1][1]}" in ended(launcher)
+
+
+# What makes the process that is asked to stop wait for the other one, or be waited for, where it says so by a file.
+WHERE = {
+    "in its update": """
+loss = ppo_gr00t.policy_loss
+def policy_loss(*inputs):
+    if rank == {rank}:
+        there.touch()
+    time.sleep(0.05)
+    return loss(*inputs)
+ppo_gr00t.policy_loss = policy_loss
+""",
+    "waiting for the other one's rollout": """
+if rank != {rank}:
+    SlowLineEnv.step = lambda self, actions, step=SlowLineEnv.step: (time.sleep(1), step(self, actions))[1]
+else:
+    together = StopSignal.check_together
+    def check_together(self):
+        there.touch()
+        together(self)
+    StopSignal.check_together = check_together
+""",
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("where", WHERE)
+def test_a_request_to_stop_one_process_saves_and_ends_both(tmp_path: Path, where: str, rank: int):
+    changes = "from algorithms.common.resume import StopSignal\n" + WHERE[where].format(rank=rank)
+    both = start_two(tmp_path / "runs", changes, num_iterations=1000, num_steps=32)
+    wait_for((tmp_path / "there").exists, *both)
+    both[rank].terminate()
+    started = time.perf_counter()
+    outputs = [ended(process) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert time.perf_counter() - started < 15  # a rollout of the slower process is longer
+    (run,) = (tmp_path / "runs").iterdir()
+    ((done, saved),) = checkpoints_in(run)
+    lines = logged(run) if (run / "metrics.jsonl").exists() else []
+    assert done == len(lines) == (1 if where == "in its update" else 0)
+    assert "".join(outputs).count(f"stopped; the state is in {saved}") == 1
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dsrl", "sft"])
+def test_a_request_to_stop_the_second_process_saves_and_ends_both(tmp_path: Path, algorithm: str):
+    if algorithm == "sft":
+        write_dataset(tmp_path / "data", "v3.0", "image", lengths=(3, 3))
+        program = sft_trainer.command(tmp_path / "runs", tmp_path / "data", num_steps=10_000)
+    else:
+        program = command(algorithm, output_dir=str(tmp_path / "runs"), env="slow", num_iterations=1000)
+    both = preloaded.start_two(*program, CUDA_VISIBLE_DEVICES="")
+    wait_for(lambda: list(tmp_path.glob("runs/*/metrics.jsonl")), *both)
+    both[1].terminate()
+    outputs = [ended(process) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    (run,) = [path.parent for path in tmp_path.glob("runs/*/metrics.jsonl")]
+    done, saved = checkpoints_in(run)[-1]
+    assert done == len(logged(run)) >= 1
+    assert outputs[0].count(f"stopped; the state is in {saved}") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_request_to_stop_during_an_evaluation_ends_both(tmp_path: Path, rank: int):
+    changes = """
+import numpy as np
+def evaluate(folder, iteration, agent, make_envs, args):
+    envs = make_envs(2)
+    envs.reset(seed=0)
+    there.touch()
+    while True:
+        envs.step(np.zeros((2, 2, 7), np.float32))
+ppo_gr00t.evaluate_into = evaluate
+"""
+    both = start_two(tmp_path / "runs", changes, num_iterations=3, eval_interval=1, eval_episodes_per_task=1)
+    wait_for((tmp_path / "there").exists, *both)
+    both[rank].terminate()
+    outputs = [ended(process) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [done for done, _ in checkpoints_in(run)] == [len(logged(run))] == [1]

@@ -1,5 +1,7 @@
 """Processes notice each other's silence and end; here the other one is the test."""
 
+import os
+import signal
 import socket
 import threading
 import time
@@ -32,6 +34,9 @@ def other(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[socket.socket, Watc
     yield here, watched
     watched.leave(farewell=False)
     here.close()
+    watched.thread.join()
+    watched.signals.close()
+    watched.wakeup.close()
 
 
 def reason_within(watched: Watched, seconds: float) -> str:
@@ -75,19 +80,41 @@ def test_who_leaves_judges_nobody(other: tuple[socket.socket, Watched]):
 
 def test_waiting_ends_with_the_work_or_with_who_does_it(other: tuple[socket.socket, Watched]):
     here, watched = other
-    checks: list[int] = []
     timer = threading.Timer(0.3, here.sendall, [b"d"])
     timer.start()
-    watched.wait(lambda: checks.append(1))
+    watched.wait()
     timer.join()
     here.sendall(b"dd")
-    watched.wait(lambda: checks.append(2))
-    watched.wait(lambda: checks.append(3))
-    assert not checks  # it is called once a second
+    watched.wait()
+    watched.wait()
     here.close()
     with pytest.raises(RuntimeError, match="process 7 has ended; its output tells why"):
-        watched.wait(lambda: checks.append(4))
-    assert checks == [4]
+        watched.wait()
+
+
+def test_a_request_to_stop_is_heard_and_passed_on_once(other: tuple[socket.socket, Watched]):
+    here, watched = other
+    here.sendall(b".\x0f.")
+    time.sleep(0.3)
+    assert watched.stop_signal == signal.SIGTERM
+    watched.wakeup.send(bytes([signal.SIGCHLD, signal.SIGINT]))
+    time.sleep(0.3)
+    assert watched.stop_signal == signal.SIGTERM
+    assert here.recv(1000).replace(b".", b"") == bytes([signal.SIGTERM])
+
+
+def test_a_signal_is_passed_on_while_the_main_thread_waits(other: tuple[socket.socket, Watched]):
+    here, watched = other
+    previous = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    before = signal.set_wakeup_fd(watched.wakeup.fileno())
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, previous)
+    assert here.recv(1000).replace(b".", b"") == bytes([signal.SIGTERM])
 
 
 def test_only_who_knows_the_secret_is_let_in():

@@ -1,0 +1,1276 @@
+r"""Asynchronous PPO of a flow-matching vision-language-action policy on LIBERO, over a cluster by Ray.
+
+The objective is that of `ppo_gr00t.py`, whose formulas are copied here. What differs is where it is
+computed. Env workers step environments, rollout workers decide for them, and a group of learners
+updates; they share GPUs or have their own, on any node (collocated, hybrid, disaggregated):
+
+    env workers -> observations -> rollout workers -> rollouts -> learners -> weights -> rollout workers
+
+Rollout t is played by the weights of version max(0, t - 1 - S), with S = max_staleness and a version
+the number of iterations whose updates the weights have had. So S = 0 is PPO in turns, equal to
+`ppo_gr00t.py`; with S = 1 or 2 rollouts are played while the learners update, and which weights play
+which rollout does not depend on who is faster (as in Cleanba, arXiv:2310.00036). Where they are older
+than the learners', the objective is decoupled (Hilton et al. 2022, arXiv:2110.00641; AReaL,
+arXiv:2505.24298):
+
+    L = -E[min(p / b, importance_cap) * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)],  r = pi / p
+
+with b the policy that acted, and p, round which the ratio is clipped, that of the learners' last
+synchronised weights, with which values are computed anew too.
+
+Launch:
+    python algorithms/async_ppo_gr00t.py --preset libero_spatial_nano
+    python algorithms/async_ppo_gr00t.py --preset libero_spatial_rlinf --max-staleness 1 \
+        --ray-address 10.0.0.1:6379 --placement "env:0-3 rollout:4-7 actor:0-7"
+Without --ray-address it makes a cluster of this machine for itself. All sizes are global, and every
+draw is keyed as in `ppo_gr00t.py`.
+
+A worker that is lost is replaced and its rollout played again; the unfinished episodes of a lost env
+worker are discarded. Learners that are lost start again from the last checkpoint.
+
+Metrics: those of `ppo_gr00t.py`, and `rollout/staleness_mean` (iterations by which the weights of a
+decision were older than the learners'), `actor/importance_weight`, `rollout/workers_replaced`,
+`rollout/episodes_discarded`, `time/learner_idle_s` (waiting for rollouts), `time/env_idle_s`
+(environments doing nothing). `time/total_s` is from the end of an iteration to that of the next
+one's update; evaluating and saving are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from algorithms.common import presets
+from algorithms.common.args import (
+    STATE_MODEL,
+    LoraPart,
+    check_at_least,
+    check_entropy_bonus,
+    check_folders,
+    check_lora,
+    check_near_goal,
+    check_physics,
+    check_schedule,
+    exact_quotient,
+)
+from algorithms.common.command_line import launch, parse_args
+from algorithms.common.jobs import jobs_in_training
+from algorithms.common.placement import check_installed, parse_placement
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Command-line arguments; each one's help follows it. Sizes are over all processes."""
+
+    # --- run ---
+    preset: str | None = None
+    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
+    run_name: str = "ppo_{suite}_{seed}"
+    """Name of the run's folder; may hold fields of these arguments in braces."""
+    output_dir: Path = Path("runs")
+    """Where run folders are made."""
+    resume: Path | None = None
+    """Run folder (or its newest checkpoint) to go on with, or `auto`: the newest run of this name
+    that has a checkpoint, else a new one. Give the same arguments as before."""
+    seed: int = 1
+    """Seed of the environments, the agent's initial weights and every random draw."""
+    num_iterations: int = 400
+    """Rollout-and-update rounds; schedules run over them."""
+
+    # --- cluster ---
+    ray_address: str | None = None
+    """Cluster to use, host:port of its head node; one of this machine alone if not given."""
+    placement: str | None = None
+    """GPUs of each role, numbered over the cluster's nodes, such as `env:0-3 rollout:4-7 actor:0-7`;
+    `env:cpu*16` are sixteen processes without one."""
+    env_workers: int | None = None
+    """Processes without a GPU that step environments; if not given, pipeline_stage_num for each rollout
+    worker."""
+    rollout_gpus: int | None = None
+    """GPUs that decide, the cluster's first ones; all if not given."""
+    learner_gpus: int | None = None
+    """GPUs that learn, the cluster's last ones; all if not given."""
+    max_staleness: Literal[0, 1, 2] = 0
+    """Iterations by which the weights that play a rollout are older than those that it updates."""
+    importance_cap: float = 5.0
+    """Largest weight of a decision for the difference between the policies that acted and that the
+    update starts from."""
+    max_restarts: int = 3
+    """Times that a rollout is played again, or learners start again without getting further, before
+    the run stops."""
+
+    # --- environment ---
+    suite: str = "libero_spatial"
+    """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
+    task_ids: tuple[int, ...] | None = None
+    """Tasks to train on, each drawn as often as it is named; all of the suite if not given."""
+    task_sampling: Literal["uniform", "adaptive"] = "uniform"
+    """`adaptive` plays most the tasks that succeed about half of the time, and solved and hopeless
+    ones now and then."""
+    num_envs: int = 64
+    """Parallel environments over all processes."""
+    num_action_chunks: int = 5
+    """Environment steps that one decision executes (C)."""
+    horizon: int | None = None
+    """Environment steps before truncation; the suite's own if not given."""
+    steps_before_success: tuple[int, ...] = ()
+    """Begin episodes near their end, a reverse curriculum: where a scripted expert stands so many
+    environment steps before it succeeds, each number in turn (`libero_gym.near_goal`). The tasks'
+    own initial states if not given. Evaluations in training begin there too."""
+    num_near_goal_states: int = 4
+    """Initial states of a task from which experts run for steps_before_success, the first ones."""
+    reward: Literal["sparse", "relative"] = "sparse"
+    """Sparse: 1 at success. Relative: the change of success from the step before."""
+    renderer: Literal["egl", "osmesa", "warp"] | None = None
+    """Renderer; if not given, the best that the machine has."""
+    physics: Literal["cpu", "warp"] = "cpu"
+    """`warp` simulates on the GPU: much faster for a thousand environments and more, and not
+    bit-identical."""
+    stepping: Literal["exact", "fast"] = "exact"
+    """`exact` repeats LIBERO's simulation bit by bit; `fast` takes a fifth less time and rounds
+    differently. Without meaning for physics `warp`."""
+    pipeline_stage_num: int = 1
+    """Stages that a process's environments are split into; one simulates while another is
+    decided."""
+    env_timeout_s: float = 600.0
+    """Stop the run if a decision's environment steps take longer."""
+
+    # --- agent ---
+    model: str = "nano"
+    """A preset's name (`nano`, `gr00t_n1d5`: random weights), the folder or hub id of a checkpoint,
+    or `state`: a small network on the robot's state that learns in minutes on a CPU."""
+    denoising_steps: int = 4
+    """Denoising steps from noise to action."""
+    noise_method: Literal["flow_sde", "flow_cps", "reinflow", "reinflow_joint"] = "flow_sde"
+    """How the denoising chain is made stochastic for exploration."""
+    noise_level: float = 0.5
+    """Strength of the exploration noise (flow_sde and flow_cps)."""
+    final_noise: float = 1.0
+    """Part of the exploration noise that is left at the end of training; it falls linearly from
+    1."""
+    logprob_level: Literal["chunk", "action", "token"] = "chunk"
+    """What has one ratio to clip: the whole chunk (log-probabilities summed over C steps and their
+    dimensions), each of its actions (summed over dimensions), or each dimension of each action."""
+    joint_logprob: bool = False
+    """Noise at every denoising step, and one log-probability of the whole chain; otherwise one step
+    of each chain is noised and scored. With reinflow's noise and ent_coef 0.005 this is pi_RL's
+    Flow-Noise."""
+    critic_detach: bool = True
+    """Keep the value loss's gradient out of the policy's trunk."""
+    train_backbone: bool = False
+    """Train the vision tower and the language model too; otherwise their features are computed once
+    a decision."""
+    lora_rank: int = 0
+    """Inner width of low-rank adapters, which are trained in place of the attention layers of
+    lora_parts; 0 for none."""
+    lora_alpha: float = 16.0
+    """Adapters are scaled by alpha / rank."""
+    lora_parts: tuple[LoraPart, ...] = ("action_head",)
+    """What gets adapters; all but action_head needs train_backbone."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of matrix products; the checkpoint's own if not given. Trained weights and
+    log-probabilities are float32."""
+    tf32: bool = False
+    """Multiply float32 matrices by a GPU's TensorFloat-32 units: much faster, with 10 bits of their
+    factors' fractions instead of 23."""
+    compile: bool = False
+    """Compile the network with torch.compile; the first iterations then take minutes longer."""
+
+    # --- rollout and advantages ---
+    num_steps: int = 48
+    """Decisions per environment and iteration; 48 chunks of 5 steps are one LIBERO-Spatial
+    horizon."""
+    feature_storage: Literal["device", "host", "mixed", "none"] = "mixed"
+    """Where encoded observations wait for the update. `device`, `host`: up to feature_memory_gb
+    there, the rest is encoded anew in every epoch. `mixed`: up to feature_memory_gb on the device,
+    the rest in host memory. `none`: all encoded anew."""
+    feature_memory_gb: float = 16.0
+    """Memory of a process for encoded observations, 10^9 bytes."""
+    reward_scale: float = 1.0
+    """Factor on rewards before advantages are computed."""
+    gamma: float = 0.99
+    """Discount per decision."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    truncation: Literal["bootstrap", "failure"] = "bootstrap"
+    """An episode cut at the horizon has the value of its last observation left, or 0: being late is
+    a failure."""
+    value_bounds: tuple[float, float] | None = None
+    """Range of possible returns (0 and reward_scale where success ends an episode). Advantages see
+    values clipped to it, so that an overestimate cannot feed itself."""
+    norm_adv: bool = True
+    """Normalise advantages over the iteration's decisions of all processes."""
+    center_adv_by_task: bool = False
+    """Subtract each task's own mean from its advantages. While the critic cannot tell tasks apart
+    yet, every decision of one that often fails looks bad, and what succeeds there now and then would
+    be forgotten."""
+
+    # --- optimisation ---
+    learning_rate: float = 5e-6
+    """AdamW's step size for the policy."""
+    value_learning_rate: float = 1e-4
+    """AdamW's step size for the value head."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon: gradients much smaller than it take smaller steps."""
+    lr_schedule: Literal["constant", "linear", "adaptive"] = "constant"
+    """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow
+    target_kl: 1.5 times smaller after an update that ended above it, 1.5 times larger after one
+    that ended below half of it, up to 10 times either way."""
+    lr_hold: float = 0.0
+    """Part of training, in [0, 1), that keeps the step sizes before a linear schedule lets them
+    fall."""
+    target_kl: float | None = None
+    """End an iteration's update when a minibatch's approximate KL from the rollout's policy exceeds
+    this."""
+    critic_warmup_iterations: int = 0
+    """First iterations, in which only the value head moves. The policy's gradients already enter
+    AdamW's moments, so that its first real step is no larger than the next ones."""
+    policy_warmup_iterations: int = 0
+    """Iterations after those over which the policy's step size rises from 0, update by update: while
+    weights rest, gradients agree with each other, and AdamW's first steps all go the same way."""
+    update_epochs: int = 4
+    """Passes over each iteration's decisions."""
+    minibatch_size: int = 1024
+    """Decisions per optimiser step over all processes."""
+    micro_batch_size: int = 1024
+    """Decisions per forward pass over all processes at most; smaller ones accumulate gradients."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped."""
+
+    # --- loss ---
+    loss_weighting: Literal["decision", "trajectory"] = "decision"
+    """All decisions weigh the same, or all episodes do, as in RLinf: a decision's weight is one over
+    the decisions of its whole episode."""
+    clip_coef: float = 0.2
+    """Lower clip of the ratio: 1 - clip_coef."""
+    clip_coef_high: float = 0.2
+    """Upper clip of the ratio: 1 + clip_coef_high."""
+    dual_clip: float | None = None
+    """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
+    value_clip: float = 0.2
+    """Clip of the value's change within an iteration."""
+    huber_delta: float = 10.0
+    """Where the value loss turns from quadratic to linear."""
+    vf_coef: float = 1.0
+    """Weight of the value loss."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
+    follow it."""
+    imitation_coef: float = 0.0
+    """Weight of flow matching on what the rollout's successful episodes did (self-imitation). A
+    policy whose mean moves by it needs a smaller step size than PPO alone would bear."""
+    kl_coef: float = 0.0
+    """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
+    max_ratio_deviation: float = 0.05
+    """Stop if the first minibatch's ratio differs from 1 by more: old and new log-probabilities
+    disagree."""
+
+    # --- evaluation and saving ---
+    eval_interval: int = 0
+    """Iterations between evaluations; 0 evaluates only after the last."""
+    eval_before: bool = False
+    """Evaluate before training too, on the same episodes, and film both side by side."""
+    eval_episodes_per_task: int = 50
+    """Stored initial states evaluated per task (50 are stored); 0 skips evaluation."""
+    eval_videos_per_task: int = 1
+    """Episodes per task, from the first on, that an evaluation films."""
+    save_interval: int = 50
+    """Iterations between checkpoints; the last iteration is always saved, and while keep_best is
+    not 0 every evaluated one. 0 saves no others."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Evaluated checkpoints that are kept besides for their success rate."""
+
+    # --- logging ---
+    log_with: tuple[str, ...] = ("tensorboard",)
+    """Accelerate trackers that receive the metrics."""
+    video_interval: int = 0
+    """Iterations between films of what four environments do in a rollout; 0 films none."""
+
+    @property
+    def num_decisions(self) -> int:
+        """Decisions per iteration over all processes."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_minibatches(self) -> int:
+        """Optimiser steps per epoch."""
+        return exact_quotient(self, "num_decisions", "minibatch_size")
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes per optimiser step."""
+        return exact_quotient(self, "minibatch_size", "micro_batch_size")
+
+    def evaluates(self, iteration: int) -> bool:
+        """Returns whether the policy is evaluated after `iteration`."""
+        is_last = iteration == self.num_iterations
+        is_due = self.eval_interval > 0 and iteration % self.eval_interval == 0
+        return (is_last or is_due) and self.eval_episodes_per_task > 0
+
+    def saves(self, iteration: int) -> bool:
+        """Returns whether a checkpoint is saved after `iteration`."""
+        is_last = iteration == self.num_iterations
+        is_due = self.save_interval > 0 and iteration % self.save_interval == 0
+        return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
+
+    def policy_step_factor(self, updated: float) -> float:
+        """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
+
+        0 while only the critic learns, then rising to 1.
+        """
+        since = updated - self.critic_warmup_iterations
+        if self.policy_warmup_iterations == 0:
+            return float(since > 0)
+        return min(max(since / self.policy_warmup_iterations, 0.0), 1.0)
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """Returns what the best checkpoints are chosen by; None where none was evaluated.
+
+        Not the success of the training's own episodes, which explore and are of earlier weights.
+        """
+        return metrics.get("eval/success_once")
+
+
+PRESETS = {name: Args(**settings) for name, settings in presets.PPO.items()}
+
+
+def check_args(args: Args) -> None:
+    """Raises ValueError for arguments that would otherwise fail late."""
+    check_at_least(
+        args,
+        1,
+        "num_iterations",
+        "num_action_chunks",
+        "pipeline_stage_num",
+        "denoising_steps",
+        "num_steps",
+        "update_epochs",
+        "keep_last",
+    )
+    check_at_least(
+        args,
+        0,
+        "eval_interval",
+        "eval_episodes_per_task",
+        "save_interval",
+        "keep_best",
+        "video_interval",
+        "critic_warmup_iterations",
+        "policy_warmup_iterations",
+        "imitation_coef",
+        "lora_rank",
+    )
+    if not 0 < args.final_noise <= 1:
+        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
+    if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
+        low, high = args.value_bounds
+        raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
+    check_installed()
+    check_at_least(args, 0, "max_restarts")
+    if args.importance_cap <= 0:
+        raise ValueError(f"importance_cap={args.importance_cap} must be positive")
+    if args.placement is not None:
+        parse_placement(args.placement)
+    exact_quotient(args, "num_decisions", "minibatch_size")
+    exact_quotient(args, "minibatch_size", "micro_batch_size")
+    check_folders(args, STATE_MODEL)
+    check_lora(args)
+    check_near_goal(args)
+    check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
+    if args.eval_before and args.eval_episodes_per_task == 0:
+        raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
+    if args.eval_episodes_per_task > 0:
+        jobs_in_training(args)
+    check_physics(args, "libero_spatial_laptop")
+
+
+# Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
+ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.cluster import LearnerGroup, RolloutGroup, connect
+from algorithms.common.episodes import Cohorts, cohort_metrics, played_tasks
+from algorithms.common.evaluation import compare_evaluations, evaluation_file
+from algorithms.common.features import FeatureStore
+from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.lora import LoraSettings, add_lora, merged
+from algorithms.common.monitor import TrainingProgress, describe_iteration
+from algorithms.common.processes import (
+    clip_grad_norm,
+    explained_variance,
+    group_means,
+    make_accelerator,
+    mean_and_variance,
+    over_processes,
+    prepare,
+)
+from algorithms.common.randomness import FLOW, MINIBATCHES, NOISE, deal, flow_draws, generators_of
+from algorithms.common.resume import (
+    FREE_ARGS,
+    Checkpoints,
+    StopSignal,
+    missing_evaluation,
+    open_run,
+)
+from algorithms.common.roles import LearnerRole, RolloutRole, mean_seconds, merged_states
+from algorithms.common.rollouts import (
+    Cut,
+    Rollout,
+    from_store,
+    join_rollouts,
+    map_tree,
+    stack_decisions,
+    to_device,
+    to_store,
+)
+from algorithms.common.run import RunFolder
+from algorithms.common.state_agent import StateFlowAgent
+from algorithms.common.step_sizes import StepSizes
+from algorithms.common.task_sampling import TaskSampler
+from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
+from gr00t_agent import Gr00tAgent
+from libero_gym import horizon
+from libero_gym.adapters import ModalityVectorObservation, load_modality
+from libero_gym.near_goal import NearGoalVectorEnv
+
+# Arguments that may differ between a run and its continuation.
+CLUSTER_ARGS = {
+    "ray_address",
+    "placement",
+    "env_workers",
+    "rollout_gpus",
+    "learner_gpus",
+    "max_restarts",
+}
+
+
+def make_envs(
+    args: Args,
+    num_envs: int,
+    image_size: int,
+    autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+    num_threads: int | None = None,
+) -> gym.vector.VectorEnv:
+    """Returns `num_envs` environments whose observations carry GR00T's modality keys.
+
+    `image_size` 0 observes no images.
+    """
+    options: dict[str, Any] = dict(
+        task_ids=args.task_ids,
+        num_action_chunks=args.num_action_chunks,
+        horizon=args.horizon,
+        reward=args.reward,
+        renderer=args.renderer,
+        autoreset_mode=autoreset_mode,
+    )
+    options |= dict(image_size=image_size) if image_size else dict(observe_images=False)
+    if args.physics == "warp":
+        options |= dict(physics="warp")
+    else:
+        options |= dict(stepping=args.stepping, num_threads=num_threads)
+    envs = gym.make_vec(
+        f"libero_gym/{args.suite}-v0",
+        num_envs=num_envs,
+        vectorization_mode="vector_entry_point",
+        **options,
+    )
+    if args.steps_before_success:
+        envs = NearGoalVectorEnv(
+            envs,
+            steps_before_success=args.steps_before_success,
+            num_init_states=args.num_near_goal_states,
+        )
+    modality = load_modality()
+    return ModalityVectorObservation(envs, modality if image_size else replace(modality, video={}))
+
+
+def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
+    """Returns the agent that `args` ask for, on the CPU."""
+    check_entropy_bonus(args)
+    if args.model == STATE_MODEL:
+        return StateFlowAgent.from_args(args)
+    agent = Gr00tAgent.load(
+        args.model,
+        num_action_chunks=args.num_action_chunks,
+        denoising_steps=args.denoising_steps,
+        noise_method=args.noise_method,
+        noise_level=args.noise_level,
+        joint_logprob=args.joint_logprob,
+        # Chunks are summed up here, where it is known which of their actions were executed.
+        logprob_level="token" if args.logprob_level == "token" else "action",
+        critic_detach=args.critic_detach,
+        train_backbone=args.train_backbone,
+        compute_dtype=args.compute_dtype,
+    )
+    if args.lora_rank:
+        # Without dropout: a log-probability has to be a function of its arguments.
+        settings = LoraSettings(
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            dropout=0.0,
+            parts=args.lora_parts,
+        )
+        add_lora(agent, settings)
+    return store_frozen_as(agent, agent.policy.torch_dtype)
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    ended: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns advantages and returns, each [K, N], of K decisions in N environments.
+
+    Args:
+        rewards: [K, N] reward of each decision.
+        values: [K, N] value of the observation that each decision saw.
+        next_values: [K, N] value of the observation that each decision led to, before any reset: at
+            an episode's end that of its own last observation.
+        terminated: [K, N] bool, True where the episode ended in success.
+        ended: [K, N] bool, True where the episode ended (terminated or truncated).
+        gamma: discount per decision.
+        lam: lambda of GAE.
+    """
+    deltas = rewards + gamma * next_values * ~terminated - values
+    advantages = torch.zeros_like(rewards)
+    carried = torch.zeros_like(rewards[0])
+    for k in reversed(range(len(rewards))):
+        carried = deltas[k] + gamma * lam * ~ended[k] * carried
+        advantages[k] = carried
+    return advantages, advantages + values
+
+
+def trajectory_weights(ended: Tensor, lengths: Tensor, horizon: int) -> Tensor:
+    """Returns for each decision [K, N] one over the decisions of its whole episode.
+
+    An episode that the rollout cuts weighs no more than its part: what came before the rollout is
+    counted, and one that goes on after it is taken to last to the horizon.
+
+    Args:
+        ended: [K, N] bool, True where the episode ended.
+        lengths: [K, N] decisions of the whole episode that ended there.
+        horizon: decisions of the longest episode.
+    """
+    weights = torch.zeros(ended.shape, device=ended.device)
+    length = torch.full(ended.shape[1:], horizon, device=ended.device)
+    for k in reversed(range(len(ended))):
+        length = torch.where(ended[k], lengths[k], length)
+        weights[k] = 1 / length
+    return weights
+
+
+def won_decisions(ended: Tensor, success: Tensor) -> Tensor:
+    """Returns 1 for each decision [K, N] of an episode that ends in success within the rollout, else 0.
+
+    Args:
+        ended: [K, N] bool, True where the episode ended.
+        success: [K, N] bool, True where it ended in success.
+    """
+    won = torch.zeros(ended.shape, device=ended.device)
+    carried = torch.zeros(ended.shape[1:], device=ended.device)
+    for k in reversed(range(len(ended))):
+        carried = torch.where(ended[k], success[k].float(), carried)
+        won[k] = carried
+    return won
+
+
+def policy_loss(
+    logratio: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns the clipped surrogate loss of each element and a mask, True where clipping acts.
+
+    `logratio` is [B], [B, C] or [B, C, a] for log-probabilities of chunks, actions or tokens;
+    `advantages` are [B].
+    """
+    advantages = advantages.reshape(-1, *[1] * (logratio.ndim - 1))
+    ratio = logratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    return loss, clipped > unclipped
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float, huber_delta: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the clipped Huber loss of each value [B] and a mask, True where clipping acts."""
+    clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    plain = nn.functional.huber_loss(values, returns, reduction="none", delta=huber_delta)
+    clipped = nn.functional.huber_loss(clipped_values, returns, reduction="none", delta=huber_delta)
+    # Within the clip both are the same but for rounding.
+    is_clipped = (clipped > plain) & ((values - old_values).abs() > value_clip)
+    return torch.maximum(plain, clipped), is_clipped
+
+
+def divergence(logratio: Tensor) -> Tensor:
+    """Returns r - 1 - log r of each element: estimates KL(p || q) if r = q / p at draws from p."""
+    return logratio.exp() - 1 - logratio
+
+
+def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+    """Returns log-probabilities or entropies of the actions that were executed, at `level`.
+
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
+    consequence, and are 0 here.
+
+    Args:
+        elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
+        executed: [B, C] bool, True where an action was executed.
+        level: "chunk" sums over all actions to [B], "action" and "token" keep the shape.
+    """
+    if elements.ndim == 1:
+        return elements
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2))
+    elements = torch.where(mask, elements, 0.0)
+    return elements.flatten(1).sum(dim=1) if level == "chunk" else elements
+
+
+def mean_of_executed(elements: Tensor, executed: Tensor) -> Tensor:
+    """Returns the mean of each decision's elements [B], [B, C] or [B, C, a] that count, [B]."""
+    if elements.ndim == 1:
+        return elements.float()
+    mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2)).expand_as(elements)
+    total = torch.where(mask, elements.float(), 0.0).flatten(1).sum(dim=1)
+    return total / mask.flatten(1).sum(dim=1).clamp(min=1)
+
+
+def sum_per_decision(elements: Tensor) -> Tensor:
+    """Returns the sum of each decision's elements [B, ...], [B]."""
+    return elements.float().reshape(len(elements), -1).sum(dim=1)
+
+
+def importance_weights(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor:
+    """Returns min(p / b, cap) of each element, from log-probabilities of any one shape."""
+    return (proximal - behaviour).exp().clamp(max=cap)
+
+
+def longest_episode(args: Args) -> int:
+    """Returns the decisions of the longest episode."""
+    return -(-(args.horizon or horizon(args.suite)) // args.num_action_chunks)  # rounded up
+
+
+def noise_options(args: Args, iteration: int) -> dict[str, float]:
+    """Returns options of the policy's exploration noise in an iteration."""
+    if args.final_noise == 1:
+        return {}
+    progress = (iteration - 1) / args.num_iterations
+    return {"noise_anneal": 1 - (1 - args.final_noise) * progress}
+
+
+class RolloutWorker(RolloutRole):
+    """Decides for some of the environments, with weights that learners have published."""
+
+    def build(self) -> None:
+        """Makes the agent."""
+        args = self.args
+        torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+        set_seed(args.seed)
+        self.agent = self.make_agent(args).to(self.accelerator.device).eval()
+        if args.compile:
+            self.agent.compile_network()
+        self.recorder = RolloutRecorder(
+            self.run.path / "videos",
+            num_envs=4,
+            interval=args.video_interval if self.number == 0 else 0,
+            fps=CONTROL_FREQUENCY_HZ / args.num_action_chunks,
+        )
+
+    @torch.no_grad()
+    def play(self, iteration: int, version: int) -> Rollout:
+        """Returns an iteration's decisions, by weights of a version."""
+        args, agent, accelerator = self.args, self.agent, self.accelerator
+        noise = noise_options(args, iteration)
+
+        def encode(obs: dict[str, Any]) -> dict[str, Tensor]:
+            with accelerator.autocast():
+                return agent.encode(obs)
+
+        # --- rollout: one stage of environments simulates while another is decided ---
+        shape = (args.num_steps, len(self.env_ids))
+        features: list[list[Any]] = [[] for _ in range(args.num_steps)]  # of each stage
+        actions: list[list[Any]] = [[] for _ in range(args.num_steps)]
+        logprobs: list[list[Tensor]] = [[] for _ in range(args.num_steps)]
+        values: list[list[Tensor]] = [[] for _ in range(args.num_steps)]
+        rewards = np.zeros(shape, dtype=np.float32)
+        terminated = np.zeros(shape, dtype=bool)
+        succeeded = np.zeros(shape, dtype=bool)
+        ended = np.zeros(shape, dtype=bool)
+        executed_steps = np.zeros(shape, dtype=np.int64)
+        episode_lengths = np.zeros(shape, dtype=np.int64)  # at its end
+        task_ids = np.zeros(shape, dtype=np.int64)
+        cut: list[Cut] = []
+        next_obs = [encode(stage.obs) for stage in self.stages]
+
+        for step in range(args.num_steps + 1):
+            for i, stage in enumerate(self.stages):
+                if step > 0:  # what the decision before has led to
+                    outcome = stage.receive()
+                    is_end = outcome.terminated | outcome.truncated
+                    is_terminal = outcome.terminated
+                    if args.truncation == "failure":  # nothing is left of a late episode
+                        is_terminal = is_end
+                    rewards[step - 1, stage.rows] = outcome.reward
+                    terminated[step - 1, stage.rows] = is_terminal
+                    succeeded[step - 1, stage.rows] = outcome.terminated
+                    ended[step - 1, stage.rows] = is_end
+                    executed_steps[step - 1, stage.rows] = outcome.infos["num_steps"]
+                    if args.center_adv_by_task:
+                        task_ids[step - 1, stage.rows] = played_tasks(outcome.infos, is_end)
+                    if is_end.any():
+                        lengths = outcome.infos["final_info"]["episode_length"]
+                        episode_lengths[step - 1, stage.rows] = lengths
+
+                    rows = np.flatnonzero(outcome.truncated & ~outcome.terminated)
+                    if args.truncation == "bootstrap" and len(rows):
+                        cut_obs = encode(index(outcome.infos["final_obs"], rows))
+                        cut.append(Cut(step - 1, stage.offset + rows, to_store(cut_obs)))
+
+                    next_obs[i] = encode(outcome.obs)
+                    self.add_step(step - 1, stage, outcome)
+
+                if step < args.num_steps:  # the next decision
+                    generators = generators_of((args.seed, NOISE, iteration, step), stage.env_ids)
+                    with accelerator.autocast():
+                        action, logprob, _, value = agent(
+                            next_obs[i],
+                            generator=generators,
+                            **noise,
+                        )
+                    env_action = action.env_action.cpu().numpy()
+                    self.run.check_actions(env_action, iteration, logprob=logprob, value=value)
+                    stage.send(env_action)
+
+                    features[step].append(next_obs[i])
+                    actions[step].append(action)
+                    logprobs[step].append(logprob)
+                    values[step].append(value)
+
+        return Rollout(
+            features=stack_decisions(features),
+            last_features=to_store(concatenate(next_obs)),
+            cut=cut,
+            actions=stack_decisions(actions),
+            logprobs=stack_decisions(logprobs),
+            values=stack_decisions(values),
+            rewards=rewards,
+            terminated=terminated,
+            succeeded=succeeded,
+            ended=ended,
+            executed_steps=executed_steps,
+            episode_lengths=episode_lengths,
+            task_ids=task_ids,
+            versions=np.full(shape, version),
+        )
+
+
+class Learner(LearnerRole):
+    """One process of the group that updates the policy."""
+
+    def build(self) -> None:
+        """Makes the agent, the optimiser, and room for observations; collective."""
+        args, accelerator = self.args, self.accelerator
+        device = accelerator.device
+
+        # Environments are numbered over all processes. Each group of them gives every minibatch
+        # equally many decisions, and lies on one process: so minibatches do not depend on these.
+        num_envs = args.num_envs // accelerator.num_processes
+        self.env_ids = accelerator.process_index * num_envs + np.arange(num_envs)
+        envs_per_group = args.num_envs // math.gcd(args.num_envs, args.minibatch_size)
+        self.b_groups = np.tile(self.env_ids // envs_per_group, args.num_steps)
+
+        # --- agent and optimiser ---
+        torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+        set_seed(args.seed)  # the same weights on every process
+        self.agent = self.make_agent(args).to(device).eval()
+        self.start_policy = None
+        if args.kl_coef:
+            self.start_policy = StartPolicy(self.agent, share_frozen=True)
+        if args.compile:  # after the copy, which would go on computing with this network's weights
+            self.agent.compile_network()
+
+        param_groups = self.agent.param_groups(args.learning_rate, args.value_learning_rate)
+        optimizer = torch.optim.AdamW(
+            param_groups,
+            betas=(0.9, 0.95),
+            eps=args.adam_eps,
+            weight_decay=args.weight_decay,
+        )
+        self.model, self.optimizer = prepare(accelerator, self.agent, optimizer)
+        self.step_sizes = StepSizes(self.optimizer, args.lr_schedule, args.target_kl, args.lr_hold)
+        set_seed(args.seed, device_specific=True)
+
+        def write_merged(folder: Path) -> None:
+            with merged(self.agent):
+                self.agent.save_pretrained(folder)
+
+        self.checkpoints = Checkpoints(
+            self.run,
+            accelerator,
+            self.model,
+            self.optimizer,
+            keep_last=args.keep_last,
+            keep_best=args.keep_best,
+            write_agent=write_merged if args.lora_rank else None,
+        )
+
+        # --- observations: encoded by rollout workers, and kept for all epochs ---
+        @torch.no_grad()
+        def encode(features: dict[str, Any]) -> dict[str, Tensor]:
+            """Returns what FeatureStore has not kept on the device; nothing is to be computed."""
+            return to_device(features, device)
+
+        self.store = FeatureStore(encode, device, args.feature_storage, args.feature_memory_gb)
+
+    def update(self, iteration: int, *parts: Rollout) -> dict[str, float]:
+        """Updates the policy by rollouts of this process's environments, and returns metrics."""
+        args, accelerator, agent, model = self.args, self.accelerator, self.agent, self.model
+        optimizer, step_sizes, store = self.optimizer, self.step_sizes, self.store
+        start_policy, device = self.start_policy, accelerator.device
+        num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
+        updates_per_iteration = args.update_epochs * num_minibatches
+        horizon_decisions = longest_episode(args)
+        progress = (iteration - 1) / args.num_iterations
+        noise = noise_options(args, iteration)
+
+        # --- the rollouts, side by side ---
+        parts = tuple(from_store(part) for part in parts)
+        rollout = join_rollouts(parts, device)
+        store.clear()
+        obs: list[NDArray[np.intp]] = []  # row numbers in the store
+        for step in range(args.num_steps):
+            for part in parts:
+                features = {name: leaf[step] for name, leaf in part.features.items()}
+                obs.append(store.put(features, to_device(features, device)))
+        b_obs = np.concatenate(obs)
+        b_actions = map_tree(lambda leaf: leaf.flatten(0, 1), rollout.actions)
+        b_executed = (
+            torch.arange(args.num_action_chunks, device=device) < rollout.executed_steps[..., None]
+        ).flatten(0, 1)  # [K * N, C]
+        behaviour_logprobs = rollout.logprobs.flatten(0, 1)
+        values, terminated, ended = rollout.values, rollout.terminated, rollout.ended
+
+        # --- what older weights decided is valued anew, and ratios begin at the present ones ---
+        staleness = (iteration - 1 - rollout.versions).double()
+        proximal_logprobs = behaviour_logprobs
+        if staleness.any():  # on all processes alike
+            scored: list[tuple[Tensor, Tensor]] = []
+            for inds in np.array_split(np.arange(len(b_obs)), num_minibatches * num_micro_batches):
+                with torch.no_grad(), accelerator.autocast():
+                    _, logprob, _, value = agent(
+                        store.get(b_obs[inds]),
+                        index(b_actions, inds),
+                        **noise,
+                    )
+                scored.append((logprob, value))
+            proximal_logprobs, b_new_values = (torch.cat(x) for x in zip(*scored, strict=True))
+            values = b_new_values.view_as(values)
+
+        # --- advantages ---
+        # A truncated episode goes on in the value of its own last observation.
+        with torch.no_grad(), accelerator.autocast():
+            last_values = agent.get_value(rollout.last_features)
+            next_values = torch.cat([values[1:], last_values[None]])
+            for k, cut, cut_obs in rollout.cut:
+                next_values[k, cut] = agent.get_value(cut_obs)
+
+        bounded_values = values
+        if args.value_bounds is not None:
+            bounded_values = values.clamp(*args.value_bounds)
+            next_values = next_values.clamp(*args.value_bounds)
+        advantages, returns = compute_gae(
+            rollout.rewards * args.reward_scale,
+            bounded_values,
+            next_values,
+            terminated,
+            ended,
+            args.gamma,
+            args.gae_lambda,
+        )
+        returns_mean, _ = mean_and_variance(accelerator, returns)
+        advantages_mean, _ = mean_and_variance(accelerator, advantages)
+        if args.center_adv_by_task:
+            advantages = advantages - group_means(accelerator, advantages, rollout.task_ids)
+        if args.norm_adv:
+            center, variance = mean_and_variance(accelerator, advantages)
+            advantages = ((advantages - center) / (variance.sqrt() + 1e-5)).float()
+
+        weights = torch.ones_like(returns)
+        if args.loss_weighting == "trajectory":
+            decisions = -(-rollout.episode_lengths // args.num_action_chunks)  # rounded up
+            weights = trajectory_weights(ended, decisions, horizon_decisions)
+        weights_mean, _ = mean_and_variance(accelerator, weights)
+        weights = (weights / weights_mean).float()
+
+        # --- the batch: all decisions [K * N], step by step ---
+        b_logprobs = of_executed(proximal_logprobs, b_executed, args.logprob_level)
+        b_behaviour = of_executed(behaviour_logprobs, b_executed, args.logprob_level)
+        b_importance = importance_weights(b_logprobs, b_behaviour, args.importance_cap)
+        b_values = values.flatten()
+        b_advantages = advantages.flatten()
+        b_returns = returns.flatten()
+        b_weights = weights.flatten()
+        b_won = torch.zeros_like(b_returns)
+        if args.imitation_coef:
+            won = won_decisions(ended, rollout.succeeded)
+            won_mean, _ = mean_and_variance(accelerator, won)
+            b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
+        b_start_logprobs = b_logprobs
+        if start_policy is not None:
+            with accelerator.autocast():
+                b_start_logprobs = start_policy.logprobs(
+                    store,
+                    b_obs,
+                    b_actions,
+                    num_passes=num_minibatches * num_micro_batches,
+                    **noise,
+                )
+            b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
+
+        # --- update ---
+        self.checkpoints.begin_update()
+        step_sizes.begin(progress)
+        history: list[dict[str, Tensor]] = []  # means of each minibatch
+        ratio_deviation = 0.0
+        kl_exceeded = False
+
+        for epoch in range(args.update_epochs):
+            b_flow: list[Tensor] = []  # fresh noise [K * N, H, A], and times to denoise it at
+            if args.imitation_coef:
+                draws = flow_draws(
+                    (args.seed, FLOW, iteration, epoch),
+                    self.env_ids,
+                    args.num_steps,
+                    args.denoising_steps,
+                    tuple(b_actions.chain.shape[2:]),
+                )
+                b_flow = [x.to(device) for x in draws]
+            key = (args.seed, MINIBATCHES, iteration, epoch)
+            for mb_inds in deal(self.b_groups, num_minibatches, key):
+                stats: list[dict[str, Tensor]] = []  # means of each micro-batch
+                dump: dict[str, Tensor] = {}
+
+                for micro, inds in enumerate(np.split(mb_inds, num_micro_batches)):
+                    # Processes exchange gradients with the last micro-batch.
+                    is_last = micro == num_micro_batches - 1
+                    at = torch.from_numpy(inds).to(device)
+                    with nullcontext() if is_last else accelerator.no_sync(model):
+                        features = store.get(b_obs[inds])
+                        decided = index(b_actions, inds)
+                        flow_error = None
+                        with accelerator.autocast():
+                            if args.imitation_coef:
+                                _, newlogprob, entropy, newvalue, flow_error = model(
+                                    features,
+                                    decided,
+                                    flow_draws=[x[at] for x in b_flow],
+                                    **noise,
+                                )
+                            else:
+                                _, newlogprob, entropy, newvalue = model(features, decided, **noise)
+                        executed = b_executed[at]
+                        newlogprob = of_executed(newlogprob, executed, args.logprob_level)
+                        entropy = of_executed(entropy, executed, args.logprob_level)
+                        logratio = newlogprob - b_logprobs[at]
+
+                        pg_loss, pg_clipped = policy_loss(
+                            logratio,
+                            b_advantages[at],
+                            args.clip_coef,
+                            args.clip_coef_high,
+                            args.dual_clip,
+                        )
+                        pg_loss = mean_of_executed(b_importance[at] * pg_loss, executed)
+                        pg_clipped = mean_of_executed(pg_clipped, executed)
+
+                        v_loss, v_clipped = value_loss(
+                            newvalue,
+                            b_values[at],
+                            b_returns[at],
+                            args.value_clip,
+                            args.huber_delta,
+                        )
+
+                        approx_kl = divergence(logratio)
+                        start_kl = torch.zeros_like(logratio)
+                        if start_policy is not None:
+                            start_kl = divergence(b_start_logprobs[at] - newlogprob)
+
+                        loss = pg_loss + args.vf_coef * v_loss
+                        # At every level these weigh against the policy loss alike.
+                        loss = loss - args.ent_coef * mean_of_executed(entropy, executed)
+                        loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+                        loss = (b_weights[at] * loss).mean()
+
+                        imitation_loss = torch.zeros_like(newvalue)
+                        if flow_error is not None:
+                            imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
+                            loss = loss + args.imitation_coef * imitation_loss.mean()
+                        accelerator.backward(loss / num_micro_batches)
+
+                    terms = {
+                        "actor/loss": pg_loss,
+                        "actor/value_loss": v_loss,
+                        "actor/imitation_loss": imitation_loss,
+                        "actor/entropy": sum_per_decision(entropy),
+                        "actor/reference_kl": sum_per_decision(start_kl),
+                        "actor/importance_weight": mean_of_executed(b_importance[at], executed),
+                        "actor/approx_kl": sum_per_decision(approx_kl),
+                        "actor/pg_clipfrac": pg_clipped,
+                        "actor/value_clip_ratio": v_clipped.float(),
+                    }
+                    stats.append({name: x.detach().mean() for name, x in terms.items()})
+                    dump = dict(
+                        loss=loss,
+                        logratio=logratio,
+                        logprob=b_logprobs[at],
+                        new_value=newvalue,
+                        value=b_values[at],
+                        advantage=b_advantages[at],
+                        ret=b_returns[at],
+                        weight=b_weights[at],
+                    )
+                    if not history:  # nothing was updated since the rollout: ratios are 1
+                        deviation = (logratio.detach().exp() - 1).abs().max()
+                        deviation = over_processes(accelerator, deviation, "max").item()
+                        ratio_deviation = max(ratio_deviation, deviation)
+
+                if not history:
+                    self.run.check_ratio(ratio_deviation, args.max_ratio_deviation)
+                grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
+                self.run.check_finite(grad_norm, iteration, **dump)
+                updated = iteration - 1 + (len(history) + 1) / updates_per_iteration
+                with step_sizes.policy_scaled(args.policy_step_factor(updated)):
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+                means = cast(dict[str, Tensor], accelerator.reduce(mean_of(stats), "mean"))
+                history.append(means | {"actor/grad_norm": grad_norm})
+                kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
+                if kl_exceeded:
+                    break
+            if kl_exceeded:
+                break
+
+        # --- what it came to ---
+        explained_var = explained_variance(accelerator, bounded_values, returns)
+        staleness_mean, _ = mean_and_variance(accelerator, staleness)
+        metrics = {name: x.item() for name, x in mean_of(history).items()}
+        metrics |= {
+            "actor/ratio_first_minibatch_max_dev": ratio_deviation,
+            "actor/explained_variance": explained_var,
+            "actor/num_updates": float(len(history)),
+            "actor/lr": optimizer.param_groups[0]["lr"],
+            "actor/noise_anneal": noise.get("noise_anneal", 1.0),
+            "rollout/returns_mean": returns_mean.item(),
+            "rollout/advantages_mean": advantages_mean.item(),
+            "rollout/staleness_mean": staleness_mean.item(),
+        }
+        if iteration > args.critic_warmup_iterations:
+            step_sizes.follow(history[-1]["actor/approx_kl"])
+        return metrics
+
+
+def main(
+    args: Args,
+    make_agent: Callable[..., Any] = make_agent,
+    make_envs: Callable[..., Any] = make_envs,
+) -> dict[str, float]:
+    """Trains, evaluates, and returns the last iteration's metrics; see `ppo_gr00t.main`.
+
+    `make_envs` takes the number of threads, too.
+    """
+    check_args(args)
+    with connect(args.ray_address) as cluster:
+        placement = cluster.place(args)
+        accelerator = make_accelerator(args.log_with, args.output_dir, cpu=True)
+        run, checkpoint = open_run(
+            args,
+            accelerator,
+            num_iterations=args.num_iterations,
+            free_args=FREE_ARGS | CLUSTER_ARGS,
+        )
+        print(f"cluster      {placement}", flush=True)
+        with (
+            StopSignal(accelerator) as stop,
+            TrainingProgress(
+                args.num_iterations,
+                args.num_steps,
+                args.update_epochs * args.num_minibatches,
+                enabled=True,
+            ) as progress,
+        ):
+            cluster.asked_to_stop = lambda: stop.status
+            learners = LearnerGroup(
+                cluster,
+                placement,
+                Learner,
+                args,
+                make_agent,
+                make_envs,
+                run,
+            )
+            rollouts = RolloutGroup(
+                cluster,
+                placement,
+                RolloutWorker,
+                args,
+                make_agent,
+                make_envs,
+                run.path.resolve(),
+            )
+            metrics = learners.train(
+                partial(train, args, run, learners, rollouts, progress),
+                checkpoint,
+                progress.print,
+            )
+
+        change = ""
+        if args.eval_before:
+            change = compare_evaluations(run.path, 0, args.num_iterations)
+        run.finish()
+        print(change)
+        print(
+            run.summary(
+                f"iteration_{args.num_iterations}",
+                args.suite,
+                can_be_evaluated=args.model != STATE_MODEL,
+            )
+        )
+    return metrics
+
+
+def train(
+    args: Args,
+    run: RunFolder,
+    learners: LearnerGroup,
+    rollouts: RolloutGroup,
+    progress: TrainingProgress,
+    checkpoint: Path | None,
+) -> dict[str, float]:
+    """Trains from a checkpoint, or from the start, to the end; returns the last metrics."""
+    metrics: dict[str, float] = {}
+    cohorts = Cohorts(args.num_steps, longest_episode(args))
+    task_sampler = None
+    if args.task_sampling == "adaptive":
+        task_sampler = TaskSampler(rollouts.task_ids())
+
+    # --- start, or go on where a checkpoint was taken ---
+    done, global_step = 0, 0
+    env_states = None
+    if checkpoint is not None:
+        restored = learners.restore(checkpoint, progress.print)
+        done, global_step = restored.iteration, restored.global_step
+        env_states = restored.env_states
+        if env_states is not None:
+            cohorts.load_state_dict(restored.tensors["episodes"])
+        else:
+            progress.print(f"{checkpoint} holds no environment states: new episodes begin")
+        if task_sampler is not None:
+            task_sampler.load_state_dict(restored.tensors["episodes"])
+        if args.evaluates(done) and not evaluation_file(run.path, done).is_file():
+            progress.print(missing_evaluation(checkpoint))
+    env_states = rollouts.begin(done, env_states)
+
+    def take_boundary(iteration: int) -> None:
+        tallies = cohorts.state_dict()
+        if task_sampler is not None:
+            tallies |= task_sampler.state_dict()
+        learners.take_boundary(iteration, global_step, {"episodes": tallies}, env_states)
+
+    def evaluate_after(iteration: int) -> float:
+        progress.print("evaluating")
+        return learners.evaluate(iteration)
+
+    take_boundary(done)
+    progress.skip(done)
+    if args.eval_before and done == 0:
+        run.forget_after(-1)  # if all starts again
+        run.log({"eval/success_once": evaluate_after(0)}, global_step, 0)
+
+    weights = learners.weights()
+    asked_for = done
+    updated_at = time.perf_counter()
+
+    for iteration in range(done + 1, args.num_iterations + 1):
+        # --- rollouts: as far ahead as their weights may be old ---
+        task_weights = None if task_sampler is None else task_sampler.weights
+        last = min(iteration + args.max_staleness, args.num_iterations)
+        for ahead in range(asked_for + 1, last + 1):
+            rollouts.submit(ahead, iteration - 1, weights, task_weights)
+        asked_for = last
+        idle_from = time.perf_counter()
+        reports, parts = rollouts.receive(iteration)
+
+        # --- update ---
+        update_from = time.perf_counter()
+        metrics = learners.update(iteration, parts)
+        weights = learners.weights()
+        update_to = time.perf_counter()
+
+        # --- log, evaluate, save ---
+        env_steps = sum(report.env_steps for report in reports)
+        env_states = merged_states([report.env_states for report in reports])
+        global_step += env_steps
+        cohorts.begin_iteration()
+        cohorts.add([episode for report in reports for episode in report.ended])
+        total_s = update_to - updated_at
+        metrics |= {
+            **mean_seconds(reports),
+            "time/update_s": update_to - update_from,
+            "time/learner_idle_s": update_from - idle_from,
+            "time/total_s": total_s,
+            "charts/SPS": env_steps / total_s,
+            **rollouts.losses(),
+            **cohort_metrics(cohorts.complete()),
+        }
+        if task_sampler is not None:
+            metrics |= task_sampler.metrics()
+            task_sampler.update(cohorts.complete())
+        take_boundary(iteration)
+
+        try:
+            if args.evaluates(iteration):
+                metrics["eval/success_once"] = evaluate_after(iteration)
+        finally:  # also if a request to stop ends the evaluation
+            run.log(metrics, global_step, iteration)
+        if args.saves(iteration):
+            learners.save(args.score(metrics))
+        progress.end_iteration(describe_iteration(metrics), metrics)
+        updated_at = time.perf_counter()
+    return metrics
+
+
+if ARGS is not None:
+    launch(main, ARGS)

@@ -1,0 +1,83 @@
+"""A process of a cluster that steps environments. Needs no PyTorch: hundreds of them start fast and are small."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from algorithms.common.cluster_process import Bell, ring_on_signals, take_place
+from algorithms.common.placement import Place
+
+Step = tuple[dict[str, Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
+
+
+class EnvWorker:
+    """Some of the environments.
+
+    Args:
+        place: where it runs.
+        bell: told of a request to stop that this process gets.
+        make_envs: makes them.
+    """
+
+    def __init__(self, place: Place, bell: Bell, make_envs: Callable[[], gym.vector.VectorEnv]) -> None:
+        take_place(place)
+        ring_on_signals(bell)
+        self._envs = make_envs()
+        self._obs: dict[str, Any] = {}
+
+    def reset(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Starts episodes, one seed for each environment, and returns the observation."""
+        self._obs, _ = self._envs.reset(seed=cast(Any, list(seeds)))
+        return self._obs
+
+    def step(self, actions: NDArray[np.float32]) -> tuple[Step, float]:
+        """Returns what the environments return, and the seconds that they took."""
+        start = time.perf_counter()
+        step = cast(Step, self._envs.step(actions))
+        self._obs = step[0]
+        return step, time.perf_counter() - start
+
+    def states(self) -> list[Mapping[str, NDArray[Any]]] | None:
+        """Returns each environment's state; None if they cannot be taken and put back."""
+        base = cast(Any, self._envs.unwrapped)
+        can_restore = hasattr(self._envs, "observe") and hasattr(base, "get_states") and hasattr(base, "set_state")
+        return base.get_states() if can_restore else None
+
+    def restore(self, states: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
+        """Puts back what `states` returned, and returns the observation."""
+        base = cast(Any, self._envs.unwrapped)
+        for i, state in enumerate(states):
+            base.set_state(i, state)
+        self._obs = cast(Any, self._envs).observe()
+        return self._obs
+
+    def observe(self) -> dict[str, Any]:
+        """Returns the last observation."""
+        return self._obs
+
+    def task_ids(self) -> Sequence[int]:
+        """Returns the tasks that the environments sample from.
+
+        Raises:
+            TypeError: tasks cannot be weighted in these environments.
+        """
+        base = cast(Any, self._envs.unwrapped)
+        if not hasattr(base, "set_task_weights"):
+            raise TypeError(
+                f"task_sampling='adaptive' needs environments with task_ids and set_task_weights, as LiberoVectorEnv "
+                f"has them; {type(base).__name__} lacks them: take task_sampling='uniform'"
+            )
+        return base.task_ids
+
+    def set_task_weights(self, weights: NDArray[np.float64]) -> None:
+        """Says how often the episodes that start from now on are of each of `task_ids`."""
+        cast(Any, self._envs.unwrapped).set_task_weights(weights)
+
+    def ping(self) -> None:
+        """Returns when the calls before it are done."""
