@@ -25,11 +25,12 @@ from libero_gym.options import (
     choose_tasks,
     make_action_space,
     make_observation_space,
-    observation_keys,
+    name_views,
     step_reward,
     with_horizon,
 )
 from libero_gym.physics import inspection
+from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import (
     INTEGER,
@@ -83,6 +84,14 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     | `wrist_images` | uint8 (H, W, 3) | camera `camera_names[1]` |
     | `states` | float32 (8,) | end effector's position (3, m), axis-angle (3, rad), finger positions (2, m) |
     | `task_descriptions` | Text | the instruction; without `observe_text` it is left out |
+    | `depth`, `wrist_depth` | float32 (H, W, 1) | with `observe_depth`: metres along the camera's axis |
+    | `segmentation`, `wrist_segmentation` | int32 (H, W, 1) | with `observe_segmentation`: ids of bodies |
+
+    Depth is the distance of what is seen at a pixel's centre from the plane of the camera (not along the ray), as
+    robosuite's `get_real_depth_map` returns it; where nothing is seen it is that of MuJoCo's far clipping plane (70 to
+    130 m). Segmentation tells the body of MuJoCo's model that is seen there, -1 where none is; `segmentation_labels`
+    names bodies and the objects that they are parts of. That is finer than robosuite's "instance", a cabinet's drawers
+    being told apart, and coarser than its "element". Both show the same pixels as the images, mirrored as they are.
 
     Images follow the public LIBERO clients and released checkpoints: LIBERO's raw image rotated by 180 degrees. The
     raw image is the camera's true view flipped vertically (OpenGL's row order), so what is returned is the *mirror
@@ -127,7 +136,9 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     - `texture_colorspace`: "linear" draws textures as MuJoCo up to 3.3.2 did, which public data sets and released
       checkpoints saw, under any version and by any renderer; "auto" as the installed MuJoCo does, which is much darker
       on the floor of libero_object from 3.3.3 on (see `libero_gym.rendering.textures`).
-    - `observe_images`: False leaves both images out and needs no renderer.
+    - `observe_images`: False leaves the images out. Without depth and segmentation, that needs no renderer.
+    - `observe_depth`, `observe_segmentation`: True adds them for each camera, see above; by every renderer. Those of
+      further cameras are `<name>_depth` and `<name>_segmentation`.
     - `observe_text`: False leaves the instruction out, for libraries that take numbers only.
     - `reward`, `horizon`: see above.
     - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
@@ -163,6 +174,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
+        observe_depth: bool = False,
+        observe_segmentation: bool = False,
         observe_text: bool = True,
         reward: RewardKind = "sparse",
         horizon: int | None = None,
@@ -195,6 +208,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             camera_names=check_cameras(camera_names),
             renderer=renderer,
             observe_images=observe_images,
+            observe_depth=observe_depth,
+            observe_segmentation=observe_segmentation,
             observe_text=observe_text,
             reward=reward,
             horizon=check_horizon(horizon, suite),
@@ -205,7 +220,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             texture_colorspace=texture_colorspace,
         )
         self.observation_space = make_observation_space(
-            image_size, has_images=observe_images, has_text=observe_text, camera_names=camera_names
+            image_size, view_kinds=self.options.view_kinds, has_text=observe_text, camera_names=camera_names
         )
         self.action_space = make_action_space()
         self.render_mode = render_mode
@@ -357,6 +372,14 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         """
         return inspection.goal_state(self._require_simulation())
 
+    def segmentation_labels(self) -> dict[int, SegmentationLabel]:
+        """Return what the numbers in `segmentation` are, in the scene of the current task: body and object by name.
+
+        Raises:
+            ValueError: `reset` was not called, or the environment is closed.
+        """
+        return inspection.segmentation_labels(self._require_simulation().scene)
+
     def observe(self) -> dict[str, Any]:
         """Return the current observation, for instance after `set_state`.
 
@@ -449,9 +472,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         if self.options.observe_text:
             observation["task_descriptions"] = self.task.language
         if self._renderer is not None:
-            images = self._renderer.render([simulation])[0]  # [num_cameras, H, W, 3]
-            keys = observation_keys(self.options.camera_names)
-            observation.update({key: image.copy() for key, image in zip(keys, images, strict=True)})
+            views = name_views(self.options.camera_names, self._renderer.views([simulation]))
+            observation.update({key: view[0].copy() for key, view in views.items()})
         return observation
 
     def _view(self) -> npt.NDArray[np.uint8]:

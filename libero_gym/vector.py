@@ -35,12 +35,13 @@ from libero_gym.options import (
     choose_tasks,
     make_action_space,
     make_observation_space,
-    observation_keys,
+    name_views,
     step_reward,
     with_horizon,
 )
 from libero_gym.physics import inspection
 from libero_gym.physics.cpu_worlds import CpuWorlds
+from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import (
     FLAG,
@@ -54,9 +55,10 @@ from libero_gym.physics.states import (
 )
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
 from libero_gym.rendering.cameras import Camera, check_cameras
-from libero_gym.rendering.protocol import Renderer, RendererKind
+from libero_gym.rendering.protocol import Renderer, RendererKind, Views
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
+from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, member_suites, task_number
 
 if TYPE_CHECKING:
@@ -148,7 +150,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     ## Observation space
     `Dict` as in `LiberoEnv` with a leading N; `task_descriptions` is a tuple of N str. With `images_as_torch=True`
-    the two images are torch tensors on the renderer's device (which is a GPU if there is one).
+    images, depth and segmentation are torch tensors on the renderer's device (which is a GPU if there is one).
 
     ## Rewards and ends
     `rewards` float64 [N] sums over the steps run. `terminations`: the goal holds; `truncations`: the horizon is
@@ -231,6 +233,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
+        observe_depth: bool = False,
+        observe_segmentation: bool = False,
         observe_text: bool = True,
         images_as_torch: bool = False,
         reward: RewardKind = "sparse",
@@ -260,14 +264,15 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             raise ValueError(f"{warp_options} is for physics='warp'; leave warp_options out with physics='cpu'")
         if physics == "warp" and stepping != "exact":
             raise ValueError(f"stepping={stepping!r} chooses among CPU steppers; leave it out with physics='warp'")
-        if images_as_torch and not observe_images:
-            raise ValueError("images_as_torch=True needs observe_images=True")
+        has_views = observe_images or observe_depth or observe_segmentation
+        if images_as_torch and not has_views:
+            raise ValueError("images_as_torch=True needs observe_images=True, or depth or segmentation")
         self.num_envs = _positive("num_envs", num_envs)
         self._num_chunks = _positive("num_action_chunks", num_action_chunks)
         self._tasks = choose_tasks(suite, task_id, task_ids)
         suite = suite.suite if isinstance(suite, TaskSpec) else suite
         check_render_mode(render_mode, METADATA["render_modes"])
-        if (observe_images or render_mode is not None) and (images_as_torch or physics == "warp"):
+        if (has_views or render_mode is not None) and (images_as_torch or physics == "warp"):
             asking = "images_as_torch=True" if images_as_torch else "physics='warp'"
             renderer = _only_warp(renderer, asking)
         limits = [steps for steps in (horizon, max_episode_steps) if steps is not None]
@@ -279,6 +284,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             camera_names=check_cameras(camera_names),
             renderer=renderer,
             observe_images=observe_images,
+            observe_depth=observe_depth,
+            observe_segmentation=observe_segmentation,
             observe_text=observe_text,
             reward=reward,
             horizon=min(limits, default=None),
@@ -293,7 +300,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.single_observation_space = make_observation_space(
-            image_size, has_images=observe_images, has_text=observe_text, camera_names=camera_names
+            image_size, view_kinds=self.options.view_kinds, has_text=observe_text, camera_names=camera_names
         )
         self.single_action_space = make_action_space()
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -324,7 +331,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         # What environments show, and which of it is no longer so.
         self._as_torch = images_as_torch
-        self._images: Any = None  # [N, K, H, W, 3]
+        self._views: Views | None = None
         self._states = np.zeros((self.num_envs, STATE_DIM), np.float32)
         self._is_stale = np.ones(self.num_envs, np.bool_)
 
@@ -344,7 +351,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     @property
     def renderer_name(self) -> str | None:
-        """Kind of the renderer in use, or None without images."""
+        """Kind of the renderer in use, or None where no pictures are observed."""
         return None if self._renderer is None else self._renderer.name
 
     @property
@@ -509,8 +516,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._require_started()
         if self._viewer is None:
             self._viewer = self.options.open_viewer(num_worlds=self.num_envs, num_threads=self._num_threads)
-        images = self.worlds.render(self._viewer, env_ids, as_torch=False)
-        return np.ascontiguousarray(images[:, 0, :, ::-1])
+        views = self.worlds.views(self._viewer, env_ids, as_torch=False)
+        return np.ascontiguousarray(views.images[:, 0, :, ::-1])
 
     def get_state(self, env_id: int) -> dict[str, Any]:
         """Return everything that decides the future of environment `env_id`, as arrays; no entry needs pickle.
@@ -575,6 +582,15 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if isinstance(worlds, CpuWorlds):
             return inspection.goal_state(worlds.simulations[env_id])
         return inspection.inspect_positions(worlds.get_state(env_id))[1]
+
+    def segmentation_labels(self, env_id: int) -> dict[int, SegmentationLabel]:
+        """Return what the numbers in `segmentation` of environment `env_id` are, see `LiberoEnv.segmentation_labels`.
+
+        Raises:
+            ValueError: `env_id` is out of range, or the environment was never reset.
+        """
+        self._check_env_id(env_id)
+        return inspection.segmentation_labels(load_scene(self._current_tasks()[env_id]))
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return `env.name(*args, **kwargs)` for each environment, or the attribute if it is not callable.
@@ -647,7 +663,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             is_shown[env_ids] = True
             self._refresh(env_ids)
 
-        overlaps = self._renderer is not None and self._images is not None and not self._renderer.uses_all_cores
+        overlaps = self._renderer is not None and self._views is not None and not self._renderer.uses_all_cores
         try:
             self.worlds.step(
                 chunks, is_active, self._episodes.steps_left, out=steps, on_part_done=show if overlaps else None
@@ -662,10 +678,9 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Draw what has changed and return copies."""
         self._refresh(np.arange(self.num_envs))
         observation: dict[str, Any] = {}
-        if self._images is not None:
-            keys = observation_keys(self.options.camera_names)
-            views = ((key, self._images[:, camera]) for camera, key in enumerate(keys))
-            observation = {key: view.clone() if self._as_torch else view.copy() for key, view in views}
+        if self._views is not None:
+            views = name_views(self.options.camera_names, self._views)
+            observation = {key: view.clone() if self._as_torch else view.copy() for key, view in views.items()}
         observation["states"] = self._states.copy()
         if self.options.observe_text:
             observation["task_descriptions"] = tuple(task.language for task in self._current_tasks())
@@ -678,11 +693,13 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             return
         self._states[changed] = self.worlds.states(changed)
         if self._renderer is not None:
-            images = self.worlds.render(self._renderer, changed, as_torch=self._as_torch)
-            if len(changed) == self.num_envs:
-                self._images = images
+            views = self.worlds.views(self._renderer, changed, as_torch=self._as_torch)
+            if self._views is None or len(changed) == self.num_envs:
+                self._views = views
             else:
-                self._images[changed] = images
+                for known, view in zip(self._views, views, strict=True):
+                    if view is not None:
+                        known[changed] = view
         self._is_stale[changed] = False
 
     def _current_tasks(self) -> list[TaskSpec]:

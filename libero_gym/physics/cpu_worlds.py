@@ -17,6 +17,7 @@ from libero_gym.fork import Owner, Uncopied
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import read_task
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
+from libero_gym.rendering.protocol import Views
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates
 from libero_gym.tasks.scenes import Scene, load_scenes
 from libero_gym.tasks.suites import TaskSpec
@@ -140,10 +141,10 @@ class CpuWorlds(Uncopied):
         ids = range(self.num_worlds) if world_ids is None else world_ids.tolist()
         return np.stack([self._simulation(i).states() for i in ids])
 
-    def render(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Any:
-        """Return images of some worlds; see `Worlds.render`."""
+    def views(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Views:
+        """Return what the renderer draws of some worlds; see `Worlds.views`."""
         simulations = [self._simulation(i) for i in world_ids.tolist()]
-        return renderer.render_torch(simulations) if as_torch else renderer.render(simulations)
+        return renderer.views(simulations, as_torch=True) if as_torch else renderer.views(simulations)
 
     def get_state(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
         """Return `Simulation.get_state` of a world."""

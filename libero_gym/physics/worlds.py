@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.physics.simulation import PhysicsError
+from libero_gym.rendering.protocol import Views
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates
 from libero_gym.tasks.suites import TaskSpec
 
@@ -110,13 +111,13 @@ class Worlds(Protocol):
         """Return the proprioception of some worlds (None: all), float32 [num, 8]; see `Simulation.states`."""
         ...
 
-    def render(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Any:
-        """Return images of some worlds, uint8 [num, K, H, W, 3].
+    def views(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Views:
+        """Return all of some worlds that the renderer was made for, num worlds each.
 
         Args:
             renderer: from `libero_gym.rendering.renderers.make_renderer`.
             world_ids: int64 [num].
-            as_torch: whether as a tensor on the renderer's device; needs the renderer "warp".
+            as_torch: whether as tensors on the renderer's device; needs the renderer "warp".
         """
         ...
 
