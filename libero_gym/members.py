@@ -129,6 +129,10 @@ class Member:
         """Return which parts of the goal hold; see `LiberoVectorEnv.goal_state`."""
         return self._envs.goal_state(self._env_id)
 
+    def hold_action(self) -> npt.NDArray[np.float32]:
+        """Return the action that keeps arm and gripper; see `LiberoVectorEnv.hold_action`."""
+        return self._envs.hold_action(self._env_id)
+
     def segmentation_labels(self) -> dict[int, SegmentationLabel]:
         """Return what the numbers in `segmentation` are; see `LiberoVectorEnv.segmentation_labels`."""
         return self._envs.segmentation_labels(self._env_id)

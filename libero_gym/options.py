@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ, ActionMode, action_dim, check_action_mode, count_substeps
 from libero_gym.physics.simulation import Stepping
 from libero_gym.rendering.cameras import Camera, camera_name
 from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
@@ -34,6 +34,11 @@ CLOSED = "the environment is closed; make a new one"
 
 # States lie within: eef position (m), axis-angle (rad, |v| <= 2 pi by its definition from w in -1..1), fingers (m).
 _STATE_LIMIT = np.array([10.0] * 3 + [2 * np.pi] * 3 + [1.0] * 2, dtype=np.float32)
+# An absolute pose lies within: grip site's position (m, beyond the arm's reach), axis-angle (rad, as observed).
+_POSE_LIMIT = np.array([2.0] * 3 + [2 * np.pi] * 3, dtype=np.float32)
+# The Panda's joint limits, rad: `range` in robosuite's panda/robot.xml.
+_JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973], dtype=np.float32)
+_JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973], dtype=np.float32)
 _MAX_SENTENCE = 512
 # Nothing that is drawn is farther away, m: the far clipping planes of LIBERO's scenes are at 70 to 130 m.
 _MAX_DEPTH = 1000.0
@@ -56,6 +61,8 @@ class EnvOptions:
         horizon: steps until an episode is truncated, from `check_horizon`; None has `horizon_of` decide.
         init_states: kind of the initial states, from `check_init_states`.
         stepping: see `libero_gym.Simulation`.
+        action_mode: what the numbers of an action mean.
+        control_freq: environment steps a second.
         render_mode: None or one of `render_modes`.
         render_size: height and width of what `render` returns, pixels.
         texture_colorspace: "linear" or "auto", see `libero_gym.rendering.textures`.
@@ -73,6 +80,8 @@ class EnvOptions:
     horizon: int | None
     init_states: InitStates
     stepping: Stepping
+    action_mode: ActionMode
+    control_freq: int
     render_mode: str | None
     render_size: int
     texture_colorspace: TextureColorspace
@@ -89,6 +98,8 @@ class EnvOptions:
             raise ValueError(f"reward={self.reward!r} is unknown (valid: 'sparse', 'relative')")
         if self.stepping not in get_args(Stepping):
             raise ValueError(f"stepping={self.stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        check_action_mode(self.action_mode)
+        count_substeps(self.control_freq)
         check_texture_colorspace(self.texture_colorspace)
 
     @property
@@ -274,9 +285,19 @@ def make_observation_space(
     return spaces.Dict(entries)
 
 
-def make_action_space() -> spaces.Box:
-    """Return the action space of one environment."""
-    return spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+def make_action_space(action_mode: ActionMode = "delta_pose", *, num_action_chunks: int = 1) -> spaces.Box:
+    """Return the action space of one environment, [A], or of its chunks, [C, A] with C > 1."""
+    if action_mode == "absolute_pose":
+        low, high = -_POSE_LIMIT, _POSE_LIMIT
+    elif action_mode == "absolute_joint_pos":
+        low, high = _JOINT_LOW, _JOINT_HIGH
+    else:
+        high = np.ones(action_dim(action_mode) - 1, np.float32)
+        low = -high
+    low, high = np.append(low, np.float32(-1)), np.append(high, np.float32(1))
+    if num_action_chunks > 1:
+        low, high = (np.tile(limit, (num_action_chunks, 1)) for limit in (low, high))
+    return spaces.Box(low, high, dtype=np.float32)
 
 
 def _check_size(name: str, size: int) -> None:

@@ -19,7 +19,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from libero_gym.conventions import ACTION_DIM, STATE_DIM
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ, STATE_DIM, ActionMode, action_dim
 from libero_gym.fork import Owner, Uncopied
 from libero_gym.members import Member
 from libero_gym.options import (
@@ -147,6 +147,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     ## Action space
     float32 [N, 7] ([N, 1, 7] is taken too), or [N, C, 7] with `num_action_chunks=C > 1`: a call of `step` then runs
     up to C steps and observes once, at their end. An environment whose episode ends within a chunk idles for its rest.
+    Joint modes have 8 numbers in place of 7, see `LiberoEnv`.
 
     ## Observation space
     `Dict` as in `LiberoEnv` with a leading N; `task_descriptions` is a tuple of N str. With `images_as_torch=True`
@@ -205,8 +206,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     ## Physics on a GPU
     `physics="warp"` is not LIBERO to the last bit; what it does differently is said in
     `libero_gym.physics.warp_worlds`. Tasks may be of any scenes and suites: environments of one scene are stepped as
-    one, scenes at the same time (`libero_gym.physics.warp_groups`). `stepping` has no part in it, and it draws with the
-    renderer "warp" only. A step runs all environments of a scene together, so that its time hardly depends on how many
+    one, scenes at the same time (`libero_gym.physics.warp_groups`). `stepping` has no part in it, `action_mode` and
+    `control_freq` are the default ones, and it draws with the renderer "warp" only. A step runs all environments of a scene together, so that its time hardly depends on how many
     of them idle; prefer SAME_STEP autoreset, and states that are settled.
     """
 
@@ -242,6 +243,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         max_episode_steps: int | None = None,
         init_states: InitStates | None = None,
         stepping: Stepping = "exact",
+        action_mode: ActionMode = "delta_pose",
+        control_freq: int = CONTROL_FREQUENCY_HZ,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
         render_mode: str | None = None,
@@ -265,6 +268,11 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if physics == "warp" and stepping != "exact":
             raise ValueError(f"stepping={stepping!r} chooses among CPU steppers; leave it out with physics='warp'")
         has_views = observe_images or observe_depth or observe_segmentation
+        if physics == "warp" and (action_mode != "delta_pose" or control_freq != CONTROL_FREQUENCY_HZ):
+            raise ValueError(
+                f"physics='warp' has action_mode='delta_pose' and control_freq={CONTROL_FREQUENCY_HZ} only (given: "
+                f"{action_mode!r}, {control_freq!r}); take physics='cpu' for others"
+            )
         if images_as_torch and not has_views:
             raise ValueError("images_as_torch=True needs observe_images=True, or depth or segmentation")
         self.num_envs = _positive("num_envs", num_envs)
@@ -291,23 +299,23 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             horizon=min(limits, default=None),
             init_states=check_init_states(init_states, suite),
             stepping=stepping,
+            action_mode=action_mode,
+            control_freq=control_freq,
             render_mode=render_mode,
             render_size=render_size,
             texture_colorspace=texture_colorspace,
         )
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_fps": control_freq}
         self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.single_observation_space = make_observation_space(
             image_size, view_kinds=self.options.view_kinds, has_text=observe_text, camera_names=camera_names
         )
-        self.single_action_space = make_action_space()
+        self.single_action_space = make_action_space(action_mode)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-        if self._num_chunks > 1:
-            shape = (self.num_envs, self._num_chunks, ACTION_DIM)
-            self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape, np.float32)
+        chunks = make_action_space(action_mode, num_action_chunks=self._num_chunks)
+        self.action_space = batch_space(chunks, self.num_envs)
         threads = len(os.sched_getaffinity(0)) if num_threads is None else _positive("num_threads", num_threads)
 
         self._owner = Owner("the vector environment")
@@ -316,7 +324,13 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._num_threads = threads
         self._worlds: Worlds | None
         if physics == "cpu":
-            self._worlds = CpuWorlds(self.num_envs, stepping=stepping, num_threads=threads)
+            self._worlds = CpuWorlds(
+                self.num_envs,
+                stepping=stepping,
+                action_mode=action_mode,
+                control_freq=control_freq,
+                num_threads=threads,
+            )
         else:
             from libero_gym.physics.warp_groups import make_warp_worlds  # imports Warp and MuJoCo Warp
 
@@ -583,6 +597,14 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             return inspection.goal_state(worlds.simulations[env_id])
         return inspection.inspect_positions(worlds.get_state(env_id))[1]
 
+    def hold_action(self, env_id: int) -> npt.NDArray[np.float32]:
+        """Return the action that keeps arm and gripper of environment `env_id`, see `LiberoEnv.hold_action`."""
+        self._check_env_id(env_id)
+        worlds = self.worlds
+        if isinstance(worlds, CpuWorlds):
+            return worlds.simulations[env_id].hold_action().astype(np.float32)
+        return np.zeros(action_dim("delta_pose"), np.float32)
+
     def segmentation_labels(self, env_id: int) -> dict[int, SegmentationLabel]:
         """Return what the numbers in `segmentation` of environment `env_id` are, see `LiberoEnv.segmentation_labels`.
 
@@ -650,7 +672,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._begin(env_ids, starts)
 
     def _run(self, chunks: npt.NDArray[np.float64], is_active: BoolArray) -> tuple[BoolArray, BoolArray]:
-        """Run chunks [N, C, 7] and book them; return which episodes terminated and which were truncated.
+        """Run chunks [N, C, A] and book them; return which episodes terminated and which were truncated.
 
         What ends early is drawn while the rest is stepped, unless drawing needs the same cores. The first images are
         drawn in one piece.
@@ -734,14 +756,15 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         return task
 
     def _check_actions(self, actions: Any) -> npt.NDArray[np.float64]:
-        """Return actions as [N, C, 7]."""
+        """Return actions as [N, C, A]."""
         values = np.asarray(actions, dtype=np.float64)
-        expected = (self.num_envs, ACTION_DIM)
+        width = action_dim(self.options.action_mode)
+        expected = (self.num_envs, width)
         if self._num_chunks > 1:
-            expected = (self.num_envs, self._num_chunks, ACTION_DIM)
-        if values.shape != expected and (self._num_chunks > 1 or values.shape != (self.num_envs, 1, ACTION_DIM)):
+            expected = (self.num_envs, self._num_chunks, width)
+        if values.shape != expected and (self._num_chunks > 1 or values.shape != (self.num_envs, 1, width)):
             raise ValueError(f"actions have shape {values.shape}; expected {expected}")
-        chunks = values.reshape(self.num_envs, self._num_chunks, ACTION_DIM)
+        chunks = values.reshape(self.num_envs, self._num_chunks, width)
         is_bad = ~np.isfinite(chunks).all(axis=-1)  # [N, C]
         if is_bad.any():
             env_ids, steps = np.nonzero(is_bad)

@@ -66,9 +66,9 @@ def inspect_positions(state: Mapping[str, Any]) -> tuple[Poses, dict[str, bool]]
 def segmentation_labels(scene: Scene) -> dict[int, SegmentationLabel]:
     """Return body and object of each number of the segmentation of a scene; see `LiberoEnv.segmentation_labels`."""
     model = scene.physics_model
-    objects = {thing.body_id: name for name, thing in scene.objects.items()}
+    objects: dict[int, str] = {thing.body_id: name for name, thing in scene.objects.items()}
     names = [str(model.body(body).name) for body in range(model.nbody)]
-    roots = model.body_rootid.tolist()
+    roots: list[int] = model.body_rootid.tolist()
     return {
         body: SegmentationLabel(names[body], objects.get(roots[body], names[roots[body]])) for body in range(len(names))
     }
