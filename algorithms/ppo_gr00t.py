@@ -53,6 +53,7 @@ from algorithms.common.args import (
     check_at_least,
     check_entropy_bonus,
     check_folders,
+    check_hold,
     check_near_goal,
     check_physics,
     check_sizes,
@@ -189,6 +190,9 @@ class Args:
     """Keep the step sizes, or let them fall to 0 over training, or let the policy's follow
     target_kl: 1.5 times smaller after an update that ended above it, 1.5 times larger after one
     that ended below half of it, up to 10 times either way."""
+    lr_hold: float = 0.0
+    """Part of training, in [0, 1), that keeps the step sizes before a linear schedule lets them
+    fall."""
     target_kl: float | None = None
     """End an iteration's update when a minibatch's approximate KL from the rollout's policy exceeds
     this."""
@@ -341,6 +345,7 @@ def check_args(args: Args) -> None:
     exact_quotient(args, "minibatch_size", "micro_batch_size")
     check_folders(args, STATE_MODEL)
     check_near_goal(args)
+    check_hold(args.lr_schedule, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:
         raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
     if args.eval_episodes_per_task > 0:
@@ -668,7 +673,7 @@ def main(
         weight_decay=args.weight_decay,
     )
     model, optimizer = prepare(accelerator, agent, optimizer)
-    step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl)
+    step_sizes = StepSizes(optimizer, args.lr_schedule, args.target_kl, args.lr_hold)
     set_seed(args.seed, device_specific=True)
 
     # --- observations: encoded once a decision, and kept for all epochs ---

@@ -9,7 +9,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import gymnasium
 import numpy as np
@@ -55,7 +55,7 @@ from libero_gym.physics.states import (
 )
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
 from libero_gym.rendering.cameras import Camera, check_cameras
-from libero_gym.rendering.protocol import Renderer, RendererKind, Views
+from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
@@ -348,6 +348,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._views: Views | None = None
         self._states = np.zeros((self.num_envs, STATE_DIM), np.float32)
         self._is_stale = np.ones(self.num_envs, np.bool_)
+        self._is_undrawn = np.ones(self.num_envs, np.bool_)
+        self._is_looked_at = np.ones(self.num_envs, np.bool_)
 
     @property
     def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -501,6 +503,23 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
             raise ValueError(f"weights={values.tolist()}: they must be finite, not negative, and not all 0")
         self._task_probabilities = values / values.sum()
+
+    def draw_only(self, env_ids: Sequence[int] | None) -> None:
+        """Say whose images are drawn from now on, for those who look at few of them.
+
+        Those of other environments, and their depth and segmentation, are as they were drawn last; at first black, 0 m
+        and -1.
+
+        Args:
+            env_ids: environments that are drawn; None draws all, as at first.
+
+        Raises:
+            ValueError: there is no such environment.
+        """
+        chosen = range(self.num_envs) if env_ids is None else env_ids
+        for env_id in chosen:
+            self._check_env_id(env_id)
+        self._is_looked_at = np.isin(np.arange(self.num_envs), list(chosen))
 
     def observe(self) -> dict[str, Any]:
         """Return the current observation of all environments, for instance after `set_state`.
@@ -711,18 +730,40 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     def _refresh(self, env_ids: IntArray) -> None:
         """Read and draw those of the environments that have changed."""
         changed = np.sort(env_ids[self._is_stale[env_ids]])
-        if not len(changed):
+        if len(changed):
+            self._states[changed] = self.worlds.states(changed)
+            self._is_stale[changed] = False
+            self._is_undrawn[changed] = True
+        drawn = np.sort(env_ids[(self._is_undrawn & self._is_looked_at)[env_ids]])
+        if self._renderer is None:
             return
-        self._states[changed] = self.worlds.states(changed)
-        if self._renderer is not None:
-            views = self.worlds.views(self._renderer, changed, as_torch=self._as_torch)
-            if self._views is None or len(changed) == self.num_envs:
-                self._views = views
-            else:
+        if len(drawn) == self.num_envs:
+            self._views = self.worlds.views(self._renderer, drawn, as_torch=self._as_torch)
+        else:
+            if self._views is None:
+                self._views = self._blank_views(self._renderer)
+            if len(drawn):
+                views = self.worlds.views(self._renderer, drawn, as_torch=self._as_torch)
                 for known, view in zip(self._views, views, strict=True):
                     if view is not None:
-                        known[changed] = view
-        self._is_stale[changed] = False
+                        known[drawn] = view
+        self._is_undrawn[drawn] = False
+
+    def _blank_views(self, renderer: Renderer) -> Views:
+        """Return what is shown of environments that were never drawn."""
+        spaces = self.single_observation_space.spaces
+        blank: dict[ViewKind, Any] = {"images": 0, "depth": 0, "segmentation": -1}
+        arrays: dict[ViewKind, Any] = {}
+        for kind in self.options.view_kinds:
+            space = spaces[kind]
+            shape = (self.num_envs, len(self.options.camera_names), *space.shape)
+            arrays[kind] = np.full(shape, blank[kind], space.dtype)
+        if self._as_torch:
+            import torch
+
+            device = cast(Any, renderer).device
+            arrays = {kind: torch.from_numpy(array).to(device) for kind, array in arrays.items()}
+        return Views(**{kind: arrays.get(kind) for kind in blank})
 
     def _current_tasks(self) -> list[TaskSpec]:
         tasks = [task for task in self.worlds.current_tasks if task is not None]

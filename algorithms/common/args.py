@@ -49,6 +49,14 @@ def check_at_least(args: Any, least: int, *names: str) -> None:
             raise ValueError(f"{name}={value} must be at least {least}")
 
 
+def check_hold(schedule: str, hold: float) -> None:
+    """Raises ValueError if `hold` is no part of training, or `schedule` has no use for it."""
+    if not 0 <= hold < 1:
+        raise ValueError(f"lr_hold={hold} is not in [0, 1): some of training must be left to fall in")
+    if hold > 0 and schedule != "linear":
+        raise ValueError(f"lr_hold={hold} goes with --lr-schedule linear only (given: {schedule}); leave it at 0")
+
+
 def check_physics(args: Any, cpu_preset: str) -> None:
     """Raises ValueError if `args.physics` is to run on a GPU and there is none.
 

@@ -201,7 +201,8 @@ def evaluate(
 
     Args:
         agent: `predict(obs, generator=[...])` gives an action chunk [N, C, 7] for N observations. An `EpisodicPolicy`
-            is told of episodes.
+            is told of episodes. For one whose `looks_at_images` is False only what is recorded is drawn, where the
+            environments can do so.
         envs: environments with autoreset disabled and GR00T's modality keys.
         jobs: the episodes.
         seed: seed, or several, of the noise and of the environments.
@@ -235,6 +236,7 @@ def evaluate(
     chunk_length = action_shape[0] if len(action_shape) == 2 else 1
     fps = CONTROL_FREQUENCY_HZ / chunk_length
     recorded = {key for key in keys if key[0] == seeds[0] and record(*key[1:])} if video_dir else set()
+    draw_only = None if getattr(agent, "looks_at_images", True) else getattr(envs.unwrapped, "draw_only", None)
     queue = iter(keys)
     slots = [_Slot() for _ in range(num_envs)]
     free = list(range(num_envs))
@@ -255,6 +257,8 @@ def evaluate(
             elif slot.key is not None:
                 slot.generator = episode_generator(*slot.key)
         starting = [i for i in free if slots[i].is_acting]
+        if free and draw_only is not None:
+            draw_only([i for i, slot in enumerate(slots) if slot.frames is not None])
         if starting:
             reset_start = time.perf_counter()
             # The first reset has to reach every environment, also those that have nothing to do.

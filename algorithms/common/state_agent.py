@@ -40,10 +40,12 @@ class StateFlowAgent(nn.Module):
         width: of the hidden layers.
 
     Attributes:
-        image_size: of the images that an evaluation films; the agent looks at none.
+        image_size: of the images that an evaluation films.
+        looks_at_images: the agent needs none, so that an evaluation draws only what it films.
     """
 
     image_size = 128
+    looks_at_images = False
     # Position (m), axis-angle (rad) and fingers (m), brought to about unit size round where the task is done.
     state_scale = (10.0, 10.0, 10.0, 1.0, 1.0, 1.0, 50.0, 50.0)
 

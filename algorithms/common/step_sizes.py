@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from algorithms.common.args import check_hold
+
 Schedule = Literal["constant", "linear", "adaptive"]
 
 # An adaptive step size changes by this factor, and stays within this factor of where it started.
@@ -19,26 +21,29 @@ class StepSizes:
 
     Args:
         optimizer: its groups' step sizes are those to start from. A group named "value" never adapts.
-        schedule: `constant`; `linear`: all fall to 0 over training; `adaptive`: see `follow`.
+        schedule: `constant`; `linear`: all fall to 0 by the end of training; `adaptive`: see `follow`.
         target_kl: what `adaptive` follows.
+        hold: part of training, in [0, 1), before `linear` lets them fall.
 
     Raises:
-        ValueError: `adaptive` has no positive `target_kl`.
+        ValueError: `adaptive` has no positive `target_kl`, or `hold` is out of range or goes with another schedule.
     """
 
-    def __init__(self, optimizer: Any, schedule: Schedule, target_kl: float | None) -> None:
+    def __init__(self, optimizer: Any, schedule: Schedule, target_kl: float | None, hold: float = 0.0) -> None:
         if schedule == "adaptive" and (target_kl is None or target_kl <= 0):
             raise ValueError(
                 f"lr_schedule='adaptive' needs a positive target_kl to follow, e.g. 0.1 (given: {target_kl})"
             )
-        self._optimizer, self._schedule, self._target_kl = optimizer, schedule, target_kl
+        check_hold(schedule, hold)
+        self._optimizer, self._schedule, self._target_kl, self._hold = optimizer, schedule, target_kl, hold
         self._start = [group["lr"] for group in optimizer.param_groups]
 
     def begin(self, progress: float) -> None:
         """Sets the step sizes of an update, with the part of training that is done before it, in [0, 1)."""
         if self._schedule == "linear":
+            left = min(1.0, (1 - progress) / (1 - self._hold))
             for group, start in zip(self._optimizer.param_groups, self._start, strict=True):
-                group["lr"] = start * (1 - progress)
+                group["lr"] = start * left
 
     @contextmanager
     def policy_scaled(self, factor: float) -> Generator[None]:

@@ -31,6 +31,8 @@ SHININESS_SCALE = 128.0
 # Surfaces less opaque than this are left out: rays do not blend.
 MIN_ALPHA = 0.5
 MAX_MIP_LEVELS = 14
+# Images of 256 pixels never look at finer levels than those of textures of this size, texels.
+MAX_TEXTURE_SIZE = 1024
 
 TEXTURE_2D, TEXTURE_CUBE = 0, 1
 
@@ -127,7 +129,7 @@ def build_ray_scene(
     model: mujoco.MjModel,
     camera_names: tuple[str | Camera, ...],
     *,
-    max_texture_size: int = 1024,
+    max_texture_size: int = MAX_TEXTURE_SIZE,
     lit_sites: tuple[int, ...] = (),
     reflections: bool = True,
     texture_colorspace: TextureColorspace = "linear",
@@ -137,8 +139,7 @@ def build_ray_scene(
     Args:
         model: A model with visual geoms and textures.
         camera_names: Cameras to render, in order.
-        max_texture_size: Larger textures are halved until they fit. Images of 256 pixels never look at the
-            finer mipmap levels that this drops.
+        max_texture_size: Larger textures are halved until they fit.
         lit_sites: Sites that are drawn while they are lit.
         reflections: Whether the first reflective plane or box mirrors.
         texture_colorspace: Whether textures tagged as sRGB are decoded, see `libero_gym.rendering.textures`.
@@ -274,6 +275,8 @@ def _geom_triangles(model: mujoco.MjModel, geom: int, texture: int) -> _Triangle
         triangles = _box(model, size)
     elif kind == mujoco.mjtGeom.mjGEOM_CYLINDER:
         triangles = _cylinder(model, np.array([size[0], size[0], size[1]], dtype=np.float32))
+    elif kind == mujoco.mjtGeom.mjGEOM_CAPSULE:
+        triangles = _capsule(model, radius=float(size[0]), half_length=float(size[1]))
     elif kind == mujoco.mjtGeom.mjGEOM_PLANE:
         triangles = _plane(size)
     else:
@@ -284,7 +287,14 @@ def _geom_triangles(model: mujoco.MjModel, geom: int, texture: int) -> _Triangle
     repeat = model.mat_texrepeat[material].astype(np.float32)
     is_uniform = bool(model.mat_texuniform[material])
     is_mesh = kind == mujoco.mjtGeom.mjGEOM_MESH
-    if model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
+    if kind == mujoco.mjtGeom.mjGEOM_CAPSULE:
+        if model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D or is_uniform:
+            raise ValueError(
+                f"geom {geom} is a capsule with a flat or uniform texture, which the ray caster cannot draw; give its "
+                "material a cube map without texuniform, or none"
+            )
+        coords = triangles.texture_coords
+    elif model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
         # A cube map is looked up by the position on the unit shape.
         scale = np.ones(3, np.float32) if is_uniform or is_mesh else np.where(size > 0, size, 1)
         if kind == mujoco.mjtGeom.mjGEOM_CYLINDER and not is_uniform:
@@ -374,6 +384,22 @@ def _cylinder(model: mujoco.MjModel, size: FloatArray) -> _Triangles:
     return _merge(patches)
 
 
+def _capsule(model: mujoco.MjModel, *, radius: float, half_length: float) -> _Triangles:
+    """A tube and two half spheres; their texture coordinates are points of the unit tube and the unit sphere."""
+    slices, stacks = model.vis.quality.numslices, model.vis.quality.numstacks
+    angles = 2 * np.pi * np.arange(slices + 1) / slices
+    z, angle = np.meshgrid(np.linspace(-1.0, 1.0, stacks + 1), angles, indexing="ij")
+    unit = np.stack([np.cos(angle), np.sin(angle), z], axis=-1)
+    normals = np.stack([np.cos(angle), np.sin(angle), np.zeros_like(z)], axis=-1)
+    patches = [_grid(unit * [radius, radius, half_length], normals, unit)]
+    quarter = 0.5 * np.pi
+    for sign, latitudes in ((1.0, (0.0, quarter)), (-1.0, (-quarter, 0.0))):
+        latitude, angle = np.meshgrid(np.linspace(*latitudes, stacks // 2 + 1), angles, indexing="ij")
+        unit = np.stack([np.cos(latitude) * np.cos(angle), np.cos(latitude) * np.sin(angle), np.sin(latitude)], axis=-1)
+        patches.append(_grid(unit * radius + [0.0, 0.0, sign * half_length], unit, unit))
+    return _merge(patches)
+
+
 def _plane(size: FloatArray) -> _Triangles:
     if size[0] <= 0 or size[1] <= 0:
         raise ValueError(f"infinite planes (size {size.tolist()}) are not drawn; LIBERO's floors are finite")
@@ -402,25 +428,13 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
     end = 1
     for texture in range(model.ntex):
         is_2d = model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D
-        height, width, channels = (
-            int(array[texture]) for array in (model.tex_height, model.tex_width, model.tex_nchannel)
-        )
-        start = int(model.tex_adr[texture])
-        if texture in used or texture == skybox:
-            data = model.tex_data[start : start + height * width * channels].reshape(height, width, channels)
-        else:
-            data = np.zeros((1, 1, channels), np.uint8)
-            height, width = 1, 1
-        count = 6 if not is_2d and height == 6 * width else 1
-        pixels = data[..., :3].reshape(count, height // count, width, 3)
-        pixels = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))  # [3, faces, height, width]
-        while max(pixels.shape[2:]) > max_size:
-            pixels = _halve_bytes(pixels)
+        is_seen = texture in used or texture == skybox
+        pixels = small_texture(model, texture, max_size) if is_seen else np.zeros((3, 1, 1, 1), np.uint8)
         values = pixels.astype(np.float32)
         if is_decoded[texture]:
             values = _srgb_to_linear(values / 255) * 255
         kinds.append(TEXTURE_2D if is_2d else TEXTURE_CUBE)
-        faces.append(count)
+        faces.append(pixels.shape[1])
         sizes.append(values.shape[3:1:-1])
         num_levels = 0
         for level in range(MAX_MIP_LEVELS):
@@ -442,6 +456,20 @@ def _textures(model: mujoco.MjModel, max_size: int, used: set[int], is_decoded: 
         "texels": np.concatenate(chunks),
         "skybox": skybox,
     }
+
+
+def small_texture(model: mujoco.MjModel, texture: int, max_size: int) -> NDArray[np.uint8]:
+    """Returns a texture of a compiled model, [3, faces, height, width], halved until a face fits `max_size`, texels."""
+    height, width, channels = (int(array[texture]) for array in (model.tex_height, model.tex_width, model.tex_nchannel))
+    first = int(model.tex_adr[texture])
+    data = model.tex_data[first : first + height * width * channels].reshape(height, width, channels)
+    is_2d = model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D
+    count = 6 if not is_2d and height == 6 * width else 1
+    faces = data[..., :3].reshape(count, height // count, width, 3)
+    pixels = np.ascontiguousarray(np.moveaxis(faces, -1, 0))
+    while max(pixels.shape[2:]) > max_size:
+        pixels = _halve_bytes(pixels)
+    return pixels
 
 
 def _halve(pixels: NDArray[np.uint8] | FloatArray) -> FloatArray:

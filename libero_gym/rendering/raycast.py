@@ -42,6 +42,7 @@ from libero_gym.rendering.protocol import (
     only_images,
 )
 from libero_gym.rendering.ray_scene import RayScene, build_ray_scene
+from libero_gym.rendering.small_textures import load_small_model
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.cache import cache_dir, drop_damaged, file_lock, note_files
 from libero_gym.tasks.scenes import Scene
@@ -186,7 +187,7 @@ def load_device_scene(
     """
     lit_sites = tuple(int(site) for site in scene.indicator_site_ids)
     ray_scene = build_ray_scene(
-        scene.render_model,
+        load_small_model(scene),
         camera_names,
         lit_sites=lit_sites,
         reflections=reflections,

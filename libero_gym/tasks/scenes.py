@@ -13,7 +13,9 @@ twenty for libero_90); from then on neither is needed. A scene folder holds:
 A machine without LIBERO takes `scene.xml` and `scene.json` from an archive that `python -m libero_gym export` wrote on
 another one, see `libero_gym.tasks.archive`.
 
-The model with visuals is compiled from `scene.xml` on first use (0.5 s), which is faster than reading it back.
+The model with visuals is compiled from `scene.xml` on first use (0.5 s on many cores, 2.5 s on one), which is faster
+than reading it back; more than half of that is the decoding of textures, which `libero_gym.rendering.small_textures`
+spares the ray caster.
 Body, joint, site, actuator and camera ids are equal in both models; geom ids are not.
 """
 
@@ -211,12 +213,20 @@ class Scene:
         with _render_model_lock:
             if "render_model" in self.__dict__:
                 return self.__dict__["render_model"]
-            xml = (self.folder / "scene.xml").read_text(encoding="utf-8")
-            model = _compile(xml, self.asset_roots, with_visuals=True)
-            for name, alpha in self.hidden_site_alpha.items():
-                model.site(name).rgba[3] = alpha
+            model = self.visual_spec().compile()
+            self.hide_sites(model)
             self.__dict__["render_model"] = model
             return model
+
+    def visual_spec(self) -> mujoco.MjSpec:
+        """Return what `render_model` is compiled from, of which the caller may change textures."""
+        xml = (self.folder / "scene.xml").read_text(encoding="utf-8")
+        return mujoco.MjSpec.from_string(_complete_xml(xml, self.asset_roots))
+
+    def hide_sites(self, model: mujoco.MjModel) -> None:
+        """Hide the sites that LIBERO hides at reset in a compiled model with visuals."""
+        for name, alpha in self.hidden_site_alpha.items():
+            model.site(name).rgba[3] = alpha
 
 
 _render_model_lock = threading.Lock()
@@ -337,20 +347,24 @@ def _complete_scene(source: Path, target: Path) -> None:
         (target / name).write_bytes((source / name).read_bytes())
     xml = (source / "scene.xml").read_text(encoding="utf-8")
     roots = json.loads((source / "scene.json").read_text(encoding="utf-8"))["asset_roots"]
-    model = _compile(xml, roots, with_visuals=False)
+    model = _compile_physics(xml, roots)
     mujoco.mj_saveModel(model, str(target / "physics.mjb"), None)
     manifest = {name: _digest(target / name) for name in _FILES}
     (target / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def _compile(xml: str, asset_roots: dict[str, str], *, with_visuals: bool) -> mujoco.MjModel:
+def _complete_xml(xml: str, asset_roots: dict[str, str]) -> str:
+    """Return the MJCF of a scene with the paths of this machine and a small arena."""
     for name, root in asset_roots.items():
         xml = xml.replace(f'file="@{name}/', f'file="{root}/')
     xml, num_sizes = re.subn(r"<size [^>]*/>", '<size memory="32M" />', xml, count=1)
-    if not with_visuals:
-        xml = xml.replace("<compiler ", '<compiler discardvisual="true" ', 1)
     if num_sizes != 1:
         raise RuntimeError("the scene's MJCF has no <size> element: its generator is not the one this package knows")
+    return xml
+
+
+def _compile_physics(xml: str, asset_roots: dict[str, str]) -> mujoco.MjModel:
+    xml = _complete_xml(xml, asset_roots).replace("<compiler ", '<compiler discardvisual="true" ', 1)
     return mujoco.MjModel.from_xml_string(xml)
 
 

@@ -293,7 +293,7 @@ def test_presets_have_the_published_settings_and_sizes_that_divide():
     assert ten.num_envs * ten.num_steps * 10 == 512 * 480
     assert (ten.learning_rate, ten.value_learning_rate, ten.update_epochs, ten.num_action_chunks) == (2e-5, 2e-5, 1, 10)
     for name in ("spatial", "object", "goal", "10"):
-        start = presets.SPATIAL_START if name == "spatial" else "nano"
+        start = {"spatial": presets.SPATIAL_START, "goal": presets.GOAL_START}.get(name, "nano")
         assert PRESETS[f"libero_{name}_nano"].model == start
     for args in PRESETS.values():
         assert args.num_minibatches > 0

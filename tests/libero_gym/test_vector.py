@@ -189,6 +189,37 @@ def test_observations_do_not_share_memory():
     env.close()
 
 
+def test_only_those_that_are_looked_at_are_drawn():
+    env, twin = (make(3, observe_images=True, image_size=8, renderer="warp") for _ in range(2))
+    env.draw_only([1])
+    observation, _ = env.reset(seed=0)
+    expected, _ = twin.reset(seed=0)
+    np.testing.assert_array_equal(observation["states"], expected["states"])
+    for key in ("images", "wrist_images"):
+        assert observation[key].shape == expected[key].shape
+        np.testing.assert_array_equal(observation[key][1], expected[key][1])
+        assert not observation[key][[0, 2]].any()
+    action = random_actions(1, 3)[0]
+    env.draw_only([2])
+    moved, *_ = env.step(action)
+    expected, *_ = twin.step(action)
+    for key in ("images", "wrist_images"):
+        np.testing.assert_array_equal(moved[key][1], observation[key][1])  # as it was drawn last
+        np.testing.assert_array_equal(moved[key][2], expected[key][2])
+        assert (expected[key][1] != observation[key][1]).any()
+    env.draw_only(None)  # what was left out is made up for, without a step
+    assert_same(env.observe(), expected)
+    with pytest.raises(ValueError, match=r"env_id=3 is out of range \(valid: 0-2\)"):
+        env.draw_only([0, 3])
+    blind = make(2, observe_images=True, image_size=8, renderer="warp")
+    blind.draw_only([])
+    observation, _ = blind.reset(seed=0)
+    assert blind.observation_space.contains(observation)
+    assert not observation["images"].any()
+    for each in (env, twin, blind):
+        each.close()
+
+
 def test_finished_environment_idles_for_the_rest_of_its_chunk():
     env = make(2, num_action_chunks=5, horizon=7, autoreset_mode="DISABLED")
     env.reset(seed=0)

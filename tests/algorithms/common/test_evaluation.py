@@ -171,6 +171,38 @@ def test_videos_of_the_first_seed(tmp_path: Path):
     assert result.videos == expected == sorted(tmp_path.iterdir())
 
 
+def test_who_looks_at_no_images_has_only_those_drawn_that_are_filmed(tmp_path: Path):
+    class Draws(ManyStatesLine):
+        """Notes who is drawn at each step."""
+
+        def __init__(self, num_envs: int):
+            super().__init__(num_envs)
+            self.chosen: list[list[int]] = []
+            self.drawn: list[list[int]] = []
+
+        def draw_only(self, env_ids: list[int]) -> None:
+            self.chosen.append(env_ids)
+
+        def step(self, actions: np.ndarray):
+            self.drawn += self.chosen[-1:]
+            return super().step(actions)
+
+    class Blind(NoisyAgent):
+        looks_at_images = False
+
+    films: dict[str, Any] = dict(seed=0, record=lambda task, state: state in (1, 8))
+    envs = Draws(4)
+    result = evaluate(Blind(), envs, JOBS, video_dir=tmp_path / "blind", **films)
+    decisions = {e.init_state_id: -(-e.length // CHUNK) for e in result.episodes}
+    assert [1] in envs.drawn
+    assert sum(len(ids) for ids in envs.drawn) >= decisions[1] + decisions[8]
+    assert all(len(ids) <= 2 for ids in envs.drawn)
+    evaluate(Blind(), unfilmed := Draws(4), JOBS, seed=0)
+    assert not any(unfilmed.drawn)
+    evaluate(NoisyAgent(), seeing := Draws(4), JOBS, video_dir=tmp_path / "seeing", **films)
+    assert seeing.chosen == []
+
+
 def test_all_tasks_are_shown_side_by_side_also_after_an_interruption(tmp_path: Path):
     jobs = [(task, state) for task in (0, 1, 2) for state in (0, 1)]
     log = MemoryLog()

@@ -8,10 +8,10 @@ import torch
 from algorithms.common.step_sizes import StepSizes
 
 
-def make(schedule: Any, target_kl: float | None = None) -> tuple[StepSizes, list[dict[str, Any]]]:
+def make(schedule: Any, target_kl: float | None = None, hold: float = 0.0) -> tuple[StepSizes, list[dict[str, Any]]]:
     groups = [{"name": name, "params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for name, lr in RATES.items()]
     optimizer = torch.optim.AdamW(groups)
-    return StepSizes(optimizer, schedule, target_kl), optimizer.param_groups
+    return StepSizes(optimizer, schedule, target_kl, hold), optimizer.param_groups
 
 
 RATES = {"policy": 1e-3, "value": 1e-2}
@@ -22,6 +22,26 @@ def test_linear_falls_for_all_and_constant_for_none():
         sizes, groups = make(schedule)
         sizes.begin(0.75)
         assert [group["lr"] for group in groups] == pytest.approx([1e-3 * left, 1e-2 * left])
+
+
+def test_linear_falls_after_the_part_that_holds():
+    sizes, groups = make("linear", hold=0.6)
+    for progress, left in ((0.0, 1.0), (0.6, 1.0), (0.7, 0.75), (0.9, 0.25), (0.3, 1.0)):
+        sizes.begin(progress)
+        assert [group["lr"] for group in groups] == pytest.approx([1e-3 * left, 1e-2 * left])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "hold", "message"),
+    [
+        ("linear", 1.0, r"lr_hold=1.0 is not in \[0, 1\)"),
+        ("linear", -0.1, r"lr_hold=-0.1 is not in \[0, 1\)"),
+        ("constant", 0.5, "lr_hold=0.5 goes with --lr-schedule linear only"),
+    ],
+)
+def test_holds_that_mean_nothing_are_refused(schedule, hold, message):
+    with pytest.raises(ValueError, match=message):
+        make(schedule, hold=hold)
 
 
 def test_adaptive_follows_the_divergence_within_bounds_and_leaves_the_critic_alone():

@@ -26,7 +26,7 @@ def test_opengl_that_is_left_open_ends_silently(gl_kinds):
         assert (process.returncode, process.stderr) == (0, "")
 
 
-# Each line is one that the child could wait for ever in.
+# Each line is one that the child could wait for ever in. Here as below, the scene is one of few and small textures.
 FORKED = """
 import multiprocessing
 import os
@@ -38,7 +38,7 @@ from libero_gym.rendering.renderers import make_renderer
 def make():
     return make_renderer({kind!r}, camera_names=("agentview",), image_size=16, num_threads=2)
 
-world, _ = read_recorded("libero_spatial/0", "3.3.2")
+world, _ = read_recorded("libero_10/2", "3.3.2")
 renderer = make()
 images = renderer.render([world])
 
@@ -96,7 +96,7 @@ ENVIRONMENT = """
 import os, sys
 import numpy as np
 from libero_gym.env import LiberoEnv
-env = LiberoEnv("libero_spatial", task_id=0, image_size=16, renderer={kind!r}, render_mode="rgb_array")
+env = LiberoEnv("libero_90", task_id=86, image_size=16, renderer={kind!r}, render_mode="rgb_array")
 env.reset(seed=0)
 if os.fork() == 0:
     for call in (env.reset, lambda: env.step(np.zeros(7)), env.observe, env.render):
@@ -231,7 +231,7 @@ os.environ["MUJOCO_GL"] = kind
 
 def libero():
     from libero.libero.envs import OffScreenRenderEnv
-    bddl_file = str(get_task("libero_spatial", 2).bddl_file)
+    bddl_file = str(get_task("libero_90", 86).bddl_file)
     env = OffScreenRenderEnv(bddl_file_name=bddl_file, camera_heights=64, camera_widths=64)
     env.reset()
     return env
@@ -241,7 +241,7 @@ def draw(env):
     print(*(hashlib.sha256(env.observe()[key].tobytes()).hexdigest() for key in ("images", "wrist_images")), flush=True)
 
 theirs = libero() if order == "theirs first" else None
-ours = LiberoEnv("libero_spatial", task_id=2, image_size=64, renderer=kind)
+ours = LiberoEnv("libero_90", task_id=86, image_size=64, renderer=kind)
 draw(ours)
 if order == "ours first":
     theirs = libero()

@@ -202,15 +202,17 @@ def written(folder: Path) -> dict[Path, int]:
 def test_damaged_native_code_is_compiled_anew(warm_cache: tuple[Path, str]):
     own_cache, expected = warm_cache
     before = {path: time for name in ("native", "warp") for path, time in written(own_cache / name).items()}
-    damaged = [*own_cache.glob("native/*/*/stepping._run_substeps-*.nbc"), *own_cache.glob("warp/*/wp_place_*/*.o")]
-    assert len(damaged) == 2
-    for path in damaged:  # both would be loaded as they are
+    native = list(own_cache.glob("native/*/*/stepping._run_substeps-*.nbc"))
+    kernels = list(own_cache.glob("warp/*/wp_place_*/*.o"))  # of other versions of the code too
+    for path in (*native, *kernels):  # those of this version would be loaded as they are
         flip(path)
     assert result(start(images=True)) == expected
-    repaired = {path: path.stat().st_mtime_ns for path in before}
-    assert all(repaired[path] != before[path] for path in damaged)
+    # What another version compiled is dropped, and not made again.
+    repaired = {path: path.stat().st_mtime_ns for path in before if path.exists()}
+    for damaged in (native, kernels):
+        assert any(path in repaired and repaired[path] != before[path] for path in damaged)
     assert result(start(images=True)) == expected
-    assert {path: path.stat().st_mtime_ns for path in before} == repaired  # nothing is compiled without need
+    assert {path: path.stat().st_mtime_ns for path in repaired} == repaired  # nothing is compiled without need
 
 
 @pytest.mark.slow
