@@ -17,8 +17,8 @@ MUJOCO33_VENV := $(VENV)-mujoco33
 MUJOCO4_VENV := $(VENV)-mujoco4
 WITHOUT_TORCH := pytest pytest-timeout pytest-xdist
 SLOWEST_PHYSICS_TEST := tests/libero_gym/tasks/test_initial_states.py::test_every_tasks_premise_holds_and_lasts[settled-libero_90]
-PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py rendering/test_textures.py test_env.py test_vector.py)
-WARP_TESTS := $(addprefix tests/libero_gym/,physics/test_warp_worlds.py rendering/test_rendering.py)
+PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_action_modes.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py rendering/test_textures.py test_env.py test_vector.py)
+WARP_TESTS := $(addprefix tests/libero_gym/,physics/test_warp_worlds.py rendering/test_rendering.py rendering/test_views.py)
 
 # lerobot pins other versions of torch and so has an environment of its own. 0.6.1 knows layout v3.0; for v2.1:
 # make test-lerobot LEROBOT=lerobot==0.3.3 LEROBOT_VENV=.venv-lerobot03

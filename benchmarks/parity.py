@@ -159,6 +159,7 @@ def compare_run(
 
 
 def compare_states(observation: dict[str, Any], simulation: Simulation) -> float:
+    """Return the largest difference between the proprioception of LIBERO's observation and of a simulation."""
     expected = [
         observation["robot0_eef_pos"],
         axis_angle_from_quat(observation["robot0_eef_quat"]),

@@ -207,8 +207,9 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     `physics="warp"` is not LIBERO to the last bit; what it does differently is said in
     `libero_gym.physics.warp_worlds`. Tasks may be of any scenes and suites: environments of one scene are stepped as
     one, scenes at the same time (`libero_gym.physics.warp_groups`). `stepping` has no part in it, `action_mode` and
-    `control_freq` are the default ones, and it draws with the renderer "warp" only. A step runs all environments of a scene together, so that its time hardly depends on how many
-    of them idle; prefer SAME_STEP autoreset, and states that are settled.
+    `control_freq` are the default ones, and it draws with the renderer "warp" only. A step runs all environments of a
+    scene together, so that its time hardly depends on how many of them idle; prefer SAME_STEP autoreset, and states
+    that are settled.
     """
 
     metadata: dict[str, Any] = dict(METADATA)  # noqa: RUF012 - Gymnasium's declaration

@@ -32,7 +32,7 @@ def make_simulation(action_mode, control_freq=CONTROL_FREQUENCY_HZ, *, stepping=
 
 
 def make_actions(action_mode, num_steps, start):
-    """Returns slow sines about `start`, the action that holds the arm, which reach the table, and a gripper that closes."""
+    """Returns slow sines about `start`, which holds the arm; they reach the table, and the gripper closes."""
     rng = np.random.default_rng(0)
     actions = np.zeros((num_steps, len(start)))
     phases = np.linspace(0, 5, num_steps)[:, None] * rng.uniform(0.5, 2, len(start) - 1)
@@ -97,6 +97,16 @@ def test_native_equals_numpy_to_the_last_bit(action_mode, control_freq):
             simulation.step(action)
         np.testing.assert_array_equal(simulations[0].data.qpos, simulations[1].data.qpos)
         np.testing.assert_array_equal(simulations[0].states(), simulations[1].states())
+
+
+@pytest.mark.parametrize("action_mode", ACTION_MODES)
+def test_fast_stepping_equals_exact_to_rounding_until_the_first_contact(action_mode):
+    simulations = [make_simulation(action_mode, 50, stepping=s) for s in ("exact", "fast")]
+    for action in make_actions(action_mode, 30, simulations[0].hold_action())[:8]:
+        for simulation in simulations:
+            simulation.step(action)
+    np.testing.assert_allclose(simulations[1].data.qpos, simulations[0].data.qpos, atol=1e-9)
+    assert (simulations[0].data.qvel[:7] != 0).all()
 
 
 def test_an_absolute_pose_is_reached():
