@@ -33,7 +33,7 @@ help:
 	@echo "make test           lint-free, network-free test suite (12 minutes on 2 cores)"
 	@echo "make test-mujoco33  the tests of physics and environments under MuJoCo 3.3"
 	@echo "make test-mujoco4   those and the tests of renderers and GPU physics under MuJoCo 4"
-	@echo "make test-installs  the wheel alone and with each extra, and openpi's client, in fresh virtual environments (needs a package index)"
+	@echo "make test-installs  the wheel alone and with each extra, and openpi's and vla-eval's clients, in fresh virtual environments (needs a package index)"
 	@echo "make test-libraries Stable-Baselines3, skrl, TorchRL, RLlib and LeRobot take the environments (needs a package index)"
 	@echo "make test-lerobot   compares our LeRobot data sets with the public lerobot package (needs Python 3.12)"
 	@echo "make quick          the tests that take under ten seconds each"
@@ -70,7 +70,7 @@ quick: $(VENV)/.installed
 	$(IN_PARALLEL) $(BIN)/python -m pytest $(XDIST) -m "not slow and not network"
 
 test-installs: $(VENV)/.installed
-	TORCH='$(TORCH)' $(BIN)/python -m pytest --numprocesses $(JOBS) -m network tests/test_installs.py tests/test_openpi.py
+	TORCH='$(TORCH)' $(BIN)/python -m pytest --numprocesses $(JOBS) -m network tests/test_installs.py tests/test_openpi.py tests/test_vla_eval.py
 
 test-libraries: $(VENV)/.installed
 	TORCH='$(TORCH)' $(BIN)/python -m pytest -m network tests/test_libraries.py
