@@ -135,7 +135,7 @@ def _npy_to_array(entries: dict[Any, Any]) -> Any:
 def _array_to_named_map(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    return {cast(bytes, key).decode(): entry for key, entry in _array_to_map(value).items()}
+    return {key.decode(): entry for key, entry in _array_to_map(value).items()}
 
 
 def _named_map_to_array(entries: dict[Any, Any]) -> Any:

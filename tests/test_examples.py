@@ -113,7 +113,8 @@ def test_the_hubs_environment_is_one_of_each_task():
     ],
 )
 def test_what_lerobot_cannot_take_is_refused(options: dict[str, Any], convention: Any, message: str):
-    envs = LiberoVectorEnv("libero_goal", 1, **({"autoreset_mode": "SAME_STEP", "image_size": 8} | options))
+    given: dict[str, Any] = {"autoreset_mode": "SAME_STEP", "image_size": 8} | options
+    envs = LiberoVectorEnv("libero_goal", 1, **given)
     with pytest.raises(ValueError, match=message):
         LeRobotVectorEnv(envs, convention=convention)
     envs.close()
