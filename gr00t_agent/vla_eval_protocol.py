@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection
@@ -31,9 +31,8 @@ from gr00t_agent.messages import pack_vla_eval, unpack_vla_eval
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
-
-    from gr00t_agent.policy_server import ServedPolicy
 
 PROTOCOL_VERSION = 1
 KEYS = ("type", "payload", "seq", "timestamp")
@@ -53,6 +52,21 @@ OBSERVATION_SPEC: dict[str, dict[str, Any]] = {
 }
 
 
+class Answering(Protocol):
+    """What is asked of a policy; `gr00t_agent.policy_server.ServedPolicy` is one, and says what they are."""
+
+    metadata: dict[str, Any]
+    num_action_chunks: int
+
+    def generator(self) -> torch.Generator:
+        """Return an episode's source of noise."""
+        ...
+
+    def infer(self, request: Any, generator: torch.Generator) -> dict[str, Any]:
+        """Return the answer to an observation in openpi's keys."""
+        ...
+
+
 class Conversation:
     """What is said over one connection.
 
@@ -60,12 +74,12 @@ class Conversation:
         policy: What decides.
     """
 
-    def __init__(self, policy: ServedPolicy) -> None:
+    def __init__(self, policy: Answering) -> None:
         self._policy = policy
         self._begin_episode()
 
     @staticmethod
-    def check(policy: ServedPolicy) -> None:
+    def check(policy: Answering) -> None:
         """Raise a ValueError unless the policy sees and does what vla-eval's LIBERO asks for."""
         expected, seen = [*CAMERAS.values(), "observation/state", "prompt"], policy.metadata["observation"]
         if seen != expected or policy.metadata["action_dim"] != ACTION_DIM:

@@ -528,7 +528,7 @@ def test_environments_that_fail_to_settle_are_left_finished(monkeypatch):
     env.reset(seed=0)
     generator = env.get_state(1)["rng"]
     with monkeypatch.context() as patch:
-        patch.setattr(env.simulations[1], "step", lambda action: (_ for _ in ()).throw(PhysicsError("diverged")))
+        patch.setattr(env.simulations[1], "_step", lambda *_: (_ for _ in ()).throw(PhysicsError("diverged")))
         with pytest.raises(PhysicsError, match="diverged") as error:
             env.reset(options={"reset_mask": np.array([False, True])})
     assert error.value.__notes__ == ["raised by environment 1 of 2"]
