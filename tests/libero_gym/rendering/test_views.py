@@ -262,3 +262,18 @@ def test_what_cannot_be_is_refused(simulation):
         LiberoEnv(TASK, observe_depths=True)
     with pytest.raises(ValueError, match="images_as_torch=True needs observe_images=True, or depth or segmentation"):
         LiberoVectorEnv(TASK, 1, observe_images=False, images_as_torch=True)
+
+
+def test_what_was_never_drawn_is_blank():
+    envs = LiberoVectorEnv(TASK, 2, num_threads=1, **{**OPTIONS, "image_size": 8})
+    envs.draw_only([1])
+    observation, _ = envs.reset(seed=0)
+    assert envs.observation_space.contains(observation)
+    for key, blank in (("images", 0), ("wrist_depth", 0), ("segmentation", -1)):
+        assert (observation[key][0] == blank).all()
+        assert (observation[key][1] != blank).any()
+    envs.draw_only(None)
+    drawn = envs.observe()
+    assert (drawn["segmentation"][0] != -1).any()
+    np.testing.assert_array_equal(drawn["segmentation"][1], observation["segmentation"][1])
+    envs.close()
