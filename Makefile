@@ -17,8 +17,8 @@ MUJOCO33_VENV := $(VENV)-mujoco33
 MUJOCO4_VENV := $(VENV)-mujoco4
 WITHOUT_TORCH := pytest pytest-timeout pytest-xdist
 SLOWEST_PHYSICS_TEST := tests/libero_gym/tasks/test_initial_states.py::test_every_tasks_premise_holds_and_lasts[settled-libero_90]
-PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py rendering/test_textures.py test_env.py test_vector.py)
-WARP_TESTS := $(addprefix tests/libero_gym/,physics/test_warp_worlds.py rendering/test_rendering.py)
+PHYSICS_TESTS := $(addprefix tests/libero_gym/,physics/test_stepping.py physics/test_action_modes.py physics/test_simulation.py physics/test_predicates.py tasks/test_initial_states.py rendering/test_textures.py test_env.py test_vector.py)
+WARP_TESTS := $(addprefix tests/libero_gym/,physics/test_warp_worlds.py rendering/test_rendering.py rendering/test_views.py)
 
 # lerobot pins other versions of torch and so has an environment of its own. 0.6.1 knows layout v3.0; for v2.1:
 # make test-lerobot LEROBOT=lerobot==0.3.3 LEROBOT_VENV=.venv-lerobot03
@@ -36,7 +36,7 @@ help:
 	@echo "make test           lint-free, network-free test suite (12 minutes on 2 cores)"
 	@echo "make test-mujoco33  the tests of physics and environments under MuJoCo 3.3"
 	@echo "make test-mujoco4   those and the tests of renderers and GPU physics under MuJoCo 4"
-	@echo "make test-installs  the wheel alone and with each extra, and openpi's client, in fresh virtual environments (needs a package index)"
+	@echo "make test-installs  the wheel alone and with each extra, and openpi's and vla-eval's clients, in fresh virtual environments (needs a package index)"
 	@echo "make test-libraries Stable-Baselines3, skrl, TorchRL, RLlib and LeRobot take the environments (needs a package index)"
 	@echo "make test-lerobot   compares our LeRobot data sets with the public lerobot package (needs Python 3.12)"
 	@echo "make quick          the tests that take under ten seconds each"
@@ -73,7 +73,7 @@ quick: $(VENV)/.installed
 	$(IN_PARALLEL) $(BIN)/python -m pytest $(XDIST) -m "not slow and not network"
 
 test-installs: $(VENV)/.installed
-	TORCH='$(TORCH)' $(BIN)/python -m pytest --numprocesses $(JOBS) -m network tests/test_installs.py tests/test_openpi.py
+	TORCH='$(TORCH)' $(BIN)/python -m pytest --numprocesses $(JOBS) -m network tests/test_installs.py tests/test_openpi.py tests/test_vla_eval.py
 
 test-libraries: $(VENV)/.installed
 	TORCH='$(TORCH)' $(BIN)/python -m pytest -m network tests/test_libraries.py

@@ -1165,7 +1165,7 @@ def main(
             run.summary(
                 f"iteration_{args.num_iterations}",
                 args.suite,
-                can_be_evaluated=args.model != STATE_MODEL,
+                is_state_policy=args.model == STATE_MODEL,
             )
         )
     return metrics

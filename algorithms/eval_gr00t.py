@@ -13,6 +13,8 @@ Python by --policy, one behind openpi's or Isaac-GR00T's server by --policy-serv
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --seeds 0 1 2
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --reference-env
     python algorithms/eval_gr00t.py --checkpoint runs/dsrl_libero_spatial_1/checkpoints/iteration_65
+    python algorithms/eval_gr00t.py --checkpoint runs/demo/checkpoints/iteration_18 --suite libero_goal
+        --task-ids 0 --horizon 40 --steps-before-success 3 6 9
     python algorithms/eval_gr00t.py --policy my_policy.py:make
     python algorithms/eval_gr00t.py --policy-server ws://localhost:8000
 
@@ -45,7 +47,8 @@ class Args:
     # --- what is evaluated ---
     checkpoint: str | None = None
     """A folder or hub id that `Gr00tAgent.from_pretrained` loads, a preset's name (random weights),
-    or a checkpoint of dsrl_gr00t.py, which names the policy that it steers."""
+    a checkpoint of a trainer's --model state, or one of dsrl_gr00t.py, which names the policy that
+    it steers."""
     base_model: str | None = None
     """Folder or hub id of the policy that a checkpoint of dsrl_gr00t.py steers, if it is elsewhere
     than it was; its weights must be the same."""
@@ -63,6 +66,13 @@ class Args:
     """Stored initial states per task, from the first on."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial noise and of the environments; every episode is run once for each."""
+
+    steps_before_success: tuple[int, ...] = ()
+    """Begin episodes where a scripted expert stands so many environment steps before it succeeds,
+    each number in turn (`libero_gym.near_goal`), as evaluations in training do; if not given, at
+    the initial states."""
+    num_near_goal_states: int = 4
+    """Initial states per task that experts start from, with --steps-before-success."""
 
     # --- policy ---
     num_action_chunks: int | None = None
@@ -110,8 +120,23 @@ def check_args(args: Args) -> None:
     check_source(args)
     if args.base_model is not None:
         check_folder("base_model", args.base_model, "give that of the policy that is steered")
+    check_starts(args)
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
     episode_keys(args.seeds, jobs)
+
+
+def check_starts(args: Args) -> None:
+    """Raises ValueError for starts near the goal that cannot be."""
+    check_at_least(args, 1, "num_near_goal_states")
+    if any(steps < 1 for steps in args.steps_before_success):
+        raise ValueError(
+            f"steps_before_success={args.steps_before_success}: each must be at least 1"
+        )
+    if args.steps_before_success and args.reference_env:
+        raise ValueError(
+            "steps_before_success sets the state of our environment, and reference_env=True is "
+            "LIBERO's own; leave one of them out"
+        )
 
 
 def check_source(args: Args) -> None:
@@ -174,6 +199,7 @@ from algorithms.common.policy_clients import connect
 from algorithms.common.processes import check_alone
 from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.common.report import write_report
+from algorithms.common.state_agent import StateFlowAgent, is_state_agent
 from algorithms.common.steering import (
     WEIGHTS_FILE,
     SteeredAgent,
@@ -184,6 +210,7 @@ from algorithms.common.steering import (
 )
 from gr00t_agent import Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
+from libero_gym.near_goal import NearGoalVectorEnv
 from libero_gym.tasks.suites import get_task
 
 # Environment steps per decision of a policy behind a server: openpi's LIBERO client replans so often.
@@ -226,6 +253,8 @@ def make_candidate(args: Args, resources: ExitStack) -> Candidate:
         return own_candidate(args, args.policy)
     if args.policy_server is not None:
         return server_candidate(args, args.policy_server, resources)
+    if is_state_agent(str(args.checkpoint)):
+        return state_candidate(args, str(args.checkpoint))
     return checkpoint_candidate(args)
 
 
@@ -266,6 +295,31 @@ def checkpoint_candidate(args: Args) -> Candidate:
     )
 
 
+def state_candidate(args: Args, checkpoint: str) -> Candidate:
+    """Returns the policy of a checkpoint of --model state."""
+    for name in ("base_model", "num_action_chunks", "temporal_ensemble", "compute_dtype"):
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(
+                f"{name}={value!r} is nothing that the policy on the robot's state in {checkpoint} "
+                "can change; leave it out"
+            )
+    agent = StateFlowAgent.from_pretrained(checkpoint, denoising_steps=args.denoising_steps)
+    settings = {
+        "num_action_chunks": agent.config.num_action_chunks,
+        "denoising_steps": agent.config.denoising_steps,
+    }
+    return Candidate(
+        agent=agent.to(policy_device(args)).eval(),
+        num_action_chunks=agent.config.num_action_chunks,
+        image_size=agent.image_size,
+        protocol={
+            "checkpoint": checkpoint,
+            "weights_sha256": weights_digest(checkpoint),
+            "policy": settings,
+        },
+    )
+
+
 def own_candidate(args: Args, name: str) -> Candidate:
     """Returns a policy of one's own."""
     chunks = 1 if args.temporal_ensemble is not None else None
@@ -302,6 +356,11 @@ def chunked(
     )
 
 
+def policy_device(args: Args) -> str:
+    """Returns the torch device of a checkpoint's policy."""
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_policy(args: Args) -> Gr00tAgent | SteeredAgent:
     """Returns the policy of a checkpoint on its device: an agent, or one that is steered by its noise.
 
@@ -309,7 +368,7 @@ def load_policy(args: Args) -> Gr00tAgent | SteeredAgent:
         FileNotFoundError: there is no such checkpoint, or not the policy that it steers.
         ValueError: `base_model` is given for a checkpoint that steers none, or has other weights.
     """
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = policy_device(args)
     settings: dict[str, Any] = dict(
         num_action_chunks=args.num_action_chunks,
         denoising_steps=args.denoising_steps,
@@ -346,6 +405,12 @@ def make_envs(
         autoreset_mode=AutoresetMode.DISABLED,
         **options,
     )
+    if args.steps_before_success:
+        envs = NearGoalVectorEnv(
+            envs,
+            steps_before_success=args.steps_before_success,
+            num_init_states=args.num_near_goal_states,
+        )
     return ModalityVectorObservation(envs)
 
 
@@ -356,19 +421,28 @@ def make_protocol(
     args: Args, candidate: Candidate, envs: gym.vector.VectorEnv, jobs: Sequence[Job]
 ) -> dict[str, Any]:
     """Returns all that decides the outcomes, apart from package versions and hardware."""
-    return candidate.protocol | {
-        "suite": args.suite,
-        "task_ids": sorted({task_id for task_id, _ in jobs}),
-        "episodes_per_task": args.episodes_per_task,
-        "seeds": list(args.seeds),
-        "horizon": stated_horizon(args.suite, args.horizon),
-        "environment": "LIBERO" if args.reference_env else "libero_gym",
-        "init_states": check_init_states(args.init_states, args.suite),
-        "renderer": cast(Any, envs.unwrapped).renderer_name,
-        "texture_colorspace": cast(Any, envs.unwrapped).texture_colorspace,
-        "image_size": candidate.image_size,
-        "num_envs": envs.num_envs,
+    near_goal = {
+        "steps_before_success": list(args.steps_before_success),
+        "num_near_goal_states": args.num_near_goal_states,
     }
+    starts = near_goal if args.steps_before_success else {}
+    return (
+        candidate.protocol
+        | starts
+        | {
+            "suite": args.suite,
+            "task_ids": sorted({task_id for task_id, _ in jobs}),
+            "episodes_per_task": args.episodes_per_task,
+            "seeds": list(args.seeds),
+            "horizon": stated_horizon(args.suite, args.horizon),
+            "environment": "LIBERO" if args.reference_env else "libero_gym",
+            "init_states": check_init_states(args.init_states, args.suite),
+            "renderer": cast(Any, envs.unwrapped).renderer_name,
+            "texture_colorspace": cast(Any, envs.unwrapped).texture_colorspace,
+            "image_size": candidate.image_size,
+            "num_envs": envs.num_envs,
+        }
+    )
 
 
 # --- terminal ---

@@ -133,7 +133,7 @@ def compare_run(
     live = env.sim.model._model
     fixtures = np.abs(live.body_pos - simulation.model.body_pos).max()
     fixtures = max(fixtures, np.abs(live.body_quat - simulation.model.body_quat).max())
-    differences = {"qpos": [0.0], "qvel": [0.0], "states": [_compare_states(observation, simulation)]}
+    differences = {"qpos": [0.0], "qvel": [0.0], "states": [compare_states(observation, simulation)]}
     mismatches = successes = contacts = 0
     for action in make_actions(sequence, num_steps, seed):
         observation, _, is_success, _ = env.step(action)
@@ -142,7 +142,7 @@ def compare_run(
         contacts = max(contacts, simulation.data.ncon)
         differences["qpos"].append(np.abs(env.sim.data.qpos - simulation.data.qpos).max())
         differences["qvel"].append(np.abs(env.sim.data.qvel - simulation.data.qvel).max())
-        differences["states"].append(_compare_states(observation, simulation))
+        differences["states"].append(compare_states(observation, simulation))
     return Comparison(
         suite=task.suite,
         task_id=task.task_id,
@@ -158,7 +158,8 @@ def compare_run(
     )
 
 
-def _compare_states(observation: dict[str, Any], simulation: Simulation) -> float:
+def compare_states(observation: dict[str, Any], simulation: Simulation) -> float:
+    """Return the largest difference between the proprioception of LIBERO's observation and of a simulation."""
     expected = [
         observation["robot0_eef_pos"],
         axis_angle_from_quat(observation["robot0_eef_quat"]),

@@ -4,7 +4,8 @@
     python examples/lerobot_policy.py --policy outputs/train/checkpoints/last/pretrained_model --task-id 3
 
 LeRobot's policies act as data sets do: a gripper of 1 is open, of 0 closed. The environment opens at -1 and closes at
-1, which is `1 - 2 * gripper`. `LeRobotVectorEnv` says so, and renames observations as LeRobot's environments name them.
+1, which is `1 - 2 * gripper`. `libero_gym.adapters.LeRobotVectorEnv` says so, and renames observations as LeRobot's
+environments name them. Policies that were trained on LeRobot's own data sets of LIBERO: `convention="lerobot"`.
 """
 
 from __future__ import annotations
@@ -13,44 +14,9 @@ import argparse
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
-from numpy.typing import NDArray
 
 import libero_gym  # noqa: F401 - registers the ids
-from libero_gym.conventions import gripper_from_data
-
-
-class LeRobotVectorEnv(gym.vector.VectorWrapper):
-    """A vector environment as `lerobot.scripts.lerobot_eval` wants it; make it with `autoreset_mode="SAME_STEP"`."""
-
-    @property
-    def envs(self) -> Any:
-        """Each environment, for what LeRobot asks of the first one."""
-        return self.env.unwrapped.envs
-
-    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Returns an attribute of each environment, or what calling it returns."""
-        return self.env.unwrapped.call(name, *args, **kwargs)
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Starts episodes."""
-        observation, info = self.env.reset(seed=seed, options=options)
-        return to_lerobot(observation), info
-
-    def step(self, actions: NDArray[Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Takes actions [N, 7] as LeRobot's policies give them."""
-        actions = np.array(actions, dtype=np.float32)
-        actions[:, 6] = gripper_from_data(actions[:, 6])
-        observation, rewards, terminations, truncations, info = self.env.step(actions)
-        if "final_info" in info:
-            info["final_info"]["is_success"] = info["final_info"]["success"]
-        return to_lerobot(observation), rewards, terminations, truncations, info
-
-
-def to_lerobot(observation: dict[str, Any]) -> dict[str, Any]:
-    """Returns an observation by LeRobot's names; its images are those of the data sets, mirrored as they are."""
-    images = {"image": observation["images"], "wrist_image": observation["wrist_images"]}
-    return {"pixels": images, "agent_pos": observation["states"]}
+from libero_gym.adapters import LeRobotVectorEnv
 
 
 def make_envs(suite: str, task_id: int, num_envs: int, **options: Any) -> LeRobotVectorEnv:

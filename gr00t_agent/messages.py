@@ -1,4 +1,4 @@
-"""Arrays in msgpack, as policy servers send them: openpi's form (`pack`, `unpack`) and Isaac-GR00T's (`*_npy`).
+"""Arrays in msgpack, as policy servers send them: openpi's form (`pack`, `unpack`), Isaac-GR00T's, vla-eval's.
 
 openpi's is that of its `openpi_client.msgpack_numpy`, which pins NumPy 1; the package msgpack-numpy writes another one,
 and pickles arrays of objects. Here as there such arrays are refused, on both ways: nothing is unpickled.
@@ -6,6 +6,8 @@ and pickles arrays of objects. Here as there such arrays are refused, on both wa
     openpi        {b"__ndarray__": True, b"data": bytes, b"dtype": str, b"shape": [int, ...]}; a scalar of NumPy
                   {b"__npgeneric__": True, b"data": value, b"dtype": str}
     Isaac-GR00T   {"__ndarray_class__": True, "as_npy": the bytes of a .npy file}
+    vla-eval      {"__ndarray__": True, "data": bytes, "dtype": str, "shape": [int, ...]}; a picture, by default of PNG,
+                  {"__image__": True, "format": "png", "data": bytes, "shape": [int, int, int]}
 
 Needs msgpack, which the extra `[serve]` brings.
 """
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
+from PIL import Image
 
 try:
     import msgpack
@@ -67,10 +70,29 @@ def unpack_npy(data: bytes) -> Any:
     return _unpacked(data, _npy_to_array)
 
 
+def pack_vla_eval(message: Any) -> bytes:
+    """Return a message in vla-eval's form; its arrays, pictures among them, are sent as bytes.
+
+    Raises:
+        ValueError: An array is of objects, structures or complex numbers.
+        TypeError: Something is nothing that msgpack knows.
+    """
+    return cast(bytes, msgpack.packb(message, default=_array_to_named_map))
+
+
+def unpack_vla_eval(data: bytes) -> Any:
+    """Return the message that `pack_vla_eval`, or vla-eval, made; its arrays may be written to.
+
+    Raises:
+        ValueError: It is no such message, or holds a picture that is none.
+    """
+    return _unpacked(data, _named_map_to_array)
+
+
 def _unpacked(data: bytes, from_map: Callable[[dict[Any, Any]], Any]) -> Any:
     try:
         return msgpack.unpackb(data, object_hook=from_map)
-    except (ValueError, TypeError, KeyError, EOFError) as error:
+    except (ValueError, TypeError, KeyError, EOFError, OSError) as error:  # Pillow's is an OSError
         raise ValueError(
             f"{len(data)} bytes that begin with {bytes(data[:8])!r} are no msgpack message with arrays "
             f"({type(error).__name__}: {error})"
@@ -108,6 +130,24 @@ def _npy_to_array(entries: dict[Any, Any]) -> Any:
     if "__ndarray_class__" in entries:
         return np.lib.format.read_array(io.BytesIO(entries["as_npy"]), allow_pickle=False)
     return entries
+
+
+def _array_to_named_map(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    return {key.decode(): entry for key, entry in _array_to_map(value).items()}
+
+
+def _named_map_to_array(entries: dict[Any, Any]) -> Any:
+    if "__image__" in entries:
+        if entries["format"] == "raw":
+            return _array_from(entries)
+        return np.array(Image.open(io.BytesIO(entries["data"]), formats=("PNG", "JPEG")))
+    return _array_from(entries) if "__ndarray__" in entries else entries
+
+
+def _array_from(entries: dict[str, Any]) -> Any:
+    return _map_to_array({b"__ndarray__": True} | {key.encode(): value for key, value in entries.items()})
 
 
 def _check_kind(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -1,4 +1,4 @@
-"""A policy behind openpi's websocket protocol, which `python -m gr00t_agent.serve` starts.
+"""A policy behind openpi's websocket protocol, or vla-eval's, which `python -m gr00t_agent.serve` starts.
 
 openpi's client, and whatever speaks as it does, connects, gets the metadata, and sends one observation after another,
 each answered by an action chunk. Messages are those of `gr00t_agent.messages`.
@@ -19,8 +19,9 @@ and on how many such observations came before it over the same connection.
 What the client can mend, a key that is missing or a picture of another size, is told as a message of text, which
 openpi's client raises; the connection is then closed, and the server goes on.
 
-Source of the protocol: openpi's `websocket_policy_server.py`, `websocket_client_policy.py` and `examples/libero`.
-"seed" and the names of the metadata are ours. Needs the extras `[agent,serve]`.
+vla-eval's protocol is in `gr00t_agent.vla_eval_protocol`. Source of this one: openpi's `websocket_policy_server.py`,
+`websocket_client_policy.py` and `examples/libero`. "seed" and the names of the metadata are ours. Needs the extras
+`[agent,serve]`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import http
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,7 +44,9 @@ from websockets.sync.server import serve as listen
 
 from gr00t_agent.agent import Gr00tAgent
 from gr00t_agent.messages import pack, unpack
+from gr00t_agent.vla_eval_protocol import Conversation
 
+ServerProtocol = Literal["openpi", "vla-eval"]
 CAMERA_PREFIX, STATE_KEY, PROMPT_KEY, SEED_KEY = "observation/", "observation/state", "prompt", "seed"
 
 
@@ -55,6 +58,10 @@ class ServedPolicy:
         name: What the metadata call it.
         seed: Of the noise of observations that bring no seed.
         resize: Resize pictures of another size than the model's, instead of refusing them.
+
+    Attributes:
+        metadata: What openpi's clients are told on connecting.
+        num_action_chunks: Steps of a chunk that are executed before the next decision; openpi's clients choose them.
     """
 
     def __init__(self, agent: Gr00tAgent, name: str, *, seed: int = 0, resize: bool = False) -> None:
@@ -66,6 +73,7 @@ class ServedPolicy:
         self._cameras = {f"{CAMERA_PREFIX}{key.partition('.')[2]}": key for key in config.video_keys}
         self._state_widths = preprocessor.state_normaliser.widths
         self._sizes = {key: preprocessor.metadata.resolution(key) for key in config.video_keys}
+        self.num_action_chunks = agent.policy.num_action_chunks
         self._horizon = agent.config.action_head.action_horizon
         self.metadata: dict[str, Any] = {
             "model": name,
@@ -148,19 +156,28 @@ def _seed_of(value: Any) -> int:
     return value
 
 
-def make_server(policy: ServedPolicy, host: str = "127.0.0.1", port: int = 8000) -> Server:
+def make_server(
+    policy: ServedPolicy, host: str = "127.0.0.1", port: int = 8000, *, protocol: ServerProtocol = "openpi"
+) -> Server:
     """Return a server that listens; its `serve_forever` answers until another thread calls its `shutdown`.
 
     Args:
         policy: What answers.
         host: Address to listen at; "0.0.0.0" is reached from other machines too.
         port: TCP port; 0 takes a free one, which `server.socket.getsockname()` tells.
+        protocol: What clients speak.
 
     Raises:
+        ValueError: The policy is not for LIBERO's robot and two cameras, and the protocol is vla-eval's.
         OSError: The port is taken, or the address is none of this machine's.
     """
+    if protocol == "vla-eval":
+        Conversation.check(policy)
 
     def converse(connection: ServerConnection) -> None:
+        if protocol == "vla-eval":
+            Conversation(policy).run(connection)
+            return
         generator = policy.generator()
         try:
             connection.send(pack(policy.metadata))
@@ -184,4 +201,5 @@ def _answer(policy: ServedPolicy, message: str | bytes, generator: torch.Generat
 
 
 def _answer_health(connection: ServerConnection, request: Request) -> Response | None:
-    return connection.respond(http.HTTPStatus.OK, "OK\n") if request.path == "/healthz" else None
+    paths = ("/healthz", "/health")  # openpi's, vla-eval's
+    return connection.respond(http.HTTPStatus.OK, "OK\n") if request.path in paths else None

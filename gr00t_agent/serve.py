@@ -1,9 +1,11 @@
-"""Serve a policy by openpi's websocket protocol.
+"""Serve a policy by openpi's websocket protocol, or by vla-eval's.
 
     python -m gr00t_agent.serve --model checkpoints/libero_spatial_rl --port 8000
+    python -m gr00t_agent.serve --model checkpoints/libero_spatial_rl --protocol vla-eval --resize
 
 openpi's client gets action chunks from it, and so does an evaluation by --policy-server ws://localhost:8000. Every
-answer is deterministic. What is sent and answered says gr00t_agent/policy_server.py; nothing is encrypted and nobody is
+answer is deterministic. vla-eval's benchmarks of LIBERO draw 256 pixels, so --resize is for models that saw others.
+What is sent and answered say gr00t_agent/policy_server.py and vla_eval_protocol.py; nothing is encrypted and nobody is
 asked who they are, so listen at another --host only where you trust the network. Needs the extras `[agent,serve]`.
 """
 
@@ -24,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m gr00t_agent.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a checkpoint's folder, hub id, or a preset's name")
+    protocols = ("openpi", "vla-eval")
+    parser.add_argument("--protocol", choices=protocols, default="openpi", help="what clients speak (default: openpi)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for other machines too")
     parser.add_argument("--port", type=int, default=8000, help="TCP port; 0 takes a free one")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, where an observation brings no seed")
@@ -46,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         agent = Gr00tAgent.load(given.model, denoising_steps=given.denoising_steps, compute_dtype=given.compute_dtype)
         agent = agent.to(given.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         policy = ServedPolicy(agent, Path(given.model).name, seed=given.seed, resize=given.resize)
-        server = make_server(policy, given.host, given.port)
+        server = make_server(policy, given.host, given.port, protocol=given.protocol)
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     host, port = server.socket.getsockname()[:2]

@@ -1,4 +1,4 @@
-"""Observations to GR00T's modality keys, and actions back: what passes between environment and policy.
+"""Observations to GR00T's modality keys or LeRobot's, and actions back: what passes between environment and policy.
 
 A `modality.json` (the file that GR00T data sets carry in `meta/`) names slices of the state and action
 vectors and the cameras. The default one describes LIBERO. Note its names `state.roll`, `.pitch`, `.yaw`: in
@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import gymnasium
 import numpy as np
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from libero_gym.conventions import ACTION_DIM, STATE_DIM, gripper_from_data
 
 Observation = dict[str, Any]
+LeRobotConvention = Literal["demonstrations", "lerobot"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,3 +269,82 @@ class ModalityObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
     def observation(self, observation: Any) -> Observation:
         """Converts one observation, see `observation_to_modality`."""
         return observation_to_modality(observation, self.modality)
+
+
+class LeRobotVectorEnv(gymnasium.vector.VectorWrapper):
+    """Vector environment as LeRobot's `eval_policy` wants it, one step at a time.
+
+    Observations are {"pixels": {name: uint8 [N, H, W, 3]}, "agent_pos": float32 [N, 8]}; the instruction is asked for
+    by `call("task_description")`, and `final_info` has `is_success`. Pictures are turned by 180 degrees and states
+    composed as LeRobot's processor of its own LIBERO environment does. The rest is a `convention`:
+
+    | convention | whose | pictures | gripper's action |
+    |---|---|---|---|
+    | "demonstrations" | data sets of this project | `image`, `wrist_image` | 1 opens, 0 closes |
+    | "lerobot" | LeRobot's LIBERO environment | `image`, `image2` | -1 opens, 1 closes |
+
+    Args:
+        env: a vector environment with LIBERO observations, two cameras and `autoreset_mode="SAME_STEP"`.
+        convention: see above.
+
+    Raises:
+        ValueError: an unknown convention, another autoreset mode, or pictures that are not observed.
+    """
+
+    def __init__(self, env: gymnasium.vector.VectorEnv, *, convention: LeRobotConvention = "demonstrations"):
+        if convention not in get_args(LeRobotConvention):
+            raise ValueError(f"convention={convention!r} is unknown (valid: 'demonstrations', 'lerobot')")
+        if env.metadata["autoreset_mode"] is not gymnasium.vector.AutoresetMode.SAME_STEP:
+            raise ValueError(f"{env.metadata['autoreset_mode']}: LeRobot needs autoreset_mode='SAME_STEP'")
+        known = cast(spaces.Dict, env.single_observation_space)
+        if missing := {"images", "wrist_images"} - set(known):
+            raise ValueError(f"LeRobot's policies see two cameras; the environment does not observe {sorted(missing)}")
+        super().__init__(env)
+        self.convention: LeRobotConvention = convention
+        names = ("image", "wrist_image" if convention == "demonstrations" else "image2")
+        self._names = dict(zip(names, ("images", "wrist_images"), strict=True))
+        pixels = spaces.Dict({name: known[key] for name, key in self._names.items()})
+        self.single_observation_space = spaces.Dict({"pixels": pixels, "agent_pos": known["states"]})
+        self.observation_space = batch_space(self.single_observation_space, env.num_envs)
+        if convention == "demonstrations":
+            low, high = np.full(ACTION_DIM, -1.0, np.float32), np.ones(ACTION_DIM, np.float32)
+            low[-1] = 0.0
+            self.single_action_space = spaces.Box(low, high)
+            self.action_space = batch_space(self.single_action_space, env.num_envs)
+
+    @property
+    def envs(self) -> Any:
+        """Each environment, for what LeRobot asks of the first one."""
+        return cast(Any, self.env.unwrapped).envs
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Returns an attribute of each environment, or what calling it returns."""
+        return cast(Any, self.env.unwrapped).call(name, *args, **kwargs)
+
+    def get_attr(self, name: str) -> Any:
+        """Returns an attribute of each environment."""
+        return cast(Any, self.env.unwrapped).get_attr(name)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Starts episodes; see the wrapped environment."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._observation(observation), info
+
+    def step(self, actions: Any) -> tuple[Any, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """Takes actions [N, 7]; see the wrapped environment."""
+        actions = np.array(actions, dtype=np.float32)
+        if self.convention == "demonstrations":
+            actions[:, 6] = gripper_from_data(actions[:, 6])
+        observation, rewards, terminations, truncations, info = self.env.step(actions)
+        if "final_info" in info:
+            final = info["final_info"]
+            info = {
+                **info,
+                "final_obs": self._observation(info["final_obs"]),
+                "final_info": {**final, "is_success": final["success"]},
+            }
+        return self._observation(observation), rewards, terminations, truncations, info
+
+    def _observation(self, observation: Mapping[str, Any]) -> Observation:
+        pixels = {name: observation[key] for name, key in self._names.items()}
+        return {"pixels": pixels, "agent_pos": observation["states"]}

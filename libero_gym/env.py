@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.envs.registration import EnvSpec
 
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ, ActionMode
 from libero_gym.fork import Owner, Uncopied
 from libero_gym.options import (
     CLOSED,
@@ -25,11 +26,12 @@ from libero_gym.options import (
     choose_tasks,
     make_action_space,
     make_observation_space,
-    observation_keys,
+    name_views,
     step_reward,
     with_horizon,
 )
 from libero_gym.physics import inspection
+from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import (
     INTEGER,
@@ -59,7 +61,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     """A Franka Panda arm at a table, with a task given as a sentence.
 
     ## Description
-    The tasks of LIBERO (Liu et al., 2023) and LIBERO-PRO, simulated with MuJoCo at 500 Hz and controlled at 20 Hz.
+    The tasks of LIBERO (Liu et al., 2023) and LIBERO-PRO, simulated with MuJoCo at 500 Hz and controlled at 20 Hz
+    (`control_freq`).
     Dynamics, initial states, observations and success are those of LIBERO's own environment, to the last bit on one
     build of BLAS and MuJoCo from 3.3.6 on.
 
@@ -74,6 +77,20 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
     An operational-space controller turns them into joint torques for 25 physics steps of 2 ms.
 
+    So it is with `action_mode="delta_pose"`, LIBERO's. The others have robosuite 1.4's other controllers; the last
+    number is the gripper's, as above, in all of them:
+
+    | `action_mode` | numbers before the gripper's | Box | robosuite |
+    |---|---|---|---|
+    | `"delta_pose"` | 6, see above | -1..1, clipped | OSC_POSE |
+    | `"absolute_pose"` | 6: position (m) and axis-angle (rad) | -2..2, -2 pi..2 pi | OSC_POSE, `control_delta: false` |
+    | `"delta_joint_pos"` | 7: desired change of the joints | -1..1, clipped, units of 0.05 rad | JOINT_POSITION |
+    | `"absolute_joint_pos"` | 7: desired joint positions, rad | the joints' limits | JOINT_POSITION, `set_qpos` |
+
+    Absolute numbers are not clipped, as in robosuite. The pose is that of the grip site, in the world's frame. `states`
+    holds the same position, but the orientation of the hand, from which the site's differs by -90 degrees about z;
+    `hold_action` returns what stands for the present pose.
+
     ## Observation space
     `Dict`:
 
@@ -83,6 +100,14 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     | `wrist_images` | uint8 (H, W, 3) | camera `camera_names[1]` |
     | `states` | float32 (8,) | end effector's position (3, m), axis-angle (3, rad), finger positions (2, m) |
     | `task_descriptions` | Text | the instruction; without `observe_text` it is left out |
+    | `depth`, `wrist_depth` | float32 (H, W, 1) | with `observe_depth`: metres along the camera's axis |
+    | `segmentation`, `wrist_segmentation` | int32 (H, W, 1) | with `observe_segmentation`: ids of bodies |
+
+    Depth is the distance of what is seen at a pixel's centre from the plane of the camera (not along the ray), as
+    robosuite's `get_real_depth_map` returns it; where nothing is seen it is that of MuJoCo's far clipping plane (70 to
+    130 m). Segmentation tells the body of MuJoCo's model that is seen there, -1 where none is; `segmentation_labels`
+    names bodies and the objects that they are parts of. That is finer than robosuite's "instance", a cabinet's drawers
+    being told apart, and coarser than its "element". Both show the same pixels as the images, mirrored as they are.
 
     Images follow the public LIBERO clients and released checkpoints: LIBERO's raw image rotated by 180 degrees. The
     raw image is the camera's true view flipped vertically (OpenGL's row order), so what is returned is the *mirror
@@ -127,11 +152,16 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     - `texture_colorspace`: "linear" draws textures as MuJoCo up to 3.3.2 did, which public data sets and released
       checkpoints saw, under any version and by any renderer; "auto" as the installed MuJoCo does, which is much darker
       on the floor of libero_object from 3.3.3 on (see `libero_gym.rendering.textures`).
-    - `observe_images`: False leaves both images out and needs no renderer.
+    - `observe_images`: False leaves the images out. Without depth and segmentation, that needs no renderer.
+    - `observe_depth`, `observe_segmentation`: True adds them for each camera, see above; by every renderer. Those of
+      further cameras are `<name>_depth` and `<name>_segmentation`.
     - `observe_text`: False leaves the instruction out, for libraries that take numbers only.
     - `reward`, `horizon`: see above.
     - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
     - `stepping`: "exact" or "fast", see `libero_gym.physics.simulation.Simulation`.
+    - `action_mode`: see above.
+    - `control_freq`: environment steps a second, robosuite's; a divisor of 500 Hz up to 250. `horizon` counts steps,
+      however long. Objects come to rest at 20 Hz by "delta_pose" always, so that starts are the same for all.
     - `render_mode`: "rgb_array": `render()` returns what the first camera sees, as it sees it: upright and not
       mirrored; "human" shows it in a window at 20 frames a second, at each reset and step. That needs pygame and a
       display; the metadata of an environment made without them do not list it.
@@ -163,11 +193,15 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
+        observe_depth: bool = False,
+        observe_segmentation: bool = False,
         observe_text: bool = True,
         reward: RewardKind = "sparse",
         horizon: int | None = None,
         init_states: InitStates | None = None,
         stepping: Stepping = "exact",
+        action_mode: ActionMode = "delta_pose",
+        control_freq: int = CONTROL_FREQUENCY_HZ,
         render_mode: str | None = None,
         render_size: int = DEFAULT_RENDER_SIZE,
     ) -> None:
@@ -187,27 +221,32 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         check_render_mode(render_mode, self.metadata["render_modes"])
         if render_mode == "human":
             check_usable()
+        self.metadata = {**self.metadata, "render_fps": control_freq}
         if not is_usable():
-            self.metadata = {**self.metadata, "render_modes": ["rgb_array"]}
+            self.metadata["render_modes"] = ["rgb_array"]
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
             camera_names=check_cameras(camera_names),
             renderer=renderer,
             observe_images=observe_images,
+            observe_depth=observe_depth,
+            observe_segmentation=observe_segmentation,
             observe_text=observe_text,
             reward=reward,
             horizon=check_horizon(horizon, suite),
             init_states=check_init_states(init_states, suite),
             stepping=stepping,
+            action_mode=action_mode,
+            control_freq=control_freq,
             render_mode=render_mode,
             render_size=render_size,
             texture_colorspace=texture_colorspace,
         )
         self.observation_space = make_observation_space(
-            image_size, has_images=observe_images, has_text=observe_text, camera_names=camera_names
+            image_size, view_kinds=self.options.view_kinds, has_text=observe_text, camera_names=camera_names
         )
-        self.action_space = make_action_space()
+        self.action_space = make_action_space(action_mode)
         self.render_mode = render_mode
         self._spec: EnvSpec | None = None
         self._owner = Owner("the environment")
@@ -307,10 +346,10 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         return self._observe(), self._info()
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], SupportsFloat, bool, bool, dict[str, Any]]:
-        """Advance by 50 ms.
+        """Advance by 50 ms, or as `control_freq` says.
 
         Raises:
-            ValueError: `action` has not 7 elements, `reset` was not called, or the environment is closed.
+            ValueError: `action` has another width, `reset` was not called, or the environment is closed.
             PhysicsError: `action` is not finite, or the simulation diverged.
             RuntimeError: this process was forked from the one that made the environment.
         """
@@ -356,6 +395,24 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             ValueError: `reset` was not called, or the environment is closed.
         """
         return inspection.goal_state(self._require_simulation())
+
+    def hold_action(self) -> npt.NDArray[np.float32]:
+        """Return the action that keeps the arm and the gripper where they are, float32 [A].
+
+        With the absolute modes that is the grip site's pose, or the joints' positions, 2 ms before the step's end.
+
+        Raises:
+            ValueError: `reset` was not called, or the environment is closed.
+        """
+        return self._require_simulation().hold_action().astype(np.float32)
+
+    def segmentation_labels(self) -> dict[int, SegmentationLabel]:
+        """Return what the numbers in `segmentation` are, in the scene of the current task: body and object by name.
+
+        Raises:
+            ValueError: `reset` was not called, or the environment is closed.
+        """
+        return inspection.segmentation_labels(self._require_simulation().scene)
 
     def observe(self) -> dict[str, Any]:
         """Return the current observation, for instance after `set_state`.
@@ -434,7 +491,12 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     def _open_simulation(self, task: TaskSpec) -> Simulation:
         scene = load_scene(task)
         if scene.key not in self._simulations:
-            self._simulations[scene.key] = Simulation(scene, stepping=self.options.stepping)
+            self._simulations[scene.key] = Simulation(
+                scene,
+                stepping=self.options.stepping,
+                action_mode=self.options.action_mode,
+                control_freq=self.options.control_freq,
+            )
         return self._simulations[scene.key]
 
     def _require_simulation(self) -> Simulation:
@@ -449,9 +511,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         if self.options.observe_text:
             observation["task_descriptions"] = self.task.language
         if self._renderer is not None:
-            images = self._renderer.render([simulation])[0]  # [num_cameras, H, W, 3]
-            keys = observation_keys(self.options.camera_names)
-            observation.update({key: image.copy() for key, image in zip(keys, images, strict=True)})
+            views = name_views(self.options.camera_names, self._renderer.views([simulation]))
+            observation.update({key: view[0].copy() for key, view in views.items()})
         return observation
 
     def _view(self) -> npt.NDArray[np.uint8]:

@@ -12,6 +12,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from libero_gym.options import EnvOptions, with_horizon
+from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import Simulation
 from libero_gym.tasks.suites import TaskSpec
 
@@ -127,6 +128,14 @@ class Member:
     def goal_state(self) -> dict[str, bool]:
         """Return which parts of the goal hold; see `LiberoVectorEnv.goal_state`."""
         return self._envs.goal_state(self._env_id)
+
+    def hold_action(self) -> npt.NDArray[np.float32]:
+        """Return the action that keeps arm and gripper; see `LiberoVectorEnv.hold_action`."""
+        return self._envs.hold_action(self._env_id)
+
+    def segmentation_labels(self) -> dict[int, SegmentationLabel]:
+        """Return what the numbers in `segmentation` are; see `LiberoVectorEnv.segmentation_labels`."""
+        return self._envs.segmentation_labels(self._env_id)
 
     def get_state(self) -> dict[str, Any]:
         """Return everything that decides the future; see `LiberoVectorEnv.get_state`."""

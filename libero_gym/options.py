@@ -15,10 +15,10 @@ import numpy.typing as npt
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ, ActionMode, action_dim, check_action_mode, count_substeps
 from libero_gym.physics.simulation import Stepping
 from libero_gym.rendering.cameras import Camera, camera_name
-from libero_gym.rendering.protocol import Renderer, RendererKind
+from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.initial_states import InitStates
@@ -28,14 +28,20 @@ RewardKind = Literal["sparse", "relative"]
 Value = TypeVar("Value", float, npt.NDArray[np.float32])
 
 DEFAULT_CAMERAS = ("agentview", "robot0_eye_in_hand")
-OBSERVATION_KEYS = ("images", "wrist_images")
 DEFAULT_RENDER_SIZE = 512
 METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_FREQUENCY_HZ}
 CLOSED = "the environment is closed; make a new one"
 
 # States lie within: eef position (m), axis-angle (rad, |v| <= 2 pi by its definition from w in -1..1), fingers (m).
 _STATE_LIMIT = np.array([10.0] * 3 + [2 * np.pi] * 3 + [1.0] * 2, dtype=np.float32)
+# An absolute pose lies within: grip site's position (m, beyond the arm's reach), axis-angle (rad, as observed).
+_POSE_LIMIT = np.array([2.0] * 3 + [2 * np.pi] * 3, dtype=np.float32)
+# The Panda's joint limits, rad: `range` in robosuite's panda/robot.xml.
+_JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973], dtype=np.float32)
+_JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973], dtype=np.float32)
 _MAX_SENTENCE = 512
+# Nothing that is drawn is farther away, m: the far clipping planes of LIBERO's scenes are at 70 to 130 m.
+_MAX_DEPTH = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +50,19 @@ class EnvOptions:
 
     Attributes:
         suite: suite of the tasks.
-        image_size: height and width of both images, pixels.
-        camera_names: cameras of `observation_keys`, from `libero_gym.rendering.cameras.check_cameras`.
+        image_size: height and width of the cameras' pictures, pixels.
+        camera_names: cameras of `view_keys`, from `libero_gym.rendering.cameras.check_cameras`.
         renderer: kind of renderer, None for the best one.
         observe_images: whether there are images.
+        observe_depth: whether there is depth.
+        observe_segmentation: whether there is segmentation.
         observe_text: whether there is the instruction.
         reward: "sparse" or "relative", see `step_reward`.
         horizon: steps until an episode is truncated, from `check_horizon`; None has `horizon_of` decide.
         init_states: kind of the initial states, from `check_init_states`.
         stepping: see `libero_gym.Simulation`.
+        action_mode: what the numbers of an action mean.
+        control_freq: environment steps a second.
         render_mode: None or one of `render_modes`.
         render_size: height and width of what `render` returns, pixels.
         texture_colorspace: "linear" or "auto", see `libero_gym.rendering.textures`.
@@ -63,11 +73,15 @@ class EnvOptions:
     camera_names: tuple[str | Camera, ...]
     renderer: RendererKind | None
     observe_images: bool
+    observe_depth: bool
+    observe_segmentation: bool
     observe_text: bool
     reward: RewardKind
     horizon: int | None
     init_states: InitStates
     stepping: Stepping
+    action_mode: ActionMode
+    control_freq: int
     render_mode: str | None
     render_size: int
     texture_colorspace: TextureColorspace
@@ -84,7 +98,19 @@ class EnvOptions:
             raise ValueError(f"reward={self.reward!r} is unknown (valid: 'sparse', 'relative')")
         if self.stepping not in get_args(Stepping):
             raise ValueError(f"stepping={self.stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        check_action_mode(self.action_mode)
+        count_substeps(self.control_freq)
         check_texture_colorspace(self.texture_colorspace)
+
+    @property
+    def view_kinds(self) -> tuple[ViewKind, ...]:
+        """What is observed of each camera."""
+        is_observed: dict[ViewKind, bool] = {
+            "images": self.observe_images,
+            "depth": self.observe_depth,
+            "segmentation": self.observe_segmentation,
+        }
+        return tuple(kind for kind in is_observed if is_observed[kind])
 
     def horizon_of(self, task: TaskSpec) -> int:
         """Return the steps after which an episode of `task` is truncated: `horizon`, or those of its own suite."""
@@ -96,13 +122,13 @@ class EnvOptions:
         return horizon(self.suite) if self.horizon is None else self.horizon
 
     def open_renderer(self, *, num_worlds: int = 1, num_threads: int | None = None) -> Renderer | None:
-        """Return the renderer for so many worlds; None without images.
+        """Return the renderer for so many worlds; None where no pictures are observed.
 
         Raises:
             ValueError: an unknown kind.
             RendererUnavailableError: the renderer cannot be used on this machine.
         """
-        if not self.observe_images:
+        if not self.view_kinds:
             return None
         return make_renderer(
             self.renderer,
@@ -111,6 +137,7 @@ class EnvOptions:
             num_worlds=num_worlds,
             num_threads=num_threads,
             texture_colorspace=self.texture_colorspace,
+            view_kinds=self.view_kinds,
         )
 
     def open_viewer(self, *, num_worlds: int = 1, num_threads: int | None = None) -> Renderer:
@@ -129,10 +156,20 @@ class EnvOptions:
         )
 
 
-def observation_keys(camera_names: Sequence[str | Camera]) -> tuple[str, ...]:
-    """Return the keys of the cameras' images: `images`, `wrist_images`, and `<name>_images` for further ones."""
-    further = (f"{camera_name(camera)}_images" for camera in camera_names[len(OBSERVATION_KEYS) :])
-    return (*OBSERVATION_KEYS[: len(camera_names)], *further)
+def view_keys(camera_names: Sequence[str | Camera], kind: ViewKind) -> tuple[str, ...]:
+    """Return the cameras' keys: `images`, `wrist_images`, `<name>_images` for further ones; `depth` and so on."""
+    own = (kind, f"wrist_{kind}")
+    return (*own[: len(camera_names)], *(f"{camera_name(camera)}_{kind}" for camera in camera_names[len(own) :]))
+
+
+def name_views(camera_names: Sequence[str | Camera], views: Views) -> dict[str, Any]:
+    """Return what was drawn [N, K, H, W, channels] by the keys of the cameras, each [N, H, W, channels]; no copies."""
+    return {
+        key: view[:, camera]
+        for kind, view in zip(get_args(ViewKind), views, strict=True)
+        if view is not None
+        for camera, key in enumerate(view_keys(camera_names, kind))
+    }
 
 
 def check_keywords(constructor: Any, keywords: Mapping[str, Any]) -> None:
@@ -221,7 +258,7 @@ def step_reward(kind: RewardKind, value: Value, previous: Value) -> Value:
 def make_observation_space(
     image_size: int,
     *,
-    has_images: bool = True,
+    view_kinds: Sequence[ViewKind] = ("images",),
     has_text: bool = True,
     camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
 ) -> spaces.Dict:
@@ -231,10 +268,15 @@ def make_observation_space(
         ValueError: `image_size` is not a positive integer.
     """
     _check_size("image_size", image_size)
-    image = spaces.Box(0, 255, (int(image_size), int(image_size), 3), np.uint8)
+    size = int(image_size)
+    view_spaces: dict[ViewKind, spaces.Space[Any]] = {
+        "images": spaces.Box(0, 255, (size, size, 3), np.uint8),
+        "depth": spaces.Box(0.0, _MAX_DEPTH, (size, size, 1), np.float32),
+        "segmentation": spaces.Box(-1, np.iinfo(np.int32).max, (size, size, 1), np.int32),
+    }
     entries: dict[str, spaces.Space[Any]] = {}
-    if has_images:
-        entries.update(dict.fromkeys(observation_keys(camera_names), image))
+    for kind in view_kinds:
+        entries.update(dict.fromkeys(view_keys(camera_names, kind), view_spaces[kind]))
     entries["states"] = spaces.Box(-_STATE_LIMIT, _STATE_LIMIT, dtype=np.float32)
     if has_text:
         entries["task_descriptions"] = spaces.Text(
@@ -243,9 +285,19 @@ def make_observation_space(
     return spaces.Dict(entries)
 
 
-def make_action_space() -> spaces.Box:
-    """Return the action space of one environment."""
-    return spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+def make_action_space(action_mode: ActionMode = "delta_pose", *, num_action_chunks: int = 1) -> spaces.Box:
+    """Return the action space of one environment, [A], or of its chunks, [C, A] with C > 1."""
+    if action_mode == "absolute_pose":
+        low, high = -_POSE_LIMIT, _POSE_LIMIT
+    elif action_mode == "absolute_joint_pos":
+        low, high = _JOINT_LOW, _JOINT_HIGH
+    else:
+        high = np.ones(action_dim(action_mode) - 1, np.float32)
+        low = -high
+    low, high = np.append(low, np.float32(-1)), np.append(high, np.float32(1))
+    if num_action_chunks > 1:
+        low, high = (np.tile(limit, (num_action_chunks, 1)) for limit in (low, high))
+    return spaces.Box(low, high, dtype=np.float32)
 
 
 def _check_size(name: str, size: int) -> None:

@@ -19,7 +19,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from libero_gym.conventions import ACTION_DIM, STATE_DIM
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ, STATE_DIM, ActionMode, action_dim
 from libero_gym.fork import Owner, Uncopied
 from libero_gym.members import Member
 from libero_gym.options import (
@@ -35,12 +35,13 @@ from libero_gym.options import (
     choose_tasks,
     make_action_space,
     make_observation_space,
-    observation_keys,
+    name_views,
     step_reward,
     with_horizon,
 )
 from libero_gym.physics import inspection
 from libero_gym.physics.cpu_worlds import CpuWorlds
+from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import (
     FLAG,
@@ -54,9 +55,10 @@ from libero_gym.physics.states import (
 )
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
 from libero_gym.rendering.cameras import Camera, check_cameras
-from libero_gym.rendering.protocol import Renderer, RendererKind
+from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
+from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, member_suites, task_number
 
 if TYPE_CHECKING:
@@ -145,10 +147,11 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     ## Action space
     float32 [N, 7] ([N, 1, 7] is taken too), or [N, C, 7] with `num_action_chunks=C > 1`: a call of `step` then runs
     up to C steps and observes once, at their end. An environment whose episode ends within a chunk idles for its rest.
+    Joint modes have 8 numbers in place of 7, see `LiberoEnv`.
 
     ## Observation space
     `Dict` as in `LiberoEnv` with a leading N; `task_descriptions` is a tuple of N str. With `images_as_torch=True`
-    the two images are torch tensors on the renderer's device (which is a GPU if there is one).
+    images, depth and segmentation are torch tensors on the renderer's device (which is a GPU if there is one).
 
     ## Rewards and ends
     `rewards` float64 [N] sums over the steps run. `terminations`: the goal holds; `truncations`: the horizon is
@@ -203,9 +206,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     ## Physics on a GPU
     `physics="warp"` is not LIBERO to the last bit; what it does differently is said in
     `libero_gym.physics.warp_worlds`. Tasks may be of any scenes and suites: environments of one scene are stepped as
-    one, scenes at the same time (`libero_gym.physics.warp_groups`). `stepping` has no part in it, and it draws with the
-    renderer "warp" only. A step runs all environments of a scene together, so that its time hardly depends on how many
-    of them idle; prefer SAME_STEP autoreset, and states that are settled.
+    one, scenes at the same time (`libero_gym.physics.warp_groups`). `stepping` has no part in it, `action_mode` and
+    `control_freq` are the default ones, and it draws with the renderer "warp" only. A step runs all environments of a
+    scene together, so that its time hardly depends on how many of them idle; prefer SAME_STEP autoreset, and states
+    that are settled.
     """
 
     metadata: dict[str, Any] = dict(METADATA)  # noqa: RUF012 - Gymnasium's declaration
@@ -231,6 +235,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
         observe_images: bool = True,
+        observe_depth: bool = False,
+        observe_segmentation: bool = False,
         observe_text: bool = True,
         images_as_torch: bool = False,
         reward: RewardKind = "sparse",
@@ -238,6 +244,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         max_episode_steps: int | None = None,
         init_states: InitStates | None = None,
         stepping: Stepping = "exact",
+        action_mode: ActionMode = "delta_pose",
+        control_freq: int = CONTROL_FREQUENCY_HZ,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
         render_mode: str | None = None,
@@ -260,14 +268,20 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             raise ValueError(f"{warp_options} is for physics='warp'; leave warp_options out with physics='cpu'")
         if physics == "warp" and stepping != "exact":
             raise ValueError(f"stepping={stepping!r} chooses among CPU steppers; leave it out with physics='warp'")
-        if images_as_torch and not observe_images:
-            raise ValueError("images_as_torch=True needs observe_images=True")
+        has_views = observe_images or observe_depth or observe_segmentation
+        if physics == "warp" and (action_mode != "delta_pose" or control_freq != CONTROL_FREQUENCY_HZ):
+            raise ValueError(
+                f"physics='warp' has action_mode='delta_pose' and control_freq={CONTROL_FREQUENCY_HZ} only (given: "
+                f"{action_mode!r}, {control_freq!r}); take physics='cpu' for others"
+            )
+        if images_as_torch and not has_views:
+            raise ValueError("images_as_torch=True needs observe_images=True, or depth or segmentation")
         self.num_envs = _positive("num_envs", num_envs)
         self._num_chunks = _positive("num_action_chunks", num_action_chunks)
         self._tasks = choose_tasks(suite, task_id, task_ids)
         suite = suite.suite if isinstance(suite, TaskSpec) else suite
         check_render_mode(render_mode, METADATA["render_modes"])
-        if (observe_images or render_mode is not None) and (images_as_torch or physics == "warp"):
+        if (has_views or render_mode is not None) and (images_as_torch or physics == "warp"):
             asking = "images_as_torch=True" if images_as_torch else "physics='warp'"
             renderer = _only_warp(renderer, asking)
         limits = [steps for steps in (horizon, max_episode_steps) if steps is not None]
@@ -279,28 +293,30 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             camera_names=check_cameras(camera_names),
             renderer=renderer,
             observe_images=observe_images,
+            observe_depth=observe_depth,
+            observe_segmentation=observe_segmentation,
             observe_text=observe_text,
             reward=reward,
             horizon=min(limits, default=None),
             init_states=check_init_states(init_states, suite),
             stepping=stepping,
+            action_mode=action_mode,
+            control_freq=control_freq,
             render_mode=render_mode,
             render_size=render_size,
             texture_colorspace=texture_colorspace,
         )
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_fps": control_freq}
         self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.single_observation_space = make_observation_space(
-            image_size, has_images=observe_images, has_text=observe_text, camera_names=camera_names
+            image_size, view_kinds=self.options.view_kinds, has_text=observe_text, camera_names=camera_names
         )
-        self.single_action_space = make_action_space()
+        self.single_action_space = make_action_space(action_mode)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-        if self._num_chunks > 1:
-            shape = (self.num_envs, self._num_chunks, ACTION_DIM)
-            self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape, np.float32)
+        chunks = make_action_space(action_mode, num_action_chunks=self._num_chunks)
+        self.action_space = batch_space(chunks, self.num_envs)
         threads = len(os.sched_getaffinity(0)) if num_threads is None else _positive("num_threads", num_threads)
 
         self._owner = Owner("the vector environment")
@@ -309,7 +325,13 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._num_threads = threads
         self._worlds: Worlds | None
         if physics == "cpu":
-            self._worlds = CpuWorlds(self.num_envs, stepping=stepping, num_threads=threads)
+            self._worlds = CpuWorlds(
+                self.num_envs,
+                stepping=stepping,
+                action_mode=action_mode,
+                control_freq=control_freq,
+                num_threads=threads,
+            )
         else:
             from libero_gym.physics.warp_groups import make_warp_worlds  # imports Warp and MuJoCo Warp
 
@@ -324,7 +346,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         # What environments show, and which of it is no longer so.
         self._as_torch = images_as_torch
-        self._images: Any = None  # [N, K, H, W, 3]
+        self._views: Views | None = None
         self._states = np.zeros((self.num_envs, STATE_DIM), np.float32)
         self._is_stale = np.ones(self.num_envs, np.bool_)
         self._is_undrawn = np.ones(self.num_envs, np.bool_)
@@ -346,7 +368,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     @property
     def renderer_name(self) -> str | None:
-        """Kind of the renderer in use, or None without images."""
+        """Kind of the renderer in use, or None where no pictures are observed."""
         return None if self._renderer is None else self._renderer.name
 
     @property
@@ -486,7 +508,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     def draw_only(self, env_ids: Sequence[int] | None) -> None:
         """Say whose images are drawn from now on, for those who look at few of them.
 
-        The images of other environments are as they were drawn last, at first black.
+        Those of other environments, and their depth and segmentation, are as they were drawn last; at first black, 0 m
+        and -1.
 
         Args:
             env_ids: environments that are drawn; None draws all, as at first.
@@ -527,8 +550,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._require_started()
         if self._viewer is None:
             self._viewer = self.options.open_viewer(num_worlds=self.num_envs, num_threads=self._num_threads)
-        images = self.worlds.render(self._viewer, env_ids, as_torch=False)
-        return np.ascontiguousarray(images[:, 0, :, ::-1])
+        views = self.worlds.views(self._viewer, env_ids, as_torch=False)
+        return np.ascontiguousarray(views.images[:, 0, :, ::-1])
 
     def get_state(self, env_id: int) -> dict[str, Any]:
         """Return everything that decides the future of environment `env_id`, as arrays; no entry needs pickle.
@@ -594,6 +617,23 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             return inspection.goal_state(worlds.simulations[env_id])
         return inspection.inspect_positions(worlds.get_state(env_id))[1]
 
+    def hold_action(self, env_id: int) -> npt.NDArray[np.float32]:
+        """Return the action that keeps arm and gripper of environment `env_id`, see `LiberoEnv.hold_action`."""
+        self._check_env_id(env_id)
+        worlds = self.worlds
+        if isinstance(worlds, CpuWorlds):
+            return worlds.simulations[env_id].hold_action().astype(np.float32)
+        return np.zeros(action_dim("delta_pose"), np.float32)
+
+    def segmentation_labels(self, env_id: int) -> dict[int, SegmentationLabel]:
+        """Return what the numbers in `segmentation` of environment `env_id` are, see `LiberoEnv.segmentation_labels`.
+
+        Raises:
+            ValueError: `env_id` is out of range, or the environment was never reset.
+        """
+        self._check_env_id(env_id)
+        return inspection.segmentation_labels(load_scene(self._current_tasks()[env_id]))
+
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return `env.name(*args, **kwargs)` for each environment, or the attribute if it is not callable.
 
@@ -652,7 +692,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._begin(env_ids, starts)
 
     def _run(self, chunks: npt.NDArray[np.float64], is_active: BoolArray) -> tuple[BoolArray, BoolArray]:
-        """Run chunks [N, C, 7] and book them; return which episodes terminated and which were truncated.
+        """Run chunks [N, C, A] and book them; return which episodes terminated and which were truncated.
 
         What ends early is drawn while the rest is stepped, unless drawing needs the same cores. The first images are
         drawn in one piece.
@@ -665,7 +705,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             is_shown[env_ids] = True
             self._refresh(env_ids)
 
-        overlaps = self._renderer is not None and self._images is not None and not self._renderer.uses_all_cores
+        overlaps = self._renderer is not None and self._views is not None and not self._renderer.uses_all_cores
         try:
             self.worlds.step(
                 chunks, is_active, self._episodes.steps_left, out=steps, on_part_done=show if overlaps else None
@@ -680,10 +720,9 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Draw what has changed and return copies."""
         self._refresh(np.arange(self.num_envs))
         observation: dict[str, Any] = {}
-        if self._images is not None:
-            keys = observation_keys(self.options.camera_names)
-            views = ((key, self._images[:, camera]) for camera, key in enumerate(keys))
-            observation = {key: view.clone() if self._as_torch else view.copy() for key, view in views}
+        if self._views is not None:
+            views = name_views(self.options.camera_names, self._views)
+            observation = {key: view.clone() if self._as_torch else view.copy() for key, view in views.items()}
         observation["states"] = self._states.copy()
         if self.options.observe_text:
             observation["task_descriptions"] = tuple(task.language for task in self._current_tasks())
@@ -700,22 +739,32 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if self._renderer is None:
             return
         if len(drawn) == self.num_envs:
-            self._images = self.worlds.render(self._renderer, drawn, as_torch=self._as_torch)
+            self._views = self.worlds.views(self._renderer, drawn, as_torch=self._as_torch)
         else:
-            if self._images is None:
-                self._images = self._black_images()
+            if self._views is None:
+                self._views = self._blank_views(self._renderer)
             if len(drawn):
-                self._images[drawn] = self.worlds.render(self._renderer, drawn, as_torch=self._as_torch)
+                views = self.worlds.views(self._renderer, drawn, as_torch=self._as_torch)
+                for known, view in zip(self._views, views, strict=True):
+                    if view is not None:
+                        known[drawn] = view
         self._is_undrawn[drawn] = False
 
-    def _black_images(self) -> Any:
-        size = self.options.image_size
-        shape = (self.num_envs, len(self.options.camera_names), size, size, 3)
-        if not self._as_torch:
-            return np.zeros(shape, np.uint8)
-        import torch
+    def _blank_views(self, renderer: Renderer) -> Views:
+        """Return what is shown of environments that were never drawn."""
+        spaces = self.single_observation_space.spaces
+        blank: dict[ViewKind, Any] = {"images": 0, "depth": 0, "segmentation": -1}
+        arrays: dict[ViewKind, Any] = {}
+        for kind in self.options.view_kinds:
+            space = spaces[kind]
+            shape = (self.num_envs, len(self.options.camera_names), *space.shape)
+            arrays[kind] = np.full(shape, blank[kind], space.dtype)
+        if self._as_torch:
+            import torch
 
-        return torch.zeros(shape, dtype=torch.uint8, device=cast(Any, self._renderer).device)
+            device = cast(Any, renderer).device
+            arrays = {kind: torch.from_numpy(array).to(device) for kind, array in arrays.items()}
+        return Views(**{kind: arrays.get(kind) for kind in blank})
 
     def _current_tasks(self) -> list[TaskSpec]:
         tasks = [task for task in self.worlds.current_tasks if task is not None]
@@ -749,14 +798,15 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         return task
 
     def _check_actions(self, actions: Any) -> npt.NDArray[np.float64]:
-        """Return actions as [N, C, 7]."""
+        """Return actions as [N, C, A]."""
         values = np.asarray(actions, dtype=np.float64)
-        expected = (self.num_envs, ACTION_DIM)
+        width = action_dim(self.options.action_mode)
+        expected = (self.num_envs, width)
         if self._num_chunks > 1:
-            expected = (self.num_envs, self._num_chunks, ACTION_DIM)
-        if values.shape != expected and (self._num_chunks > 1 or values.shape != (self.num_envs, 1, ACTION_DIM)):
+            expected = (self.num_envs, self._num_chunks, width)
+        if values.shape != expected and (self._num_chunks > 1 or values.shape != (self.num_envs, 1, width)):
             raise ValueError(f"actions have shape {values.shape}; expected {expected}")
-        chunks = values.reshape(self.num_envs, self._num_chunks, ACTION_DIM)
+        chunks = values.reshape(self.num_envs, self._num_chunks, width)
         is_bad = ~np.isfinite(chunks).all(axis=-1)  # [N, C]
         if is_bad.any():
             env_ids, steps = np.nonzero(is_bad)

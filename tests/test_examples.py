@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -12,6 +13,7 @@ import torch
 
 from algorithms import eval_gr00t
 from examples import (
+    env,
     gr00t_in_cleanrl,
     lerobot_policy,
     own_agent_in_ppo,
@@ -21,9 +23,13 @@ from examples import (
     record_video,
 )
 from gr00t_agent import Gr00tAgent
+from libero_gym.adapters import LeRobotVectorEnv
+from libero_gym.vector import LiberoVectorEnv
 
 EXAMPLES = Path(own_policy.__file__).parent
-COVERED = {gr00t_in_cleanrl, lerobot_policy, own_agent_in_ppo, own_policy, own_robot, policy_to_evaluate, record_video}
+COVERED = {
+    env, gr00t_in_cleanrl, lerobot_policy, own_agent_in_ppo, own_policy, own_robot, policy_to_evaluate, record_video
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +74,49 @@ def test_lerobot_policys_environment_speaks_as_lerobot_does():
     for _ in range(20):
         *_, info = envs.step(actions)
     assert info["final_info"]["is_success"].tolist() == [False, False]
-    openness = np.abs(info["final_obs"]["states"][:, 6:]).mean(axis=1)
+    openness = np.abs(info["final_obs"]["agent_pos"][:, 6:]).mean(axis=1)
     assert openness[0] > 0.035
     assert openness[1] < 0.01
+    envs.close()
+
+
+def test_the_hubs_environment_is_one_of_each_task():
+    """LeRobot itself loads it in tests/test_libraries.py."""
+    made = env.make_env(n_envs=2, cfg=SimpleNamespace(task="libero_goal"))
+    assert list(made) == ["libero_goal"]
+    assert list(made["libero_goal"]) == list(range(10))
+    envs = made["libero_goal"][4]
+    observation, info = envs.reset(seed=[0, 1])
+    assert envs.observation_space.contains(observation)
+    assert {name: view.shape for name, view in observation["pixels"].items()} == {
+        "image": (2, 256, 256, 3), "image2": (2, 256, 256, 3)
+    }  # fmt: skip
+    assert info["task_id"].tolist() == [4, 4]
+    assert envs.call("task_description") == ("put the bowl on top of the cabinet",) * 2
+    actions = np.zeros((2, 7))
+    actions[:, 6] = [-1, 1]  # open, closed
+    for _ in range(10):
+        observation, *_ = envs.step(actions)
+    openness = np.abs(observation["agent_pos"][:, 6:]).mean(axis=1)
+    assert openness[0] > 0.035
+    assert openness[1] < 0.01
+    for task_envs in made["libero_goal"].values():
+        task_envs.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "convention", "message"),
+    [
+        ({}, "gr00t", r"convention='gr00t' is unknown \(valid: 'demonstrations', 'lerobot'\)"),
+        (dict(autoreset_mode="NEXT_STEP"), "lerobot", "LeRobot needs autoreset_mode='SAME_STEP'"),
+        (dict(camera_names=("agentview",)), "lerobot", r"does not observe \['wrist_images'\]"),
+    ],
+)
+def test_what_lerobot_cannot_take_is_refused(options: dict[str, Any], convention: Any, message: str):
+    given: dict[str, Any] = {"autoreset_mode": "SAME_STEP", "image_size": 8} | options
+    envs = LiberoVectorEnv("libero_goal", 1, **given)
+    with pytest.raises(ValueError, match=message):
+        LeRobotVectorEnv(envs, convention=convention)
     envs.close()
 
 

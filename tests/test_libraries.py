@@ -59,40 +59,66 @@ def test_what_the_page_says_runs(library: str, wheel: Path, tmp_path: Path, monk
     fresh.run("-c", code_of(library) + check)
 
 
-LEROBOT = """
-import sys
+# A small policy of LeRobot's with random weights and its processors, by the name of the second picture.
+MAKE_POLICY = """
 import torch
-sys.path.insert(0, {examples!r})
-from lerobot_policy import evaluate, make_envs
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.factory import make_pre_post_processors
 
-views = [f"observation.images.{{name}}" for name in ("image", "wrist_image")]
-config = ACTConfig(
-    input_features={{view: PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for view in views}}
-    | {{"observation.state": PolicyFeature(FeatureType.STATE, (8,))}},
-    output_features={{"action": PolicyFeature(FeatureType.ACTION, (7,))}},
-    chunk_size=4, n_action_steps=4, dim_model=16, n_heads=2, dim_feedforward=16, n_encoder_layers=1, use_vae=False,
-    pretrained_backbone_weights=None, device="cpu",
-)
-shapes = {{view: (3, 1, 1) for view in views}} | {{"observation.state": (8,), "action": (7,)}}
-stats = {{key: {{"mean": torch.zeros(shape), "std": torch.ones(shape)}} for key, shape in shapes.items()}}
-processors = make_pre_post_processors(config, dataset_stats=stats)
+def make_policy(second):
+    views = [f"observation.images.{name}" for name in ("image", second)]
+    config = ACTConfig(
+        input_features={view: PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for view in views}
+        | {"observation.state": PolicyFeature(FeatureType.STATE, (8,))},
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
+        chunk_size=4, n_action_steps=4, dim_model=16, n_heads=2, dim_feedforward=16, n_encoder_layers=1, use_vae=False,
+        pretrained_backbone_weights=None, device="cpu",
+    )
+    shapes = {view: (3, 1, 1) for view in views} | {"observation.state": (8,), "action": (7,)}
+    stats = {key: {"mean": torch.zeros(shape), "std": torch.ones(shape)} for key, shape in shapes.items()}
+    return ACTPolicy(config), make_pre_post_processors(config, dataset_stats=stats)
+"""
+
+LEROBOT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lerobot_policy import evaluate, make_envs
+
 envs = make_envs("libero_spatial", 3, 2, image_size=32, horizon=6)
-result = evaluate(ACTPolicy(config), processors, envs, 2)
+result = evaluate(*make_policy("wrist_image"), envs, 2)
 assert result["pc_success"] == 0 and result["avg_sum_reward"] == 0, result
+"""
+
+# As from the hub, but for the download: with smaller pictures and shorter episodes.
+ENV_HUB = """
+import functools, sys
+import gymnasium
+from lerobot.envs import factory
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.scripts.lerobot_eval import eval_policy_all
+
+gymnasium.make_vec = functools.partial(gymnasium.make_vec, image_size=32, horizon=6)
+factory._download_hub_file = lambda *_: ("you/your-repository", "env.py", sys.argv[1] + "/env.py", None)
+envs = factory.make_env("you/your-repository", n_envs=2, trust_remote_code=True)
+assert list(envs) == ["libero_spatial"] and list(envs["libero_spatial"]) == list(range(10))
+some = {"libero_spatial": {i: envs["libero_spatial"][i] for i in (3, 5)}}
+policy, processors = make_policy("image2")
+unchanged = PolicyProcessorPipeline(steps=[])
+result = eval_policy_all(some, policy, unchanged, unchanged, *processors, n_episodes=2, start_seed=0)
+assert result["overall"]["n_episodes"] == 4 and result["overall"]["pc_success"] == 0, result
 """
 
 
 @pytest.mark.network
 @pytest.mark.timeout(1800)
-def test_lerobot_evaluates_its_policy_here(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_lerobot_evaluates_its_policies_here(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     monkeypatch.setenv("LIBERO_GYM_CACHE", cache_folder())
     monkeypatch.setenv("HOME", str(tmp_path))
     fresh = Environment(tmp_path, str(wheel), "lerobot==0.4.4")
-    fresh.run("-c", LEROBOT.format(examples=str(ROOT / "examples")))
+    for program in (LEROBOT, ENV_HUB):
+        fresh.run("-c", MAKE_POLICY + program, str(ROOT / "examples"))
 
 
 @pytest.mark.network

@@ -436,7 +436,7 @@ def evaluate_into(
             agent,
             envs,
             jobs,
-            seed=seed_of(args.seed, EVALUATIONS),
+            seed=seed_of(args.seed, EVALUATIONS) % 2**32,
             record=lambda _, state_id: state_id < num_filmed,
             video_dir=video_dir,
             log=ToldEpisodes(len(jobs)),

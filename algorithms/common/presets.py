@@ -306,7 +306,7 @@ DSRL: dict[str, dict[str, Any]] = {
 GRPO: dict[str, dict[str, Any]] = {
     # A first look: three minutes on a CPU, see PPO's.
     "demo": NEAR_GOAL | NEAR_GOAL_GRPO | dict(run_name="demo_grpo"),
-    # After PPO's; not run yet.
+    # Four minutes on two cores, see PPO's.
     "libero_spatial_laptop": NEAR_GOAL | SPATIAL_NEAR_GOAL | NEAR_GOAL_GRPO,
     # RLinf: examples/embodiment/config/libero_spatial_grpo_openpi.yaml (pi0)
     "libero_spatial_rlinf": dict(

@@ -41,13 +41,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from libero_gym.conventions import ACTION_DIM
-from libero_gym.options import (
-    DEFAULT_CAMERAS,
-    OBSERVATION_KEYS,
-    check_horizon,
-    make_action_space,
-    make_observation_space,
-)
+from libero_gym.options import DEFAULT_CAMERAS, check_horizon, make_action_space, make_observation_space, view_keys
 from libero_gym.physics.controller import axis_angle_from_quat
 from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError
 from libero_gym.rendering.textures import TextureColorspace, installed_colorspace
@@ -116,7 +110,9 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         self.num_envs = num_envs
         self.renderer_name: str | None = (renderer or "egl") if observe_images else None
         self.texture_colorspace: TextureColorspace = installed_colorspace()
-        self.single_observation_space = make_observation_space(image_size, has_images=observe_images)
+        self.single_observation_space = make_observation_space(
+            image_size, view_kinds=("images",) if observe_images else ()
+        )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.single_action_space = make_action_space()
         shape = (num_envs, num_action_chunks, ACTION_DIM) if num_action_chunks > 1 else (num_envs, ACTION_DIM)
@@ -407,7 +403,7 @@ class _LiberoEnvironment:
         states = np.concatenate(parts).astype(np.float32)
         images: dict[str, Any] = {}
         if self._has_images:
-            for key, camera in zip(OBSERVATION_KEYS, DEFAULT_CAMERAS, strict=True):
+            for key, camera in zip(view_keys(DEFAULT_CAMERAS, "images"), DEFAULT_CAMERAS, strict=True):
                 images[key] = np.ascontiguousarray(observation[f"{camera}_image"][::-1, ::-1])
         episode = self._episode
         return (

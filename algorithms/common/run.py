@@ -178,7 +178,7 @@ class RunFolder:
             )
 
     def summary(
-        self, checkpoint: str, suite: str, *, is_whole_policy: bool = True, can_be_evaluated: bool = True
+        self, checkpoint: str, suite: str, *, is_whole_policy: bool = True, is_state_policy: bool = False
     ) -> str:
         """Returns what to tell at the end of a run: where its files are and what to run next on such a machine.
 
@@ -186,7 +186,7 @@ class RunFolder:
             checkpoint: name of the last one.
             suite: that it was trained on.
             is_whole_policy: the checkpoint is one that another training can start from.
-            can_be_evaluated: eval_gr00t.py takes it.
+            is_state_policy: it is that of --model state, which is for a task's end and no other trainer.
         """
         weights = self.path / "checkpoints" / checkpoint
         seconds = round(time.perf_counter() - self._start)
@@ -205,23 +205,23 @@ class RunFolder:
                 *(f"{name:12} {path}" for name, path in files.items() if path.exists()),
                 "",
                 "next:",
-                *self._next(weights, suite, is_whole_policy, can_be_evaluated),
+                *self._next(weights, suite, is_whole_policy, is_state_policy),
             )
         )
 
-    def _next(self, weights: Path, suite: str, is_whole_policy: bool, can_be_evaluated: bool) -> list[str]:
+    def _next(self, weights: Path, suite: str, is_whole_policy: bool, is_state_policy: bool) -> list[str]:
         """Returns commands that this machine can run in reasonable time."""
         has_gpu = torch.cuda.is_available()
         commands: list[str] = []
         if (self.path / "logs").is_dir():
             commands.append(f"tensorboard --logdir {self.path.parent}")
-        if can_be_evaluated:
-            size = "--num-envs 20" if has_gpu else "--episodes-per-task 5"
-            commands.append(f"python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite} {size}")
-        else:
+        if is_state_policy:
             commands.append("accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_laptop")
             commands.append("python algorithms/eval_gr00t.py --checkpoint checkpoints/libero_spatial_rl")
-        if is_whole_policy and can_be_evaluated:
+        else:
+            size = "--num-envs 20" if has_gpu else "--episodes-per-task 5"
+            commands.append(f"python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite} {size}")
+        if is_whole_policy and not is_state_policy:
             sizes = "--num-envs 8 --num-steps 24 --minibatch-size 48 --micro-batch-size 48"
             if has_gpu:
                 sizes = f"--preset {suite}_nano" if f"{suite}_nano" in presets.PPO else ""

@@ -7,17 +7,20 @@ the trainers' code is the same to the last line. Shape legend: B observations, C
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gr00t_agent.files import whole_file
-from gr00t_agent.sampler import FlowSampler, Prediction
+from gr00t_agent.files import dataclass_from_json, read_json, whole_file, write_json
+from gr00t_agent.sampler import FlowSampler, NoiseMethod, Prediction
 from libero_gym.conventions import ACTION_DIM
 
+CONFIG_FILE = "state_agent.json"
+WEIGHTS_FILE = "model.safetensors"
 STATE_KEYS = tuple(f"state.{name}" for name in ("x", "y", "z", "roll", "pitch", "yaw", "gripper"))
 
 
@@ -27,6 +30,17 @@ class ChainAction(NamedTuple):
     chain: Tensor
     denoise_index: Tensor
     env_action: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateAgentConfig:
+    """What a checkpoint says beside weights; see `StateFlowAgent` and `FlowSampler`."""
+
+    num_action_chunks: int
+    width: int
+    denoising_steps: int
+    noise_method: NoiseMethod
+    noise_level: float
 
 
 class StateFlowAgent(nn.Module):
@@ -40,6 +54,7 @@ class StateFlowAgent(nn.Module):
         width: of the hidden layers.
 
     Attributes:
+        config: sizes and sampler, as a checkpoint keeps them.
         image_size: of the images that an evaluation films.
         looks_at_images: the agent needs none, so that an evaluation draws only what it films.
     """
@@ -52,6 +67,13 @@ class StateFlowAgent(nn.Module):
     def __init__(self, num_action_chunks: int, sampler: FlowSampler, width: int = 64) -> None:
         super().__init__()
         self.sampler, self.chunk_shape = sampler, (num_action_chunks, ACTION_DIM)
+        self.config = StateAgentConfig(
+            num_action_chunks=num_action_chunks,
+            width=width,
+            denoising_steps=sampler.num_steps,
+            noise_method=sampler.method,
+            noise_level=sampler.noise_level,
+        )
         size, state_dim = num_action_chunks * ACTION_DIM, len(self.state_scale)
         self.velocity = nn.Sequential(
             nn.Linear(size + state_dim + 1, width),
@@ -83,6 +105,28 @@ class StateFlowAgent(nn.Module):
             )
         sampler = FlowSampler(num_steps=args.denoising_steps, method=args.noise_method, noise_level=args.noise_level)
         return cls(args.num_action_chunks, sampler)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, denoising_steps: int | None = None) -> StateFlowAgent:
+        """Returns the agent that `save_pretrained` wrote, with so many denoising steps if they are given.
+
+        Raises:
+            FileNotFoundError: there is none in `folder`.
+            ValueError: its configuration is not one, or its weights are not of that size.
+        """
+        path = Path(folder)
+        config = dataclass_from_json(StateAgentConfig, read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
+        sampler = FlowSampler(
+            num_steps=denoising_steps or config.denoising_steps,
+            method=config.noise_method,
+            noise_level=config.noise_level,
+        )
+        agent = cls(config.num_action_chunks, sampler, config.width)
+        try:
+            agent.load_state_dict(load_file(path / WEIGHTS_FILE))
+        except RuntimeError as error:
+            raise ValueError(f"{path / WEIGHTS_FILE} does not go with {CONFIG_FILE} beside it: {error}") from error
+        return agent
 
     def encode(self, obs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Returns the scaled state, float32 [B, 8], of an observation with modality keys or of an encoded one."""
@@ -132,10 +176,11 @@ class StateFlowAgent(nn.Module):
         return [{"name": "policy", "params": policy, "lr": lr}, {"name": "value", "params": value, "lr": value_lr}]
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes the weights."""
+        """Writes weights, sizes and sampler."""
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / "model.safetensors") as temporary:
+        with whole_file(folder / WEIGHTS_FILE) as temporary:
             save_file(dict(self.state_dict()), temporary)
+        write_json(folder / CONFIG_FILE, asdict(self.config))
 
     @property
     def _device(self) -> torch.device:
@@ -150,3 +195,8 @@ class StateFlowAgent(nn.Module):
             return Prediction(cast(Tensor, self.rest) - x + learned, None)
 
         return velocity
+
+
+def is_state_agent(folder: str | Path) -> bool:
+    """Returns whether `StateFlowAgent.save_pretrained` has written into `folder`."""
+    return (Path(folder) / CONFIG_FILE).is_file()

@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.conventions import ACTION_DIM
+from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ
 from libero_gym.experts.skills import Command, World
 from libero_gym.experts.solver import order, solve
 from libero_gym.physics.simulation import Simulation
@@ -94,10 +94,15 @@ class Expert:
         """Start an episode in `sim`, which must have been reset to this expert's task.
 
         Raises:
-            ValueError: the simulation is at another task.
+            ValueError: the simulation is at another task, or takes other actions than experts give.
         """
         if sim.task != self.task:
             raise ValueError(f"sim is at {sim.task}, the expert is for {self.task}; reset the simulation to that task")
+        if sim.action_mode != "delta_pose" or sim.control_freq != CONTROL_FREQUENCY_HZ:
+            raise ValueError(
+                f"experts act by action_mode='delta_pose' at {CONTROL_FREQUENCY_HZ} Hz; this simulation has "
+                f"{sim.action_mode!r} at {sim.control_freq} Hz"
+            )
         self._random = rng
         self._speed = self.config.speed * (1.0 + self.config.speed_spread * rng.uniform(-1.0, 1.0))
         self._world = World(sim, rng, self.config.via_noise)

@@ -1,8 +1,8 @@
-"""The arm's operational-space controller and the gripper's, in plain NumPy: the readable reference.
+"""The arm's controllers and the gripper's, in plain NumPy: the readable reference.
 
-Matches robosuite 1.4's OSC_POSE (fixed impedance, position and orientation uncoupled, delta actions) and its Panda
-gripper to the last bit, quirks included; `libero_gym.physics.stepping` is the same in native code. Shapes: arm of 7
-joints, wrench of 6 (force 3, torque 3).
+Matches robosuite 1.4's OSC_POSE (fixed impedance, position and orientation uncoupled, delta or absolute actions), its
+JOINT_POSITION and its Panda gripper to the last bit, quirks included; `libero_gym.physics.stepping` is the same in
+native code. Shapes: arm of 7 joints, wrench of 6 (force 3, torque 3), action of A.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack
 
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ, PHYSICS_FREQUENCY_HZ, ActionMode
 from libero_gym.tasks.scenes import Robot
 
-SUBSTEPS = 25
-"""Physics steps of 2 ms in one environment step of 50 ms."""
+SUBSTEPS = PHYSICS_FREQUENCY_HZ // CONTROL_FREQUENCY_HZ
+"""Physics steps of 2 ms in one environment step of 50 ms, LIBERO's."""
 
 NULLSPACE_STIFFNESS = 10.0
 """Proportional gain (1/s^2) that pulls the redundant joint to the initial posture; damping is critical."""
+
+JOINT_STIFFNESS = 50.0
+"""Proportional gain (1/s^2) of joint position control; damping is critical. robosuite's `joint_position.json`."""
+
+JOINT_SCALE = 0.05
+"""Radians per unit of a joint's delta action. robosuite's `joint_position.json`."""
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -57,11 +64,12 @@ class ArmKinematics:
 
 @dataclass(kw_only=True, eq=False)
 class ControllerState:
-    """All that the controller remembers between steps.
+    """All that the controller remembers between steps, and between the substeps of one.
 
     Attributes:
         goal_pos: float64 [3], m.
-        goal_ori: float64 [3, 3]. Kept until an action rotates: a zero rotation does not re-set it.
+        goal_ori: float64 [3, 3]. Kept until an action rotates: a zero change of rotation does not re-set it.
+        goal_qpos: float64 [7], rad, of joint position control; each step sets it anew.
         gripper: float64 [2], normalised commands of the fingers, integrated every substep.
         is_fresh: int64 [1], 1 until the first substep after a reset. That substep works with the kinematics of the
             posture at which robosuite created its controller, not with those of the initial state set afterwards.
@@ -69,6 +77,7 @@ class ControllerState:
 
     goal_pos: FloatArray = field(default_factory=lambda: np.zeros(3))
     goal_ori: FloatArray = field(default_factory=lambda: np.eye(3))
+    goal_qpos: FloatArray = field(default_factory=lambda: np.zeros(7))
     gripper: FloatArray = field(default_factory=lambda: np.zeros(2))
     is_fresh: npt.NDArray[np.int64] = field(default_factory=lambda: np.ones(1, dtype=np.int64))
 
@@ -136,6 +145,7 @@ def control_substep(
     creation: ArmKinematics,
     action: FloatArray,
     sets_goal: bool,
+    action_mode: ActionMode = "delta_pose",
 ) -> None:
     """Write the controls of one substep into `data.ctrl`; call between `mj_step1` and `mj_step2`.
 
@@ -145,23 +155,49 @@ def control_substep(
         robot: indices and constants.
         state: the controller's memory, updated.
         creation: kinematics for the first substep of an episode.
-        action: float64 [7] in -1..1.
+        action: float64 [A], see `LiberoEnv`.
         sets_goal: True in the first substep of an environment step.
+        action_mode: what the action's numbers mean.
     """
     kinematics = creation if state.is_fresh[0] else read_kinematics(model, data, robot)
     state.is_fresh[0] = 0
     if sets_goal:
+        _set_goal(state, kinematics, robot, action, action_mode)
+    gravity_compensation = data.qfrc_bias[robot.arm_dof_adr]
+    if action_mode in ("delta_joint_pos", "absolute_joint_pos"):
+        torques = joint_torques(kinematics, state.goal_qpos, gravity_compensation)
+    else:
+        torques = arm_torques(kinematics, state, robot, gravity_compensation)
+    data.ctrl[robot.arm_actuator_ids] = np.clip(torques, robot.torque_low, robot.torque_high)
+    state.gripper[:] = np.clip(
+        state.gripper + np.array([-1.0, 1.0]) * robot.gripper_speed * np.sign(action[-1]), -1.0, 1.0
+    )
+    data.ctrl[robot.gripper_actuator_ids] = robot.gripper_bias + robot.gripper_weight * state.gripper
+
+
+def _set_goal(
+    state: ControllerState, kinematics: ArmKinematics, robot: Robot, action: FloatArray, action_mode: ActionMode
+) -> None:
+    if action_mode == "delta_pose":
         delta = np.clip(action[:6], -1.0, 1.0)
         rotation = delta[3:] * robot.rotation_scale
         if np.any(rotation != 0.0):
             state.goal_ori[:] = np.dot(rotation_matrix(rotation), kinematics.ee_ori)
         state.goal_pos[:] = kinematics.ee_pos + delta[:3] * robot.position_scale
-    torques = arm_torques(kinematics, state, robot, data.qfrc_bias[robot.arm_dof_adr])
-    data.ctrl[robot.arm_actuator_ids] = np.clip(torques, robot.torque_low, robot.torque_high)
-    state.gripper[:] = np.clip(
-        state.gripper + np.array([-1.0, 1.0]) * robot.gripper_speed * np.sign(action[6]), -1.0, 1.0
-    )
-    data.ctrl[robot.gripper_actuator_ids] = robot.gripper_bias + robot.gripper_weight * state.gripper
+    elif action_mode == "absolute_pose":
+        state.goal_pos[:] = action[:3]
+        state.goal_ori[:] = rotation_matrix(action[3:6])
+    elif action_mode == "delta_joint_pos":
+        state.goal_qpos[:] = kinematics.joint_pos + np.clip(action[:7], -1.0, 1.0) * JOINT_SCALE
+    else:
+        state.goal_qpos[:] = action[:7]
+
+
+def joint_torques(k: ArmKinematics, goal_qpos: FloatArray, gravity_compensation: FloatArray) -> FloatArray:
+    """Return the joint torques, float64 [7] in N m, before clipping: a spring and a damper for each joint's inertia."""
+    damping = 2.0 * math.sqrt(JOINT_STIFFNESS)
+    acceleration = (goal_qpos - k.joint_pos) * JOINT_STIFFNESS + -k.joint_vel * damping
+    return np.dot(k.mass_matrix, acceleration) + gravity_compensation
 
 
 def arm_torques(
@@ -263,21 +299,30 @@ def step_numpy(
     creation: ArmKinematics,
     action: FloatArray,
     observation: Observation,
+    action_mode: ActionMode = "delta_pose",
+    num_substeps: int = SUBSTEPS,
 ) -> None:
-    """Advance by one environment step of 25 substeps; the reference for `libero_gym.physics.stepping`.
+    """Advance by one environment step; the reference for `libero_gym.physics.stepping`.
 
-    `observation` receives what robosuite's sensors hold afterwards: the values after substep 24, whose body and site
-    poses are those of the positions before that substep.
+    `observation` receives what robosuite's sensors hold afterwards: the values after the last substep but one, whose
+    body and site poses are those of the positions before that substep.
     """
-    for substep in range(SUBSTEPS):
-        if substep == SUBSTEPS - 2:
+    for substep in range(num_substeps):
+        if substep == num_substeps - 2:
             observation.qpos[:] = data.qpos
         mujoco.mj_step1(model, data)
         control_substep(
-            model=model, data=data, robot=robot, state=state, creation=creation, action=action, sets_goal=substep == 0
+            model=model,
+            data=data,
+            robot=robot,
+            state=state,
+            creation=creation,
+            action=action,
+            sets_goal=substep == 0,
+            action_mode=action_mode,
         )
         mujoco.mj_step2(model, data)
-        if substep == SUBSTEPS - 2:
+        if substep == num_substeps - 2:
             observation.read_sensors(data, robot)
 
 

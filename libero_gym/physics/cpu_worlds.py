@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.conventions import CONTROL_FREQUENCY_HZ, ActionMode
 from libero_gym.fork import Owner, Uncopied
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import read_task
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
+from libero_gym.rendering.protocol import Views
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates
 from libero_gym.tasks.scenes import Scene, load_scenes
 from libero_gym.tasks.suites import TaskSpec
@@ -35,17 +37,29 @@ class CpuWorlds(Uncopied):
         "make other worlds with the same arguments, and give them these worlds' get_states by set_state"
     )
 
-    def __init__(self, num_worlds: int, *, stepping: Stepping = "exact", num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        num_worlds: int,
+        *,
+        stepping: Stepping = "exact",
+        action_mode: ActionMode = "delta_pose",
+        control_freq: int = CONTROL_FREQUENCY_HZ,
+        num_threads: int = 1,
+    ) -> None:
         """Start the threads; simulations are made by the first reset.
 
         Args:
             num_worlds: N.
             stepping: see `libero_gym.Simulation`.
+            action_mode: see `LiberoEnv`.
+            control_freq: environment steps a second.
             num_threads: threads to step and reset with; with one, the calling thread does it.
         """
         self._owner = Owner("the simulated worlds")
         self.num_worlds = num_worlds
         self._stepping: Stepping = stepping
+        self._action_mode: ActionMode = action_mode
+        self._control_freq = control_freq
         self._simulations: list[Simulation | None] = [None] * num_worlds
         self._spare: list[Simulation] = []
         self._chunk_s = np.zeros(num_worlds)  # of a core, for the last chunk
@@ -140,10 +154,10 @@ class CpuWorlds(Uncopied):
         ids = range(self.num_worlds) if world_ids is None else world_ids.tolist()
         return np.stack([self._simulation(i).states() for i in ids])
 
-    def render(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Any:
-        """Return images of some worlds; see `Worlds.render`."""
+    def views(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Views:
+        """Return what the renderer draws of some worlds; see `Worlds.views`."""
         simulations = [self._simulation(i) for i in world_ids.tolist()]
-        return renderer.render_torch(simulations) if as_torch else renderer.render(simulations)
+        return renderer.views(simulations, as_torch=True) if as_torch else renderer.views(simulations)
 
     def get_state(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
         """Return `Simulation.get_state` of a world."""
@@ -184,7 +198,11 @@ class CpuWorlds(Uncopied):
         """Return a simulation of `scene` for a world: its own, a spare one, or a new one."""
         candidates = (self._simulations[world_id], *self._spare)
         found = next((other for other in candidates if other is not None and other.scene is scene), None)
-        return Simulation(scene, stepping=self._stepping) if found is None else found
+        if found is not None:
+            return found
+        return Simulation(
+            scene, stepping=self._stepping, action_mode=self._action_mode, control_freq=self._control_freq
+        )
 
     def _put_simulation(self, world_id: int, simulation: Simulation) -> None:
         """Give a world a simulation from `_find_simulation`, and keep its former one."""
@@ -199,7 +217,7 @@ class CpuWorlds(Uncopied):
         del self._spare[: -self.num_worlds]
 
     def _run_chunk(self, i: int, chunk: FloatArray, steps_left: int, steps: Steps) -> None:
-        """Step world `i` until its chunk [C, 7] or its episode ends, and note it in `steps`."""
+        """Step world `i` until its chunk [C, A] or its episode ends, and note it in `steps`."""
         simulation = self._simulation(i)
         for step, action in enumerate(chunk):
             is_success = simulation.step(action)

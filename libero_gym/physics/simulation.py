@@ -1,8 +1,8 @@
 """One simulated world: reset, step, observe, judge. No rendering, no Gymnasium, no robosuite.
 
-Timing, as in LIBERO: an environment step is 25 physics substeps of 2 ms. What is observed (proprioception and
-images) is the world after substep 24, and its body and site poses are those of the positions before that substep;
-what is judged (success) is the world after substep 25.
+Timing, as in LIBERO: an environment step is 25 physics substeps of 2 ms (or as `control_freq` says). What is observed
+(proprioception and images) is the world after the last substep but one, and its body and site poses are those of the
+positions before that substep; what is judged (success) is the world after the last.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.conventions import ACTION_DIM
+from libero_gym.conventions import (
+    CONTROL_FREQUENCY_HZ,
+    PHYSICS_FREQUENCY_HZ,
+    ActionMode,
+    action_dim,
+    check_action_mode,
+    count_substeps,
+)
 from libero_gym.fork import Uncopied
 from libero_gym.physics.controller import (
+    SUBSTEPS,
     ArmKinematics,
     ControllerState,
     Observation,
@@ -57,7 +65,7 @@ FloatArray = npt.NDArray[np.float64]
 _PHYSICS_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
-_DUMP_KEYS = ("action", "error")
+_DUMP_KEYS = ("action", "action_mode", "control_freq", "error")
 
 
 class PhysicsError(RuntimeError):
@@ -95,6 +103,8 @@ class Simulation(Uncopied):
         data: simulation state.
         task: task of the last reset.
         init_state_id: index of the stored state of the last reset.
+        action_mode: what the numbers of an action mean.
+        control_freq: environment steps a second.
         goal: decides from `data` after each step whether the goal holds. `reset` and `set_state` make it the task's
             (`libero_gym.physics.predicates.Goal`); another one may be put in its place until then.
     """
@@ -103,7 +113,14 @@ class Simulation(Uncopied):
         "make another one by Simulation(simulation.scene), and give it simulation.get_state() by set_state"
     )
 
-    def __init__(self, scene: Scene, *, stepping: Stepping = "exact") -> None:
+    def __init__(
+        self,
+        scene: Scene,
+        *,
+        stepping: Stepping = "exact",
+        action_mode: ActionMode = "delta_pose",
+        control_freq: int = CONTROL_FREQUENCY_HZ,
+    ) -> None:
         """Create a world; call `reset` before `step`.
 
         Args:
@@ -112,12 +129,17 @@ class Simulation(Uncopied):
                 contacts before: LIBERO computes forward dynamics three times a substep, and these versions start the
                 solver from the result of the last); "fast" has hand-written controller algebra, equal to 1e-9
                 until the first contact; "numpy" is the readable reference of "exact".
+            action_mode: see `LiberoEnv`.
+            control_freq: environment steps a second, see `LiberoEnv`.
 
         Raises:
-            ValueError: unknown `stepping`.
+            ValueError: unknown `stepping` or `action_mode`, or a frequency that is not possible.
         """
         if stepping not in ("exact", "fast", "numpy"):
             raise ValueError(f"stepping={stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        self.action_mode: ActionMode = check_action_mode(action_mode)
+        self._num_substeps = count_substeps(control_freq)
+        self.control_freq = int(control_freq)
         self.scene = scene
         self.model = copy.copy(scene.physics_model)
         self.data = mujoco.MjData(self.model)
@@ -213,14 +235,15 @@ class Simulation(Uncopied):
         self._success = bool(self.goal(self.data))
         if kind == "original":
             for _ in range(num_settling_steps):
-                self.step(SETTLING_ACTION)
+                self._step(SETTLING_ACTION, "delta_pose", SUBSTEPS)
 
     def step(self, action: npt.ArrayLike) -> bool:
-        """Advance by 50 ms and return whether the goal holds.
+        """Advance by one environment step, 50 ms at LIBERO's rate, and return whether the goal holds.
 
         Args:
-            action: float [7]: end effector's change of position (units of 5 cm) and of rotation (axis-angle, units
-                of 0.5 rad), clipped to -1..1, and the gripper (< 0 opens, > 0 closes, 0 holds).
+            action: float [A], see `LiberoEnv`. With "delta_pose" float [7]: end effector's change of position (units of
+                5 cm) and of rotation (axis-angle, units of 0.5 rad), clipped to -1..1, and the gripper (< 0 opens,
+                > 0 closes, 0 holds).
 
         Raises:
             ValueError: wrong shape, or `reset` was not called.
@@ -228,30 +251,53 @@ class Simulation(Uncopied):
                 as it was before the step, and so is the error's `dump`.
         """
         values = np.ascontiguousarray(action, dtype=np.float64)
-        if values.shape != (ACTION_DIM,):
-            raise ValueError(f"action has shape {values.shape}; expected ({ACTION_DIM},)")
+        expected = (action_dim(self.action_mode),)
+        if values.shape != expected:
+            raise ValueError(f"action has shape {values.shape}; expected {expected} with {self.action_mode!r}")
         if self.goal is None:
             raise ValueError("reset() must be called before step()")
         if not np.isfinite(values).all():
             raise self.physics_error(f"action {values} is not finite; check the policy's output for NaN", values)
+        return self._step(values, self.action_mode, self._num_substeps)
+
+    def _step(self, values: FloatArray, action_mode: ActionMode, num_substeps: int) -> bool:
+        assert self.goal is not None
         started = self.data.time
         physics, memory = self._physics_state(), [array.copy() for array in self._memory]
         self._observed_indicator_alpha[:] = self._indicator_alpha
-        self._advance(values)
+        self._advance(values, action_mode, num_substeps)
         counts = np.asarray(self.data.warning.number)
         if counts.any():
             names = [mujoco.mjtWarning(int(i)).name for i in np.flatnonzero(counts)]
             self._restore_physics(physics)
             for array, value in zip(self._memory, memory, strict=True):
                 array[:] = value
-            raise self.physics_error(
+            raise self._dumped_error(
                 f"MuJoCo reports {names} in the step from t={started:.3f} s of {self.task}: reset the environment, and "
                 "check that nothing but its actions moves it",
                 values,
+                action_mode,
+                num_substeps,
             )
         self._update_indicators()
         self._success = bool(self.goal(self.data))
         return self._success
+
+    def hold_action(self) -> FloatArray:
+        """Return the action that keeps the arm where it is and the gripper as it is, float64 [A].
+
+        With the absolute modes that is where the arm is, 2 ms before the step's end: what such actions mean.
+        """
+        held = np.zeros(action_dim(self.action_mode))
+        robot = self.scene.robot
+        if self.action_mode == "absolute_pose":
+            quat_wxyz = np.empty(4)
+            mujoco.mju_mat2Quat(quat_wxyz, self.data.site_xmat[robot.eef_site_id])
+            held[:3] = self.data.site_xpos[robot.eef_site_id]
+            held[3:6] = axis_angle_from_quat(quat_wxyz[[1, 2, 3, 0]])
+        elif self.action_mode == "absolute_joint_pos":
+            held[:7] = self.data.qpos[robot.arm_qpos_adr]
+        return held
 
     def success(self) -> bool:
         """Return whether the goal held at the end of the last step."""
@@ -339,13 +385,19 @@ class Simulation(Uncopied):
         self._success = bool(state["success"])
 
     def physics_error(self, reason: str, action: FloatArray) -> PhysicsError:
-        """Return the error to raise for `action`, float64 [7], having dumped the present state and the action.
+        """Return the error to raise for `action`, float64 [A], having dumped the present state and the action.
 
         Raises:
             ValueError: `reset` was not called.
         """
+        return self._dumped_error(reason, action, self.action_mode, self._num_substeps)
+
+    def _dumped_error(
+        self, reason: str, action: FloatArray, action_mode: ActionMode, num_substeps: int
+    ) -> PhysicsError:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}.npz"
-        content: dict[str, Any] = {**self.get_state(), "action": action, "error": np.array(reason)}
+        control = {"action_mode": np.array(action_mode), "control_freq": np.array(PHYSICS_FREQUENCY_HZ // num_substeps)}
+        content: dict[str, Any] = {**self.get_state(), **control, "action": action, "error": np.array(reason)}
         try:
             folder = cache_dir() / "dumps"
             folder.mkdir(exist_ok=True)
@@ -369,7 +421,7 @@ class Simulation(Uncopied):
         mujoco.mj_getState(self.model, self.data, state, _PHYSICS_STATE)
         return state
 
-    def _make_stepper(self, stepping: Stepping) -> Callable[[FloatArray], None]:
+    def _make_stepper(self, stepping: Stepping) -> Callable[[FloatArray, ActionMode, int], None]:
         bound: dict[str, Any] = {
             "model": self.model,
             "data": self.data,
@@ -379,7 +431,9 @@ class Simulation(Uncopied):
             "observation": self._observation,
         }
         if stepping == "numpy":
-            return lambda action: step_numpy(action=action, **bound)
+            return lambda action, action_mode, num_substeps: step_numpy(
+                action=action, action_mode=action_mode, num_substeps=num_substeps, **bound
+            )
         from libero_gym.physics.stepping import NativeStepper  # imports Numba
 
         return NativeStepper(is_exact=stepping == "exact", **bound)
@@ -410,10 +464,10 @@ class Simulation(Uncopied):
 
 
 def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:
-    """Return (simulation in the dumped state, action float64 [7]); `simulation.step(action)` fails as it did then.
+    """Return (simulation in the dumped state, action float64 [A]); `simulation.step(action)` fails as it did then.
 
-    `Simulation.set_state` restores a dump too, if its numbers are finite: it is what `get_state` returns, with "action"
-    and "error" (the message) added, in a `.npz` file without pickle.
+    `Simulation.set_state` restores a dump too, if its numbers are finite: it is what `get_state` returns, in a `.npz`
+    file without pickle, with "action", "action_mode", "control_freq" and "error" (the message) added.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -421,7 +475,8 @@ def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:
     """
     with np.load(path, allow_pickle=False) as archive:
         state = dict(archive)
-    simulation = Simulation(load_scene(read_task(state)))
+    control: Any = {"action_mode": str(state["action_mode"]), "control_freq": int(state["control_freq"])}
+    simulation = Simulation(load_scene(read_task(state)), **control)
     simulation.set_state(state, must_be_finite=False)
     return simulation, state["action"]
 

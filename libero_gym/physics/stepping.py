@@ -1,4 +1,4 @@
-"""One environment step of 25 physics substeps in one native call that holds no Python lock.
+"""One environment step, 25 physics substeps at LIBERO's rate, in one native call that holds no Python lock.
 
 The same computation as `libero_gym.physics.controller`, compiled by Numba, with MuJoCo's `mj_step1` and `mj_step2`
 called through their addresses in the shared library. Two modes:
@@ -32,9 +32,11 @@ from llvmlite import ir
 from numba.core import cgutils, config, types
 from numba.extending import get_cython_function_address, intrinsic
 
-from libero_gym.conventions import ACTION_DIM
+from libero_gym.conventions import ACTION_DIM, ACTION_MODES, ActionMode
 from libero_gym.fork import Uncopied
 from libero_gym.physics.controller import (
+    JOINT_SCALE,
+    JOINT_STIFFNESS,
     NULLSPACE_STIFFNESS,
     SUBSTEPS,
     ArmKinematics,
@@ -45,7 +47,7 @@ from libero_gym.physics.controller import (
 from libero_gym.tasks.cache import cache_dir, checked_folder
 from libero_gym.tasks.scenes import Robot
 
-_OBSERVED_SUBSTEP = SUBSTEPS - 2
+_DELTA_POSE, _ABSOLUTE_POSE, _DELTA_JOINT_POS, _ABSOLUTE_JOINT_POS = range(len(ACTION_MODES))
 
 
 # Each copy of the package has a folder of its own, so that all that is in it can be compiled at once.
@@ -387,6 +389,8 @@ def _run_substeps(
     tables,
     is_exact,
     action,
+    action_mode,
+    num_substeps,
     live,
     robot_ids,
     robot_values,
@@ -408,19 +412,21 @@ def _run_substeps(
     qpos, qvel, ctrl, qfrc_bias, inertia, site_xpos, site_xmat, xquat = live
     arm_qpos, arm_dof, arm_ctrl, finger_qpos, finger_ctrl, inertia_adr, eef_ids = robot_ids
     init_qpos, torque_low, torque_high, kp, kd, finger_bias, finger_weight, scales = robot_values
-    goal_pos, goal_ori = goals
+    goal_pos, goal_ori, goal_qpos = goals
     creation_pos, creation_ori, creation_jac, creation_mass, creation_joint_pos = creation
     observed_qpos, observed_pos, observed_quat, observed_fingers = observation
-    ee_pos, ee_ori, ee_vel, ori_error, rotation, matrix, joint_state, all_jac, quaternion = small
+    ee_pos, ee_ori, ee_vel, ori_error, rotation, matrix, joint_state, all_jac, quaternion, identity = small
     force, torque, posture, bias, torques = vectors
     jac, jac_pos, jac_ori = jacobians
     eef_site, eef_body = eef_ids[0], eef_ids[1]
     nv = qvel.size
     damping = 2.0 * math.sqrt(NULLSPACE_STIFFNESS)
-    finger_direction = np.sign(action[6]) * scales[2]
+    joint_damping = 2.0 * math.sqrt(JOINT_STIFFNESS)
+    controls_joints = action_mode in (_DELTA_JOINT_POS, _ABSOLUTE_JOINT_POS)
+    finger_direction = np.sign(action[action.size - 1]) * scales[2]
 
-    for substep in range(SUBSTEPS):
-        if substep == _OBSERVED_SUBSTEP:
+    for substep in range(num_substeps):
+        if substep == num_substeps - 2:
             for i in range(qpos.size):
                 observed_qpos[i] = qpos[i]
         _call(step1, (model, data))
@@ -463,24 +469,48 @@ def _run_substeps(
                 jac_ori[i + 3 * j] = jac[i + 3 + 6 * j]
 
         if substep == 0:
-            rotates = False
-            for i in range(3):
-                rotation[i] = min(max(action[3 + i], -1.0), 1.0) * scales[1]
-                rotates |= rotation[i] != 0.0
-                goal_pos[i] = ee_pos[i] + min(max(action[i], -1.0), 1.0) * scales[0]
-            if rotates:
-                _set_goal_orientation(blas, tables, rotation, ee_ori, goal_ori, matrix, quaternion)
+            if action_mode == _DELTA_POSE:
+                rotates = False
+                for i in range(3):
+                    rotation[i] = min(max(action[3 + i], -1.0), 1.0) * scales[1]
+                    rotates |= rotation[i] != 0.0
+                    goal_pos[i] = ee_pos[i] + min(max(action[i], -1.0), 1.0) * scales[0]
+                if rotates:
+                    _set_goal_orientation(blas, tables, rotation, ee_ori, goal_ori, matrix, quaternion)
+            elif action_mode == _ABSOLUTE_POSE:
+                rotates = False
+                for i in range(3):
+                    rotation[i] = action[3 + i]
+                    rotates |= rotation[i] != 0.0
+                    goal_pos[i] = action[i]
+                if rotates:
+                    _set_goal_orientation(blas, tables, rotation, identity, goal_ori, matrix, quaternion)
+                else:
+                    goal_ori[:, :] = identity
+            elif action_mode == _DELTA_JOINT_POS:
+                for j in range(7):
+                    goal_qpos[j] = joint_state[j] + min(max(action[j], -1.0), 1.0) * JOINT_SCALE
+            else:
+                for j in range(7):
+                    goal_qpos[j] = action[j]
 
-        _orientation_error(goal_ori, ee_ori, ori_error)
-        for i in range(3):
-            force[i] = (goal_pos[i] - ee_pos[i]) * kp[i] + -ee_vel[i] * kd[i]
-            torque[i] = ori_error[i] * kp[3 + i] + -ee_vel[3 + i] * kd[3 + i]
-        for j in range(7):
-            posture[j] = NULLSPACE_STIFFNESS * (init_qpos[j] - joint_state[j]) - damping * joint_state[7 + j]
-        if is_exact:
-            _torques_exact(blas, tables, vectors, jacobians, mass, buffers, svd)
+        if controls_joints:
+            for j in range(7):  # the joints' accelerations
+                posture[j] = (goal_qpos[j] - joint_state[j]) * JOINT_STIFFNESS + -joint_state[7 + j] * joint_damping
+            _gemv(blas[1], tables, _N, 7, 7, mass.ctypes.data, posture.ctypes.data, torques.ctypes.data)
+            for j in range(7):
+                torques[j] += bias[j]
         else:
-            _torques_fast(vectors, jac, mass, fast)
+            _orientation_error(goal_ori, ee_ori, ori_error)
+            for i in range(3):
+                force[i] = (goal_pos[i] - ee_pos[i]) * kp[i] + -ee_vel[i] * kd[i]
+                torque[i] = ori_error[i] * kp[3 + i] + -ee_vel[3 + i] * kd[3 + i]
+            for j in range(7):
+                posture[j] = NULLSPACE_STIFFNESS * (init_qpos[j] - joint_state[j]) - damping * joint_state[7 + j]
+            if is_exact:
+                _torques_exact(blas, tables, vectors, jacobians, mass, buffers, svd)
+            else:
+                _torques_fast(vectors, jac, mass, fast)
         for i in range(7):
             ctrl[arm_ctrl[i]] = min(max(torques[i], torque_low[i]), torque_high[i])
         gripper[0] = min(max(gripper[0] - finger_direction, -1.0), 1.0)
@@ -489,7 +519,7 @@ def _run_substeps(
             ctrl[finger_ctrl[i]] = finger_bias[i] + finger_weight[i] * gripper[i]
 
         _call(step2, (model, data))
-        if substep == _OBSERVED_SUBSTEP:
+        if substep == num_substeps - 2:
             for i in range(3):
                 observed_pos[i] = site_xpos[eef_site, i]
             for i in range(4):
@@ -585,7 +615,7 @@ class NativeStepper(Uncopied):
             live,
             robot_ids,
             robot_values,
-            (state.goal_pos, state.goal_ori),
+            (state.goal_pos, state.goal_ori, state.goal_qpos),
             state.gripper,
             state.is_fresh,
             creation_values,
@@ -593,12 +623,12 @@ class NativeStepper(Uncopied):
             *_workspace(model.nv),
         )
 
-        action = np.zeros(ACTION_DIM)
-        _compile(tuple(numba.typeof(value) for value in (*self._functions, action, *self._arguments)))
+        example = (np.zeros(ACTION_DIM), _DELTA_POSE, SUBSTEPS)
+        _compile(tuple(numba.typeof(value) for value in (*self._functions, *example, *self._arguments)))
 
-    def __call__(self, action: npt.NDArray[np.float64]) -> None:
-        """Advance by one environment step under `action`, float64 [7]."""
-        _run_substeps(*self._functions, action, *self._arguments)
+    def __call__(self, action: npt.NDArray[np.float64], action_mode: ActionMode, num_substeps: int) -> None:
+        """Advance by one environment step of so many substeps under `action`, float64 [A]."""
+        _run_substeps(*self._functions, action, ACTION_MODES.index(action_mode), num_substeps, *self._arguments)
 
 
 def _workspace(nv: int) -> tuple[Any, ...]:
@@ -613,6 +643,7 @@ def _workspace(nv: int) -> tuple[Any, ...]:
         np.empty(14),  # joint positions, joint velocities
         np.empty((6, nv)),  # all_jac
         np.empty(4, dtype=np.float32),  # quaternion
+        np.eye(3),  # identity
     )
     vectors = (np.empty(3), np.empty(3), np.empty(7), np.empty(7), np.empty(7))
     jacobians = (np.empty(42), np.empty(21), np.empty(21))

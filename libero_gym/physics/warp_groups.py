@@ -38,6 +38,7 @@ from libero_gym.physics.warp_worlds import (
     state_identity,
 )
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
+from libero_gym.rendering.protocol import Views
 from libero_gym.rendering.raycast import DevicePoses
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates
 from libero_gym.tasks.scenes import Scene, load_scenes
@@ -269,10 +270,9 @@ class GroupedWarpWorlds(Uncopied):
             for group, members in self._split(world_ids)
         ]
 
-    def render(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Any:
-        """Return images of some worlds, drawn on the device by a `WarpRenderer`; see `Worlds.render`."""
-        poses = self.poses(world_ids)
-        return renderer.render_poses_torch(*poses) if as_torch else renderer.render_poses(*poses)
+    def views(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Views:
+        """Return what a `WarpRenderer` draws of some worlds on the device; see `Worlds.views`."""
+        return renderer.views_of_poses(*self.poses(world_ids), as_torch=as_torch)
 
     def get_state(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
         """Return everything that decides a world's future and what it shows; see `Worlds.get_state`."""

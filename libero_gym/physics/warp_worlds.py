@@ -56,6 +56,7 @@ from libero_gym.physics.states import IDENTITY, Entry, check_entries, check_keys
 from libero_gym.physics.warp_loading import find_modules, load_modules
 from libero_gym.physics.warp_stepping import Substep
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
+from libero_gym.rendering.protocol import Views
 from libero_gym.rendering.raycast import DevicePoses, default_device, list_devices
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, load_recorded_states
 from libero_gym.tasks.scenes import JointTest, Scene
@@ -326,10 +327,9 @@ class WarpWorlds(Uncopied):
         places = np.arange(len(world_ids)) if places is None else places
         return DevicePoses(scene=self.scene, body_pos=body_pos, body_mat=body_mat, lit_sites=lit_sites, places=places)
 
-    def render(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Any:
-        """Return images of some worlds, drawn on the device by a `WarpRenderer`; see `Worlds.render`."""
-        poses = self.poses(world_ids)
-        return renderer.render_poses_torch(poses) if as_torch else renderer.render_poses(poses)
+    def views(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Views:
+        """Return what a `WarpRenderer` draws of some worlds on the device; see `Worlds.views`."""
+        return renderer.views_of_poses(self.poses(world_ids), as_torch=as_torch)
 
     def get_state(self, world_id: int) -> dict[str, npt.NDArray[Any]]:
         """Return everything that decides a world's future and what it shows; see `Worlds.get_state`."""

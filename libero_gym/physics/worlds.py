@@ -5,7 +5,8 @@
 `libero_gym.physics.warp_groups.GroupedWarpWorlds` those of several. Episodes (rewards, horizons, autoreset, what is
 sampled) are none of their business.
 
-Shape legend: N worlds, C steps of an action chunk, R worlds that are reset, K cameras, H = W = image size in pixels.
+Shape legend: N worlds, C steps of an action chunk, A numbers of an action (7, of joints 8), R worlds that are reset, K
+cameras, H = W = image size in pixels.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.physics.simulation import PhysicsError
+from libero_gym.rendering.protocol import Views
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates
 from libero_gym.tasks.suites import TaskSpec
 
@@ -85,10 +87,10 @@ class Worlds(Protocol):
         out: Steps | None = None,
         on_part_done: Callable[[IntArray], None] | None = None,
     ) -> Steps:
-        """Run up to C environment steps of 50 ms in each active world, until its goal holds or its steps are used up.
+        """Run up to C environment steps in each active world, until its goal holds or its steps are used up.
 
         Args:
-            actions: float [N, C, 7], see `libero_gym.Simulation.step`. Those of idle worlds do not matter.
+            actions: float [N, C, A], see `libero_gym.Simulation.step`. Those of idle worlds do not matter.
             is_active: bool [N], False where nothing is to happen.
             steps_left: int [N], steps until the episode is cut.
             out: all False; filled in and returned. After an error it tells what was run before.
@@ -110,13 +112,13 @@ class Worlds(Protocol):
         """Return the proprioception of some worlds (None: all), float32 [num, 8]; see `Simulation.states`."""
         ...
 
-    def render(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Any:
-        """Return images of some worlds, uint8 [num, K, H, W, 3].
+    def views(self, renderer: Any, world_ids: IntArray, *, as_torch: bool) -> Views:
+        """Return all of some worlds that the renderer was made for, num worlds each.
 
         Args:
             renderer: from `libero_gym.rendering.renderers.make_renderer`.
             world_ids: int64 [num].
-            as_torch: whether as a tensor on the renderer's device; needs the renderer "warp".
+            as_torch: whether as tensors on the renderer's device; needs the renderer "warp".
         """
         ...
 
@@ -142,7 +144,7 @@ class Worlds(Protocol):
         ...
 
     def physics_error(self, world_id: int, reason: str, action: npt.NDArray[np.float64]) -> PhysicsError:
-        """Return the error to raise for an action, float64 [7], that `world_id` must not be given."""
+        """Return the error to raise for an action, float64 [A], that `world_id` must not be given."""
         ...
 
     def close(self) -> None:

@@ -5,8 +5,8 @@ Shape legend: N worlds, K cameras, H = W = `image_size` pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import mujoco
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from libero_gym.tasks.scenes import Scene
 
 RendererKind = Literal["egl", "osmesa", "warp"]
+ViewKind = Literal["images", "depth", "segmentation"]
 
 Images = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float64]
@@ -38,6 +39,23 @@ class RenderState(NamedTuple):
     qpos: FloatArray
     fixture_poses: FloatArray
     indicator_alpha: FloatArray
+
+
+class Views(NamedTuple):
+    """What cameras show of worlds, in the same pixels; None for what the renderer was not made for.
+
+    Arrays of NumPy, or torch tensors where those were asked for. All are mirrored as images are.
+
+    Attributes:
+        images: uint8 [N, K, H, W, 3].
+        depth: float32 [N, K, H, W, 1], m, along the camera's axis (not along the ray) to what is seen at the pixel's
+            centre; where nothing is, that of the far clipping plane, MuJoCo's `vis.map.zfar * stat.extent`.
+        segmentation: int32 [N, K, H, W, 1], id of the body that is seen at the pixel's centre, -1 where nothing is.
+    """
+
+    images: Any
+    depth: Any
+    segmentation: Any
 
 
 class Drawable(Protocol):
@@ -75,6 +93,15 @@ class Renderer(Protocol):
         """Draws the last observed state of each simulation; uint8 [N, K, H, W, 3], not shared with later calls.
 
         Raises:
+            ValueError: the renderer was not made for images.
+            RuntimeError: this process was forked from the one that made the renderer.
+        """
+        ...
+
+    def views(self, simulations: Sequence[Drawable]) -> Views:
+        """Draws all that the renderer was made for, not shared with later calls.
+
+        Raises:
             RuntimeError: this process was forked from the one that made the renderer.
         """
         ...
@@ -82,3 +109,26 @@ class Renderer(Protocol):
     def close(self) -> None:
         """Releases contexts and buffers; a second call does nothing."""
         ...
+
+
+def check_view_kinds(kinds: Collection[ViewKind]) -> frozenset[ViewKind]:
+    """Return what a renderer is to be made for, as a set.
+
+    Raises:
+        ValueError: there is nothing, or something unknown.
+    """
+    valid = get_args(ViewKind)
+    if not kinds or not set(kinds) <= set(valid):
+        raise ValueError(f"view_kinds={tuple(kinds)!r} must be some of {valid}")
+    return frozenset(kinds)
+
+
+def only_images(views: Views) -> Images:
+    """Return the images of what was drawn.
+
+    Raises:
+        ValueError: the renderer was not made for them.
+    """
+    if views.images is None:
+        raise ValueError("the renderer was made without 'images' among its view_kinds; use its views()")
+    return views.images

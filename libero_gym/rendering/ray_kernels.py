@@ -43,6 +43,7 @@ class Scene:
     surface_color: wp.array(dtype=wp.vec3)
     surface_material: wp.array(dtype=wp.vec4)
     surface_texture: wp.array(dtype=int)
+    surface_body: wp.array(dtype=int)
     texture_kind: wp.array(dtype=int)
     texture_faces: wp.array(dtype=int)
     texture_size: wp.array(dtype=wp.vec2i)
@@ -55,6 +56,7 @@ class Scene:
     camera_mat: wp.array(dtype=wp.mat33)
     camera_tan: wp.array(dtype=float)
     znear: float
+    zfar: float
     light_body: wp.array(dtype=int)
     light_pos: wp.array(dtype=wp.vec3)
     light_dir: wp.array(dtype=wp.vec3)
@@ -588,6 +590,46 @@ def render(
     _store(sample.color, row, x, scene.num_cameras, num_worlds, images)
 
 
+@wp.kernel(module="unique", module_options=_OPTIONS)
+def measure(
+    scene: Scene,
+    num_worlds: int,
+    first_row: int,
+    last_row: int,
+    geometry: wp.array2d(dtype=wp.vec4),
+    surfaces: wp.array2d(dtype=int),
+    depths: wp.array3d(dtype=float),
+    bodies: wp.array3d(dtype=int),
+):
+    """Depth along the camera's axis and body of what `render` met at pixels' centres; dim from `num_threads`.
+
+    Either of `depths` and `bodies` may be empty.
+    """
+    width = geometry.shape[1]
+    height = width
+    pixel = _pixel_of_thread(wp.tid(), first_row, width)
+    row = pixel[0]
+    x = pixel[1]
+    if row >= last_row or x >= width:
+        return
+    image = row / height
+    camera = image % scene.num_cameras
+    index = camera * num_worlds + image / scene.num_cameras
+    surface = surfaces[row, x]
+    depth = scene.zfar
+    body = int(-1)
+    if surface >= 0:
+        pixel_size = 2.0 * scene.camera_tan[camera] / float(height)
+        right = (float(x) + 0.5 - 0.5 * float(width)) * pixel_size
+        up = (0.5 * float(height) - float(row % height) - 0.5) * pixel_size
+        depth = geometry[row, x][3] / wp.length(wp.vec3(right, up, -1.0))
+        body = scene.surface_body[surface]
+    if depths.shape[0] > 0:
+        depths[index, row % height, width - 1 - x] = depth
+    if bodies.shape[0] > 0:
+        bodies[index, row % height, width - 1 - x] = body
+
+
 @wp.func
 def _differ(
     row: int,
@@ -697,7 +739,7 @@ def smooth_edges(
         _store(color, row, x, scene.num_cameras, num_worlds, images)
 
 
-KERNELS = (place, cull, render, find_edges, smooth_edges)
+KERNELS = (place, cull, render, measure, find_edges, smooth_edges)
 
 
 def num_threads(num_rows: int, width: int) -> int:

@@ -56,6 +56,7 @@ class RayScene:
         surface_material: [S, 4] emission, specular, shininess exponent, reflectance (0 where not a mirror).
         surface_texture: [S] texture id, -1 without.
         surface_geom: [S] geom id, -1 for a site.
+        surface_body: [S] body that carries it.
         texture_kind: [T] TEXTURE_2D or TEXTURE_CUBE.
         texture_faces: [T] 6 for a cube map with six images below each other, else 1.
         texture_size: [T, 2] width and height (texels) of one face at level 0.
@@ -68,6 +69,7 @@ class RayScene:
         camera_mat: [K, 3, 3] in the body's frame.
         camera_tan: [K] tangent of half the vertical field of view.
         znear: distance of the near clipping plane (m).
+        zfar: distance of the far one (m), the depth where nothing is.
         light_body: [L] body that carries the light, -1 for the headlight.
         light_pos: [L, 3] in the body's frame (m).
         light_dir: [L, 3] in the body's frame, unit.
@@ -90,6 +92,7 @@ class RayScene:
     surface_material: FloatArray
     surface_texture: IntArray
     surface_geom: IntArray
+    surface_body: IntArray
     texture_kind: IntArray
     texture_faces: IntArray
     texture_size: IntArray
@@ -102,6 +105,7 @@ class RayScene:
     camera_mat: FloatArray
     camera_tan: FloatArray
     znear: float
+    zfar: float
     light_body: IntArray
     light_pos: FloatArray
     light_dir: FloatArray
@@ -153,6 +157,7 @@ def build_ray_scene(
     materials: list[list[float]] = []
     textures: list[int] = []
     surface_geom: list[int] = []
+    surface_body: list[int] = []
     mirror_found = not reflections
     for geom in range(model.ngeom):
         rgba = _geom_rgba(model, geom)
@@ -183,6 +188,7 @@ def build_ray_scene(
             materials.append([emission, specular, shininess * SHININESS_SCALE, piece_reflectance])
             textures.append(texture)
             surface_geom.append(geom)
+            surface_body.append(key[0])
     for site in lit_sites:
         if model.site_type[site] != mujoco.mjtGeom.mjGEOM_CYLINDER:
             raise ValueError(f"site {site} is of type {model.site_type[site]}; only lit cylinders are known")
@@ -194,6 +200,7 @@ def build_ray_scene(
         materials.append([0.0, DEFAULT_SPECULAR, DEFAULT_SHININESS * SHININESS_SCALE, 0.0])
         textures.append(-1)
         surface_geom.append(-1)
+        surface_body.append(int(model.site_bodyid[site]))
 
     # Small parts first: what they hide of the walls and the table is then never looked at.
     parts = sorted(triangles_of_part, key=lambda part: _extent(triangles_of_part[part]))
@@ -223,6 +230,7 @@ def build_ray_scene(
         surface_material=np.array(materials, dtype=np.float32),
         surface_texture=np.array(textures, dtype=np.int32),
         surface_geom=np.array(surface_geom, dtype=np.int32),
+        surface_body=np.array(surface_body, dtype=np.int32),
         **_textures(model, max_texture_size, set(textures), decoded_textures(model, texture_colorspace)),
         **_cameras(model, cameras),
         **_lights(model),
@@ -521,6 +529,7 @@ def _cameras(model: mujoco.MjModel, cameras: list[CameraPlace]) -> dict[str, Any
         "camera_mat": np.array([_rotation(camera.quat_wxyz) for camera in cameras], dtype=np.float32),
         "camera_tan": np.tan(0.5 * np.deg2rad([camera.fovy_deg for camera in cameras])).astype(np.float32),
         "znear": float(model.vis.map.znear * model.stat.extent),
+        "zfar": float(model.vis.map.zfar * model.stat.extent),
     }
 
 

@@ -3,7 +3,8 @@
 It reproduces MuJoCo's classic OpenGL renderer rather than improving on it, since that is what LIBERO's data and
 policies saw: fixed-function lighting at triangle corners, clamped before the texture is applied; a specular term
 of exponent 0 that is constant; mipmaps; one mirror. Rays start at the near clipping plane and pass the backs of
-triangles. Pixels whose neighbourhood shows an edge get four more samples in the usual multisampling pattern.
+triangles. Pixels whose neighbourhood shows an edge get four more samples in the usual multisampling pattern. Depth and
+segmentation are those of the ray through the pixel's centre, as OpenGL's are without multisampling.
 
 Not drawn: shadows (no LIBERO light casts any), haze, transparency.
 
@@ -16,11 +17,11 @@ import atexit
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -30,18 +31,25 @@ import warp as wp
 from libero_gym.fork import Owner, Uncopied
 from libero_gym.rendering import ray_kernels
 from libero_gym.rendering.cameras import Camera
-from libero_gym.rendering.protocol import Drawable, Images, RendererKind, RendererUnavailableError
+from libero_gym.rendering.protocol import (
+    Drawable,
+    Images,
+    RendererKind,
+    RendererUnavailableError,
+    ViewKind,
+    Views,
+    check_view_kinds,
+    only_images,
+)
 from libero_gym.rendering.ray_scene import RayScene, build_ray_scene
 from libero_gym.rendering.small_textures import load_small_model
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.cache import cache_dir, drop_damaged, file_lock, note_files
 from libero_gym.tasks.scenes import Scene
 
-if TYPE_CHECKING:
-    import torch
-
 # Worlds drawn by one kernel launch; bounds the memory for intermediate results (9 MB a world of 256 pixels).
 _MAX_LAUNCH_WORLDS = 256
+_DTYPES: dict[ViewKind, Any] = {"images": np.uint8, "depth": np.float32, "segmentation": np.int32}
 
 
 def default_device() -> str:
@@ -216,17 +224,25 @@ class PixelBuffers:
         samples: what the ray of each pixel met, [num * H, W] of `vec3`, of `vec4` and of int; edges are found by it.
         edges: how many pixels of each strip are at edges, and which they are.
         images: uint8 [num, H, W, 3].
+        depths: float32 [num, H, W], m; empty without depth.
+        bodies: int32 [num, H, W]; empty without segmentation.
     """
 
-    def __init__(self, device: str, image_size: int, *, antialiasing: bool):
+    def __init__(
+        self, device: str, image_size: int, *, antialiasing: bool, view_kinds: Collection[ViewKind] = ("images",)
+    ):
         """Allocates nothing yet."""
         self._device = device
         self._size = image_size
-        self._antialiasing = antialiasing
+        self.view_kinds = check_view_kinds(view_kinds)
+        self.antialiases = antialiasing and "images" in self.view_kinds
+        self.measures = not self.view_kinds <= {"images"}
         self._capacity = 0
         self.samples: tuple[Any, Any, Any] = (None, None, None)
         self.edges: tuple[Any, Any] = (None, None)
         self.images: Any = None
+        self.depths: Any = None
+        self.bodies: Any = None
 
     def reserve(self, num_images: int) -> None:
         """Allocates memory for so many images, if there is less."""
@@ -236,11 +252,14 @@ class PixelBuffers:
         def empty(shape: tuple[int, ...], dtype: Any) -> Any:
             return wp.empty(shape, dtype=dtype, device=self._device)
 
-        size = self._size
-        rows = num_images * size if self._antialiasing else 0
+        size, kinds = self._size, self.view_kinds
+        rows = num_images * size if self.antialiases or self.measures else 0
         self.samples = (empty((rows, size), wp.vec3), empty((rows, size), wp.vec4), empty((rows, size), int))
+        rows = num_images * size if self.antialiases else 0
         self.edges = (empty((rows,), int), empty((rows * size,), int))  # at most one strip a line
         self.images = empty((num_images, size, size, 3), wp.uint8)
+        self.depths = empty((num_images if "depth" in kinds else 0, size, size), float)
+        self.bodies = empty((num_images if "segmentation" in kinds else 0, size, size), int)
         self._capacity = num_images
 
 
@@ -261,15 +280,14 @@ class SceneCaster(Uncopied):
         Args:
             scene: What to draw.
             image_size: Height and width of the images, pixels.
-            antialiasing: Whether edges get four samples per pixel.
+            antialiasing: Whether edges get four samples per pixel, where `pixels` is None.
             pool: Threads among which a CPU's work is divided; None draws in the calling thread.
-            pixels: Where to draw; None makes buffers of its own.
+            pixels: Where to draw, and what; None makes buffers of its own, for images.
         """
         self._scene = scene.arrays
         self._owner = scene
         self._device = scene.device
         self._size = image_size
-        self._antialiasing = antialiasing
         self._pool = pool if scene.device == "cpu" else None
         self._num_parts = len(scene.part_site)
         self._num_cameras = scene.num_cameras
@@ -282,6 +300,10 @@ class SceneCaster(Uncopied):
         self._pixels = pixels or PixelBuffers(scene.device, image_size, antialiasing=antialiasing)
 
     def render(self, body_pos: Any, body_mat: Any, lit_sites: npt.NDArray[np.int32]) -> Any:
+        """Draws worlds and returns `views(...).images`; see there."""
+        return self.views(body_pos, body_mat, lit_sites).images
+
+    def views(self, body_pos: Any, body_mat: Any, lit_sites: npt.NDArray[np.int32]) -> Views:
         """Draws worlds.
 
         Args:
@@ -290,8 +312,9 @@ class SceneCaster(Uncopied):
             lit_sites: [N, num] ids of sites that are lit, -1 for none.
 
         Returns:
-            A Warp array [K * N, H, W, 3] of uint8 on the device, images of camera 0 first, each mirrored left to
-            right with respect to the true view. The next call overwrites it, also that of a caster with these pixels.
+            Warp arrays on the device: images uint8 [K * N, H, W, 3], depth float32 and segmentation int32
+            [K * N, H, W, 1], those of camera 0 first, each mirrored left to right with respect to the true view. The
+            next call overwrites them, also that of a caster with these pixels.
         """
         _load_kernels(self._device).result()
         num_worlds, pixels = len(body_pos), self._pixels
@@ -324,6 +347,9 @@ class SceneCaster(Uncopied):
             rows = strips[strip : strip + 2]
             inputs = [self._scene, self._worlds, self._tiles, num_worlds, *rows, *pixels.samples, pixels.images]
             self._launch(ray_kernels.render, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
+            if pixels.measures:
+                inputs = [self._scene, num_worlds, *rows, *pixels.samples[1:], pixels.depths, pixels.bodies]
+                self._launch(ray_kernels.measure, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
 
         def smooth(strip: int) -> None:
             rows = strips[strip : strip + 2]
@@ -336,10 +362,19 @@ class SceneCaster(Uncopied):
             self._launch(ray_kernels.smooth_edges, num_pixels * 4 // samples_per_thread, inputs)
 
         self._for_each(cast, len(strips) - 1)
-        if self._antialiasing:
+        if pixels.antialiases:
             pixels.edges[0].zero_()
             self._for_each(smooth, len(strips) - 1)
-        return pixels.images[: self._num_cameras * num_worlds]
+        num_images, side = self._num_cameras * num_worlds, self._size
+
+        def drawn(kind: ViewKind, array: Any, channels: int) -> Any:
+            return array[:num_images].reshape((num_images, side, side, channels)) if kind in pixels.view_kinds else None
+
+        return Views(
+            images=drawn("images", pixels.images, 3),
+            depth=drawn("depth", pixels.depths, 1),
+            segmentation=drawn("segmentation", pixels.bodies, 1),
+        )
 
     def _on_device(self, values: Any, dtype: Any) -> Any:
         if isinstance(values, wp.array):
@@ -388,10 +423,14 @@ class SceneCaster(Uncopied):
         wp.launch(kernel, dim=num_threads, inputs=inputs, device=self._device)
 
 
+def _as_views(arrays: Mapping[ViewKind, Any]) -> Views:
+    return Views(arrays.get("images"), arrays.get("depth"), arrays.get("segmentation"))
+
+
 class WarpRenderer(Uncopied):
     """Ray caster that draws all worlds of a scene at once.
 
-    On a CUDA device `render_torch` leaves the images there.
+    On a CUDA device `views(..., as_torch=True)` leaves what it has drawn there.
     """
 
     def __init__(
@@ -404,6 +443,7 @@ class WarpRenderer(Uncopied):
         reflections: bool = True,
         num_threads: int | None = None,
         texture_colorspace: TextureColorspace = "linear",
+        view_kinds: Collection[ViewKind] = ("images",),
     ):
         """Starts Warp; see `make_renderer`.
 
@@ -415,9 +455,10 @@ class WarpRenderer(Uncopied):
             reflections: Whether reflective surfaces mirror, as LIBERO's do.
             num_threads: Threads on a CPU; None takes all cores that this process may use.
             texture_colorspace: See `libero_gym.rendering.textures`.
+            view_kinds: What to draw, see `Views`.
 
         Raises:
-            ValueError: An unknown colour space.
+            ValueError: An unknown colour space, or unknown views.
             RendererUnavailableError: Warp has no such device.
             RuntimeError: The device is a GPU, and this process was forked from one that had started Warp.
         """
@@ -436,7 +477,8 @@ class WarpRenderer(Uncopied):
         self._pool = ThreadPoolExecutor(threads, "libero-render") if threads > 1 else None
         _load_kernels(self._device)
         self._casters: dict[str, SceneCaster] = {}
-        self._pixels = PixelBuffers(self._device, image_size, antialiasing=antialiasing)
+        self._view_kinds = check_view_kinds(view_kinds)
+        self._pixels = self._new_pixels()
         self._scratch: dict[str, mujoco.MjData] = {}
 
     @property
@@ -458,22 +500,31 @@ class WarpRenderer(Uncopied):
         """Draws the last observed state of each simulation; see `Renderer`.
 
         Raises:
-            ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
+            ValueError: A camera is not in the scene, the scene has something that cannot be drawn, or the renderer was
+                not made for images.
             RuntimeError: This process was forked from the one that made the renderer.
         """
-        return self._collect(len(simulations), self._draw(simulations))
+        return only_images(self.views(simulations))
 
-    def render_torch(self, simulations: Sequence[Drawable]) -> torch.Tensor:
-        """Like `render`, as a torch tensor on the renderer's device; images on a GPU do not leave it."""
-        return self._collect_torch(len(simulations), self._draw(simulations))
+    def views(self, simulations: Sequence[Drawable], *, as_torch: bool = False) -> Views:
+        """Draws all that the renderer was made for; see `Renderer`.
 
-    def render_poses(self, *poses: DevicePoses) -> Images:
-        """Like `render`, of worlds whose poses are on the device already, of one scene or several."""
-        return self._collect(sum(len(part.places) for part in poses), self._draw_poses(poses))
+        Args:
+            simulations: N worlds.
+            as_torch: Whether as torch tensors on the renderer's device; what is on a GPU does not leave it.
 
-    def render_poses_torch(self, *poses: DevicePoses) -> torch.Tensor:
-        """Like `render_torch`, of worlds whose poses are on the device already, of one scene or several."""
-        return self._collect_torch(sum(len(part.places) for part in poses), self._draw_poses(poses))
+        Raises:
+            ValueError: A camera is not in the scene, or the scene has something that cannot be drawn.
+            RuntimeError: This process was forked from the one that made the renderer.
+            ModuleNotFoundError: `as_torch` without PyTorch.
+        """
+        collect = self._collect_torch if as_torch else self._collect
+        return collect(len(simulations), self._draw(simulations))
+
+    def views_of_poses(self, *poses: DevicePoses, as_torch: bool = False) -> Views:
+        """Like `views`, of worlds whose poses are on the device already, of one scene or several."""
+        collect = self._collect_torch if as_torch else self._collect
+        return collect(sum(len(part.places) for part in poses), self._draw_poses(poses))
 
     def close(self) -> None:
         """Releases threads and buffers, in the process that made them; a second call does nothing."""
@@ -483,17 +534,26 @@ class WarpRenderer(Uncopied):
             self._pool.shutdown()
             self._pool = None
         self._casters.clear()
-        self._pixels = PixelBuffers(self._device, self._size, antialiasing=self._antialiasing)
+        self._pixels = self._new_pixels()
         self._scratch.clear()
 
-    def _collect(self, num_worlds: int, batches: Iterator[tuple[list[int], Any]]) -> Images:
-        shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
-        images = np.empty(shape, dtype=np.uint8)
-        for indices, batch in batches:
-            images[:, indices] = batch.numpy().reshape(shape[0], len(indices), *shape[2:])
-        return np.moveaxis(images, 0, 1)  # [N, K, H, W, 3]; each camera's images are contiguous
+    def _new_pixels(self) -> PixelBuffers:
+        return PixelBuffers(self._device, self._size, antialiasing=self._antialiasing, view_kinds=self._view_kinds)
 
-    def _collect_torch(self, num_worlds: int, batches: Iterator[tuple[list[int], Any]]) -> torch.Tensor:
+    def _shape(self, kind: ViewKind, num_worlds: int) -> tuple[int, ...]:
+        channels = 3 if kind == "images" else 1
+        return len(self._camera_names), num_worlds, self._size, self._size, channels  # each camera's are contiguous
+
+    def _collect(self, num_worlds: int, batches: Iterator[tuple[list[int], Views]]) -> Views:
+        arrays: dict[ViewKind, Any] = {
+            kind: np.empty(self._shape(kind, num_worlds), _DTYPES[kind]) for kind in self._view_kinds
+        }
+        for indices, batch in batches:
+            for kind, array in arrays.items():
+                array[:, indices] = getattr(batch, kind).numpy().reshape(self._shape(kind, len(indices)))
+        return _as_views({kind: np.moveaxis(array, 0, 1) for kind, array in arrays.items()})
+
+    def _collect_torch(self, num_worlds: int, batches: Iterator[tuple[list[int], Views]]) -> Views:
         try:
             import torch  # not needed by any other path
         except ModuleNotFoundError as error:
@@ -501,20 +561,26 @@ class WarpRenderer(Uncopied):
                 "images_as_torch=True needs PyTorch; install it with `pip install torch`, or leave the images in NumPy"
             ) from error
 
-        shape = (len(self._camera_names), num_worlds, self._size, self._size, 3)
-        images = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        arrays: dict[ViewKind, Any] = {
+            kind: torch.empty(
+                self._shape(kind, num_worlds), dtype=getattr(torch, np.dtype(_DTYPES[kind]).name), device=self._device
+            )
+            for kind in self._view_kinds
+        }
         # Batch after batch as they come: to upload their indices in between would wait for each to be drawn.
         drawn: list[int] = []
         for indices, batch in batches:
-            part = wp.to_torch(batch).reshape(shape[0], len(indices), *shape[2:])
-            images[:, len(drawn) : len(drawn) + len(indices)] = part
+            places = slice(len(drawn), len(drawn) + len(indices))
+            for kind, array in arrays.items():
+                array[:, places] = wp.to_torch(getattr(batch, kind)).reshape(self._shape(kind, len(indices)))
             drawn += indices
         if drawn != sorted(drawn):
-            images = images[:, torch.as_tensor(np.argsort(drawn), device=self._device)]
-        return images.movedim(0, 1)
+            order = torch.as_tensor(np.argsort(drawn), device=self._device)
+            arrays = {kind: array[:, order] for kind, array in arrays.items()}
+        return _as_views({kind: array.movedim(0, 1) for kind, array in arrays.items()})
 
-    def _draw(self, simulations: Sequence[Drawable]) -> Iterator[tuple[list[int], Any]]:
-        """Yields (indices of simulations, Warp array [K * num, H, W, 3]) scene by scene."""
+    def _draw(self, simulations: Sequence[Drawable]) -> Iterator[tuple[list[int], Views]]:
+        """Yields (indices of simulations, Warp arrays [K * num, H, W, channels]) scene by scene."""
         by_scene: dict[str, list[int]] = {}
         for index, simulation in enumerate(simulations):
             by_scene.setdefault(simulation.scene.key, []).append(index)
@@ -523,13 +589,13 @@ class WarpRenderer(Uncopied):
                 indices = members[first : first + _MAX_LAUNCH_WORLDS]
                 yield indices, self._draw_scene([simulations[index] for index in indices])
 
-    def _draw_poses(self, poses: Sequence[DevicePoses]) -> Iterator[tuple[list[int], Any]]:
+    def _draw_poses(self, poses: Sequence[DevicePoses]) -> Iterator[tuple[list[int], Views]]:
         """Yields as `_draw` does."""
         for of_scene in poses:
             caster = self._caster(of_scene.scene)
             for first in range(0, len(of_scene.places), _MAX_LAUNCH_WORLDS):
                 part = slice(first, min(first + _MAX_LAUNCH_WORLDS, len(of_scene.places)))
-                batch = caster.render(of_scene.body_pos[part], of_scene.body_mat[part], of_scene.lit_sites[part])
+                batch = caster.views(of_scene.body_pos[part], of_scene.body_mat[part], of_scene.lit_sites[part])
                 yield of_scene.places[part].tolist(), batch
 
     def _caster(self, scene: Scene) -> SceneCaster:
@@ -547,7 +613,7 @@ class WarpRenderer(Uncopied):
             )
         return self._casters[scene.key]
 
-    def _draw_scene(self, simulations: list[Drawable]) -> Any:
+    def _draw_scene(self, simulations: list[Drawable]) -> Views:
         scene = simulations[0].scene
         caster = self._caster(scene)
         if scene.key not in self._scratch:
@@ -564,4 +630,4 @@ class WarpRenderer(Uncopied):
             body_pos[i] = data.xpos
             body_mat[i] = data.xmat.reshape(-1, 3, 3)
             lit[i] = np.where(state.indicator_alpha > 0, scene.indicator_site_ids, -1)
-        return caster.render(body_pos, body_mat, lit)
+        return caster.views(body_pos, body_mat, lit)

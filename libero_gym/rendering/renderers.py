@@ -33,17 +33,28 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import mujoco
 import numpy as np
+import numpy.typing as npt
 
 from libero_gym.fork import Owner, Uncopied
 from libero_gym.rendering.cameras import Camera, CameraPlace, place_camera
-from libero_gym.rendering.protocol import Drawable, Images, Renderer, RendererKind, RendererUnavailableError
-from libero_gym.rendering.ray_scene import VISIBLE_GROUPS
+from libero_gym.rendering.protocol import (
+    Drawable,
+    Images,
+    Renderer,
+    RendererKind,
+    RendererUnavailableError,
+    ViewKind,
+    Views,
+    check_view_kinds,
+    only_images,
+)
+from libero_gym.rendering.ray_scene import MIN_ALPHA, VISIBLE_GROUPS
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace, textures_in
 from libero_gym.tasks.scenes import Scene
 
@@ -72,6 +83,7 @@ def make_renderer(
     antialiasing: bool = True,
     num_threads: int | None = None,
     texture_colorspace: TextureColorspace = "linear",
+    view_kinds: Collection[ViewKind] = ("images",),
 ) -> Renderer:
     """Opens a renderer.
 
@@ -87,12 +99,13 @@ def make_renderer(
         num_threads: Threads of Warp on a CPU; None takes all cores that this process may use.
         texture_colorspace: "linear", colours as in the public data sets, or "auto", as the installed MuJoCo draws; see
             `libero_gym.rendering.textures`.
+        view_kinds: What to draw, see `libero_gym.rendering.protocol.Views`; every renderer can draw all of it.
 
     Returns:
         The renderer.
 
     Raises:
-        ValueError: An unknown kind or colour space, or a size or number that is not positive.
+        ValueError: An unknown kind, colour space or view, or a size or number that is not positive.
         RendererUnavailableError: The renderer cannot be used here; the message says what to install.
         RuntimeError: This process was forked from one that had opened a renderer on a GPU.
     """
@@ -118,9 +131,12 @@ def make_renderer(
             antialiasing=antialiasing,
             num_threads=num_threads,
             texture_colorspace=texture_colorspace,
+            view_kinds=view_kinds,
         )
     else:
-        renderer = GlRenderer(chosen, camera_names, image_size, texture_colorspace=texture_colorspace)
+        renderer = GlRenderer(
+            chosen, camera_names, image_size, texture_colorspace=texture_colorspace, view_kinds=view_kinds
+        )
     if kind is None:
         _log_choice(renderer.name)
     return renderer
@@ -340,6 +356,7 @@ class GlRenderer(Uncopied):
         *,
         reflections: bool = True,
         texture_colorspace: TextureColorspace = "linear",
+        view_kinds: Collection[ViewKind] = ("images",),
     ):
         """Loads the OpenGL bindings; see `make_renderer`.
 
@@ -349,13 +366,15 @@ class GlRenderer(Uncopied):
             image_size: Height and width of the images, pixels.
             reflections: Whether reflective surfaces mirror, as LIBERO's do.
             texture_colorspace: See `libero_gym.rendering.textures`.
+            view_kinds: What to draw, see `Views`.
 
         Raises:
-            ValueError: An unknown colour space.
+            ValueError: An unknown colour space, or unknown views.
             RendererUnavailableError: There is no such OpenGL platform.
         """
         self._kind: Any = kind
         self._texture_colorspace: TextureColorspace = check_texture_colorspace(texture_colorspace)
+        self._view_kinds = check_view_kinds(view_kinds)
         self._owner = Owner(f"the renderer {kind!r}")
         self._camera_names = tuple(camera_names)
         self._size = image_size
@@ -400,19 +419,35 @@ class GlRenderer(Uncopied):
 
         Raises:
             RendererUnavailableError: No context can be created.
+            ValueError: A camera is not in the scene, or the renderer was not made for images.
+            RuntimeError: This process was forked from the one that made the renderer, or that has used OpenGL.
+        """
+        return only_images(self.views(simulations))
+
+    def views(self, simulations: Sequence[Drawable]) -> Views:
+        """Draws all that the renderer was made for; see `Renderer`.
+
+        Raises:
+            RendererUnavailableError: No context can be created.
             ValueError: A camera is not in the scene.
             RuntimeError: This process was forked from the one that made the renderer, or that has used OpenGL.
         """
-        images = np.empty((len(simulations), len(self._camera_names), self._size, self._size, 3), dtype=np.uint8)
+        shape = (len(simulations), len(self._camera_names), self._size, self._size)
+        views = Views(
+            images=np.empty((*shape, 3), np.uint8) if "images" in self._view_kinds else None,
+            depth=np.empty((*shape, 1), np.float32) if "depth" in self._view_kinds else None,
+            segmentation=np.empty((*shape, 1), np.int32) if "segmentation" in self._view_kinds else None,
+        )
         with self._current():
-            for image, simulation in zip(images, simulations, strict=True):
+            for index, simulation in enumerate(simulations):
                 scene = simulation.scene
                 if scene.key not in self._scenes:
                     self._scenes[scene.key] = _GlScene(
                         scene, self._camera_names, self._size, self._reflections, self._texture_colorspace
                     )
-                self._scenes[scene.key].render(simulation, image)
-        return images
+                out = Views(*(None if array is None else array[index] for array in views))
+                self._scenes[scene.key].render(simulation, out)
+        return views
 
     def close(self) -> None:
         """Releases the context, in the process that made it; a second call does nothing."""
@@ -498,15 +533,15 @@ class _GlScene(Uncopied):
             with textures_in(model, texture_colorspace):
                 self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._drawing = mujoco.MjvScene(model, maxgeom=_MAX_SCENE_GEOMS)
         self._drawing.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = reflections
 
-    def render(self, simulation: Drawable, out: Images) -> None:
-        """Draws all cameras of one world into `out` [K, H, W, 3]."""
+    def render(self, simulation: Drawable, out: Views) -> None:
+        """Draws all cameras of one world into `out`, arrays [K, H, W, channels]."""
         state, model, data = simulation.render_state(), self._model, self._data
         fixtures = self._scene.fixture_body_ids
         perturbation = mujoco.MjvPerturb()
-        raw = np.empty(out.shape[1:], dtype=np.uint8)
         with _render_model_lock:
             model.body_pos[fixtures] = state.fixture_poses[:, :3]
             model.body_quat[fixtures] = state.fixture_poses[:, 3:]
@@ -514,7 +549,7 @@ class _GlScene(Uncopied):
             data.qpos[:] = state.qpos
             mujoco.mj_kinematics(model, data)
             mujoco.mj_comPos(model, data)
-            for image, place in zip(out, self._places, strict=True):
+            for camera, place in enumerate(self._places):
                 with _camera_at(model, place):
                     mujoco.mj_camlight(model, data)
                     mujoco.mjv_updateScene(
@@ -526,9 +561,58 @@ class _GlScene(Uncopied):
                         mujoco.mjtCatBit.mjCAT_ALL.value,
                         self._drawing,
                     )
-                mujoco.mjr_render(self._viewport, self._drawing, self._context)
-                mujoco.mjr_readPixels(raw, None, self._viewport, self._context)
-                image[:] = raw[::-1, ::-1]
+                if out.images is not None:
+                    out.images[camera] = self._draw_pixels()
+                if out.depth is not None or out.segmentation is not None:
+                    self._measure(camera, out)
+
+    def _draw_pixels(self) -> npt.NDArray[np.uint8]:
+        """Draws the scene as it is set up and returns it, [H, W, 3], in the convention of images."""
+        raw = np.empty((self._viewport.height, self._viewport.width, 3), np.uint8)
+        mujoco.mjr_render(self._viewport, self._drawing, self._context)
+        mujoco.mjr_readPixels(raw, None, self._viewport, self._context)
+        return raw[::-1, ::-1]
+
+    def _measure(self, camera: int, out: Views) -> None:
+        """Draws every geom in a colour of its own, without light, blending and multisampling, and reads both buffers.
+
+        So does `mujoco.Renderer` for depth and for segmentation, but it shows sites of a negative alpha too, by which
+        robosuite hides them. What the ray caster leaves out as not opaque is left out here.
+        """
+        flags = self._drawing.flags
+        known = flags.copy()
+        for geom in self._drawing.geoms[: self._drawing.ngeom]:
+            if geom.rgba[3] < MIN_ALPHA:
+                geom.segid = -1  # not shown
+        flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = True
+        colors = self._draw_pixels().astype(np.int32)
+        flags[:] = known
+        if out.segmentation is not None:
+            numbers = colors[..., 0] + (colors[..., 1] << 8) + (colors[..., 2] << 16)  # 0: nothing
+            out.segmentation[camera, ..., 0] = self._bodies_by_number()[numbers]
+        if out.depth is not None:
+            raw = np.empty((self._viewport.height, self._viewport.width), np.float32)
+            mujoco.mjr_readPixels(None, raw, self._viewport, self._context)
+            near, far = (
+                float(distance * self._model.stat.extent)
+                for distance in (self._model.vis.map.znear, self._model.vis.map.zfar)
+            )
+            # The buffer holds 1 at the near plane and 0 at the far one, linear in 1 / depth.
+            depth = near * far / (near + raw.astype(np.float64) * (far - near))
+            out.depth[camera, ..., 0] = depth[::-1, ::-1]
+
+    def _bodies_by_number(self) -> npt.NDArray[np.int32]:
+        """The body of what MuJoCo draws in the colour of each number; -1 for nothing, and for what belongs to none."""
+        model, geoms = self._model, self._drawing.geoms[: self._drawing.ngeom]
+        bodies = np.full(len(geoms) + 1, -1, np.int32)
+        for geom in geoms:
+            if geom.segid < 0:
+                continue
+            if geom.objtype == mujoco.mjtObj.mjOBJ_GEOM:
+                bodies[geom.segid + 1] = model.geom_bodyid[geom.objid]
+            elif geom.objtype == mujoco.mjtObj.mjOBJ_SITE:
+                bodies[geom.segid + 1] = model.site_bodyid[geom.objid]
+        return bodies
 
     def close(self) -> None:
         """Frees the context's resources."""

@@ -151,20 +151,25 @@ def _load_robosuite_macros() -> Any:
     return macros
 
 
-def make_reference_env(bddl_file: Path) -> Any:
-    """Return LIBERO's own environment of the task, without a renderer, for building scenes and for comparisons."""
+def make_reference_env(bddl_file: Path, **options: Any) -> Any:
+    """Return LIBERO's own environment of the task, without a renderer, for building scenes and for comparisons.
+
+    Args:
+        bddl_file: the task.
+        options: others of LIBERO's `ControlEnv`, such as `controller` and `control_freq`.
+    """
     envs = import_libero()
     return envs.env_wrapper.ControlEnv(
-        bddl_file_name=str(bddl_file), has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False
+        bddl_file_name=str(bddl_file), has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, **options
     )
 
 
 @contextlib.contextmanager
-def reference_env(task: TaskSpec) -> Generator[Any]:
+def reference_env(task: TaskSpec, **options: Any) -> Generator[Any]:
     """Open LIBERO's own environment of `task`, its prints and its dependencies' warnings silenced."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        env = make_reference_env(task.bddl_file)
+        env = make_reference_env(task.bddl_file, **options)
         yield env
         env.close()
 

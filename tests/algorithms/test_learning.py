@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from algorithms import ppo_gr00t
+from algorithms import eval_gr00t, ppo_gr00t
 from algorithms.common.video import CAPTION_HEIGHT, VIEW_SIZE, read_pictures
 from benchmarks import learning
 from tests.algorithms.line_env import LineVectorEnv
@@ -81,6 +81,20 @@ def test_the_demo_shows_a_policy_that_has_become_better(tmp_path: Path, capfd: p
     # 1 and 11 of 12 where this was written; other machines and a few unlucky episodes have room.
     assert before["success_once"] <= 0.5
     assert after["success_once"] >= before["success_once"] + 0.3
+
+    # The checkpoint, evaluated by itself, does the same in the same episodes.
+    again = eval_gr00t.main(
+        eval_gr00t.Args(
+            checkpoint=str(run / "checkpoints" / "iteration_12"), suite=args.suite, task_ids=args.task_ids,
+            seeds=tuple(after["protocol"]["seeds"]), horizon=args.horizon, episodes_per_task=12, videos_per_task=0,
+            num_envs=args.num_envs, output_dir=tmp_path / "evaluation",
+            steps_before_success=args.steps_before_success, num_near_goal_states=args.num_near_goal_states,
+        )
+    )  # fmt: skip
+    assert again.protocol["steps_before_success"] == list(args.steps_before_success)
+    assert again.protocol["policy"] == dict(num_action_chunks=5, denoising_steps=args.denoising_steps)
+    outcomes = [(e["task_id"], e["init_state_id"], e["success"], e["length"]) for e in after["episodes"]]
+    assert [(e.task_id, e.init_state_id, e.success, e.length) for e in again.episodes] == outcomes
 
     told = capfd.readouterr().out
     for title, part in (("before training", before), ("after   12 iterations", after)):

@@ -1,8 +1,10 @@
 """The server over real sockets: what it answers, by value, and what it says to clients that do wrong."""
 
+import io
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.data_config import read_metadata
 from gr00t_agent.loading import NANO_METADATA
-from gr00t_agent.messages import pack, unpack
+from gr00t_agent.messages import pack, pack_vla_eval, unpack, unpack_vla_eval
 from gr00t_agent.policy_server import ServedPolicy, make_server
 from tests.algorithms.tiny_agent import tiny_agent
 
@@ -199,3 +201,106 @@ def test_the_program_serves_a_checkpoint(agent: Gr00tAgent, tmp_path: Path):
             process.terminate()
     expected = predicted(agent, observation(), torch.Generator().manual_seed(7))
     np.testing.assert_allclose(actions, expected, rtol=0, atol=1e-5)  # this process may compute with other threads
+
+
+# vla-eval's protocol; its own client is in tests/test_vla_eval.py.
+
+
+@pytest.fixture(scope="module")
+def vla_eval_port(agent: Gr00tAgent) -> Iterator[int]:
+    server = make_server(ServedPolicy(agent, "tiny", seed=7), port=0, protocol="vla-eval")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.socket.getsockname()[1]
+    server.shutdown()
+    thread.join()
+
+
+def say(connection: ClientConnection, kind: str, payload: dict[str, Any], seq: int = 5) -> None:
+    connection.send(pack_vla_eval({"type": kind, "payload": payload, "seq": seq, "timestamp": time.time()}))
+
+
+def hear(connection: ClientConnection) -> tuple[str, dict[str, Any], int]:
+    answer = connection.recv(timeout=60)
+    assert isinstance(answer, bytes)
+    message = unpack_vla_eval(answer)
+    return message["type"], message["payload"], message["seq"]
+
+
+def vla_eval_observation(number: int = 0, /) -> dict[str, Any]:
+    known = observation(number)
+    file = io.BytesIO()
+    Image.fromarray(known["observation/image"]).save(file, format="PNG")
+    encoded = {"__image__": True, "format": "png", "data": file.getvalue(), "shape": [32, 32, 3]}
+    images = {"agentview": encoded, "wrist": known["observation/wrist_image"]}
+    return {"images": images, "states": known["observation/state"], "task_description": known["prompt"]}
+
+
+def test_vla_eval_gets_one_step_of_a_chunk_after_another(agent: Gr00tAgent, vla_eval_port: int):
+    generator = torch.Generator().manual_seed(7)
+    chunks = [predicted(agent, observation(i), generator) for i in (0, 3)]
+    expected = [*chunks[0][:3], *chunks[1][:1]]  # three steps of a chunk are executed
+    with open_at(vla_eval_port) as connection:
+        say(connection, "hello", {"protocol_version": 1, "harness_version": "0.8.0"})
+        kind, payload, seq = hear(connection)
+        assert (kind, seq, payload["model_server"]) == ("hello", 5, "tiny")
+        assert payload["observation_params"] == {"send_wrist_image": True, "send_state": True}
+        for _ in range(2):  # an episode begins anew
+            say(connection, "episode_start", {"task": {"name": "open the drawer"}})
+            for i, action in enumerate(expected):
+                say(connection, "observation", vla_eval_observation(i), seq=i)
+                kind, payload, seq = hear(connection)
+                assert (kind, seq) == ("action", i)
+                assert payload["actions"].dtype == np.float32
+                np.testing.assert_array_equal(payload["actions"], action)
+            say(connection, "episode_end", {"success": False})
+    with urllib.request.urlopen(f"http://127.0.0.1:{vla_eval_port}/health") as answer:
+        assert answer.status == 200
+
+
+def test_vla_eval_is_told_what_it_does_wrong(vla_eval_port: int):
+    without_wrist = vla_eval_observation() | {"images": {"agentview": np.zeros((32, 32, 3), np.uint8)}}
+    short_state = vla_eval_observation() | {"states": np.zeros(7)}
+    with open_at(vla_eval_port) as connection:
+        for kind, payload, message in (
+            (
+                "hello",
+                {"protocol_version": 2},
+                "the client speaks version 2 of the protocol, and this server version 1",
+            ),
+            (
+                "observation",
+                without_wrist,
+                "the observation lacks images/wrist (it has: images/agentview, images, states",
+            ),
+            ("observation", short_state, "observation/state is float64 (7,); it must be numbers (8,)"),
+            ("observation", {}, "the observation lacks images/agentview"),
+        ):
+            say(connection, kind, payload)
+            kind, payload, seq = hear(connection)
+            assert (kind, seq) == ("error", 5)
+            assert message in payload["error"]
+        say(connection, "observation", vla_eval_observation())
+        assert hear(connection)[0] == "action"  # the connection is still open
+        connection.send(pack_vla_eval([1, 2]))
+        kind, payload, _ = hear(connection)
+        assert kind == "error"
+        assert "a message is a msgpack map of type, payload, seq, timestamp" in payload["error"]
+        with pytest.raises(ConnectionClosed):
+            connection.recv(timeout=60)
+
+
+def test_vla_eval_asks_no_policy_of_another_robot(agent: Gr00tAgent):
+    policy = ServedPolicy(agent, "tiny")
+    policy.metadata["action_dim"] = 32
+    with pytest.raises(ValueError, match=r"gives 32 numbers; vla-eval's LIBERO sends .* serve it by --protocol openpi"):
+        make_server(policy, port=0, protocol="vla-eval")
+
+
+def test_damaged_pictures_are_no_message():
+    broken = {"__image__": True, "format": "png", "data": b"nothing", "shape": [2, 2, 3]}
+    with pytest.raises(ValueError, match="are no msgpack message with arrays"):
+        unpack_vla_eval(pack_vla_eval(broken))
+    raw = {"__image__": True, "format": "raw", "data": bytes(range(12)), "dtype": "|u1", "shape": [2, 2, 3]}
+    np.testing.assert_array_equal(unpack_vla_eval(pack_vla_eval(raw)), np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    assert unpack_vla_eval(pack_vla_eval({"a": np.float32(0.5), "b": np.int64(3)})) == {"a": 0.5, "b": 3}

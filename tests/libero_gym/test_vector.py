@@ -452,7 +452,7 @@ def test_number_of_threads_changes_nothing():
 
 @pytest.mark.parametrize("autoreset_mode", ["SAME_STEP", "NEXT_STEP"])
 def test_drawing_while_others_step_changes_nothing(autoreset_mode, monkeypatch):
-    results, render = [], WarpRenderer.render
+    results, views = [], WarpRenderer.views
     for overlaps in (False, True):
         monkeypatch.setattr(WarpRenderer, "uses_all_cores", not overlaps)
         env = make(
@@ -460,7 +460,9 @@ def test_drawing_while_others_step_changes_nothing(autoreset_mode, monkeypatch):
             autoreset_mode=autoreset_mode,
         )  # fmt: skip
         drawn = []
-        monkeypatch.setattr(WarpRenderer, "render", lambda *args, n=drawn: (n.append(len(args[1])), render(*args))[1])
+        monkeypatch.setattr(
+            WarpRenderer, "views", lambda *args, n=drawn, **kwargs: (n.append(len(args[1])), views(*args, **kwargs))[1]
+        )
         env.reset(seed=9)
         results.append([env.step(np.moveaxis(a, 0, 1)) for a in random_actions(6, 20).reshape(3, 2, 20, 7)])
         assert (10 in drawn) == overlaps  # in two parts
@@ -526,7 +528,7 @@ def test_environments_that_fail_to_settle_are_left_finished(monkeypatch):
     env.reset(seed=0)
     generator = env.get_state(1)["rng"]
     with monkeypatch.context() as patch:
-        patch.setattr(env.simulations[1], "step", lambda action: (_ for _ in ()).throw(PhysicsError("diverged")))
+        patch.setattr(env.simulations[1], "_step", lambda *_: (_ for _ in ()).throw(PhysicsError("diverged")))
         with pytest.raises(PhysicsError, match="diverged") as error:
             env.reset(options={"reset_mask": np.array([False, True])})
     assert error.value.__notes__ == ["raised by environment 1 of 2"]

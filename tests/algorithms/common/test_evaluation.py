@@ -331,7 +331,7 @@ def test_evaluation_in_training_leaves_its_files(tmp_path: Path):
     saved = json.loads((tmp_path / "evaluations" / "iteration_12.json").read_text())
     assert rate == saved["success_once"]
     (seed,) = saved["protocol"]["seeds"]
-    assert seed > 2**32  # the seeds of final evaluations are small
+    assert 1000 < seed < 2**32  # the seeds of final evaluations are small
     assert (made, closed) == ([3], [True])
     assert [(e["task_id"], e["init_state_id"]) for e in saved["episodes"]] == [(3, 0), (3, 1), (5, 0), (5, 1)]
     assert (saved["protocol"]["suite"], saved["protocol"]["horizon"]) == ("libero_goal", horizon("libero_goal"))

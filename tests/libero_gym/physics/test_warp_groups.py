@@ -252,12 +252,12 @@ def test_images_are_those_of_each_scene_in_the_order_of_the_worlds(worlds):
     expected = np.empty((4, 2, 24, 24, 3), np.uint8)
     for suite in (GOAL, SPATIAL):
         single, ids = alone(worlds, suite)
-        expected[ids] = single.render(renderer, np.arange(len(ids)), as_torch=False)
+        expected[ids] = single.views(renderer, np.arange(len(ids)), as_torch=False).images
     assert (expected[0] != expected[1]).any()
     for chosen in (np.arange(4), np.array([3, 0, 2])):
-        np.testing.assert_array_equal(worlds.render(renderer, chosen, as_torch=False), expected[chosen])
+        np.testing.assert_array_equal(worlds.views(renderer, chosen, as_torch=False).images, expected[chosen])
     torch = pytest.importorskip("torch", reason="torch is no part of this environment")
-    images = worlds.render(renderer, np.array([2, 1, 0]), as_torch=True)
+    images = worlds.views(renderer, np.array([2, 1, 0]), as_torch=True).images
     assert torch.equal(images, torch.from_numpy(expected[[2, 1, 0]]))
     poses = worlds.poses(np.array([3, 0, 2]))
     assert [part.places.tolist() for part in poses] == [[1, 2], [0]]

@@ -259,7 +259,7 @@ def test_images_equal_those_of_the_simulation(goal):
     poses = goal.poses(np.array([4, 0]))
     assert (poses.lit_sites[0] >= 0).any()
     assert (poses.lit_sites[1] < 0).all()
-    images = renderer.render_poses(poses)
+    images = renderer.views_of_poses(poses).images
     assert np.mean(np.abs(images[:1].astype(np.int32) - expected) > 2) < 1e-3
     assert np.mean(np.abs(images[1:].astype(np.int32) - expected) > 2) > 1e-2
     renderer.close()
@@ -278,7 +278,7 @@ def test_gpu_agrees_with_the_cpu():
         for _ in range(3):
             worlds.step(rng.uniform(-1, 1, (2, 1, 7)), ALL, MANY)
         renderer = WarpRenderer(("agentview", "robot0_eye_in_hand"), 64, device=device)
-        images = renderer.render_poses_torch(worlds.poses(np.arange(2)))
+        images = renderer.views_of_poses(worlds.poses(np.arange(2)), as_torch=True).images
         assert images.device.type == device.partition(":")[0]
         results.append((worlds.states(), images.cpu().numpy().astype(np.int32)))
     np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-4)

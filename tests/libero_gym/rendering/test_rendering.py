@@ -220,7 +220,7 @@ def test_batches_threads_and_repetition_change_nothing():
         np.testing.assert_array_equal(one.render([simulations[i]])[0], batch[i])
     assert (batch[0] != batch[1]).any()
     if importlib.util.find_spec("torch") is not None:
-        np.testing.assert_array_equal(two.render_torch(simulations).cpu().numpy(), batch)
+        np.testing.assert_array_equal(two.views(simulations, as_torch=True).images.cpu().numpy(), batch)
     for renderer in (one, two):
         renderer.close()
         renderer.close()

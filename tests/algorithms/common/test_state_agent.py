@@ -1,0 +1,78 @@
+"""The small policy on the robot's state: its checkpoints, and what of an evaluation goes with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from algorithms import eval_gr00t
+from algorithms.common.state_agent import STATE_KEYS, StateFlowAgent, is_state_agent
+from gr00t_agent.sampler import FlowSampler
+
+
+@pytest.fixture
+def agent() -> StateFlowAgent:
+    torch.manual_seed(0)
+    agent = StateFlowAgent(3, FlowSampler(num_steps=2, method="flow_cps", noise_level=0.7), width=8)
+    torch.nn.init.normal_(agent.velocity[-1].weight)  # as if it were trained
+    return agent
+
+
+def predict(agent: StateFlowAgent) -> torch.Tensor:
+    widths = {"state.gripper": 2}
+    obs = {key: torch.full((2, widths.get(key, 1)), 0.1) for key in STATE_KEYS}
+    return agent.predict(obs, generator=[torch.Generator().manual_seed(i) for i in range(2)])
+
+
+def test_a_checkpoint_gives_the_agent_back(agent: StateFlowAgent, tmp_path: Path):
+    assert not is_state_agent(tmp_path)
+    agent.save_pretrained(tmp_path)
+    assert is_state_agent(tmp_path)
+    again = StateFlowAgent.from_pretrained(tmp_path)
+    assert again.config == agent.config
+    assert again.sampler == agent.sampler
+    torch.testing.assert_close(predict(again), predict(agent), rtol=0, atol=0)
+    assert (predict(again)[0] != predict(again)[1]).any()
+    finer = StateFlowAgent.from_pretrained(tmp_path, denoising_steps=5)
+    assert finer.config.denoising_steps == finer.sampler.num_steps == 5
+    assert (predict(finer) != predict(agent)).any()
+
+
+def test_what_is_damaged_is_refused(agent: StateFlowAgent, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"state_agent\.json does not exist"):
+        StateFlowAgent.from_pretrained(tmp_path)
+    agent.save_pretrained(tmp_path)
+    path = tmp_path / "state_agent.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"width": 16}))
+    with pytest.raises(ValueError, match=r"model\.safetensors does not go with state_agent\.json beside it"):
+        StateFlowAgent.from_pretrained(tmp_path)
+    path.write_text(json.dumps(content | {"noise_method": "flow"}))
+    with pytest.raises(ValueError, match=r"noise_method='flow' is not allowed here \(allowed: 'flow_sde', "):
+        StateFlowAgent.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting", [dict(num_action_chunks=2), dict(temporal_ensemble=0.01), dict(compute_dtype="bfloat16")]
+)
+def test_an_evaluation_cannot_change_what_it_has_not(agent: StateFlowAgent, tmp_path: Path, setting: dict[str, Any]):
+    agent.save_pretrained(tmp_path)
+    args = eval_gr00t.Args(checkpoint=str(tmp_path), output_dir=tmp_path / "evaluation", **setting)
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}=.* is nothing that the policy on the robot's state"):
+        eval_gr00t.main(args)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(steps_before_success=(3, 0)), r"steps_before_success=\(3, 0\): each must be at least 1"),
+        (dict(steps_before_success=(3,), reference_env=True), "reference_env=True is LIBERO's own"),
+        (dict(num_near_goal_states=0), "num_near_goal_states=0"),
+    ],
+)
+def test_starts_near_the_goal_that_cannot_be_are_refused(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        eval_gr00t.check_args(eval_gr00t.Args(checkpoint="nano", **options))
