@@ -9,14 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 # What a solved task keeps, so that it is not forgotten; a task at 50 % success has five times as much besides.
-FLOOR = 0.05
+FLOOR = 0.1
 
 
 class TaskSampler:
     """Weights of tasks that follow their success.
 
-    A task weighs p (1 - p) + `FLOOR`, p its success: the variance of an episode's outcome, which the gradient of
-    expected success comes from. Nothing can be learnt from outcomes that are all the same.
+    A task weighs sqrt(p (1 - p)) + `FLOOR`, p its success: the standard deviation of an episode's outcome. So the
+    success over all tasks is estimated best with as many episodes (Neyman's allocation). Nothing can be learnt from
+    outcomes that are all the same; by their variance, p (1 - p), a task that succeeds in one of twenty episodes would be
+    played so rarely that its few successes are forgotten.
 
     Args:
         task_ids: tasks in the order of the environments', one named twice weighs twice.
@@ -40,7 +42,7 @@ class TaskSampler:
         episodes, successes = np.zeros((2, max(len(tallies), self._task_ids.max() + 1)))
         episodes[: len(tallies)], successes[: len(tallies)] = tallies[:, 0], tallies[:, 1]
         success = (successes + 1) / (episodes + 2)  # one success and one failure seen beforehand
-        weights = (success * (1 - success) + FLOOR)[self._task_ids]
+        weights = (np.sqrt(success * (1 - success)) + FLOOR)[self._task_ids]
         self.weights = weights / weights.mean()
 
     def metrics(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ def test_what_succeeds_half_of_the_time_is_played_most_and_what_is_solved_now_an
     sampler = TaskSampler([0, 3, 5])
     assert sampler.weights.tolist() == [1, 1, 1]
     sampler.update(tallies(t0=(998, 499), t3=(998, 998), t5=(998, 0)))
-    raw = np.array([0.25, 0.999 * 0.001, 0.001 * 0.999]) + FLOOR
+    raw = np.sqrt([0.25, 0.999 * 0.001, 0.001 * 0.999]) + FLOOR
     assert sampler.weights == pytest.approx(3 * raw / raw.sum())
     names = [f"env/weight_task_{task}" for task in (0, 3, 5)]
     assert sampler.metrics() == dict(zip(names, sampler.weights, strict=True))

@@ -1,0 +1,134 @@
+"""How fast a preset of PPO trains, and what its parts are worth: a table, then one JSON line.
+
+    python -m benchmarks.preset_loop --preset libero_goal_nano
+    python -m benchmarks.preset_loop --preset libero_goal_nano --num-envs 2048
+    python -m benchmarks.preset_loop --num-envs 4 --num-steps 4 --physics cpu     # where there is no GPU
+
+Whole iterations of `algorithms/ppo_gr00t.py`, rollout and update, without evaluations:
+    * host, float32: images go through host memory from the renderer to the policy;
+    * device, float32: they stay on the GPU (what the trainer does with the GPU's physics);
+    * device, TF32: and matrices are multiplied in TF32 (what the nano presets do).
+The first iteration opens scenes and loads kernels and is not counted. Episodes differ from row to row as soon as
+rounding does; the amount of work does not. Ratios are of one run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from algorithms import ppo_gr00t
+from algorithms.ppo_gr00t import PRESETS, Args
+from benchmarks.publish import Table, judge, make_parser, publish
+
+PHASES = ("env_s", "env_wait_s", "policy_s", "update_s", "total_s")
+# Of a nano preset on one H200.
+TARGETS = {"env_steps_per_s": 10_000.0}
+
+
+class ImagesOnHost(gym.vector.VectorWrapper):
+    """Environments whose images arrive as NumPy arrays."""
+
+    def step(self, actions: Any) -> Any:
+        """Steps the environments."""
+        obs, *rest = self.env.step(actions)
+        return on_host(obs), *rest
+
+    def reset(self, **options: Any) -> Any:
+        """Resets the environments."""
+        obs, infos = self.env.reset(**options)
+        return on_host(obs), infos
+
+    def observe(self) -> dict[str, Any]:
+        """Observes without stepping."""
+        return on_host(cast(Any, self.env).observe())
+
+
+def on_host(obs: dict[str, Any]) -> dict[str, Any]:
+    """Returns an observation whose images are copied to host memory."""
+    return {key: value.cpu().numpy() if hasattr(value, "cpu") else value for key, value in obs.items()}
+
+
+def make_host_envs(
+    args: Args, num_envs: int, image_size: int, autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP
+) -> gym.vector.VectorEnv:
+    """Returns the trainer's environments with images in host memory."""
+    return ImagesOnHost(ppo_gr00t.make_envs(args, num_envs, image_size, autoreset_mode))
+
+
+def measure(args: Args, make_envs: Any) -> dict[str, float]:
+    """Trains and returns means over all iterations but the first."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        ppo_gr00t.main(replace(args, output_dir=Path(folder), run_name="run"), make_envs=make_envs)
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    steps = sum(line["charts/SPS"] * line["time/total_s"] for line in lines)
+    times = {phase: float(np.mean([line[f"time/{phase}"] for line in lines])) for phase in PHASES}
+    return {"env_steps_per_s": steps / sum(line["time/total_s"] for line in lines)} | times
+
+
+def main() -> dict[str, Any]:
+    """Measures, prints, returns the document."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="libero_spatial_nano")
+    parser.add_argument("--num-envs", type=int, help="default: the preset's")
+    parser.add_argument("--num-steps", type=int, help="decisions of each, default: the preset's")
+    parser.add_argument("--physics", choices=("cpu", "warp"), help="default: the preset's")
+    parser.add_argument("--num-iterations", type=int, default=3, help="counted ones; one more comes first")
+    options = parser.parse_args()
+    preset = PRESETS[options.preset]
+    given = {name: getattr(options, name) for name in ("num_envs", "num_steps", "physics") if getattr(options, name)}
+    args = replace(
+        preset,
+        **given,
+        num_iterations=options.num_iterations + 1,
+        eval_interval=0,
+        eval_episodes_per_task=0,
+        save_interval=0,
+        keep_best=0,
+        log_with=(),
+    )
+    size = min(args.minibatch_size, args.num_decisions)
+    args = replace(args, minibatch_size=size, micro_batch_size=min(args.micro_batch_size, size))
+    variants = {
+        "host, float32": (replace(args, tf32=False), make_host_envs),
+        "device, float32": (replace(args, tf32=False), ppo_gr00t.make_envs),
+        "device, TF32": (replace(args, tf32=True), ppo_gr00t.make_envs),
+    }
+
+    table = Table(
+        {
+            "images, matrices": "<18",
+            "env-steps/s": ">12.1f",
+            "times first": ">12.2f",
+            "iteration s": ">12.2f",
+            "env s": ">8.2f",
+            "wait s": ">8.2f",
+            "policy s": ">10.2f",
+            "update s": ">10.2f",
+        }
+    )
+    rows: list[dict[str, Any]] = []
+    for name, (changed, make_envs) in variants.items():
+        row: dict[str, Any] = measure(changed, make_envs)
+        rows.append({"variant": name, **row})
+        speedup = rows[-1]["speedup"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
+        times = (row[phase] for phase in ("total_s", "env_s", "env_wait_s", "policy_s", "update_s"))
+        table.add(name, row["env_steps_per_s"], speedup, *times)
+
+    settings = {name: getattr(args, name) for name in ("num_envs", "num_steps", "physics", "update_epochs")}
+    settings |= dict(preset=options.preset, minibatch_size=size, num_iterations=options.num_iterations)
+    targets = judge({"env_steps_per_s": rows[-1]["env_steps_per_s"]}, at_least=TARGETS)
+    return publish("preset_loop", {"variants": rows}, settings=settings, targets=targets, output=options.output)
+
+
+if __name__ == "__main__":
+    main()
