@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -68,6 +70,7 @@ def connect(address: str | None) -> Generator[Cluster]:
     check_alone()
     refuse_sharding()
     is_ours = address is not None or not ray.is_initialized()
+    before = signal.getsignal(signal.SIGTERM)
     if address is not None:
         _join(address)
     elif is_ours:
@@ -77,6 +80,8 @@ def connect(address: str | None) -> Generator[Cluster]:
     finally:
         if is_ours:
             ray.shutdown()
+            if before is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray leaves its own behind
 
 
 def _join(address: str) -> None:

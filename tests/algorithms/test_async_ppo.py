@@ -45,10 +45,12 @@ def nodes() -> Iterator[Nodes]:
     head: dict[str, Any] = dict(num_cpus=2, include_dashboard=False, _system_config=quickly)
     cluster = Nodes(initialize_head=True, head_node_args=head)
     quiet = dict(log_to_driver=False, logging_level="error")
+    before = signal.getsignal(signal.SIGTERM)
     ray.init(address=cluster.address, runtime_env={"py_executable": preloaded.ray_python()}, **quiet)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
