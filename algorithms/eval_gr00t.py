@@ -13,7 +13,7 @@ Python by --policy, one behind openpi's or Isaac-GR00T's server by --policy-serv
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --seeds 0 1 2
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --reference-env
     python algorithms/eval_gr00t.py --checkpoint runs/dsrl_libero_spatial_1/checkpoints/iteration_65
-    python algorithms/eval_gr00t.py --checkpoint runs/demo/checkpoints/iteration_18 \\
+    python algorithms/eval_gr00t.py --checkpoint runs/demo/checkpoints/iteration_18
         --suite libero_goal --task-ids 0 --horizon 40 --steps-before-success 3 6 9
     python algorithms/eval_gr00t.py --policy my_policy.py:make
     python algorithms/eval_gr00t.py --policy-server ws://localhost:8000

@@ -17,8 +17,8 @@ class TaskSampler:
 
     A task weighs sqrt(p (1 - p)) + `FLOOR`, p its success: the standard deviation of an episode's outcome. So the
     success over all tasks is estimated best with as many episodes (Neyman's allocation). Nothing can be learnt from
-    outcomes that are all the same; by their variance, p (1 - p), a task that succeeds in one of twenty episodes would be
-    played so rarely that its few successes are forgotten.
+    outcomes that are all the same; by their variance, p (1 - p), a task that succeeds in one of twenty episodes would
+    be played so rarely that its few successes are forgotten.
 
     Args:
         task_ids: tasks in the order of the environments', one named twice weighs twice.
