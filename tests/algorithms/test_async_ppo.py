@@ -43,9 +43,9 @@ def nodes() -> Iterator[Nodes]:
     """A cluster of one node, whose workers start fast; tests add others."""
     quickly = dict(health_check_initial_delay_ms=0, health_check_period_ms=500, health_check_failure_threshold=4)
     head: dict[str, Any] = dict(num_cpus=2, include_dashboard=False, _system_config=quickly)
+    before = signal.getsignal(signal.SIGTERM)
     cluster = Nodes(initialize_head=True, head_node_args=head)
     quiet = dict(log_to_driver=False, logging_level="error")
-    before = signal.getsignal(signal.SIGTERM)
     ray.init(address=cluster.address, runtime_env={"py_executable": preloaded.ray_python()}, **quiet)
     yield cluster
     ray.shutdown()
