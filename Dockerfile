@@ -33,8 +33,10 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,graphics,utility
 COPY docker/10_nvidia.json /usr/share/glvnd/egl_vendor.d/10_nvidia.json
 
+# OpenCV, by which LIBERO's builder of scenes comes, needs OpenGL and GLib.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates libegl1 python3 python3-venv \
+    && apt-get install --yes --no-install-recommends \
+        ca-certificates libegl1 libgl1 libglib2.0-0 libopengl0 python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 ENV PATH=/opt/venv/bin:$PATH \
@@ -61,10 +63,12 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,graphics,utility
 COPY docker/10_nvidia.json /usr/share/glvnd/egl_vendor.d/10_nvidia.json
 
-# Triton compiles with gcc what torch.compile asks for; KubeRay asks Ray by wget whether a node is healthy.
+# What the environment needs, see above. Triton compiles with gcc what torch.compile asks for, and KubeRay asks Ray by
+# wget whether a node is healthy.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        ca-certificates gcc libc6-dev libegl1 python3 python3-dev python3-venv wget \
+        ca-certificates libegl1 libgl1 libglib2.0-0 libopengl0 python3 python3-venv \
+        gcc libc6-dev python3-dev wget \
     && rm -rf /var/lib/apt/lists/*
 
 # Login shells, which KubeRay may start Ray by, set a PATH of their own.

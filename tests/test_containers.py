@@ -233,8 +233,11 @@ def test_kuberays_job_is_placed_on_the_cluster_that_it_asks_for(monkeypatch: pyt
 
 def test_the_page_of_machines_names_commands_that_exist(monkeypatch: pytest.MonkeyPatch):
     page = (ROOT / "docs" / "machines.md").read_text()
-    trainers = [text for text in re.findall(r"`([^`]+)`", page) if "--preset" in text and ".py" in text]
-    assert len(trainers) >= 6
+    prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    trainers = [text for text in re.findall(r"`([^`\n]+)`", prose) if "algorithms/" in text]
+    trainers += re.findall(r"^ +(accelerate launch .+)$", page, re.MULTILINE)
+    trainers = [text for text in trainers if "--preset" in text]
+    assert len(trainers) >= 8
     for command in trainers:
         assert parsed(command, monkeypatch).preset
     for module in re.findall(r"python -m ((?:benchmarks|tools)\.\w+)", page):

@@ -2,8 +2,8 @@
 
     apt-get install buildah debootstrap
     python -m tools.check_dockerfile                          # as root: both images, some 15 GB on the way
-    python -m tools.check_dockerfile --targets env
-    python -m tools.check_dockerfile -- --build-arg TORCH=torch==2.13.0+cpu --env PIP_EXTRA_INDEX_URL=...
+    python -m tools.check_dockerfile --targets env --folder /var/tmp/images      # a second call goes on from its layers
+    python -m tools.check_dockerfile -- --build-arg TORCH=torch==2.13.0+cpu --build-arg PIP_EXTRA_INDEX_URL=...
 
 Buildah reads the Dockerfile and executes each step, in a chroot whose root debootstrap made. An instruction that this
 Dockerfile does not use so far is refused before anything is built. What follows `--` goes to `buildah build`.
@@ -15,6 +15,7 @@ there a GPU or a network of its own, and nothing is limited. The last lines say 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -141,7 +142,9 @@ class Builder:
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
     def make_stand_in(self, folder: Path, *, suite: str, mirror: str) -> None:
-        """Makes the image that stands in for the bases: Debian's essential packages and apt."""
+        """Makes the image that stands in for the bases, if it is not there: Debian's essential packages and apt."""
+        if STAND_IN in self.read("images", "--format", "{{.Name}}").split():
+            return
         root = folder / "root"
         subprocess.run(["debootstrap", "--variant=minbase", suite, root, mirror], check=True)
         container = self.read("from", "scratch")
@@ -155,8 +158,8 @@ class Builder:
         replaced = [f"--build-arg={base.argument}={STAND_IN}" for base in bases]
         # Docker's format, since that of OCI knows no health check.
         self.run(
-            "build", "--isolation", "chroot", "--format", "docker", "--pull-never", "--target", target, "--tag", image,
-            "--file", str(DOCKERFILE), *replaced, *options, str(ROOT),
+            "build", "--layers", "--isolation", "chroot", "--format", "docker", "--pull-never", "--target", target,
+            "--tag", image, "--file", str(DOCKERFILE), *replaced, *options, str(ROOT),
         )  # fmt: skip
         return image
 
@@ -186,7 +189,7 @@ def check(targets: Sequence[str], *, suite: str, mirror: str, folder: Path | Non
         targets: stages of the Dockerfile.
         suite: release of Debian that stands in for the base images.
         mirror: where its packages are.
-        folder: where images and roots are kept meanwhile; the system's folder of temporary files if not given.
+        folder: where images and their layers are kept, for the next call too; None deletes them.
         options: of `buildah build`.
 
     Raises:
@@ -196,15 +199,15 @@ def check(targets: Sequence[str], *, suite: str, mirror: str, folder: Path | Non
     bases = base_images(read_steps(DOCKERFILE.read_text(encoding="utf-8")))
     check_machine()
     done: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="check-dockerfile-", dir=folder) as name:
-        builder = Builder(Path(name))
-        builder.make_stand_in(Path(name), suite=suite, mirror=mirror)
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="check-dockerfile-")))
+        builder = Builder(folder)
+        builder.make_stand_in(folder, suite=suite, mirror=mirror)
         for target in targets:
             image = builder.build(target, bases, options)
             command = builder.check_health(image)
             done.append(f"all steps of {target}, and its health check: {' '.join(command)}")
-        builder.run("rm", "--all")
-        builder.run("rmi", "--all", "--force")
     stood_in = ", ".join(base.image for base in bases)
     print("\nRun, with Debian", suite, "in place of", stood_in)
     for line in done:
@@ -220,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="stages to build")
     parser.add_argument("--suite", default="bookworm", help="release of Debian that stands in for the base images")
     parser.add_argument("--mirror", default="http://deb.debian.org/debian", help="where its packages are")
-    parser.add_argument("--folder", type=Path, help="where images are kept meanwhile; of temporary files if not given")
+    parser.add_argument("--folder", type=Path, help="where layers are kept for the next call; deleted if not given")
     parser.add_argument("options", nargs="*", help="of `buildah build`, after --")
     args = parser.parse_args(arguments)
     try:
