@@ -22,7 +22,7 @@ from algorithms.common.command_line import parse_args
 from algorithms.common.placement import Node, Placement, check_shares, place_roles
 from tests.preloaded import run_environments
 from tools import smoke
-from tools.check_dockerfile import TARGETS, Step, base_images, read_steps
+from tools.check_dockerfile import TARGETS, Step, base_images, check_machine, read_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = read_steps((ROOT / "Dockerfile").read_text())
@@ -72,6 +72,12 @@ def test_an_instruction_that_is_not_known_is_refused(line: str):
 def test_steps_go_on_over_lines_and_comments():
     text = "FROM ubuntu:24.04 AS env\nRUN one \\\n    # why\n    && two\nUSER me\n"
     assert read_steps(text)[1:] == [Step("env", "RUN", "one && two"), Step("env", "USER", "me")]
+
+
+def test_a_machine_that_cannot_build_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "buildah" else f"/usr/bin/{name}")
+    with pytest.raises(OSError, match="buildah not found; on Debian: apt-get install buildah debootstrap"):
+        check_machine()
 
 
 @pytest.mark.parametrize("target", TARGETS)
