@@ -71,16 +71,18 @@ def describe_hardware() -> dict[str, Any]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """Returns the commit of the checkout that holds this file, "-dirty" if it was changed; None outside git.
+    """Returns the commit of the checkout that holds this file, "-dirty" if it was changed.
 
-    It is that of the first call in a process, whose code does not change after it was imported.
+    Outside git it is what the environment variable `LIBERO_GR00T_COMMIT` says, as in this project's container, and None
+    if that is not set. It is that of the first call in a process, whose code does not change after it was imported.
     """
+    told = os.environ.get("LIBERO_GR00T_COMMIT") or None
     if shutil.which("git") is None:
-        return None
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = Path(__file__).parent
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else told
 
 
 @functools.cache

@@ -32,6 +32,21 @@ def test_the_commit_is_asked_for_once_a_process(monkeypatch: pytest.MonkeyPatch)
     assert provenance.git_commit() == first
 
 
+@pytest.mark.parametrize("told", ["0123abc", ""])
+def test_a_copy_without_git_is_told_its_commit(told: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LIBERO_GR00T_COMMIT", told)
+    monkeypatch.setattr(provenance.shutil, "which", lambda name: None)
+    assert provenance.git_commit() == (told or None)
+
+
+def test_a_checkout_knows_its_commit_better(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LIBERO_GR00T_COMMIT", "0123abc")
+    answer = subprocess.CompletedProcess[str]([], 0, stdout="4567def\n")
+    monkeypatch.setattr(provenance.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(provenance.subprocess, "run", lambda *inputs, **options: answer)
+    assert provenance.git_commit() == "4567def"
+
+
 @pytest.mark.parametrize("installed_as", ["2.14.1", "2.14.1+cu130"])
 def test_pytorch_s_version_names_the_build_whatever_the_distribution_is_called(
     installed_as: str, monkeypatch: pytest.MonkeyPatch
