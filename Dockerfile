@@ -33,7 +33,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,graphics,utility
 COPY docker/10_nvidia.json /usr/share/glvnd/egl_vendor.d/10_nvidia.json
 
-# OpenCV, by which LIBERO's builder of scenes comes, needs OpenGL and GLib.
+# EGL, and what OpenCV needs for LIBERO's own environment: OpenGL and GLib.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
         ca-certificates libegl1 libgl1 libglib2.0-0 libopengl0 python3 python3-venv \

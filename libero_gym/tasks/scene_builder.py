@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import types
 import warnings
 from collections.abc import Generator
 from pathlib import Path
@@ -54,6 +55,7 @@ def import_libero() -> Any:
         macros.MUJOCO_GPU_RENDERING = False
         macros.CONSOLE_LOGGING_LEVEL = "ERROR"
         sys.modules["robosuite.macros"] = macros
+    _do_without_opencv()
     try:
         module = importlib.import_module("libero.libero.envs")
         _accept_either_inertia_call()
@@ -63,6 +65,18 @@ def import_libero() -> Any:
             os.environ.pop("MUJOCO_GL", None)
         else:
             os.environ["MUJOCO_GL"] = chosen_gl
+
+
+def _do_without_opencv() -> None:
+    """Put an empty module in OpenCV's place where it cannot be loaded.
+
+    robosuite and LIBERO import it to show pictures in windows, and its wheel needs libGL and GLib, which bare machines
+    lack.
+    """
+    try:
+        importlib.import_module("cv2")
+    except ImportError:
+        sys.modules["cv2"] = types.ModuleType("cv2")
 
 
 def _accept_either_inertia_call() -> None:
