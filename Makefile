@@ -33,7 +33,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo           train a small policy by PPO to finish a LIBERO task, compare it with itself before, and the shipped policies"
-	@echo "make test           lint-free, network-free test suite (12 minutes on 2 cores)"
+	@echo "make test           lint-free, network-free test suite (11 minutes on 2 cores)"
 	@echo "make test-mujoco33  the tests of physics and environments under MuJoCo 3.3"
 	@echo "make test-mujoco4   those and the tests of renderers and GPU physics under MuJoCo 4"
 	@echo "make test-installs  the wheel alone and with each extra, and openpi's and vla-eval's clients, in fresh virtual environments (needs a package index)"

