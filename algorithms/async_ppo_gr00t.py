@@ -415,7 +415,7 @@ from algorithms.common.episodes import Cohorts, cohort_metrics, played_tasks
 from algorithms.common.evaluation import compare_evaluations, evaluation_file
 from algorithms.common.features import FeatureStore
 from algorithms.common.frozen import StartPolicy, store_frozen_as
-from algorithms.common.lora import LoraSettings, add_lora, merged
+from algorithms.common.lora import LoraSettings, add_lora, save_merged
 from algorithms.common.monitor import TrainingProgress, describe_iteration
 from algorithms.common.processes import (
     clip_grad_norm,
@@ -830,11 +830,6 @@ class Learner(LearnerRole):
         self.model, self.optimizer = prepare(accelerator, self.agent, optimizer)
         self.step_sizes = StepSizes(self.optimizer, args.lr_schedule, args.target_kl, args.lr_hold)
         set_seed(args.seed, device_specific=True)
-
-        def write_merged(folder: Path) -> None:
-            with merged(self.agent):
-                self.agent.save_pretrained(folder)
-
         self.checkpoints = Checkpoints(
             self.run,
             accelerator,
@@ -842,7 +837,7 @@ class Learner(LearnerRole):
             self.optimizer,
             keep_last=args.keep_last,
             keep_best=args.keep_best,
-            write_agent=write_merged if args.lora_rank else None,
+            write_agent=partial(save_merged, self.agent) if args.lora_rank else None,
         )
 
         # --- observations: encoded by rollout workers, and kept for all epochs ---

@@ -298,6 +298,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import gymnasium as gym
@@ -314,7 +315,7 @@ from algorithms.common.episodes import played_episodes
 from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
 from algorithms.common.features import FeatureStore
 from algorithms.common.frozen import StartPolicy, store_frozen_as
-from algorithms.common.lora import LoraSettings, add_lora, merged
+from algorithms.common.lora import LoraSettings, add_lora, save_merged
 from algorithms.common.monitor import Monitor
 from algorithms.common.processes import (
     clip_grad_norm,
@@ -599,10 +600,6 @@ def main(
     def make_eval_envs(num_envs: int) -> gym.vector.VectorEnv:
         return stop.watched(make_envs(args, num_envs, agent.image_size))
 
-    def write_merged(folder: Path) -> None:
-        with merged(agent):
-            agent.save_pretrained(folder)
-
     metrics: dict[str, float] = {}
     with (
         StopSignal(accelerator) as stop,
@@ -620,7 +617,7 @@ def main(
             optimizer,
             keep_last=args.keep_last,
             keep_best=args.keep_best,
-            write_agent=write_merged if args.lora_rank else None,
+            write_agent=partial(save_merged, agent) if args.lora_rank else None,
         ) as checkpoints,
         Monitor(
             accelerator,

@@ -39,7 +39,7 @@ from algorithms.common.randomness import EPISODES, seed_of
 from algorithms.common.resume import RestoredState, checkpoints_in
 from algorithms.common.roles import LOST, LearnerRole, Report, RolloutRole, merged_states, result
 from algorithms.common.run import RunFolder
-from algorithms.common.stages import EnvState
+from algorithms.common.vector_envs import EnvState
 
 # Errors of a task on a node that is gone or does nothing.
 _SILENT = (*LOST, TaskUnschedulableError, GetTimeoutError)

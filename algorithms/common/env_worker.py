@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import gymnasium as gym
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from algorithms.common.cluster_process import Bell, ring_on_signals, take_place
 from algorithms.common.placement import Place
+from algorithms.common.vector_envs import EnvState, can_restore, put_back, sampled_tasks
 
 Step = tuple[dict[str, Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
 
@@ -43,18 +44,13 @@ class EnvWorker:
         self._obs = step[0]
         return step, time.perf_counter() - start
 
-    def states(self) -> list[Mapping[str, NDArray[Any]]] | None:
+    def states(self) -> list[EnvState] | None:
         """Returns each environment's state; None if they cannot be taken and put back."""
-        base = cast(Any, self._envs.unwrapped)
-        can_restore = hasattr(self._envs, "observe") and hasattr(base, "get_states") and hasattr(base, "set_state")
-        return base.get_states() if can_restore else None
+        return cast(Any, self._envs.unwrapped).get_states() if can_restore(self._envs) else None
 
-    def restore(self, states: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
+    def restore(self, states: Sequence[EnvState]) -> dict[str, Any]:
         """Puts back what `states` returned, and returns the observation."""
-        base = cast(Any, self._envs.unwrapped)
-        for i, state in enumerate(states):
-            base.set_state(i, state)
-        self._obs = cast(Any, self._envs).observe()
+        self._obs = put_back(self._envs, states)
         return self._obs
 
     def observe(self) -> dict[str, Any]:
@@ -67,13 +63,7 @@ class EnvWorker:
         Raises:
             TypeError: tasks cannot be weighted in these environments.
         """
-        base = cast(Any, self._envs.unwrapped)
-        if not hasattr(base, "set_task_weights"):
-            raise TypeError(
-                f"task_sampling='adaptive' needs environments with task_ids and set_task_weights, as LiberoVectorEnv "
-                f"has them; {type(base).__name__} lacks them: take task_sampling='uniform'"
-            )
-        return base.task_ids
+        return sampled_tasks(self._envs)
 
     def set_task_weights(self, weights: NDArray[np.float64]) -> None:
         """Says how often the episodes that start from now on are of each of `task_ids`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,12 @@ def merged(agent: nn.Module) -> Generator[None]:
             _replace(agent, name, layer)
             with torch.no_grad():
                 layer.get_base_layer().weight.copy_(weight)  # unmerging rounds
+
+
+def save_merged(agent: Any, folder: Path) -> None:
+    """Saves `agent` as the plain network that it is with its adapters merged."""
+    with merged(agent):
+        agent.save_pretrained(folder)
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -45,7 +45,8 @@ from algorithms.common.processes import for_all, make_accelerator, refuse_shardi
 from algorithms.common.resume import Checkpoints, RestoredState, checked_every_step
 from algorithms.common.rollouts import Rollout, from_store, split_rollout, to_store
 from algorithms.common.run import RunFolder
-from algorithms.common.stages import EnvState, EnvStep
+from algorithms.common.stages import EnvStep
+from algorithms.common.vector_envs import EnvState
 from algorithms.common.video import RolloutRecorder
 
 # Errors of a call whose actor, node or object is gone.

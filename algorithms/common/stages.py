@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algorithms.common.processes import same_cuda_device
-
-EnvState = Mapping[str, NDArray[Any]]
+from algorithms.common.vector_envs import EnvState, can_restore, put_back, sampled_tasks
 
 
 class EnvStep(NamedTuple):
@@ -133,8 +132,7 @@ class EnvStage:
     @property
     def can_restore(self) -> bool:
         """True if the environments' states can be taken and put back."""
-        base = self.envs.unwrapped
-        return hasattr(self.envs, "observe") and hasattr(base, "get_states") and hasattr(base, "set_state")
+        return can_restore(self.envs)
 
     def states(self) -> dict[int, EnvState]:
         """Returns each environment's state by its number among all."""
@@ -150,14 +148,8 @@ class EnvStage:
         missing = sorted(set(self.env_ids.tolist()) - states.keys())
         if missing:
             raise ValueError(f"no states of environments {missing} were saved; resume with the same num_envs")
-        envs, base = cast(Any, self.envs), cast(Any, self.envs.unwrapped)
-
-        def put_back() -> Any:
-            for i, env_id in enumerate(self.env_ids):
-                base.set_state(i, states[int(env_id)])
-            return envs.observe()
-
-        self.obs = self._call(put_back)
+        own = [states[int(env_id)] for env_id in self.env_ids]
+        self.obs = self._call(lambda: put_back(self.envs, own))
 
     @property
     def task_ids(self) -> Sequence[int]:
@@ -166,13 +158,7 @@ class EnvStage:
         Raises:
             TypeError: tasks cannot be weighted in these environments.
         """
-        base = cast(Any, self.envs.unwrapped)
-        if not hasattr(base, "set_task_weights"):
-            raise TypeError(
-                f"task_sampling='adaptive' needs environments with task_ids and set_task_weights, as LiberoVectorEnv "
-                f"has them; {type(base).__name__} lacks them: take task_sampling='uniform'"
-            )
-        return base.task_ids
+        return sampled_tasks(self.envs)
 
     def set_task_weights(self, weights: NDArray[np.float64]) -> None:
         """Says how often the episodes that start from now on are of each of `task_ids`, between steps."""
