@@ -15,7 +15,11 @@ _EDGE_COLOR = 6.0 / 255.0
 _EDGE_DEPTH = 0.02
 # Side in pixels of the tiles for which the parts that can be seen in them are found beforehand.
 TILE_SIZE = 8
+# Rays that a pixel may need: one through its centre, and four if it is at an edge.
+NUM_RAYS = 5
 _MAX_BACK_FACES = 8
+# Distance of what a ray that meets nothing meets, m.
+NOWHERE = 1.0e6
 _RAY_STEP = 1.0e-5
 # Cosine by which a tile's cone is widened, so that rounding leaves nothing out.
 _CULL_SLACK = 1.0e-5
@@ -34,6 +38,7 @@ class Scene:
     num_cameras: int
     part_body: wp.array(dtype=int)
     part_sphere: wp.array(dtype=wp.vec4)
+    part_rests: wp.array2d(dtype=wp.uint8)
     part_mesh: wp.array(dtype=wp.uint64)
     part_first_face: wp.array(dtype=int)
     points: wp.array(dtype=wp.vec3)
@@ -94,6 +99,20 @@ class Tiles:
 
 
 @wp.struct
+class Resting:
+    """What rays meet of the parts that rest as their camera sees them, of all pixels; the same in all worlds.
+
+    Ray r of `NUM_RAYS` of camera k is at k * `NUM_RAYS` + r: ray 0 passes the pixel's centre, the others are those of
+    `smooth_edges`.
+    """
+
+    faces: wp.array3d(dtype=wp.vec2i)  # part, face
+    places: wp.array3d(dtype=wp.vec3)  # distance, u, v
+    colors: wp.array3d(dtype=wp.vec3)  # negative where they depend on the world
+    tile_ends: wp.array3d(dtype=float)  # [K, rows, columns], distance of the farthest in a tile
+
+
+@wp.struct
 class Hit:
     """Where a ray ends: part (-1 if nowhere), face within it, distance (m), barycentric weights of corners 0, 1."""
 
@@ -102,6 +121,18 @@ class Hit:
     distance: float
     u: float
     v: float
+
+
+@wp.struct
+class Ray:
+    """A ray of a camera; `step_x`, `step_y` lead from `direction` to the next pixels' (for the mipmap level)."""
+
+    eye: wp.vec3
+    direction: wp.vec3
+    step_x: wp.vec3
+    step_y: wp.vec3
+    headlight: wp.vec3
+    start: float
 
 
 @wp.struct
@@ -148,8 +179,8 @@ def place(
 
 
 @wp.kernel(module="unique", module_options=_OPTIONS)
-def cull(scene: Scene, worlds: Worlds, width: int, height: int, tiles: Tiles):
-    """Lists the parts whose spheres touch the cone around the rays of a tile; dim T."""
+def cull(scene: Scene, worlds: Worlds, resting: Resting, width: int, height: int, tiles: Tiles):
+    """Lists the moving parts whose spheres touch the cone around the rays of a tile before what rests; dim T."""
     tile = wp.tid()
     column = tile % tiles.num_columns
     row = tile / tiles.num_columns % tiles.num_rows
@@ -175,14 +206,17 @@ def cull(scene: Scene, worlds: Worlds, width: int, height: int, tiles: Tiles):
         ),
     )
     sine = wp.sqrt(wp.max(1.0 - cosine * cosine, 0.0))
+    end = resting.tile_ends[camera, row, column]
     count = int(0)
     for part in range(scene.num_parts):
         sphere = worlds.part_sphere[world, part]
         radius = sphere[3]
-        if radius < 0.0:
+        if radius < 0.0 or scene.part_rests[camera, part] != wp.uint8(0):
             continue
         to_centre = wp.transpose(mat) @ (wp.vec3(sphere[0], sphere[1], sphere[2]) - eye)
         distance = wp.length(to_centre)
+        if distance - radius > end:
+            continue
         if distance > radius:
             # The angle between axis and centre against the cone's half angle and that under which the sphere is seen.
             part_sine = radius / distance
@@ -195,13 +229,32 @@ def cull(scene: Scene, worlds: Worlds, width: int, height: int, tiles: Tiles):
 
 
 @wp.func
-def _trace(
-    scene: Scene, worlds: Worlds, tiles: Tiles, tile: int, world: int, origin: wp.vec3, direction: wp.vec3, start: float
-) -> Hit:
-    """The first triangle that faces the ray beyond `start`, of a tile's parts or (-1) of all; part -1 if none does."""
+def _nothing() -> Hit:
     hit = Hit()
     hit.part = -1
-    hit.distance = 1.0e6
+    hit.distance = wp.static(NOWHERE)
+    return hit
+
+
+@wp.func
+def _trace(
+    scene: Scene,
+    worlds: Worlds,
+    tiles: Tiles,
+    tile: int,
+    world: int,
+    origin: wp.vec3,
+    direction: wp.vec3,
+    start: float,
+    behind: Hit,
+) -> Hit:
+    """The first triangle that faces the ray beyond `start`, of a tile's parts or (-1) of all; `behind` if none does."""
+    hit = Hit()
+    hit.part = behind.part
+    hit.face = behind.face
+    hit.distance = behind.distance
+    hit.u = behind.u
+    hit.v = behind.v
     count = scene.num_parts
     if tile >= 0:
         count = tiles.num_parts[tile]
@@ -450,50 +503,37 @@ def _surface_color(
 
 
 @wp.func
-def _shade(
-    scene: Scene,
-    worlds: Worlds,
-    tiles: Tiles,
-    tile: int,
-    world: int,
-    camera: int,
-    x: float,
-    y: float,
-    width: int,
-    height: int,
-) -> Pixel:
-    """What the camera sees at image position (x, y) in pixels, y down."""
-    tangent = scene.camera_tan[camera]
-    pixel_size = 2.0 * tangent / float(height)
-    eye = worlds.camera_pos[world, camera]
+def _ray(scene: Scene, worlds: Worlds, world: int, camera: int, x: float, y: float, width: int, height: int) -> Ray:
+    """The camera's ray through image position (x, y) in pixels, y down."""
+    pixel_size = 2.0 * scene.camera_tan[camera] / float(height)
     mat = worlds.camera_mat[world, camera]
     to_pixel = mat @ wp.vec3((x - 0.5 * float(width)) * pixel_size, (0.5 * float(height) - y) * pixel_size, -1.0)
     length = wp.length(to_pixel)
-    direction = to_pixel / length
-    step_x = mat @ wp.vec3(pixel_size / length, 0.0, 0.0)
-    step_y = mat @ wp.vec3(0.0, -pixel_size / length, 0.0)
-    headlight = -wp.vec3(mat[0, 2], mat[1, 2], mat[2, 2])
-    hit = _trace(scene, worlds, tiles, tile, world, eye, direction, scene.znear * length)
-    pixel = Pixel()
-    if hit.part < 0:
-        pixel.surface = -1
-        pixel.distance = 1.0e6
-        pixel.color = _sky(scene, direction, pixel_size)
-        return pixel
+    ray = Ray()
+    ray.eye = worlds.camera_pos[world, camera]
+    ray.direction = to_pixel / length
+    ray.step_x = mat @ wp.vec3(pixel_size / length, 0.0, 0.0)
+    ray.step_y = mat @ wp.vec3(0.0, -pixel_size / length, 0.0)
+    ray.headlight = -wp.vec3(mat[0, 2], mat[1, 2], mat[2, 2])
+    ray.start = scene.znear * length
+    return ray
+
+
+@wp.func
+def _color(scene: Scene, worlds: Worlds, tiles: Tiles, world: int, ray: Ray, hit: Hit, normal: wp.vec3) -> wp.vec3:
+    """Colour of a hit whose face's normal in the world is `normal`, with what it mirrors."""
     face = scene.part_first_face[hit.part] + hit.face
-    surface = scene.face_surface[face]
-    color = _surface_color(scene, worlds, world, hit, eye, direction, step_x, step_y, headlight, 1.0)
-    edge1 = scene.points[3 * face + 1] - scene.points[3 * face]
-    edge2 = scene.points[3 * face + 2] - scene.points[3 * face]
-    normal = worlds.part_mat[world, hit.part] @ wp.normalize(wp.cross(edge1, edge2))
-    reflectance = scene.surface_material[surface][3]
+    color = _surface_color(
+        scene, worlds, world, hit, ray.eye, ray.direction, ray.step_x, ray.step_y, ray.headlight, 1.0
+    )
+    reflectance = scene.surface_material[scene.face_surface[face]][3]
     if reflectance > 0.0:
         # The classic renderer adds the scene, lights included, mirrored at the surface, colours scaled by the
         # reflectance. Seen from the mirrored eye nothing else is mirrored.
-        point = eye + direction * hit.distance
-        mirrored_eye = eye - normal * (2.0 * wp.dot(normal, eye - point))
-        mirrored = direction - normal * (2.0 * wp.dot(normal, direction))
-        second = _trace(scene, worlds, tiles, -1, world, mirrored_eye, mirrored, hit.distance + 1.0e-4)
+        point = ray.eye + ray.direction * hit.distance
+        mirrored_eye = ray.eye - normal * (2.0 * wp.dot(normal, ray.eye - point))
+        mirrored = ray.direction - normal * (2.0 * wp.dot(normal, ray.direction))
+        second = _trace(scene, worlds, tiles, -1, world, mirrored_eye, mirrored, hit.distance + 1.0e-4, _nothing())
         if second.part >= 0:
             color += _surface_color(
                 scene,
@@ -502,16 +542,20 @@ def _shade(
                 second,
                 mirrored_eye,
                 mirrored,
-                step_x - normal * (2.0 * wp.dot(normal, step_x)),
-                step_y - normal * (2.0 * wp.dot(normal, step_y)),
-                headlight,
+                ray.step_x - normal * (2.0 * wp.dot(normal, ray.step_x)),
+                ray.step_y - normal * (2.0 * wp.dot(normal, ray.step_y)),
+                ray.headlight,
                 reflectance,
             )
-    pixel.surface = surface
-    pixel.distance = hit.distance
-    pixel.normal = normal
-    pixel.color = wp.min(color, wp.vec3(1.0))
-    return pixel
+    return wp.min(color, wp.vec3(1.0))
+
+
+@wp.func
+def _normal(scene: Scene, worlds: Worlds, world: int, part: int, face: int) -> wp.vec3:
+    """Normal in the world of a part's face, numbered among all."""
+    edge1 = scene.points[3 * face + 1] - scene.points[3 * face]
+    edge2 = scene.points[3 * face + 2] - scene.points[3 * face]
+    return worlds.part_mat[world, part] @ wp.normalize(wp.cross(edge1, edge2))
 
 
 @wp.func
@@ -529,25 +573,52 @@ def _pixel_of_thread(thread: int, first_row: int, width: int) -> wp.vec2i:
 
 
 @wp.func
+def _position_in_pixel(ray: int) -> wp.vec2:
+    """Where ray `ray` of a pixel passes it, right and down from its upper left corner, in pixels."""
+    if ray == 0:
+        return wp.vec2(0.5, 0.5)
+    # The standard multisampling pattern: (3, 1), (7, 3), (1, 5), (5, 7) eighths of a pixel.
+    index = ray - 1
+    return wp.vec2(float((4 * index + 3) % 8 - 2 * (index / 2)) / 8.0, (2.0 * float(index) + 1.0) / 8.0)
+
+
+@wp.func
 def _sample(
-    scene: Scene, worlds: Worlds, tiles: Tiles, row: int, x: int, right: float, down: float, width: int, height: int
+    scene: Scene, worlds: Worlds, tiles: Tiles, resting: Resting, row: int, x: int, ray_id: int, width: int, height: int
 ) -> Pixel:
-    """What is seen in pixel `x` of line `row` of all images, `right` and `down` pixels from its upper left corner."""
+    """What ray `ray_id` of pixel `x` of line `row` of all images sees."""
     image = row / height
+    world = image / scene.num_cameras
+    camera = image % scene.num_cameras
     y = row % height
     tile = (image * tiles.num_rows + y / wp.static(TILE_SIZE)) * tiles.num_columns + x / wp.static(TILE_SIZE)
-    return _shade(
-        scene,
-        worlds,
-        tiles,
-        tile,
-        image / scene.num_cameras,
-        image % scene.num_cameras,
-        float(x) + right,
-        float(y) + down,
-        width,
-        height,
-    )
+    position = _position_in_pixel(ray_id)
+    ray = _ray(scene, worlds, world, camera, float(x) + position[0], float(y) + position[1], width, height)
+
+    layer = camera * wp.static(NUM_RAYS) + ray_id
+    behind = Hit()
+    behind.part = resting.faces[layer, y, x][0]
+    behind.face = resting.faces[layer, y, x][1]
+    behind.distance = resting.places[layer, y, x][0]
+    behind.u = resting.places[layer, y, x][1]
+    behind.v = resting.places[layer, y, x][2]
+    hit = _trace(scene, worlds, tiles, tile, world, ray.eye, ray.direction, ray.start, behind)
+
+    pixel = Pixel()
+    pixel.surface = -1
+    pixel.distance = hit.distance
+    if hit.part >= 0:
+        face = scene.part_first_face[hit.part] + hit.face
+        pixel.surface = scene.face_surface[face]
+        pixel.normal = _normal(scene, worlds, world, hit.part, face)
+    color = resting.colors[layer, y, x]
+    if hit.part != behind.part or color[0] < 0.0:
+        if hit.part >= 0:
+            color = _color(scene, worlds, tiles, world, ray, hit, pixel.normal)
+        else:
+            color = _sky(scene, ray.direction, 2.0 * scene.camera_tan[camera] / float(height))
+    pixel.color = color
+    return pixel
 
 
 @wp.func
@@ -562,10 +633,58 @@ def _store(
 
 
 @wp.kernel(module="unique", module_options=_OPTIONS)
+def rest(
+    scene: Scene,
+    worlds: Worlds,
+    tiles: Tiles,
+    is_still: wp.array(dtype=wp.uint8),
+    first_row: int,
+    last_row: int,
+    resting: Resting,
+):
+    """Fills `resting` but for `tile_ends`, some of its K * NUM_RAYS * H lines; dim from `num_threads`.
+
+    `tiles` has a tile of each camera, with its resting parts. `is_still` is 1 for a camera that rests with its parts
+    and all lights, so that colours do too.
+    """
+    height = resting.faces.shape[1]
+    width = resting.faces.shape[2]
+    pixel = _pixel_of_thread(wp.tid(), first_row, width)
+    line = pixel[0]
+    x = pixel[1]
+    if line >= last_row or x >= width:
+        return
+    layer = line / height
+    y = line % height
+    camera = layer / wp.static(NUM_RAYS)
+    position = _position_in_pixel(layer % wp.static(NUM_RAYS))
+    ray = _ray(scene, worlds, 0, camera, float(x) + position[0], float(y) + position[1], width, height)
+    hit = _trace(scene, worlds, tiles, camera, 0, ray.eye, ray.direction, ray.start, _nothing())
+    resting.faces[layer, y, x] = wp.vec2i(hit.part, hit.face)
+    resting.places[layer, y, x] = wp.vec3(hit.distance, hit.u, hit.v)
+    color = wp.vec3(-1.0)
+    if is_still[camera] != wp.uint8(0):
+        if hit.part < 0:
+            color = _sky(scene, ray.direction, 2.0 * scene.camera_tan[camera] / float(height))
+        else:
+            face = scene.part_first_face[hit.part] + hit.face
+            # What a mirror shows moves.
+            if scene.surface_material[scene.face_surface[face]][3] == 0.0:
+                color = wp.min(
+                    _surface_color(
+                        scene, worlds, 0, hit, ray.eye, ray.direction, ray.step_x, ray.step_y, ray.headlight, 1.0
+                    ),
+                    wp.vec3(1.0),
+                )
+    resting.colors[layer, y, x] = color
+
+
+@wp.kernel(module="unique", module_options=_OPTIONS)
 def render(
     scene: Scene,
     worlds: Worlds,
     tiles: Tiles,
+    resting: Resting,
     num_worlds: int,
     first_row: int,
     last_row: int,
@@ -582,7 +701,7 @@ def render(
     x = pixel[1]
     if row >= last_row or x >= width:
         return
-    sample = _sample(scene, worlds, tiles, row, x, 0.5, 0.5, width, height)
+    sample = _sample(scene, worlds, tiles, resting, row, x, 0, width, height)
     if colors.shape[0] > 0:
         colors[row, x] = sample.color
         geometry[row, x] = wp.vec4(sample.normal[0], sample.normal[1], sample.normal[2], sample.distance)
@@ -705,6 +824,7 @@ def smooth_edges(
     scene: Scene,
     worlds: Worlds,
     tiles: Tiles,
+    resting: Resting,
     num_worlds: int,
     first_row: int,
     strip: int,
@@ -728,10 +848,7 @@ def smooth_edges(
     x = pixel % width
     color = wp.vec3(0.0)
     for index in range(first_sample % 4, first_sample % 4 + samples_per_thread):
-        # The standard multisampling pattern: (3, 1), (7, 3), (1, 5), (5, 7) eighths of a pixel.
-        right = float((4 * index + 3) % 8 - 2 * (index / 2)) / 8.0
-        down = (2.0 * float(index) + 1.0) / 8.0
-        sample = _sample(scene, worlds, tiles, row, x, right, down, width, height)
+        sample = _sample(scene, worlds, tiles, resting, row, x, 1 + index, width, height)
         color += sample.color * 0.25
     if samples_per_thread == 1:
         color = wp.vec3(_sum_of_four(color[0]), _sum_of_four(color[1]), _sum_of_four(color[2]))
@@ -739,7 +856,7 @@ def smooth_edges(
         _store(color, row, x, scene.num_cameras, num_worlds, images)
 
 
-KERNELS = (place, cull, render, measure, find_edges, smooth_edges)
+KERNELS = (place, cull, rest, render, measure, find_edges, smooth_edges)
 
 
 def num_threads(num_rows: int, width: int) -> int:
