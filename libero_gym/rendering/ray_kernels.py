@@ -38,6 +38,7 @@ class Scene:
     num_cameras: int
     part_body: wp.array(dtype=int)
     part_sphere: wp.array(dtype=wp.vec4)
+    part_half: wp.array(dtype=wp.vec3)
     part_rests: wp.array2d(dtype=wp.uint8)
     part_mesh: wp.array(dtype=wp.uint64)
     part_first_face: wp.array(dtype=int)
@@ -178,6 +179,14 @@ def place(
             worlds.light_dir[world, i] = body_mat[world, body] @ scene.light_dir[i]
 
 
+@wp.func
+def _is_behind(normal: wp.vec3, centre: wp.vec3, mat: wp.mat33, half: wp.vec3) -> bool:
+    """Whether a box lies behind the plane through the origin that faces along `normal`."""
+    along = wp.transpose(mat) @ normal
+    reach = wp.abs(along[0]) * half[0] + wp.abs(along[1]) * half[1] + wp.abs(along[2]) * half[2]
+    return wp.dot(normal, centre) + reach < -wp.static(_CULL_SLACK)
+
+
 @wp.kernel(module="unique", module_options=_OPTIONS)
 def cull(scene: Scene, worlds: Worlds, resting: Resting, width: int, height: int, tiles: Tiles):
     """Lists the moving parts whose spheres touch the cone around the rays of a tile before what rests; dim T."""
@@ -194,18 +203,11 @@ def cull(scene: Scene, worlds: Worlds, resting: Resting, width: int, height: int
     left = (float(column) * side - 0.5 * float(width)) * pixel_size
     top = (0.5 * float(height) - float(row) * side) * pixel_size
     extent = side * pixel_size
-    axis = wp.normalize(wp.vec3(left + 0.5 * extent, top - 0.5 * extent, -1.0))
-    cosine = wp.min(
-        wp.min(
-            wp.dot(axis, wp.normalize(wp.vec3(left, top, -1.0))),
-            wp.dot(axis, wp.normalize(wp.vec3(left + extent, top, -1.0))),
-        ),
-        wp.min(
-            wp.dot(axis, wp.normalize(wp.vec3(left, top - extent, -1.0))),
-            wp.dot(axis, wp.normalize(wp.vec3(left + extent, top - extent, -1.0))),
-        ),
-    )
-    sine = wp.sqrt(wp.max(1.0 - cosine * cosine, 0.0))
+    # Sides of the pyramid of the tile's rays, in the camera's frame, facing inwards.
+    to_right = wp.normalize(wp.vec3(1.0, 0.0, left))
+    to_left = wp.normalize(wp.vec3(-1.0, 0.0, -left - extent))
+    downwards = wp.normalize(wp.vec3(0.0, -1.0, -top))
+    upwards = wp.normalize(wp.vec3(0.0, 1.0, top - extent))
     end = resting.tile_ends[camera, row, column]
     count = int(0)
     for part in range(scene.num_parts):
@@ -217,12 +219,16 @@ def cull(scene: Scene, worlds: Worlds, resting: Resting, width: int, height: int
         distance = wp.length(to_centre)
         if distance - radius > end:
             continue
-        if distance > radius:
-            # The angle between axis and centre against the cone's half angle and that under which the sphere is seen.
-            part_sine = radius / distance
-            limit = cosine * wp.sqrt(1.0 - part_sine * part_sine) - sine * part_sine
-            if wp.dot(axis, to_centre) < (limit - wp.static(_CULL_SLACK)) * distance:
-                continue
+        turned = wp.transpose(mat) @ worlds.part_mat[world, part]
+        half = scene.part_half[part]
+        if (
+            _is_behind(to_right, to_centre, turned, half)
+            or _is_behind(to_left, to_centre, turned, half)
+            or _is_behind(downwards, to_centre, turned, half)
+            or _is_behind(upwards, to_centre, turned, half)
+            or _is_behind(wp.vec3(0.0, 0.0, -1.0), to_centre, turned, half)
+        ):
+            continue
         tiles.parts[tile, count] = wp.int16(part)
         count += 1
     tiles.num_parts[tile] = count
@@ -304,6 +310,14 @@ def _texel(scene: Scene, address: int) -> wp.vec3:
 
 
 @wp.func
+def _wrapped(index: int, size: int) -> int:
+    """`index` modulo `size`, which division is too slow for where most are in range."""
+    if index >= 0 and index < size:
+        return index
+    return (index % size + size) % size
+
+
+@wp.func
 def _bilinear(scene: Scene, base: int, width: int, height: int, u: float, v: float, is_repeated: bool) -> wp.vec3:
     x = u * float(width) - 0.5
     y = v * float(height) - 0.5
@@ -314,10 +328,10 @@ def _bilinear(scene: Scene, base: int, width: int, height: int, u: float, v: flo
     right = left + 1
     bottom = top + 1
     if is_repeated:
-        left = (left % width + width) % width
-        right = (right % width + width) % width
-        top = (top % height + height) % height
-        bottom = (bottom % height + height) % height
+        left = _wrapped(left, width)
+        right = _wrapped(right, width)
+        top = _wrapped(top, height)
+        bottom = _wrapped(bottom, height)
     else:
         left = wp.clamp(left, 0, width - 1)
         right = wp.clamp(right, 0, width - 1)
@@ -398,28 +412,35 @@ def _lit_corner(
     result = color * material[0]
     for light in range(scene.num_lights):
         to_light = -headlight
-        weight = 1.0
+        distance = float(0.0)
+        direction = headlight
+        is_spot = False
         if scene.light_body[light] >= 0:
             direction = worlds.light_dir[world, light]
             to_light = -direction
             if scene.light_kind[light] == 0:
+                is_spot = True
                 offset = worlds.light_pos[world, light] - point
                 distance = wp.length(offset)
                 to_light = offset / wp.max(distance, 1.0e-6)
-                cosine = -wp.dot(to_light, direction)
-                weight = 1.0 / (
-                    scene.light_params[light, 2]
-                    + distance * (scene.light_params[light, 3] + distance * scene.light_params[light, 4])
-                )
-                if cosine < scene.light_params[light, 0]:
-                    weight = 0.0
-                else:
-                    weight = weight * wp.pow(cosine, scene.light_params[light, 1])
-        if weight > 0.0:
-            result += wp.cw_mul(color, scene.light_ambient[light]) * weight
-            facing = wp.dot(normal, to_light)
-            if facing > 0.0:
-                result += wp.cw_mul(color, scene.light_diffuse[light]) * (facing * weight)
+        facing = wp.dot(normal, to_light)
+        ambient = scene.light_ambient[light]
+        # What follows is costly, and counts for nothing where the light lights nothing.
+        if facing <= 0.0 and ambient == wp.vec3(0.0):
+            continue
+        weight = 1.0
+        if is_spot:
+            cosine = -wp.dot(to_light, direction)
+            if cosine < scene.light_params[light, 0]:
+                continue
+            weight = wp.pow(cosine, scene.light_params[light, 1]) / (
+                scene.light_params[light, 2]
+                + distance * (scene.light_params[light, 3] + distance * scene.light_params[light, 4])
+            )
+        result += wp.cw_mul(color, ambient) * weight
+        if facing > 0.0:
+            result += wp.cw_mul(color, scene.light_diffuse[light]) * (facing * weight)
+            if material[1] > 0.0:
                 # An exponent of 0 leaves a constant: OpenGL takes pow(x, 0) as 1.
                 highlight = 1.0
                 if material[2] > 0.0:

@@ -4,8 +4,8 @@ MuJoCo's classic renderer draws with fixed-function OpenGL: geometric primitives
 vertices, textures with mipmaps. All of that is made explicit here once per scene, as plain arrays, so that the
 ray caster (`libero_gym.rendering.raycast`) has a single kind of geometry and reproduces the same shading.
 
-Shape legend: B bodies of the model, P parts (bodies that move as one, with something to see), F triangles, S surfaces (one per
-drawn geom), T textures, K cameras, L lights (the headlight is the last).
+Shape legend: B bodies of the model, P parts (bodies that move as one, with something to see), F triangles, S surfaces (one
+per drawn geom), T textures, K cameras, L lights (the headlight is the last).
 """
 
 from collections.abc import Collection
@@ -49,6 +49,7 @@ class RayScene:
         part_rests: uint8 [K, P], 1 if the part never moves as the camera sees it, and is always there.
         part_site: [P] site id if the part is a site that is only drawn while lit (a stove's burner), else -1.
         part_sphere: [P, 4] bounding sphere, centre in the body's frame and radius (m).
+        part_half: [P, 3] half sides of its bounding box around the same centre, in the body's frame (m).
         part_first_face: [P + 1] range of faces of each part.
         points: [3 F, 3] triangle corners in the body's frame (m).
         normals: [3 F, 3] corner normals in the body's frame.
@@ -88,6 +89,7 @@ class RayScene:
     part_rests: NDArray[np.uint8]
     part_site: IntArray
     part_sphere: FloatArray
+    part_half: FloatArray
     part_first_face: IntArray
     points: FloatArray
     normals: FloatArray
@@ -215,7 +217,7 @@ def build_ray_scene(
 
     # Small parts first: what they hide of the walls and the table is then never looked at.
     parts = sorted(triangles_of_part, key=lambda part: _extent(triangles_of_part[part]))
-    points, normals, coords, surfaces, spheres, first_face = [], [], [], [], [], [0]
+    points, normals, coords, surfaces, spheres, halves, first_face = [], [], [], [], [], [], [0]
     for part in parts:
         entries = triangles_of_part[part]
         part_points = np.concatenate([triangles.points for triangles, _ in entries])
@@ -226,6 +228,7 @@ def build_ray_scene(
         low, high = part_points.min(axis=0), part_points.max(axis=0)
         centre = 0.5 * (low + high)
         radius = np.linalg.norm(part_points - centre, axis=1).max()
+        halves.append(0.5 * (high - low))
         spheres.append(np.append(centre, radius * 1.0001))
         first_face.append(first_face[-1] + len(part_points) // 3)
     part_body = np.array([body for body, _ in parts], dtype=np.int32)
@@ -241,6 +244,7 @@ def build_ray_scene(
         rest_mat=rest_mat.astype(np.float32),
         part_site=np.array([site for _, site in parts], dtype=np.int32),
         part_sphere=np.array(spheres, dtype=np.float32),
+        part_half=np.array(halves, dtype=np.float32),
         part_first_face=np.array(first_face, dtype=np.int32),
         points=np.concatenate(points).astype(np.float32),
         normals=np.concatenate(normals).astype(np.float32),
