@@ -13,6 +13,9 @@ from libero_gym.rendering.ray_scene import TEXTURE_CUBE
 # Neighbouring pixels that differ by more than this in a channel, on different surfaces, folds or depths, are an edge.
 _EDGE_COLOR = 6.0 / 255.0
 _EDGE_DEPTH = 0.02
+_EDGE_COSINE = 0.9
+# Surface of no pixel at all; that of the sky is -1.
+_UNSEEN = -2
 # Side in pixels of the tiles for which the parts that can be seen in them are found beforehand.
 TILE_SIZE = 8
 # Rays that a pixel may need: one through its centre, and four if it is at an edge.
@@ -594,6 +597,23 @@ def _pixel_of_thread(thread: int, first_row: int, width: int) -> wp.vec2i:
 
 
 @wp.func
+def _is_same(pixel: Pixel, other: Pixel) -> bool:
+    """Whether both lie on one surface, not beyond a fold or an edge of it."""
+    return (
+        pixel.surface == other.surface
+        and wp.dot(pixel.normal, other.normal) >= wp.static(_EDGE_COSINE)
+        and wp.abs(pixel.distance - other.distance) <= wp.static(_EDGE_DEPTH) * wp.min(pixel.distance, other.distance)
+    )
+
+
+@wp.func
+def _unseen() -> Pixel:
+    pixel = Pixel()
+    pixel.surface = wp.static(_UNSEEN)
+    return pixel
+
+
+@wp.func
 def _position_in_pixel(ray: int) -> wp.vec2:
     """Where ray `ray` of a pixel passes it, right and down from its upper left corner, in pixels."""
     if ray == 0:
@@ -605,9 +625,23 @@ def _position_in_pixel(ray: int) -> wp.vec2:
 
 @wp.func
 def _sample(
-    scene: Scene, worlds: Worlds, tiles: Tiles, resting: Resting, row: int, x: int, ray_id: int, width: int, height: int
+    scene: Scene,
+    worlds: Worlds,
+    tiles: Tiles,
+    resting: Resting,
+    row: int,
+    x: int,
+    ray_id: int,
+    width: int,
+    height: int,
+    known: Pixel,
+    last: Pixel,
 ) -> Pixel:
-    """What ray `ray_id` of pixel `x` of line `row` of all images sees."""
+    """What ray `ray_id` of pixel `x` of line `row` of all images sees.
+
+    Where it meets what `known` or `last` has met in the same pixel, it takes their colour: OpenGL, too, colours a
+    surface once a pixel.
+    """
     image = row / height
     world = image / scene.num_cameras
     camera = image % scene.num_cameras
@@ -633,7 +667,11 @@ def _sample(
         pixel.surface = scene.face_surface[face]
         pixel.normal = _normal(scene, worlds, world, hit.part, face)
     color = resting.colors[layer, y, x]
-    if hit.part != behind.part or color[0] < 0.0:
+    if _is_same(pixel, known):
+        color = known.color
+    elif _is_same(pixel, last):
+        color = last.color
+    elif hit.part != behind.part or color[0] < 0.0:
         if hit.part >= 0:
             color = _color(scene, worlds, tiles, world, ray, hit, pixel.normal)
         else:
@@ -722,7 +760,7 @@ def render(
     x = pixel[1]
     if row >= last_row or x >= width:
         return
-    sample = _sample(scene, worlds, tiles, resting, row, x, 0, width, height)
+    sample = _sample(scene, worlds, tiles, resting, row, x, 0, width, height, _unseen(), _unseen())
     if colors.shape[0] > 0:
         colors[row, x] = sample.color
         geometry[row, x] = wp.vec4(sample.normal[0], sample.normal[1], sample.normal[2], sample.distance)
@@ -771,6 +809,24 @@ def measure(
 
 
 @wp.func
+def _stored(
+    row: int,
+    x: int,
+    colors: wp.array2d(dtype=wp.vec3),
+    geometry: wp.array2d(dtype=wp.vec4),
+    surfaces: wp.array2d(dtype=int),
+) -> Pixel:
+    """What `render` has seen there."""
+    place = geometry[row, x]
+    pixel = Pixel()
+    pixel.color = colors[row, x]
+    pixel.surface = surfaces[row, x]
+    pixel.normal = wp.vec3(place[0], place[1], place[2])
+    pixel.distance = place[3]
+    return pixel
+
+
+@wp.func
 def _differ(
     row: int,
     x: int,
@@ -783,13 +839,9 @@ def _differ(
     change = colors[row, x] - colors[other_row, other_x]
     if wp.max(wp.abs(change)) < wp.static(_EDGE_COLOR):
         return False
-    if surfaces[row, x] != surfaces[other_row, other_x]:
-        return True
-    here = geometry[row, x]
-    there = geometry[other_row, other_x]
-    if here[0] * there[0] + here[1] * there[1] + here[2] * there[2] < 0.9:
-        return True
-    return wp.abs(here[3] - there[3]) > wp.static(_EDGE_DEPTH) * wp.min(here[3], there[3])
+    here = _stored(row, x, colors, geometry, surfaces)
+    there = _stored(other_row, other_x, colors, geometry, surfaces)
+    return not _is_same(here, there)
 
 
 @wp.kernel(module="unique", module_options=_OPTIONS)
@@ -850,6 +902,9 @@ def smooth_edges(
     first_row: int,
     strip: int,
     samples_per_thread: int,
+    colors: wp.array2d(dtype=wp.vec3),
+    geometry: wp.array2d(dtype=wp.vec4),
+    surfaces: wp.array2d(dtype=int),
     num_edges: wp.array(dtype=int),
     edges: wp.array(dtype=int),
     images: wp.array(dtype=wp.uint8, ndim=4),
@@ -867,10 +922,14 @@ def smooth_edges(
     pixel = edges[first_row * width + edge]
     row = pixel / width
     x = pixel % width
+    centre = _stored(row, x, colors, geometry, surfaces)
+    last = _unseen()
     color = wp.vec3(0.0)
     for index in range(first_sample % 4, first_sample % 4 + samples_per_thread):
-        sample = _sample(scene, worlds, tiles, resting, row, x, 1 + index, width, height)
+        sample = _sample(scene, worlds, tiles, resting, row, x, 1 + index, width, height, centre, last)
         color += sample.color * 0.25
+        if sample.surface != centre.surface:
+            last = sample
     if samples_per_thread == 1:
         color = wp.vec3(_sum_of_four(color[0]), _sum_of_four(color[1]), _sum_of_four(color[2]))
     if first_sample % 4 == 0:

@@ -4,8 +4,8 @@ MuJoCo's classic renderer draws with fixed-function OpenGL: geometric primitives
 vertices, textures with mipmaps. All of that is made explicit here once per scene, as plain arrays, so that the
 ray caster (`libero_gym.rendering.raycast`) has a single kind of geometry and reproduces the same shading.
 
-Shape legend: B bodies of the model, P parts (bodies that move as one, with something to see), F triangles, S surfaces (one
-per drawn geom), T textures, K cameras, L lights (the headlight is the last).
+Shape legend: B bodies of the model, P parts (bodies that move as one, with something to see), F triangles,
+S surfaces (one per drawn geom), T textures, K cameras, L lights (the headlight is the last).
 """
 
 from collections.abc import Collection

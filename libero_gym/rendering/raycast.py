@@ -3,8 +3,12 @@
 It reproduces MuJoCo's classic OpenGL renderer rather than improving on it, since that is what LIBERO's data and
 policies saw: fixed-function lighting at triangle corners, clamped before the texture is applied; a specular term
 of exponent 0 that is constant; mipmaps; one mirror. Rays start at the near clipping plane and pass the backs of
-triangles. Pixels whose neighbourhood shows an edge get four more samples in the usual multisampling pattern. Depth and
-segmentation are those of the ray through the pixel's centre, as OpenGL's are without multisampling.
+triangles. Pixels whose neighbourhood shows an edge get four more samples in the usual multisampling pattern, and a
+surface one colour a pixel. Depth and segmentation are those of the ray through the pixel's centre, as OpenGL's are
+without multisampling.
+
+What rests as a camera sees it is looked for once: the room, the table and the robot's mount for a camera that rests
+itself, the gripper's base for the one on the hand. A ray then asks only what moves, and nearer.
 
 Not drawn: shadows (no LIBERO light casts any), haze, transparency.
 
@@ -148,9 +152,11 @@ class DeviceScene(Uncopied):
         """Uploads a scene and builds the search trees of its meshes."""
         _start_warp()
         self.device = device
-        self._host = scene
+        self._part_rests = scene.part_rests
+        self._camera_is_still = scene.camera_is_still
+        self._rest_poses = scene.rest_pos[None], scene.rest_mat[None]
         self._resting: dict[int, Any] = {}
-        self._lock = threading.Lock()
+        self._resting_lock = threading.Lock()
         self.part_site = scene.part_site
         self.num_cameras = len(scene.camera_body)
         self.num_lights = len(scene.light_body)
@@ -177,59 +183,62 @@ class DeviceScene(Uncopied):
         indices = wp.array(np.arange(len(corners), dtype=np.int32), dtype=int, device=self.device)
         return wp.Mesh(points=points, indices=indices, bvh_constructor="sah", bvh_leaf_size=2)
 
-    def resting(self, image_size: int, run: ForEachStrip) -> Any:
-        """Returns what rays meet of all that rests, the kernels' `Resting`; found once for each image size.
+    def resting(self, image_size: int, for_each_strip: ForEachStrip) -> Any:
+        """Returns what the rays of images of a size meet of all that rests, the kernels' `Resting`.
+
+        It is found once for each size, by the work of some dozen images.
 
         Args:
             image_size: Height and width of the images, pixels.
-            run: Divides the work.
+            for_each_strip: Divides the work.
         """
-        with self._lock:
+        with self._resting_lock:
             if image_size not in self._resting:
-                self._resting[image_size] = self._find_resting(image_size, run)
+                self._resting[image_size] = self._find_resting(image_size, for_each_strip)
             return self._resting[image_size]
 
-    def _find_resting(self, size: int, run: ForEachStrip) -> Any:
-        scene = self._host
-        worlds = new_worlds(self, 1)
-        at_rest = [
-            wp.array(scene.rest_pos[None], dtype=wp.vec3, device=self.device),
-            wp.array(scene.rest_mat[None], dtype=wp.mat33, device=self.device),
-            wp.ones((1, len(scene.part_body)), dtype=wp.uint8, device=self.device),
-        ]
-        place(self, at_rest, worlds)
+    def _find_resting(self, size: int, for_each_strip: ForEachStrip) -> Any:
+        def array(values: Any, dtype: Any) -> Any:
+            return wp.array(values, dtype=dtype, device=self.device)
 
-        # All resting parts of a camera in one tile.
+        worlds = _new_worlds(self, 1)
+        rest_pos, rest_mat = self._rest_poses
+        visible = np.ones((1, len(self.part_site)), np.uint8)
+        _place(self, array(rest_pos, wp.vec3), array(rest_mat, wp.mat33), array(visible, wp.uint8), worlds)
+
+        # One tile for each camera, with the parts that rest as it sees them.
         tiles = ray_kernels.Tiles()
-        tiles.num_parts = wp.array(scene.part_rests.sum(axis=1), dtype=int, device=self.device)
-        order = np.argsort(1 - scene.part_rests, axis=1, kind="stable")
-        tiles.parts = wp.array(order, dtype=wp.int16, device=self.device)
+        tiles.num_parts = array(self._part_rests.sum(axis=1), int)
+        tiles.parts = array(np.argsort(1 - self._part_rests, axis=1, kind="stable"), wp.int16)
 
-        num_layers = self.num_cameras * ray_kernels.NUM_RAYS
+        shape = (self.num_cameras * ray_kernels.NUM_RAYS, size, size)
         resting = ray_kernels.Resting()
-        resting.faces = wp.empty((num_layers, size, size), dtype=wp.vec2i, device=self.device)
-        resting.places = wp.empty((num_layers, size, size), dtype=wp.vec3, device=self.device)
-        resting.colors = wp.empty((num_layers, size, size), dtype=wp.vec3, device=self.device)
-        is_still = wp.array(scene.camera_is_still, dtype=wp.uint8, device=self.device)
+        resting.faces = wp.empty(shape, dtype=wp.vec2i, device=self.device)
+        resting.places = wp.empty(shape, dtype=wp.vec3, device=self.device)
+        resting.colors = wp.empty(shape, dtype=wp.vec3, device=self.device)
+        is_still = array(self._camera_is_still, wp.uint8)
 
-        def look(first: int, last: int, _: int) -> None:
-            inputs = [self.arrays, worlds, tiles, is_still, first, last, resting]
+        def look(first: int, last: int, strip: int) -> None:
             wp.launch(
-                ray_kernels.rest, dim=ray_kernels.num_threads(last - first, size), inputs=inputs, device=self.device
+                ray_kernels.rest,
+                dim=ray_kernels.num_threads(last - first, size),
+                inputs=[self.arrays, worlds, tiles, is_still, first, last, resting],
+                device=self.device,
             )
 
-        run(look, num_layers * size)
+        for_each_strip(look, shape[0] * size)
+
         distances = resting.places.numpy()[..., 0].reshape(self.num_cameras, ray_kernels.NUM_RAYS, size, size)
-        tile = ray_kernels.TILE_SIZE
-        padding = -size % tile
-        farthest = np.pad(distances.max(axis=1), ((0, 0), (0, padding), (0, padding)))
-        num_tiles = farthest.shape[1] // tile
-        farthest = farthest.reshape(self.num_cameras, num_tiles, tile, num_tiles, tile).max(axis=(2, 4))
-        resting.tile_ends = wp.array(farthest, dtype=float, device=self.device)
+        side = ray_kernels.TILE_SIZE
+        padding = (0, -size % side)
+        ends = np.pad(distances.max(axis=1), ((0, 0), padding, padding))
+        num_tiles = ends.shape[1] // side
+        ends = ends.reshape(self.num_cameras, num_tiles, side, num_tiles, side).max(axis=(2, 4))
+        resting.tile_ends = array(ends, float)
         return resting
 
 
-def new_worlds(scene: DeviceScene, num_worlds: int) -> Any:
+def _new_worlds(scene: DeviceScene, num_worlds: int) -> Any:
     """Returns the kernels' `Worlds`, not filled."""
 
     def empty(num: int, dtype: Any) -> Any:
@@ -247,11 +256,13 @@ def new_worlds(scene: DeviceScene, num_worlds: int) -> Any:
     return worlds
 
 
-def place(scene: DeviceScene, poses: Sequence[Any], worlds: Any) -> None:
-    """Fills the kernels' `Worlds` from positions and rotations of bodies and which parts are visible."""
-    num_places = max(len(scene.part_site), scene.num_cameras, scene.num_lights)
+def _place(scene: DeviceScene, body_pos: Any, body_mat: Any, part_visible: Any, worlds: Any) -> None:
+    """Fills the kernels' `Worlds`."""
     wp.launch(
-        ray_kernels.place, dim=(len(poses[0]), num_places), inputs=[scene.arrays, *poses, worlds], device=scene.device
+        ray_kernels.place,
+        dim=(len(body_pos), max(len(scene.part_site), scene.num_cameras, scene.num_lights)),
+        inputs=[scene.arrays, body_pos, body_mat, part_visible, worlds],
+        device=scene.device,
     )
 
 
@@ -405,14 +416,15 @@ class SceneCaster(Uncopied):
         visible = np.ones((num_worlds, self._num_parts), dtype=np.uint8)
         for part in np.nonzero(self._part_site >= 0)[0]:
             visible[:, part] = (lit_sites == self._part_site[part]).any(axis=1)
-        arrays = [
+        _place(
+            self._scene,
             self._on_device(body_pos, wp.vec3),
             self._on_device(body_mat, wp.mat33),
             wp.array(visible, dtype=wp.uint8, device=self._device),
-        ]
-        place(self._scene, arrays, self._worlds)
+            self._worlds,
+        )
         scene = self._scene.arrays
-        resting = self._scene.resting(self._size, self._for_each)
+        resting = self._scene.resting(self._size, self._for_each_strip)
         num_tiles = num_worlds * self._num_cameras * self._tiles.num_rows * self._tiles.num_columns
         wp.launch(
             ray_kernels.cull,
@@ -435,14 +447,14 @@ class SceneCaster(Uncopied):
             self._launch(ray_kernels.find_edges, ray_kernels.num_threads(last - first, self._size), inputs)
             samples_per_thread = 4 if self._device == "cpu" else 1
             at = [num_worlds, first, strip, samples_per_thread]
-            inputs = [scene, self._worlds, self._tiles, resting, *at, *pixels.edges, pixels.images]
+            inputs = [scene, self._worlds, self._tiles, resting, *at, *pixels.samples, *pixels.edges, pixels.images]
             num_pixels = (last - first) * self._size
             self._launch(ray_kernels.smooth_edges, num_pixels * 4 // samples_per_thread, inputs)
 
-        self._for_each(cast, num_rows)
+        self._for_each_strip(cast, num_rows)
         if pixels.antialiases:
             pixels.edges[0].zero_()
-            self._for_each(smooth, num_rows)
+            self._for_each_strip(smooth, num_rows)
         num_images, side = self._num_cameras * num_worlds, self._size
 
         def drawn(kind: ViewKind, array: Any, channels: int) -> Any:
@@ -467,7 +479,7 @@ class SceneCaster(Uncopied):
         def empty(shape: tuple[int, ...], dtype: Any) -> Any:
             return wp.empty(shape, dtype=dtype, device=self._device)
 
-        self._worlds = new_worlds(self._scene, n)
+        self._worlds = _new_worlds(self._scene, n)
         self._tiles = ray_kernels.Tiles()
         self._tiles.num_rows = self._tiles.num_columns = -(-size // ray_kernels.TILE_SIZE)
         num_tiles = n * cameras * self._tiles.num_rows * self._tiles.num_columns
@@ -475,7 +487,7 @@ class SceneCaster(Uncopied):
         self._tiles.parts = empty((num_tiles, self._num_parts), wp.int16)
         self._capacity = n
 
-    def _for_each(self, job: Callable[[int, int, int], None], num_rows: int) -> None:
+    def _for_each_strip(self, job: Callable[[int, int, int], None], num_rows: int) -> None:
         """Calls `job(first, last, strip)` for strips of image lines, side by side."""
         if self._pool is None:
             job(0, num_rows, 0)
