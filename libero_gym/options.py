@@ -17,7 +17,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ, ActionMode, action_dim, check_action_mode, count_substeps
 from libero_gym.physics.simulation import Stepping
-from libero_gym.rendering.cameras import Camera, camera_name
+from libero_gym.rendering.cameras import Camera, view_keys
 from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
@@ -51,7 +51,7 @@ class EnvOptions:
     Attributes:
         suite: suite of the tasks.
         image_size: height and width of the cameras' pictures, pixels.
-        camera_names: cameras of `view_keys`, from `libero_gym.rendering.cameras.check_cameras`.
+        camera_names: cameras, from `libero_gym.rendering.cameras.check_cameras`.
         renderer: kind of renderer, None for the best one.
         observe_images: whether there are images.
         observe_depth: whether there is depth.
@@ -154,12 +154,6 @@ class EnvOptions:
             num_threads=num_threads,
             texture_colorspace=self.texture_colorspace,
         )
-
-
-def view_keys(camera_names: Sequence[str | Camera], kind: ViewKind) -> tuple[str, ...]:
-    """Return the cameras' keys: `images`, `wrist_images`, `<name>_images` for further ones; `depth` and so on."""
-    own = (kind, f"wrist_{kind}")
-    return (*own[: len(camera_names)], *(f"{camera_name(camera)}_{kind}" for camera in camera_names[len(own) :]))
 
 
 def name_views(camera_names: Sequence[str | Camera], views: Views) -> dict[str, Any]:

@@ -41,9 +41,10 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from libero_gym.conventions import ACTION_DIM
-from libero_gym.options import DEFAULT_CAMERAS, check_horizon, make_action_space, make_observation_space, view_keys
+from libero_gym.options import DEFAULT_CAMERAS, check_horizon, make_action_space, make_observation_space
 from libero_gym.physics.controller import axis_angle_from_quat
 from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError
+from libero_gym.rendering.cameras import view_keys
 from libero_gym.rendering.textures import TextureColorspace, installed_colorspace
 from libero_gym.tasks.initial_states import (
     InitStates,

@@ -14,6 +14,7 @@ from libero_gym import window
 from libero_gym.env import LiberoEnv
 from libero_gym.options import make_observation_space
 from libero_gym.physics.simulation import PhysicsError, Simulation
+from libero_gym.rendering.cameras import Camera
 from libero_gym.tasks.suites import get_task, list_suites, list_tasks
 from tests.preloaded import run_environments
 
@@ -325,6 +326,10 @@ def test_nan_action():
         ({"stepping": "slow"}, r"stepping='slow' is unknown"),
         ({"camera_names": ()}, r"camera_names=\[\] must name at least one camera, and none twice"),
         ({"camera_names": ("agentview",) * 2}, r"must name at least one camera, and none twice"),
+        (
+            {"camera_names": ("agentview", "robot0_eye_in_hand", Camera(name="wrist", fovy_deg=60))},
+            r"camera 'wrist' would be observed as 'wrist_images', as 'robot0_eye_in_hand' is; give it another name",
+        ),
         ({"observe_images": True, "renderer": "vulkan"}, r"vulkan"),
     ],
 )
