@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -340,6 +340,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             )
         self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
         self._task_probabilities: npt.NDArray[np.float64] | None = None
+        self._start_state: Callable[[EpisodeStart], Mapping[str, Any]] | None = None
         self._episodes = Episodes(self.num_envs, reward=reward)
         self._rewards = np.zeros((self.num_envs, self._num_chunks), np.float32)  # of the last chunk
         self._num_steps = np.zeros(self.num_envs, np.int64)  # of the last chunk
@@ -504,6 +505,16 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
             raise ValueError(f"weights={values.tolist()}: they must be finite, not negative, and not all 0")
         self._task_probabilities = values / values.sum()
+
+    def set_start_states(self, start_state: Callable[[EpisodeStart], Mapping[str, Any]] | None) -> None:
+        """Say in which state of its world an episode begins from now on, by whatever reset.
+
+        Args:
+            start_state: returns, for what was chosen or sampled, what `get_state` of these environments' worlds (on the
+                CPU, of a `Simulation`) returned at that task; what it raises leaves the environments as they were.
+                None begins at the initial state itself, as at first.
+        """
+        self._start_state = start_state
 
     def draw_only(self, env_ids: Sequence[int] | None) -> None:
         """Say whose images are drawn from now on, for those who look at few of them.
@@ -674,8 +685,13 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Start episodes where `starts` says."""
         if not len(env_ids):
             return
+        states = [] if self._start_state is None else [self._start_state(start) for start in starts]
         try:
-            self.worlds.reset(env_ids, starts, init_states=self.options.init_states)
+            if self._start_state is None:
+                self.worlds.reset(env_ids, starts, init_states=self.options.init_states)
+            else:
+                for i, state in zip(env_ids.tolist(), states, strict=True):
+                    self.worlds.set_state(i, state)
         except PhysicsError:
             self._episodes.is_done[env_ids] = True  # nothing good can come of them before another reset
             self._is_stale[env_ids] = True
