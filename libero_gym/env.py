@@ -244,7 +244,11 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             texture_colorspace=texture_colorspace,
         )
         self.observation_space = make_observation_space(
-            image_size, view_kinds=self.options.view_kinds, has_text=observe_text, camera_names=camera_names
+            image_size,
+            view_kinds=self.options.view_kinds,
+            has_text=observe_text,
+            camera_names=camera_names,
+            tasks=self._tasks,
         )
         self.action_space = make_action_space(action_mode)
         self.render_mode = render_mode

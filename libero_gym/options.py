@@ -39,6 +39,8 @@ _POSE_LIMIT = np.array([2.0] * 3 + [2 * np.pi] * 3, dtype=np.float32)
 # The Panda's joint limits, rad: `range` in robosuite's panda/robot.xml.
 _JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973], dtype=np.float32)
 _JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973], dtype=np.float32)
+# Those of the instructions of LIBERO and LIBERO-PRO, and more than their longest.
+_CHARACTERS = string.ascii_letters + string.digits + " .,'\u2019-_()"
 _MAX_SENTENCE = 512
 # Nothing that is drawn is farther away, m: the far clipping planes of LIBERO's scenes are at 70 to 130 m.
 _MAX_DEPTH = 1000.0
@@ -255,8 +257,16 @@ def make_observation_space(
     view_kinds: Sequence[ViewKind] = ("images",),
     has_text: bool = True,
     camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
+    tasks: Sequence[TaskSpec] = (),
 ) -> spaces.Dict:
     """Return the observation space of one environment.
+
+    Args:
+        image_size: height and width, pixels.
+        view_kinds: what is observed of each camera.
+        has_text: whether there is the instruction.
+        camera_names: cameras.
+        tasks: those whose instructions the space holds, besides all of LIBERO's.
 
     Raises:
         ValueError: `image_size` is not a positive integer.
@@ -273,8 +283,10 @@ def make_observation_space(
         entries.update(dict.fromkeys(view_keys(camera_names, kind), view_spaces[kind]))
     entries["states"] = spaces.Box(-_STATE_LIMIT, _STATE_LIMIT, dtype=np.float32)
     if has_text:
+        sentences = [task.language for task in tasks]
+        further = sorted({character for sentence in sentences for character in sentence} - set(_CHARACTERS))
         entries["task_descriptions"] = spaces.Text(
-            max_length=_MAX_SENTENCE, min_length=0, charset=string.ascii_letters + string.digits + " .,'\u2019-_()"
+            max_length=max([_MAX_SENTENCE, *map(len, sentences)]), min_length=0, charset=_CHARACTERS + "".join(further)
         )
     return spaces.Dict(entries)
 

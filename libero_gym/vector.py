@@ -59,7 +59,7 @@ from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, View
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks, member_suites, task_number
 
 if TYPE_CHECKING:
     from libero_gym.physics.warp_worlds import WarpOptions
@@ -311,7 +311,11 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.single_observation_space = make_observation_space(
-            image_size, view_kinds=self.options.view_kinds, has_text=observe_text, camera_names=camera_names
+            image_size,
+            view_kinds=self.options.view_kinds,
+            has_text=observe_text,
+            camera_names=camera_names,
+            tasks=list_tasks(suite),  # whose states these environments take
         )
         self.single_action_space = make_action_space(action_mode)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)

@@ -55,7 +55,7 @@ from libero_gym.tasks.initial_states import (
 )
 from libero_gym.tasks.scene_builder import import_libero, make_reference_env
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, horizon, load_init_states
+from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _CLOSE_TIMEOUT_S = 10.0
@@ -112,7 +112,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         self.renderer_name: str | None = (renderer or "egl") if observe_images else None
         self.texture_colorspace: TextureColorspace = installed_colorspace()
         self.single_observation_space = make_observation_space(
-            image_size, view_kinds=("images",) if observe_images else ()
+            image_size, view_kinds=("images",) if observe_images else (), tasks=list_tasks(suite)
         )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.single_action_space = make_action_space()

@@ -27,8 +27,8 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.tasks.own_suites import is_drawn, own_suites
-from libero_gym.tasks.suites import TaskSpec, is_integer, load_init_states, member_suites
+from libero_gym.tasks.own_suites import is_drawn
+from libero_gym.tasks.suites import TaskSpec, is_integer, load_init_states, member_suites, registered_suites
 
 RecordedKind = Literal["settled", "held_out"]
 InitStates = Literal["settled", "held_out", "original"]
@@ -182,7 +182,7 @@ def has_recorded_states(suite: str, kind: RecordedKind) -> bool:
 
     Of a combined suite all members' must be.
     """
-    if suite in (own := own_suites()):
+    if suite in (own := registered_suites()):
         return kind == "settled" and own[suite].states_folder is None
     return all((_DATA / kind / f"{member}.npz").is_file() for member in member_suites(suite))
 

