@@ -461,14 +461,14 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         Raises:
             ValueError: `actions` has the wrong shape, `reset` was not called, or the environment is closed.
-            PhysicsError: an action is not finite (nothing has been stepped then), or a simulation diverged. Its `dump`
-                is of the first environment concerned, whose step is undone (on a GPU there is none: reset what the
-                message names); the others have taken theirs, `observe` shows them, and episodes that ended go
-                unreported.
+            PhysicsError: an action that is not ignored is not finite (nothing has been stepped then), or a simulation
+                diverged. Its `dump` is of the first environment concerned, whose step is undone (on a GPU there is
+                none: reset what the message names); the others have taken theirs, `observe` shows them, and episodes
+                that ended go unreported.
         """
         self._require_started()  # raises before anything moves if an environment was never reset, or all are closed
-        chunks = self._check_actions(actions)
         is_active = ~self._episodes.is_done
+        chunks = self._check_actions(actions, is_active)
         if self.autoreset_mode is not AutoresetMode.DISABLED:
             self._begin_sampled(np.flatnonzero(~is_active))
         terminations, truncations = self._run(chunks, is_active)
@@ -817,8 +817,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             )
         return task
 
-    def _check_actions(self, actions: Any) -> npt.NDArray[np.float64]:
-        """Return actions as [N, C, A]."""
+    def _check_actions(self, actions: Any, is_active: BoolArray) -> npt.NDArray[np.float64]:
+        """Return actions as [N, C, A]; those of environments that are not active are ignored, and 0 in what returns."""
         values = np.asarray(actions, dtype=np.float64)
         width = action_dim(self.options.action_mode)
         expected = (self.num_envs, width)
@@ -826,7 +826,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             expected = (self.num_envs, self._num_chunks, width)
         if values.shape != expected and (self._num_chunks > 1 or values.shape != (self.num_envs, 1, width)):
             raise ValueError(f"actions have shape {values.shape}; expected {expected}")
-        chunks = values.reshape(self.num_envs, self._num_chunks, width)
+        chunks = np.where(is_active[:, None, None], values.reshape(self.num_envs, self._num_chunks, width), 0.0)
         is_bad = ~np.isfinite(chunks).all(axis=-1)  # [N, C]
         if is_bad.any():
             env_ids, steps = np.nonzero(is_bad)
