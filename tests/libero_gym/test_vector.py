@@ -658,12 +658,16 @@ def test_text_can_be_left_out():
 
 
 def test_members_are_what_users_of_gymnasium_expect():
-    env = gymnasium.make_vec(f"libero_gym/{SUITE}-v0", num_envs=2, observe_images=False, horizon=9).unwrapped
-    assert env.spec.max_episode_steps == 9
-    assert env.call("_max_episode_steps") == (9, 9)
-    assert tuple(spec.max_episode_steps for spec in env.get_attr("spec")) == (9, 9)
+    of_many = dict(max_episode_steps=3, num_action_chunks=4, autoreset_mode="SAME_STEP", num_threads=1, physics="cpu")
+    env = gymnasium.make_vec(
+        f"libero_gym/{SUITE}-v0", num_envs=2, observe_images=False, horizon=9, reward="relative", **of_many
+    ).unwrapped
+    assert env.spec.max_episode_steps == 3
+    assert env.call("_max_episode_steps") == (3, 3)
+    assert tuple(spec.max_episode_steps for spec in env.get_attr("spec")) == (3, 3)
     single = gymnasium.make(env.get_attr("spec")[0])
     assert single.unwrapped.options == env.options
+    assert set(env.get_attr("spec")[0].kwargs) == {"suite", "observe_images", "horizon", "reward"}
     assert env.get_attr("metadata")[0]["render_fps"] == 20
     assert env.get_attr("action_space") == (env.single_action_space,) * 2
     with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
@@ -676,6 +680,22 @@ def test_members_are_what_users_of_gymnasium_expect():
     np.testing.assert_array_equal([each["states"] for each in env.call("observe")], observation["states"])
     with pytest.raises(AttributeError, match="no attribute 'states'"):
         env.get_attr("states")
+    single.reset(seed=3)
+    actions = random_actions(4, 2)
+    *_, infos = env.step(np.moveaxis(actions, 0, 1))
+    for action in actions[:3, 0]:
+        expected, _, _, truncated, _ = single.step(action)
+    assert truncated
+    np.testing.assert_array_equal(infos["final_obs"]["states"][0], expected["states"])
+
+
+def test_a_member_draws_by_the_renderer_of_all():
+    env = gymnasium.make_vec(f"libero_gym/{SUITE}-v0", num_envs=1, image_size=16, images_as_torch=True).unwrapped
+    single = gymnasium.make(env.envs[0].spec)
+    assert single.unwrapped.options == env.options
+    assert "images_as_torch" not in single.spec.kwargs
+    for made in (env, single):
+        made.close()
 
 
 def test_one_task_or_several_and_either_name_of_the_horizon():
