@@ -178,7 +178,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
 
         Raises:
             ValueError: `actions` has the wrong shape, or `reset` was not called.
-            PhysicsError: an action is not finite.
+            PhysicsError: an action of an episode that goes on is not finite.
             RuntimeError: LIBERO raised, the simulation diverged, or a process ended.
         """
         if not self._episodes:
@@ -186,10 +186,10 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         values = np.asarray(actions, np.float64)
         if values.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {values.shape}; expected {self.action_space.shape}")
-        if not np.isfinite(values).all():
-            raise PhysicsError("actions are not finite; check the policy's output for NaN")
         chunks = values.reshape(self.num_envs, self._num_chunks, ACTION_DIM)
         going = [i for i, episode in enumerate(self._episodes) if not episode["is_over"]]
+        if not np.isfinite(chunks[going]).all():
+            raise PhysicsError("actions are not finite; check the policy's output for NaN")
         for episode in self._episodes:
             episode.update(rewards=np.zeros(self._num_chunks, np.float32), num_steps=0)
         for i, reply in self._ask({i: ("step", chunks[i]) for i in going}).items():
