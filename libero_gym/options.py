@@ -18,7 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ, ActionMode, action_dim, check_action_mode, count_substeps
 from libero_gym.physics.simulation import Stepping
 from libero_gym.rendering.cameras import Camera, view_keys
-from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
+from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views, check_renderer
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.initial_states import InitStates
@@ -54,7 +54,7 @@ class EnvOptions:
         suite: suite of the tasks.
         image_size: height and width of the cameras' pictures, pixels.
         camera_names: cameras, from `libero_gym.rendering.cameras.check_cameras`.
-        renderer: kind of renderer, None for the best one.
+        renderer: kind of renderer, None for the best one; checked where no pictures are observed, too.
         observe_images: whether there are images.
         observe_depth: whether there is depth.
         observe_segmentation: whether there is segmentation.
@@ -100,6 +100,7 @@ class EnvOptions:
             raise ValueError(f"reward={self.reward!r} is unknown (valid: 'sparse', 'relative')")
         if self.stepping not in get_args(Stepping):
             raise ValueError(f"stepping={self.stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        check_renderer(self.renderer)
         check_action_mode(self.action_mode)
         count_substeps(self.control_freq)
         check_texture_colorspace(self.texture_colorspace)

@@ -281,7 +281,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._tasks = choose_tasks(suite, task_id, task_ids)
         suite = suite.suite if isinstance(suite, TaskSpec) else suite
         check_render_mode(render_mode, METADATA["render_modes"])
-        if (has_views or render_mode is not None) and (images_as_torch or physics == "warp"):
+        if images_as_torch or physics == "warp":
             asking = "images_as_torch=True" if images_as_torch else "physics='warp'"
             renderer = _only_warp(renderer, asking)
         limits = [steps for steps in (horizon, max_episode_steps) if steps is not None]
@@ -307,7 +307,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             texture_colorspace=texture_colorspace,
         )
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_fps": control_freq}
+        fps = max(1, round(control_freq / self._num_chunks))  # a call of `step` shows one frame
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_fps": fps}
         self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.single_observation_space = make_observation_space(

@@ -330,7 +330,7 @@ def test_nan_action():
             {"camera_names": ("agentview", "robot0_eye_in_hand", Camera(name="wrist", fovy_deg=60))},
             r"camera 'wrist' would be observed as 'wrist_images', as 'robot0_eye_in_hand' is; give it another name",
         ),
-        ({"observe_images": True, "renderer": "vulkan"}, r"vulkan"),
+        ({"renderer": "vulkan"}, r"renderer='vulkan' is unknown \(valid: None, 'egl', 'osmesa', 'warp'\)"),
     ],
 )
 def test_bad_arguments(options, message):

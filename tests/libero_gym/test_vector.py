@@ -668,7 +668,9 @@ def test_members_are_what_users_of_gymnasium_expect():
     single = gymnasium.make(env.get_attr("spec")[0])
     assert single.unwrapped.options == env.options
     assert set(env.get_attr("spec")[0].kwargs) == {"suite", "observe_images", "horizon", "reward"}
-    assert env.get_attr("metadata")[0]["render_fps"] == 20
+    assert env.get_attr("metadata")[0]["render_fps"] == env.metadata["render_fps"] == 5  # a frame of every fourth step
+    assert make(num_action_chunks=64).metadata["render_fps"] == 1
+    assert make(control_freq=10).metadata["render_fps"] == 10
     assert env.get_attr("action_space") == (env.single_action_space,) * 2
     with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
         env.get_attr("task_description")
@@ -752,7 +754,7 @@ def test_placement_seeds_are_those_of_single_environments():
         ({"task_ids": [10]}, r"task_id=10 is not in libero_spatial \(valid: 0-9\)"),
         ({"task_ids": []}, "task_ids is empty"),
         ({"image_size": 0, "observe_images": True}, "image_size=0 is not a positive number"),
-        ({"renderer": "vulkan", "observe_images": True}, "renderer='vulkan' is unknown"),
+        ({"renderer": "vulkan"}, r"renderer='vulkan' is unknown \(valid: None, 'egl', 'osmesa', 'warp'\)"),
         ({"reward": "dense"}, "reward='dense' is unknown"),
         ({"horizon": 0}, "horizon=0 is not a positive number"),
         ({"stepping": "slow"}, "stepping='slow' is unknown"),
@@ -769,6 +771,7 @@ def test_placement_seeds_are_those_of_single_environments():
         ({"physics": "gpu"}, r"physics='gpu' is unknown \(valid: 'cpu', 'warp'\)"),
         ({"warp_options": "larger"}, "leave warp_options out with physics='cpu'"),
         ({"physics": "warp", "stepping": "fast"}, "stepping='fast' chooses among CPU steppers"),
+        ({"physics": "warp", "renderer": "osmesa"}, r"physics='warp' draws with renderer='warp' \(given: 'osmesa'\)"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
