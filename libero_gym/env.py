@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, SupportsFloat, cast
 
@@ -10,6 +11,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils import seeding
 
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ, ActionMode
 from libero_gym.fork import Owner, Uncopied
@@ -23,6 +25,7 @@ from libero_gym.options import (
     check_horizon,
     check_keywords,
     check_render_mode,
+    check_seed,
     choose_tasks,
     make_action_space,
     make_observation_space,
@@ -48,7 +51,7 @@ from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, get_task, member_suites, task_number
 from libero_gym.window import Window, check_usable, is_usable
 
 __all__ = ["LiberoEnv", "PhysicsError"]
@@ -317,15 +320,15 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             options: `task_id`, `init_state_id`, and with "original" states `placement_seed`, each optional.
 
         Raises:
-            ValueError: an unknown option, an id that is no integer or out of range, a `placement_seed` where states
-                hold their fixtures, or the environment is closed.
-            TypeError: `task_id` is not an integer.
+            ValueError: an unknown option, a seed or id that is no integer or out of range, a `placement_seed` where
+                states hold their fixtures, or the environment is closed. Nothing has been touched.
+            TypeError: `task_id` is not an integer. Nothing has been touched.
+            PhysicsError: the simulation diverged while objects came to rest. The generator is as it was.
             RuntimeError: this process was forked from the one that made the environment.
         """
         self._owner.check()
         if self._is_closed:
             raise ValueError(CLOSED)
-        super().reset(seed=seed)
         options = dict(options or {})
         task_id, init_state_id = options.pop("task_id", None), options.pop("init_state_id", None)
         placement_seed = options.pop("placement_seed", None)
@@ -333,16 +336,19 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             raise ValueError(
                 f"unknown reset options {sorted(options)} (valid: 'task_id', 'init_state_id', 'placement_seed')"
             )
-        if init_state_id is not None and not is_integer(init_state_id):
-            raise ValueError(f"init_state_id={init_state_id!r} is not an integer")
+        check_seed(seed)
         task = None if task_id is None else self._known_task(task_id)
         kind = self.options.init_states
+        # Sampled from a copy, so that a reset that is refused leaves the generator as it was.
+        rng = copy.deepcopy(self.np_random) if seed is None else seeding.np_random(int(seed))[0]
         start = sample_start(
-            self.np_random, self._tasks, kind, task=task, init_state_id=init_state_id, placement_seed=placement_seed
+            rng, self._tasks, kind, task=task, init_state_id=init_state_id, placement_seed=placement_seed
         )
         simulation = self._open_simulation(start.task)
         random_state = np.random.RandomState(start.placement_seed)
         simulation.reset(start.task, start.init_state_id, random_state, init_states=kind)
+        super().reset(seed=None if seed is None else int(seed))
+        self._np_random = rng
         self._simulation = simulation
         self._num_steps = 0
         self._last_value = float(simulation.success())

@@ -220,6 +220,12 @@ def check_render_mode(render_mode: str | None, valid: Sequence[str]) -> None:
         raise ValueError(f"render_mode={render_mode!r} is unknown (valid: {names})")
 
 
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless `seed` is None or an integer that is not negative; a boolean is none."""
+    if seed is not None and (not is_integer(seed) or seed < 0):
+        raise ValueError(f"seed={seed!r} is not a seed (valid: None, or an integer from 0 on)")
+
+
 def with_horizon(spec: EnvSpec | None, episode_horizon: int) -> EnvSpec | None:
     """Return a specification that says after how many steps episodes are truncated, as wrappers and trainers ask it."""
     spec = copy.copy(spec)

@@ -32,6 +32,7 @@ from libero_gym.options import (
     check_horizon,
     check_keywords,
     check_render_mode,
+    check_seed,
     choose_tasks,
     make_action_space,
     make_observation_space,
@@ -59,7 +60,7 @@ from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, View
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks, member_suites, task_number
 
 if TYPE_CHECKING:
     from libero_gym.physics.warp_worlds import WarpOptions
@@ -533,10 +534,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         Raises:
             ValueError: there is no such environment.
         """
-        chosen = range(self.num_envs) if env_ids is None else env_ids
-        for env_id in chosen:
-            self._check_env_id(env_id)
-        self._is_looked_at = np.isin(np.arange(self.num_envs), list(chosen))
+        chosen = self._check_env_ids(range(self.num_envs) if env_ids is None else env_ids)
+        self._is_looked_at = np.isin(np.arange(self.num_envs), chosen)
 
     def observe(self) -> dict[str, Any]:
         """Return the current observation of all environments, for instance after `set_state`.
@@ -562,7 +561,12 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         return tuple(self.render_some(np.arange(self.num_envs)))
 
     def render_some(self, env_ids: IntArray) -> npt.NDArray[np.uint8]:
-        """Return what `render` does for some of the environments, uint8 [num, render_size, render_size, 3]."""
+        """Return what `render` does for some of the environments, uint8 [num, render_size, render_size, 3].
+
+        Raises:
+            ValueError: there is no such environment; else as `render`.
+        """
+        env_ids = self._check_env_ids(env_ids)
         self._require_started()
         if self._viewer is None:
             self._viewer = self.options.open_viewer(num_worlds=self.num_envs, num_threads=self._num_threads)
@@ -573,7 +577,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Return everything that decides the future of environment `env_id`, as arrays; no entry needs pickle.
 
         Raises:
-            ValueError: `env_id` is out of range, or the environment was never reset.
+            ValueError: `env_id` is no integer or out of range, or the environment was never reset.
         """
         self._check_env_id(env_id)
         return self._with_episode(env_id, self.worlds.get_state(env_id))
@@ -586,9 +590,9 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Restore in environment `env_id` what `get_state` returned, to the last bit; also from another environment.
 
         Raises:
-            ValueError: `env_id` is out of range, or an entry of the state is missing, surplus, of another type or
-                shape, or not finite, or the state belongs to another suite or other versions; with `physics="warp"`
-                also where it belongs to a task that these were not made for. Nothing has been touched.
+            ValueError: `env_id` is no integer or out of range, or an entry of the state is missing, surplus, of
+                another type or shape, or not finite, or the state belongs to another suite or other versions; with
+                `physics="warp"` also where it belongs to a task that these were not made for. Nothing has been touched.
         """
         self._check_env_id(env_id)
         layout = {**Episodes.LAYOUT, "rng": TEXT}
@@ -645,7 +649,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Return what the numbers in `segmentation` of environment `env_id` are, see `LiberoEnv.segmentation_labels`.
 
         Raises:
-            ValueError: `env_id` is out of range, or the environment was never reset.
+            ValueError: `env_id` is no integer or out of range, or the environment was never reset.
         """
         self._check_env_id(env_id)
         return inspection.segmentation_labels(load_scene(self._current_tasks()[env_id]))
@@ -864,13 +868,15 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         return np.broadcast_to(values, self.num_envs).astype(np.int64)
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            return [int(seed) + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise ValueError(f"seed has {len(seed)} entries; expected an int or one for each of {self.num_envs}")
-        return [None if value is None else int(value) for value in seed]
+        if seed is None or np.ndim(seed) == 0:
+            check_seed(seed)
+            return [None if seed is None else int(cast(Any, seed)) + i for i in range(self.num_envs)]
+        seeds = list(cast("Sequence[int | None]", seed))
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed has {len(seeds)} entries; expected an int or one for each of {self.num_envs}")
+        for value in seeds:
+            check_seed(value)
+        return [None if value is None else int(value) for value in seeds]
 
     def _require_open(self) -> None:
         _ = self.worlds
@@ -880,8 +886,17 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     def _check_env_id(self, env_id: int) -> None:
         self._require_open()
+        if not is_integer(env_id):
+            hint = "; numpy.flatnonzero(mask) gives those of a mask" if isinstance(env_id, bool | np.bool_) else ""
+            raise ValueError(f"env_id={env_id!r} is not an integer (valid: 0-{self.num_envs - 1}){hint}")
         if not 0 <= env_id < self.num_envs:
             raise ValueError(f"env_id={env_id} is out of range (valid: 0-{self.num_envs - 1})")
+
+    def _check_env_ids(self, env_ids: Sequence[int] | IntArray) -> IntArray:
+        """Return ids as int64 [num]."""
+        for env_id in env_ids:
+            self._check_env_id(cast(int, env_id))
+        return np.array(env_ids, np.int64)
 
 
 def _only_warp(renderer: RendererKind | None, asking: str) -> RendererKind:
@@ -891,7 +906,7 @@ def _only_warp(renderer: RendererKind | None, asking: str) -> RendererKind:
 
 
 def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{name}={value!r} is not a positive integer")
     return int(value)
 

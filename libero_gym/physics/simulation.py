@@ -203,7 +203,7 @@ class Simulation(Uncopied):
                 reset of it takes more random numbers (see `libero_gym.tasks.placements.FixtureSampler.sample`).
 
         Raises:
-            ValueError: `init_state_id` is out of range, or `init_states` is unknown.
+            ValueError: `init_state_id` is no integer or out of range, or `init_states` is unknown.
             FileNotFoundError: "settled" or "held_out" was asked of a suite for which none are recorded.
             PhysicsError: the simulation diverged while settling.
         """

@@ -796,12 +796,27 @@ def pair():
         ({"options": {"init_state_id": 50}}, r"init_state_id=50 is not among .*\(valid: 0-49\)"),
         ({"options": {"reset_mask": np.array([0, 1])}}, "expected bool"),
         ({"options": {"reset_mask": np.zeros(2, np.bool_)}}, "False everywhere"),
+        ({"options": {"init_state_id": True}}, "init_state_id is bool"),
         ({"seed": [1, 2, 3]}, "seed has 3 entries"),
+        ({"seed": [1.7, 2.9]}, r"seed=1.7 is not a seed \(valid: None, or an integer from 0 on\)"),
+        ({"seed": True}, "seed=True is not a seed"),
+        ({"seed": [3, True]}, "seed=True is not a seed"),
+        ({"seed": 1.0}, "seed=1.0 is not a seed"),
+        ({"seed": [3, -1]}, "seed=-1 is not a seed"),
     ],
 )
 def test_bad_resets_are_refused(pair, keywords, message):
     with pytest.raises(ValueError, match=message):
         pair.reset(**keywords)
+
+
+@pytest.mark.parametrize("env_id", [1.0, "1", True, None, np.bool_(True)])
+def test_environments_are_numbered_by_integers(pair, env_id):
+    for ask in (pair.get_state, pair.object_poses, lambda i: pair.draw_only([i]), lambda i: pair.render_some([i])):
+        with pytest.raises(ValueError, match=r"env_id=.* is not an integer \(valid: 0-1\)"):
+            ask(env_id)
+    with pytest.raises(ValueError, match=r"numpy.flatnonzero\(mask\) gives those of a mask"):
+        pair.draw_only(np.array([False, True]))
 
 
 def test_bad_actions_are_refused(pair):
