@@ -36,16 +36,7 @@ from libero_gym.options import (
 from libero_gym.physics import inspection
 from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
-from libero_gym.physics.states import (
-    INTEGER,
-    NUMBER,
-    TEXT,
-    check_entries,
-    check_keys,
-    read_generator,
-    read_task,
-    write_generator,
-)
+from libero_gym.physics.states import EPISODE, read_episode, read_task, write_generator
 from libero_gym.rendering.cameras import Camera, check_cameras
 from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
@@ -55,9 +46,6 @@ from libero_gym.tasks.suites import TaskSpec, get_task, member_suites, task_numb
 from libero_gym.window import Window, check_usable, is_usable
 
 __all__ = ["LiberoEnv", "PhysicsError"]
-
-# What a state holds besides that of the simulation.
-_EPISODE_LAYOUT = {"episode_length": INTEGER, "last_value": NUMBER, "rng": TEXT}
 
 
 class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
@@ -264,7 +252,9 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._simulation: Simulation | None = None
         self._is_closed = False
         self._num_steps = 0
+        self._total_reward = 0.0
         self._last_value = 0.0
+        self._is_done = False
 
     @property
     def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -351,7 +341,9 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._np_random = rng
         self._simulation = simulation
         self._num_steps = 0
+        self._total_reward = 0.0
         self._last_value = float(simulation.success())
+        self._is_done = False
         self._show()
         return self._observe(), self._info()
 
@@ -369,8 +361,11 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         value = float(is_success)
         reward = step_reward(self.options.reward, value, self._last_value)
         self._last_value = value
+        self._total_reward += reward
+        is_cut = self._num_steps >= self.options.horizon_of(self.task)
+        self._is_done |= is_success or is_cut
         self._show()
-        return self._observe(), reward, is_success, self._num_steps >= self.options.horizon_of(self.task), self._info()
+        return self._observe(), reward, is_success, is_cut, self._info()
 
     def render(self) -> npt.NDArray[np.uint8] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return what the first camera sees, uint8 (render_size, render_size, 3), upright and not mirrored.
@@ -435,17 +430,23 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     def get_state(self) -> dict[str, npt.NDArray[Any]]:
         """Return everything that decides the future and the present observation, as arrays; no entry needs pickle.
 
+        `LiberoVectorEnv.get_state` returns the same, so that states go from one to the other.
+
         Raises:
             ValueError: `reset` was not called, or the environment is closed.
         """
         return self._require_simulation().get_state() | {
             "episode_length": np.array(self._num_steps),
+            "episode_return": np.array(self._total_reward),
             "last_value": np.array(self._last_value),
+            "is_done": np.array(self._is_done),
             "rng": write_generator(self.np_random),
         }
 
     def set_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Restore what `get_state` returned, to the last bit; also in another environment, reset or not.
+        """Restore what `get_state` returned, to the last bit; also that of another environment, single or one of many.
+
+        Those of `physics="warp"` are of another kind, and refused.
 
         Raises:
             ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
@@ -455,20 +456,18 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._owner.check()
         if self._is_closed:
             raise ValueError(CLOSED)
-        check_keys(state, _EPISODE_LAYOUT, optional=state)
         task = read_task(state)
         if task.suite not in member_suites(self.options.suite):
             raise ValueError(f"the state belongs to suite {task.suite}, this environment to {self.options.suite}")
         self._known_task(task_number(self.options.suite, task))
-        episode = check_entries(state, _EPISODE_LAYOUT)
-        if episode["episode_length"] < 0:
-            raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
-        rng = read_generator(str(episode["rng"]))
+        episode, rng = read_episode(state)
         simulation = self._open_simulation(task)
-        simulation.set_state({name: state[name] for name in state if name not in _EPISODE_LAYOUT})
+        simulation.set_state({name: state[name] for name in state if name not in EPISODE})
         self._simulation = simulation
         self._num_steps = int(episode["episode_length"])
+        self._total_reward = float(episode["episode_return"])
         self._last_value = float(episode["last_value"])
+        self._is_done = bool(episode["is_done"])
         self.np_random = rng
 
     def close(self) -> None:

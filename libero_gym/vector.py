@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import gymnasium
@@ -44,16 +43,7 @@ from libero_gym.physics import inspection
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
-from libero_gym.physics.states import (
-    FLAG,
-    INTEGER,
-    NUMBER,
-    TEXT,
-    check_entries,
-    read_generator,
-    read_task,
-    write_generator,
-)
+from libero_gym.physics.states import EPISODE, read_episode, read_task, write_generator
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
 from libero_gym.rendering.cameras import Camera, check_cameras
 from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
@@ -78,10 +68,6 @@ class Episodes:
         last_value: float32 [N], 1 where the goal held at the end of the last step.
         is_done: bool [N], True from an episode's end to the start of the next.
     """
-
-    LAYOUT = MappingProxyType({
-        "episode_length": INTEGER, "episode_return": NUMBER, "last_value": NUMBER, "is_done": FLAG,
-    })  # fmt: skip
 
     def __init__(self, num_envs: int, *, reward: RewardKind) -> None:
         """Begin with no episodes."""
@@ -123,7 +109,7 @@ class Episodes:
         return rewards, terminations, truncations
 
     def get_state(self, env_id: int) -> dict[str, npt.NDArray[Any]]:
-        """Return what is known of an episode, by the keys of `LAYOUT`."""
+        """Return what is known of an episode, by the keys of `libero_gym.physics.states.EPISODE`."""
         return {
             "episode_length": np.array(self.length[env_id]),
             "episode_return": np.array(self.total_reward[env_id]),
@@ -589,27 +575,25 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     def set_state(self, env_id: int, state: Mapping[str, Any]) -> None:
         """Restore in environment `env_id` what `get_state` returned, to the last bit; also from another environment.
 
+        On the CPU, states go to and from a `LiberoEnv`, too.
+
         Raises:
             ValueError: `env_id` is no integer or out of range, or an entry of the state is missing, surplus, of
                 another type or shape, or not finite, or the state belongs to another suite or other versions; with
                 `physics="warp"` also where it belongs to a task that these were not made for. Nothing has been touched.
         """
         self._check_env_id(env_id)
-        layout = {**Episodes.LAYOUT, "rng": TEXT}
-        missing = sorted(set(layout) - set(state))
+        missing = sorted(set(EPISODE) - set(state))
         if missing:
             raise ValueError(
-                f"the state lacks {missing}: give what get_state of a vector environment returned; that of a "
-                "simulation goes to simulations[env_id].set_state"
+                f"the state lacks {missing}: give what get_state of an environment returned; that of a simulation goes "
+                "to simulations[env_id].set_state"
             )
         task = read_task(state)
         if task.suite not in member_suites(self.options.suite):
             raise ValueError(f"the state belongs to suite {task.suite}, these environments to {self.options.suite}")
-        episode = check_entries(state, layout)
-        if episode["episode_length"] < 0:
-            raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
-        rng = read_generator(str(episode["rng"]))
-        self.worlds.set_state(env_id, {name: state[name] for name in state if name not in layout})
+        episode, rng = read_episode(state)
+        self.worlds.set_state(env_id, {name: state[name] for name in state if name not in EPISODE})
         self._episodes.set_state(env_id, episode, self.options.horizon_of(task))
         self._rngs[env_id] = rng
         self._is_stale[env_id] = True
@@ -673,7 +657,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     @property
     def envs(self) -> tuple[Member, ...]:
-        """Each environment as a single one shows itself; before the first reset too, as far as it has no task yet."""
+        """Each environment as a single one shows itself; what has to do with an episode, from the first reset on."""
         return tuple(Member(self, env_id) for env_id in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:

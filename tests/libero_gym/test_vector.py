@@ -388,6 +388,35 @@ def test_state_restores_to_the_last_bit_and_branches():
     env.close()
 
 
+def test_states_go_between_single_and_vector_environments():
+    env, single = (
+        make(1, horizon=4, reward="relative"),
+        LiberoEnv(SUITE, horizon=4, reward="relative", observe_images=False),
+    )
+    env.reset(seed=0)
+    force_success(env, 0)
+    actions = random_actions(4, 1)
+    env.step(actions[0])
+    state = env.get_state(0)
+    single.set_state(state)
+    assert_same(single.get_state(), state)
+    assert (state["episode_return"], state["is_done"]) == (1, True)
+    expected, reward, *_ = single.step(actions[1, 0])  # a single one goes on
+    assert reward == -1
+    env.set_state(0, single.get_state() | {"is_done": np.array(False)})
+    assert_same(env.get_state(0), single.get_state() | {"is_done": np.array(False)})
+    np.testing.assert_array_equal(env.observe()["states"][0], expected["states"])
+    for action in actions[2:]:
+        observation, _, _, (truncated,), infos = env.step(action)
+        expected, _, _, is_cut, _ = single.step(action[0])
+        np.testing.assert_array_equal(observation["states"][0], expected["states"])
+        assert truncated == is_cut == (infos["episode_length"][0] == 4)
+    assert_same(env.get_state(0), single.get_state())
+    assert single.get_state()["episode_return"] == infos["episode_return"][0] == 0
+    single.reset()
+    assert [single.get_state()[name] for name in ("episode_length", "episode_return", "is_done")] == [0, 0, False]
+
+
 @pytest.mark.parametrize("init_states", [None, "settled", "original"])
 def test_groups_start_and_stay_in_equal_states(init_states):
     env = make(6, init_states=init_states)
