@@ -95,9 +95,9 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     | `segmentation`, `wrist_segmentation` | int32 (H, W, 1) | with `observe_segmentation`: ids of bodies |
 
     Depth is the distance of what is seen at a pixel's centre from the plane of the camera (not along the ray), as
-    robosuite's `get_real_depth_map` returns it; where nothing is seen it is that of MuJoCo's far clipping plane (70 to
-    130 m). Segmentation tells the body of MuJoCo's model that is seen there, -1 where none is; `segmentation_labels`
-    names bodies and the objects that they are parts of. That is finer than robosuite's "instance", a cabinet's drawers
+    robosuite's `get_real_depth_map` returns it; where nothing is seen it is that of MuJoCo's far clipping plane (530 m,
+    in kitchens 592 m). Segmentation tells the body of MuJoCo's model that is seen there, -1 where none is;
+    `segmentation_labels` names bodies and the objects that they are parts of. That is finer than robosuite's "instance", a cabinet's drawers
     being told apart, and coarser than its "element". Both show the same pixels as the images, mirrored as they are.
 
     Images follow the public LIBERO clients and released checkpoints: LIBERO's raw image rotated by 180 degrees. The

