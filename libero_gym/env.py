@@ -97,8 +97,9 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     Depth is the distance of what is seen at a pixel's centre from the plane of the camera (not along the ray), as
     robosuite's `get_real_depth_map` returns it; where nothing is seen it is that of MuJoCo's far clipping plane (530 m,
     in kitchens 592 m). Segmentation tells the body of MuJoCo's model that is seen there, -1 where none is;
-    `segmentation_labels` names bodies and the objects that they are parts of. That is finer than robosuite's "instance", a cabinet's drawers
-    being told apart, and coarser than its "element". Both show the same pixels as the images, mirrored as they are.
+    `segmentation_labels` names bodies and the objects that they are parts of. That is finer than robosuite's
+    "instance", a cabinet's drawers being told apart, and coarser than its "element". Both show the same pixels as the
+    images, mirrored as they are.
 
     Images follow the public LIBERO clients and released checkpoints: LIBERO's raw image rotated by 180 degrees. The
     raw image is the camera's true view flipped vertically (OpenGL's row order), so what is returned is the *mirror
@@ -149,7 +150,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     - `observe_text`: False leaves the instruction out, for libraries that take numbers only.
     - `reward`, `horizon`: see above.
     - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
-    - `stepping`: "exact" or "fast", see `libero_gym.physics.simulation.Simulation`.
+    - `stepping`: "exact", "fast" or "numpy", see `libero_gym.physics.simulation.Simulation`.
     - `action_mode`: see above.
     - `control_freq`: environment steps a second, robosuite's; a divisor of 500 Hz up to 250. `horizon` counts steps,
       however long. Objects come to rest at 20 Hz by "delta_pose" always, so that starts are the same for all.

@@ -1,8 +1,10 @@
 """The vector environment: Gymnasium's contract, equality with single environments, chunks, autoreset, bad input."""
 
+import inspect
 import itertools
 import os
 import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -737,6 +739,14 @@ def test_one_task_or_several_and_either_name_of_the_horizon():
     assert again.unwrapped.options.horizon == 9
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'num_env'; did you mean 'num_envs'\?"):
         make(num_env=3)
+
+
+def test_it_takes_what_a_single_one_takes_and_what_the_page_names():
+    of_one, of_many = (set(inspect.signature(kind.__init__).parameters) for kind in (LiberoEnv, LiberoVectorEnv))
+    assert of_one < of_many
+    page = (Path(__file__).resolve().parents[2] / "docs" / "libraries.md").read_text("utf-8")
+    # gymnasium.make takes `max_episode_steps` itself.
+    assert all(f"`{name}`" in page for name in of_many - of_one - {"max_episode_steps"})
 
 
 @pytest.mark.parametrize("autoreset_mode", ["NEXT_STEP", "SAME_STEP", "DISABLED"])
