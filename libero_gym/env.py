@@ -405,7 +405,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     def hold_action(self) -> npt.NDArray[np.float32]:
         """Return the action that keeps the arm and the gripper where they are, float32 [A].
 
-        With the absolute modes that is the grip site's pose, or the joints' positions, 2 ms before the step's end.
+        With the absolute modes that is the grip site's pose 2 ms before the step's end, or the joints' positions at it.
 
         Raises:
             ValueError: `reset` was not called, or the environment is closed.

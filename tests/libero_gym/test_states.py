@@ -20,7 +20,8 @@ def spoil(state: State) -> Generator[tuple[str, State]]:
     yield r"has \['more'\], which are no part of it", {**state, "more": np.zeros(2)}
     for name, value in state.items():
         array = np.asarray(value)
-        yield rf"lacks \['{name}'\]", {other: state[other] for other in state if other != name}
+        if name != "judged_qpos":  # which version 0.1.0 did not save
+            yield rf"lacks \['{name}'\]", {other: state[other] for other in state if other != name}
         wrong = np.zeros((*array.shape, 2), array.dtype)
         yield rf"{name} of the state is .*; expected", state | {name: wrong}
         other = (
