@@ -851,11 +851,11 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             raise ValueError(f"{name} is {values.dtype} {values.shape}; expected an int, or int ({self.num_envs},)")
         return np.broadcast_to(values, self.num_envs).astype(np.int64)
 
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
-        if seed is None or np.ndim(seed) == 0:
+    def _seeds(self, seed: Any) -> Sequence[int | None]:
+        if np.ndim(seed) == 0:
             check_seed(seed)
-            return [None if seed is None else int(cast(Any, seed)) + i for i in range(self.num_envs)]
-        seeds = list(cast("Sequence[int | None]", seed))
+            return [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        seeds: list[Any] = list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed has {len(seeds)} entries; expected an int or one for each of {self.num_envs}")
         for value in seeds:
