@@ -86,6 +86,14 @@ def test_bad_arguments_end_in_a_message(
     assert message in capsys.readouterr().err
 
 
+def test_what_a_policys_package_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "lacking_package").mkdir()
+    (tmp_path / "lacking_package" / "__init__.py").write_text("import what_is_not_installed")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'what_is_not_installed'"):
+        play.load_policy("lacking_package.policy:make")
+
+
 def test_without_a_display_it_says_how_to_film(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
         monkeypatch.delenv(name, raising=False)
