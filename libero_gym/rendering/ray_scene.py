@@ -55,7 +55,6 @@ class RayScene:
         surface_color: [S, 3] diffuse and ambient colour.
         surface_material: [S, 4] emission, specular, shininess exponent, reflectance (0 where not a mirror).
         surface_texture: [S] texture id, -1 without.
-        surface_geom: [S] geom id, -1 for a site.
         surface_body: [S] body that carries it.
         texture_kind: [T] TEXTURE_2D or TEXTURE_CUBE.
         texture_faces: [T] 6 for a cube map with six images below each other, else 1.
@@ -91,7 +90,6 @@ class RayScene:
     surface_color: FloatArray
     surface_material: FloatArray
     surface_texture: IntArray
-    surface_geom: IntArray
     surface_body: IntArray
     texture_kind: IntArray
     texture_faces: IntArray
@@ -156,7 +154,6 @@ def build_ray_scene(
     colors: list[FloatArray] = []
     materials: list[list[float]] = []
     textures: list[int] = []
-    surface_geom: list[int] = []
     surface_body: list[int] = []
     mirror_found = not reflections
     for geom in range(model.ngeom):
@@ -187,7 +184,6 @@ def build_ray_scene(
             colors.append(rgba[:3])
             materials.append([emission, specular, shininess * SHININESS_SCALE, piece_reflectance])
             textures.append(texture)
-            surface_geom.append(geom)
             surface_body.append(key[0])
     for site in lit_sites:
         if model.site_type[site] != mujoco.mjtGeom.mjGEOM_CYLINDER:
@@ -199,7 +195,6 @@ def build_ray_scene(
         colors.append(model.site_rgba[site][:3].astype(np.float32))
         materials.append([0.0, DEFAULT_SPECULAR, DEFAULT_SHININESS * SHININESS_SCALE, 0.0])
         textures.append(-1)
-        surface_geom.append(-1)
         surface_body.append(int(model.site_bodyid[site]))
 
     # Small parts first: what they hide of the walls and the table is then never looked at.
@@ -229,7 +224,6 @@ def build_ray_scene(
         surface_color=np.array(colors, dtype=np.float32),
         surface_material=np.array(materials, dtype=np.float32),
         surface_texture=np.array(textures, dtype=np.int32),
-        surface_geom=np.array(surface_geom, dtype=np.int32),
         surface_body=np.array(surface_body, dtype=np.int32),
         **_textures(model, max_texture_size, set(textures), decoded_textures(model, texture_colorspace)),
         **_cameras(model, cameras),
