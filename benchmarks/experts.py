@@ -35,7 +35,8 @@ LONGEST_DEMONSTRATIONS = {
     "libero_10": 505,
     "libero_90": 373,
 }
-"""Steps of the longest human demonstration of each suite, see `libero_gym.tasks.suites.HORIZONS`."""
+"""Steps of the longest human demonstration of each suite; of libero_object and libero_10 they are more than the horizon
+(`libero_gym.tasks.suites.HORIZONS`), which is what counts there."""
 
 STYLES = {"plain": ExpertConfig(), "human": HUMAN_LIKE}
 

@@ -103,8 +103,8 @@ def contact_sheet(images: dict[str, Images]) -> Images:
     return np.concatenate(rows)
 
 
-def main() -> dict[str, Any] | None:
-    """Compares, prints, leaves the contact sheet; returns the document, None if images were recorded."""
+def main() -> dict[str, Any]:
+    """Compares, prints, leaves the contact sheet; returns the document."""
     parser = make_parser(__doc__)
     parser.add_argument("--gl", choices=("egl", "osmesa"), default="osmesa")
     parser.add_argument("--image-size", type=int, default=256)

@@ -284,11 +284,12 @@ class LeRobotVectorEnv(gymnasium.vector.VectorWrapper):
     | "lerobot" | LeRobot's LIBERO environment | `image`, `image2` | -1 opens, 1 closes |
 
     Args:
-        env: a vector environment with LIBERO observations, two cameras and `autoreset_mode="SAME_STEP"`.
+        env: a vector environment with LIBERO observations, two cameras, `autoreset_mode="SAME_STEP"`, and LIBERO's own
+            actions: `action_mode="delta_pose"`, one step a call.
         convention: see above.
 
     Raises:
-        ValueError: an unknown convention, another autoreset mode, or pictures that are not observed.
+        ValueError: an unknown convention, another autoreset mode, other actions, or pictures that are not observed.
     """
 
     def __init__(self, env: gymnasium.vector.VectorEnv, *, convention: LeRobotConvention = "demonstrations"):
@@ -296,6 +297,13 @@ class LeRobotVectorEnv(gymnasium.vector.VectorWrapper):
             raise ValueError(f"convention={convention!r} is unknown (valid: 'demonstrations', 'lerobot')")
         if env.metadata["autoreset_mode"] is not gymnasium.vector.AutoresetMode.SAME_STEP:
             raise ValueError(f"{env.metadata['autoreset_mode']}: LeRobot needs autoreset_mode='SAME_STEP'")
+        taken, given = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32), env.single_action_space
+        if given != taken or env.action_space.shape != (env.num_envs, ACTION_DIM):
+            raise ValueError(
+                f"LeRobot's policies give ({env.num_envs}, {ACTION_DIM}) numbers, each row of {taken}; the environment "
+                f"takes {env.action_space.shape}, of {' '.join(str(given).split())}: make it with "
+                "action_mode='delta_pose' and num_action_chunks=1"
+            )
         known = cast(spaces.Dict, env.single_observation_space)
         if missing := {"images", "wrist_images"} - set(known):
             raise ValueError(f"LeRobot's policies see two cameras; the environment does not observe {sorted(missing)}")
@@ -334,7 +342,7 @@ class LeRobotVectorEnv(gymnasium.vector.VectorWrapper):
         """Takes actions [N, 7]; see the wrapped environment."""
         actions = np.array(actions, dtype=np.float32)
         if self.convention == "demonstrations":
-            actions[:, 6] = gripper_from_data(actions[:, 6])
+            actions[..., -1] = gripper_from_data(actions[..., -1])
         observation, rewards, terminations, truncations, info = self.env.step(actions)
         if "final_info" in info:
             final = info["final_info"]

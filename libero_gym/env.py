@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, SupportsFloat, cast
 
@@ -10,6 +11,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils import seeding
 
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ, ActionMode
 from libero_gym.fork import Owner, Uncopied
@@ -23,6 +25,7 @@ from libero_gym.options import (
     check_horizon,
     check_keywords,
     check_render_mode,
+    check_seed,
     choose_tasks,
     make_action_space,
     make_observation_space,
@@ -33,28 +36,16 @@ from libero_gym.options import (
 from libero_gym.physics import inspection
 from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
-from libero_gym.physics.states import (
-    INTEGER,
-    NUMBER,
-    TEXT,
-    check_entries,
-    check_keys,
-    read_generator,
-    read_task,
-    write_generator,
-)
+from libero_gym.physics.states import EPISODE, read_episode, read_task, write_generator
 from libero_gym.rendering.cameras import Camera, check_cameras
 from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, get_task, member_suites, task_number
 from libero_gym.window import Window, check_usable, is_usable
 
 __all__ = ["LiberoEnv", "PhysicsError"]
-
-# What a state holds besides that of the simulation.
-_EPISODE_LAYOUT = {"episode_length": INTEGER, "last_value": NUMBER, "rng": TEXT}
 
 
 class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
@@ -104,10 +95,11 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     | `segmentation`, `wrist_segmentation` | int32 (H, W, 1) | with `observe_segmentation`: ids of bodies |
 
     Depth is the distance of what is seen at a pixel's centre from the plane of the camera (not along the ray), as
-    robosuite's `get_real_depth_map` returns it; where nothing is seen it is that of MuJoCo's far clipping plane (70 to
-    130 m). Segmentation tells the body of MuJoCo's model that is seen there, -1 where none is; `segmentation_labels`
-    names bodies and the objects that they are parts of. That is finer than robosuite's "instance", a cabinet's drawers
-    being told apart, and coarser than its "element". Both show the same pixels as the images, mirrored as they are.
+    robosuite's `get_real_depth_map` returns it; where nothing is seen it is that of MuJoCo's far clipping plane (530 m,
+    in kitchens 592 m). Segmentation tells the body of MuJoCo's model that is seen there, -1 where none is;
+    `segmentation_labels` names bodies and the objects that they are parts of. That is finer than robosuite's
+    "instance", a cabinet's drawers being told apart, and coarser than its "element". Both show the same pixels as the
+    images, mirrored as they are.
 
     Images follow the public LIBERO clients and released checkpoints: LIBERO's raw image rotated by 180 degrees. The
     raw image is the camera's true view flipped vertically (OpenGL's row order), so what is returned is the *mirror
@@ -158,7 +150,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     - `observe_text`: False leaves the instruction out, for libraries that take numbers only.
     - `reward`, `horizon`: see above.
     - `init_states`: see above; None is "settled" for the suites that it is recorded for, else "original".
-    - `stepping`: "exact" or "fast", see `libero_gym.physics.simulation.Simulation`.
+    - `stepping`: "exact", "fast" or "numpy", see `libero_gym.physics.simulation.Simulation`.
     - `action_mode`: see above.
     - `control_freq`: environment steps a second, robosuite's; a divisor of 500 Hz up to 250. `horizon` counts steps,
       however long. Objects come to rest at 20 Hz by "delta_pose" always, so that starts are the same for all.
@@ -244,7 +236,11 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             texture_colorspace=texture_colorspace,
         )
         self.observation_space = make_observation_space(
-            image_size, view_kinds=self.options.view_kinds, has_text=observe_text, camera_names=camera_names
+            image_size,
+            view_kinds=self.options.view_kinds,
+            has_text=observe_text,
+            camera_names=camera_names,
+            tasks=self._tasks,
         )
         self.action_space = make_action_space(action_mode)
         self.render_mode = render_mode
@@ -257,7 +253,9 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._simulation: Simulation | None = None
         self._is_closed = False
         self._num_steps = 0
+        self._total_reward = 0.0
         self._last_value = 0.0
+        self._is_done = False
 
     @property
     def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -313,15 +311,15 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             options: `task_id`, `init_state_id`, and with "original" states `placement_seed`, each optional.
 
         Raises:
-            ValueError: an unknown option, an id that is no integer or out of range, a `placement_seed` where states
-                hold their fixtures, or the environment is closed.
-            TypeError: `task_id` is not an integer.
+            ValueError: an unknown option, a seed or id that is no integer or out of range, a `placement_seed` where
+                states hold their fixtures, or the environment is closed. Nothing has been touched.
+            TypeError: `task_id` is not an integer. Nothing has been touched.
+            PhysicsError: the simulation diverged while objects came to rest. The generator is as it was.
             RuntimeError: this process was forked from the one that made the environment.
         """
         self._owner.check()
         if self._is_closed:
             raise ValueError(CLOSED)
-        super().reset(seed=seed)
         options = dict(options or {})
         task_id, init_state_id = options.pop("task_id", None), options.pop("init_state_id", None)
         placement_seed = options.pop("placement_seed", None)
@@ -329,19 +327,24 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             raise ValueError(
                 f"unknown reset options {sorted(options)} (valid: 'task_id', 'init_state_id', 'placement_seed')"
             )
-        if init_state_id is not None and not is_integer(init_state_id):
-            raise ValueError(f"init_state_id={init_state_id!r} is not an integer")
+        check_seed(seed)
         task = None if task_id is None else self._known_task(task_id)
         kind = self.options.init_states
+        # Sampled from a copy, so that a reset that is refused leaves the generator as it was.
+        rng = copy.deepcopy(self.np_random) if seed is None else seeding.np_random(int(seed))[0]
         start = sample_start(
-            self.np_random, self._tasks, kind, task=task, init_state_id=init_state_id, placement_seed=placement_seed
+            rng, self._tasks, kind, task=task, init_state_id=init_state_id, placement_seed=placement_seed
         )
         simulation = self._open_simulation(start.task)
         random_state = np.random.RandomState(start.placement_seed)
         simulation.reset(start.task, start.init_state_id, random_state, init_states=kind)
+        super().reset(seed=None if seed is None else int(seed))
+        self._np_random = rng
         self._simulation = simulation
         self._num_steps = 0
+        self._total_reward = 0.0
         self._last_value = float(simulation.success())
+        self._is_done = False
         self._show()
         return self._observe(), self._info()
 
@@ -359,8 +362,11 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         value = float(is_success)
         reward = step_reward(self.options.reward, value, self._last_value)
         self._last_value = value
+        self._total_reward += reward
+        is_cut = self._num_steps >= self.options.horizon_of(self.task)
+        self._is_done |= is_success or is_cut
         self._show()
-        return self._observe(), reward, is_success, self._num_steps >= self.options.horizon_of(self.task), self._info()
+        return self._observe(), reward, is_success, is_cut, self._info()
 
     def render(self) -> npt.NDArray[np.uint8] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return what the first camera sees, uint8 (render_size, render_size, 3), upright and not mirrored.
@@ -399,7 +405,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     def hold_action(self) -> npt.NDArray[np.float32]:
         """Return the action that keeps the arm and the gripper where they are, float32 [A].
 
-        With the absolute modes that is the grip site's pose, or the joints' positions, 2 ms before the step's end.
+        With the absolute modes that is the grip site's pose 2 ms before the step's end, or the joints' positions at it.
 
         Raises:
             ValueError: `reset` was not called, or the environment is closed.
@@ -425,17 +431,23 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     def get_state(self) -> dict[str, npt.NDArray[Any]]:
         """Return everything that decides the future and the present observation, as arrays; no entry needs pickle.
 
+        `LiberoVectorEnv.get_state` returns the same, so that states go from one to the other.
+
         Raises:
             ValueError: `reset` was not called, or the environment is closed.
         """
         return self._require_simulation().get_state() | {
             "episode_length": np.array(self._num_steps),
+            "episode_return": np.array(self._total_reward),
             "last_value": np.array(self._last_value),
+            "is_done": np.array(self._is_done),
             "rng": write_generator(self.np_random),
         }
 
     def set_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Restore what `get_state` returned, to the last bit; also in another environment, reset or not.
+        """Restore what `get_state` returned, to the last bit; also that of another environment, single or one of many.
+
+        Those of `physics="warp"` are of another kind, and refused.
 
         Raises:
             ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
@@ -445,20 +457,18 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._owner.check()
         if self._is_closed:
             raise ValueError(CLOSED)
-        check_keys(state, _EPISODE_LAYOUT, optional=state)
         task = read_task(state)
         if task.suite not in member_suites(self.options.suite):
             raise ValueError(f"the state belongs to suite {task.suite}, this environment to {self.options.suite}")
         self._known_task(task_number(self.options.suite, task))
-        episode = check_entries(state, _EPISODE_LAYOUT)
-        if episode["episode_length"] < 0:
-            raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
-        rng = read_generator(str(episode["rng"]))
+        episode, rng = read_episode(state)
         simulation = self._open_simulation(task)
-        simulation.set_state({name: state[name] for name in state if name not in _EPISODE_LAYOUT})
+        simulation.set_state({name: state[name] for name in state if name not in EPISODE})
         self._simulation = simulation
         self._num_steps = int(episode["episode_length"])
+        self._total_reward = float(episode["episode_return"])
         self._last_value = float(episode["last_value"])
+        self._is_done = bool(episode["is_done"])
         self.np_random = rng
 
     def close(self) -> None:

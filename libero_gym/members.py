@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+from libero_gym.env import LiberoEnv
 from libero_gym.options import EnvOptions, with_horizon
 from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import Simulation
@@ -32,10 +34,16 @@ class Member:
 
     @property
     def spec(self) -> EnvSpec | None:
-        """How Gymnasium would make such a single environment; its `max_episode_steps` is the horizon."""
+        """How Gymnasium would make such a single environment; its `max_episode_steps` is the horizon.
+
+        What only many environments have (chunks, autoreset, threads, physics on a GPU, torch tensors) is left out.
+        """
         spec = with_horizon(self._envs.spec, self.options.longest_horizon)
         if spec is not None:
-            spec.kwargs = {k: v for k, v in spec.kwargs.items() if k not in ("num_envs", "vectorization_mode")}
+            taken = inspect.signature(LiberoEnv.__init__).parameters
+            spec.kwargs = {name: value for name, value in spec.kwargs.items() if name in taken}
+            decided = {"horizon": self.options.horizon, "renderer": self.options.renderer}
+            spec.kwargs |= {name: value for name, value in decided.items() if value is not None}
         return spec
 
     @property

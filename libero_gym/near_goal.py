@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.experts import make_expert
+from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.simulation import Simulation
-from libero_gym.tasks.initial_states import InitStates
+from libero_gym.tasks.initial_states import EpisodeStart, InitStates, count_init_states
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec, get_task, horizon, is_integer
 from libero_gym.vector import LiberoVectorEnv
@@ -34,20 +35,23 @@ class NearGoalVectorEnv(gymnasium.vector.VectorWrapper):
     simulation, the robot's controller included, as it was so many steps before the goal first held; an expert that
     needs fewer steps gives its own start. Each initial state i that is asked for or sampled stands for one of
     n * k starts, where n is `num_init_states` and k the number of `steps_before_success`: number i modulo n * k, of
-    which each k in a row are of one initial state. `init_state_id` in the infos is that initial state.
+    which each k in a row are of one initial state. `init_state_id` in the infos is that initial state. The fixtures of
+    "original" states are those of the expert's episode, always the same.
 
     Spaces, rewards, horizon, autoreset and the other infos are those of the environments, counted from the new start.
+    It is the environments themselves that begin there (`LiberoVectorEnv.set_start_states`), however they are reset.
 
     Args:
-        envs: a `LiberoVectorEnv` with physics on the CPU, which resets itself in the same step or not at all.
+        envs: a `LiberoVectorEnv` with physics on the CPU.
         steps_before_success: environment steps of the expert from an episode's beginning to its success; several are
             used in turn.
         num_init_states: how many of a task's initial states experts start from, the first ones. An expert takes a
             tenth to half a second of a core, once for each task and initial state.
 
     Raises:
-        TypeError: `envs` is no `LiberoVectorEnv`.
-        ValueError: a number is not positive, there are no steps, or `envs` reset themselves in the next step.
+        TypeError: `envs` is no `LiberoVectorEnv`, or `steps_before_success` is no sequence.
+        ValueError: a number is not a positive integer, there are no steps, a task has fewer initial states than there
+            would be starts, or physics are not on the CPU.
     """
 
     def __init__(
@@ -55,53 +59,65 @@ class NearGoalVectorEnv(gymnasium.vector.VectorWrapper):
     ) -> None:
         if not isinstance(envs, LiberoVectorEnv):
             raise TypeError(f"{type(envs).__name__} is no LiberoVectorEnv: wrap the environments as they are made")
-        if envs.metadata["autoreset_mode"] is gymnasium.vector.AutoresetMode.NEXT_STEP:
-            raise ValueError("autoreset_mode=NEXT_STEP is not possible near the goal (valid: SAME_STEP, DISABLED)")
+        if not isinstance(envs.worlds, CpuWorlds):
+            raise ValueError(
+                "experts run on the CPU, and the states of physics='warp' are of another kind: make the environments "
+                "with physics='cpu'"
+            )
+        if isinstance(steps_before_success, str) or np.ndim(steps_before_success) != 1:
+            raise TypeError(
+                f"steps_before_success={steps_before_success!r} is not a sequence of numbers of steps, such as (3, 6)"
+            )
         for steps in (num_init_states, *steps_before_success):
             if not is_integer(steps) or steps < 1:
                 raise ValueError(f"{steps!r} among steps_before_success and num_init_states is not a positive integer")
-        if not steps_before_success:
+        if not len(steps_before_success):
             raise ValueError("steps_before_success is empty: give at least one number of steps")
         super().__init__(envs)
         self._envs = envs
-        self._steps_before_success = tuple(steps_before_success)
-        self._num_init_states = num_init_states
+        self._steps_before_success = tuple(int(steps) for steps in steps_before_success)
+        self._num_init_states = int(num_init_states)
+        self._check_number_of_starts()
+        envs.set_start_states(self._start_state)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin episodes; see `LiberoVectorEnv.reset`.
 
         Raises:
-            ValueError: as there.
-            RuntimeError: the expert does not succeed from an initial state.
+            ValueError: as there, or a `placement_seed` is given.
+            RuntimeError: the expert does not succeed from an initial state. No environment has been touched.
         """
-        _, infos = self._envs.reset(seed=seed, options=options)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, np.bool_))
-        self._begin(np.flatnonzero(mask), infos)
-        return self._envs.observe(), infos
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step; see `LiberoVectorEnv.step` and, for what a new episode can raise, `reset`."""
-        obs, rewards, terminated, truncated, infos = self._envs.step(actions)
-        if "final_obs" in infos:
-            self._begin(np.flatnonzero(terminated | truncated), infos)
-            obs = self._envs.observe()
-        return obs, rewards, terminated, truncated, infos
+        if (options or {}).get("placement_seed") is not None:
+            raise ValueError(
+                "placement_seed chooses where fixtures stand, which near the goal is where the expert found them; "
+                "leave it out"
+            )
+        return self._envs.reset(seed=seed, options=options)
 
     def observe(self) -> dict[str, Any]:
         """Observe without stepping; see `LiberoVectorEnv.observe`."""
         return self._envs.observe()
 
-    def _begin(self, env_ids: npt.NDArray[np.intp], infos: dict[str, Any]) -> None:
-        """Move episodes that have just begun to their starts."""
-        num_starts = self._num_init_states * len(self._steps_before_success)
-        for i in env_ids.tolist():
-            start = int(infos["init_state_id"][i]) % num_starts
-            init_state_id, which = divmod(start, len(self._steps_before_success))
-            task = get_task(self._envs.options.suite, int(infos["task_id"][i]))
-            passed = states_of_expert(task, init_state_id, self._envs.options.init_states)
-            state = passed[max(0, len(passed) - self._steps_before_success[which])]
-            self._envs.set_state(i, self._envs.get_state(i) | state)
-            infos["init_state_id"][i] = init_state_id
+    def _check_number_of_starts(self) -> None:
+        """Raise ValueError where some starts would never be begun from: an initial state stands for one of them."""
+        num_steps, options = len(self._steps_before_success), self._envs.options
+        for task_id in self._envs.task_ids:
+            task = get_task(options.suite, task_id)
+            num_states = count_init_states(task, options.init_states)
+            if self._num_init_states * num_steps > num_states:
+                raise ValueError(
+                    f"num_init_states={self._num_init_states} times {num_steps} steps_before_success are "
+                    f"{self._num_init_states * num_steps} starts, more than the {num_states} initial states of "
+                    f"{task.suite} task {task.task_id}, each of which stands for one: give num_init_states of at most "
+                    f"{num_states // num_steps}, or fewer steps"
+                )
+
+    def _start_state(self, start: EpisodeStart) -> SimulationState:
+        """Return the state in which the episode that an initial state stands for begins."""
+        number = start.init_state_id % (self._num_init_states * len(self._steps_before_success))
+        init_state_id, which = divmod(number, len(self._steps_before_success))
+        passed = states_of_expert(start.task, init_state_id, self._envs.options.init_states)
+        return passed[max(0, len(passed) - self._steps_before_success[which])]
 
 
 @lru_cache(maxsize=_MAX_KEPT)

@@ -17,8 +17,8 @@ from gymnasium.envs.registration import EnvSpec
 
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ, ActionMode, action_dim, check_action_mode, count_substeps
 from libero_gym.physics.simulation import Stepping
-from libero_gym.rendering.cameras import Camera, camera_name
-from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
+from libero_gym.rendering.cameras import Camera, view_keys
+from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views, check_renderer
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.initial_states import InitStates
@@ -39,8 +39,10 @@ _POSE_LIMIT = np.array([2.0] * 3 + [2 * np.pi] * 3, dtype=np.float32)
 # The Panda's joint limits, rad: `range` in robosuite's panda/robot.xml.
 _JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973], dtype=np.float32)
 _JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973], dtype=np.float32)
+# Those of the instructions of LIBERO and LIBERO-PRO, and more than their longest.
+_CHARACTERS = string.ascii_letters + string.digits + " .,'\u2019-_()"
 _MAX_SENTENCE = 512
-# Nothing that is drawn is farther away, m: the far clipping planes of LIBERO's scenes are at 70 to 130 m.
+# Nothing that is drawn is farther away, m: the far clipping planes of LIBERO's scenes are at 530 and 592 m.
 _MAX_DEPTH = 1000.0
 
 
@@ -51,8 +53,8 @@ class EnvOptions:
     Attributes:
         suite: suite of the tasks.
         image_size: height and width of the cameras' pictures, pixels.
-        camera_names: cameras of `view_keys`, from `libero_gym.rendering.cameras.check_cameras`.
-        renderer: kind of renderer, None for the best one.
+        camera_names: cameras, from `libero_gym.rendering.cameras.check_cameras`.
+        renderer: kind of renderer, None for the best one; checked where no pictures are observed, too.
         observe_images: whether there are images.
         observe_depth: whether there is depth.
         observe_segmentation: whether there is segmentation.
@@ -98,6 +100,7 @@ class EnvOptions:
             raise ValueError(f"reward={self.reward!r} is unknown (valid: 'sparse', 'relative')")
         if self.stepping not in get_args(Stepping):
             raise ValueError(f"stepping={self.stepping!r} is unknown (valid: 'exact', 'fast', 'numpy')")
+        check_renderer(self.renderer)
         check_action_mode(self.action_mode)
         count_substeps(self.control_freq)
         check_texture_colorspace(self.texture_colorspace)
@@ -154,12 +157,6 @@ class EnvOptions:
             num_threads=num_threads,
             texture_colorspace=self.texture_colorspace,
         )
-
-
-def view_keys(camera_names: Sequence[str | Camera], kind: ViewKind) -> tuple[str, ...]:
-    """Return the cameras' keys: `images`, `wrist_images`, `<name>_images` for further ones; `depth` and so on."""
-    own = (kind, f"wrist_{kind}")
-    return (*own[: len(camera_names)], *(f"{camera_name(camera)}_{kind}" for camera in camera_names[len(own) :]))
 
 
 def name_views(camera_names: Sequence[str | Camera], views: Views) -> dict[str, Any]:
@@ -223,6 +220,12 @@ def check_render_mode(render_mode: str | None, valid: Sequence[str]) -> None:
         raise ValueError(f"render_mode={render_mode!r} is unknown (valid: {names})")
 
 
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless `seed` is None or an integer that is not negative; a boolean is none."""
+    if seed is not None and (not is_integer(seed) or seed < 0):
+        raise ValueError(f"seed={seed!r} is not a seed (valid: None, or an integer from 0 on)")
+
+
 def with_horizon(spec: EnvSpec | None, episode_horizon: int) -> EnvSpec | None:
     """Return a specification that says after how many steps episodes are truncated, as wrappers and trainers ask it."""
     spec = copy.copy(spec)
@@ -261,8 +264,16 @@ def make_observation_space(
     view_kinds: Sequence[ViewKind] = ("images",),
     has_text: bool = True,
     camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
+    tasks: Sequence[TaskSpec] = (),
 ) -> spaces.Dict:
     """Return the observation space of one environment.
+
+    Args:
+        image_size: height and width, pixels.
+        view_kinds: what is observed of each camera.
+        has_text: whether there is the instruction.
+        camera_names: cameras.
+        tasks: those whose instructions the space holds, besides all of LIBERO's.
 
     Raises:
         ValueError: `image_size` is not a positive integer.
@@ -279,8 +290,10 @@ def make_observation_space(
         entries.update(dict.fromkeys(view_keys(camera_names, kind), view_spaces[kind]))
     entries["states"] = spaces.Box(-_STATE_LIMIT, _STATE_LIMIT, dtype=np.float32)
     if has_text:
+        sentences = [task.language for task in tasks]
+        further = sorted({character for sentence in sentences for character in sentence} - set(_CHARACTERS))
         entries["task_descriptions"] = spaces.Text(
-            max_length=_MAX_SENTENCE, min_length=0, charset=string.ascii_letters + string.digits + " .,'\u2019-_()"
+            max_length=max([_MAX_SENTENCE, *map(len, sentences)]), min_length=0, charset=_CHARACTERS + "".join(further)
         )
     return spaces.Dict(entries)
 

@@ -78,7 +78,7 @@ def load_policy(name: str) -> Policy:
         raise ValueError(f"policy={name!r} is unknown (valid: 'expert', 'keyboard', 'random', or 'MODULE:FUNCTION')")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        if importlib.util.find_spec(module_name) is None:
+        if not _is_there(module_name):
             raise ValueError(f"policy={name!r}: there is no module {module_name!r} here or installed")
         module = importlib.import_module(module_name)
     finally:
@@ -90,6 +90,16 @@ def load_policy(name: str) -> Policy:
     if not callable(policy):
         raise ValueError(f"policy={name!r} returned {policy!r}; expected a function of the observation")
     return cast("Policy", policy)
+
+
+def _is_there(module_name: str) -> bool:
+    """Return whether a module can be found; what its packages raise when they are imported is raised."""
+    try:
+        return importlib.util.find_spec(module_name) is not None
+    except ModuleNotFoundError as error:  # no such package, or no package
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        return False
 
 
 def play(
@@ -178,6 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> list[bool]:
     parser.add_argument("--video", type=Path, metavar="FOLDER", help="write films there instead of opening a window")
     args = parser.parse_args(arguments)
     is_own = args.policy not in ("expert", "keyboard", "random")
+    if args.num_episodes < 1:
+        parser.error(f"--num-episodes {args.num_episodes} is not a positive number of episodes")
     if args.policy == "keyboard" and args.video is not None:
         parser.error("--policy keyboard needs a window; leave --video out")
     closing = contextlib.ExitStack()
@@ -209,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> list[bool]:
             window=window,
         )
     except (ValueError, DependencyNotInstalled, RuntimeError, gymnasium.error.Error) as error:
-        parser.error(f"{error}; without a display: --video FOLDER" if args.video is None else str(error))
+        parser.error(str(error))
     finally:
         closing.close()
     if args.video is not None:

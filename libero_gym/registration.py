@@ -10,8 +10,8 @@ from pathlib import Path
 
 from gymnasium.envs.registration import register, registry
 
-from libero_gym.tasks.own_suites import add_suite, own_suites
-from libero_gym.tasks.suites import COMBINED_SUITES, HORIZONS, TaskSpec, list_suites, list_tasks
+from libero_gym.tasks.own_suites import add_suite
+from libero_gym.tasks.suites import COMBINED_SUITES, HORIZONS, TaskSpec, check_name_is_free, list_suites, list_tasks
 
 
 def register_envs() -> None:
@@ -39,8 +39,8 @@ def register_envs() -> None:
 def register_suite(name: str, folder: str | Path, init_states: str | Path | None = None) -> list[TaskSpec]:
     """Make a folder of one's own BDDL files the suite `name`, and the id `libero_gym/<name>-v0`.
 
-    Each file is a task, in the order of their names; its instruction is the file's `(:language ...)`. What LIBERO's
-    files may say, these may: its objects, fixtures, regions and predicates.
+    Each file is a task, in the order of their names; its instruction is the file's `(:language ...)`, without
+    parentheses. What LIBERO's files may say, these may: its objects, fixtures, regions and predicates.
 
     Without `init_states`, 50 states of each task are drawn by LIBERO's sampler when they are first needed (a minute a
     task, and half a minute for each new scene; kept in the cache): with settled objects and the fixtures among which
@@ -61,8 +61,7 @@ def register_suite(name: str, folder: str | Path, init_states: str | Path | None
         ValueError: the name is that of another suite, or cannot be part of an id, or a file is no LIBERO task.
         FileNotFoundError: a folder is missing, has no BDDL files, or has no states of a task.
     """
-    if name in {*list_suites(), *HORIZONS} - own_suites().keys():
-        raise ValueError(f"name={name!r} is a suite of LIBERO's; give another name")
+    check_name_is_free(name)
     add_suite(name, Path(folder), None if init_states is None else Path(init_states))
     register_envs()
     return list_tasks(name)

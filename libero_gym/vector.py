@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import gymnasium
@@ -32,6 +31,7 @@ from libero_gym.options import (
     check_horizon,
     check_keywords,
     check_render_mode,
+    check_seed,
     choose_tasks,
     make_action_space,
     make_observation_space,
@@ -43,23 +43,14 @@ from libero_gym.physics import inspection
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
-from libero_gym.physics.states import (
-    FLAG,
-    INTEGER,
-    NUMBER,
-    TEXT,
-    check_entries,
-    read_generator,
-    read_task,
-    write_generator,
-)
+from libero_gym.physics.states import EPISODE, read_episode, read_task, write_generator
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
 from libero_gym.rendering.cameras import Camera, check_cameras
 from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks, member_suites, task_number
 
 if TYPE_CHECKING:
     from libero_gym.physics.warp_worlds import WarpOptions
@@ -77,10 +68,6 @@ class Episodes:
         last_value: float32 [N], 1 where the goal held at the end of the last step.
         is_done: bool [N], True from an episode's end to the start of the next.
     """
-
-    LAYOUT = MappingProxyType({
-        "episode_length": INTEGER, "episode_return": NUMBER, "last_value": NUMBER, "is_done": FLAG,
-    })  # fmt: skip
 
     def __init__(self, num_envs: int, *, reward: RewardKind) -> None:
         """Begin with no episodes."""
@@ -122,7 +109,7 @@ class Episodes:
         return rewards, terminations, truncations
 
     def get_state(self, env_id: int) -> dict[str, npt.NDArray[Any]]:
-        """Return what is known of an episode, by the keys of `LAYOUT`."""
+        """Return what is known of an episode, by the keys of `libero_gym.physics.states.EPISODE`."""
         return {
             "episode_length": np.array(self.length[env_id]),
             "episode_return": np.array(self.total_reward[env_id]),
@@ -281,7 +268,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._tasks = choose_tasks(suite, task_id, task_ids)
         suite = suite.suite if isinstance(suite, TaskSpec) else suite
         check_render_mode(render_mode, METADATA["render_modes"])
-        if (has_views or render_mode is not None) and (images_as_torch or physics == "warp"):
+        if images_as_torch or physics == "warp":
             asking = "images_as_torch=True" if images_as_torch else "physics='warp'"
             renderer = _only_warp(renderer, asking)
         limits = [steps for steps in (horizon, max_episode_steps) if steps is not None]
@@ -307,11 +294,16 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             texture_colorspace=texture_colorspace,
         )
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_fps": control_freq}
+        fps = max(1, round(control_freq / self._num_chunks))  # a call of `step` shows one frame
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_fps": fps}
         self._spec: EnvSpec | None = None
         self.render_mode = render_mode
         self.single_observation_space = make_observation_space(
-            image_size, view_kinds=self.options.view_kinds, has_text=observe_text, camera_names=camera_names
+            image_size,
+            view_kinds=self.options.view_kinds,
+            has_text=observe_text,
+            camera_names=camera_names,
+            tasks=list_tasks(suite),  # whose states these environments take
         )
         self.single_action_space = make_action_space(action_mode)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -340,6 +332,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             )
         self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
         self._task_probabilities: npt.NDArray[np.float64] | None = None
+        self._start_state: Callable[[EpisodeStart], Mapping[str, Any]] | None = None
         self._episodes = Episodes(self.num_envs, reward=reward)
         self._rewards = np.zeros((self.num_envs, self._num_chunks), np.float32)  # of the last chunk
         self._num_steps = np.zeros(self.num_envs, np.int64)  # of the last chunk
@@ -456,14 +449,14 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         Raises:
             ValueError: `actions` has the wrong shape, `reset` was not called, or the environment is closed.
-            PhysicsError: an action is not finite (nothing has been stepped then), or a simulation diverged. Its `dump`
-                is of the first environment concerned, whose step is undone (on a GPU there is none: reset what the
-                message names); the others have taken theirs, `observe` shows them, and episodes that ended go
-                unreported.
+            PhysicsError: an action that is not ignored is not finite (nothing has been stepped then), or a simulation
+                diverged. Its `dump` is of the first environment concerned, whose step is undone (on a GPU there is
+                none: reset what the message names); the others have taken theirs, `observe` shows them, and episodes
+                that ended go unreported.
         """
         self._require_started()  # raises before anything moves if an environment was never reset, or all are closed
-        chunks = self._check_actions(actions)
         is_active = ~self._episodes.is_done
+        chunks = self._check_actions(actions, is_active)
         if self.autoreset_mode is not AutoresetMode.DISABLED:
             self._begin_sampled(np.flatnonzero(~is_active))
         terminations, truncations = self._run(chunks, is_active)
@@ -505,6 +498,16 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             raise ValueError(f"weights={values.tolist()}: they must be finite, not negative, and not all 0")
         self._task_probabilities = values / values.sum()
 
+    def set_start_states(self, start_state: Callable[[EpisodeStart], Mapping[str, Any]] | None) -> None:
+        """Say in which state of its world an episode begins from now on, by whatever reset.
+
+        Args:
+            start_state: returns, for what was chosen or sampled, what `get_state` of these environments' worlds (on the
+                CPU, of a `Simulation`) returned at that task; what it raises leaves the environments as they were.
+                None begins at the initial state itself, as at first.
+        """
+        self._start_state = start_state
+
     def draw_only(self, env_ids: Sequence[int] | None) -> None:
         """Say whose images are drawn from now on, for those who look at few of them.
 
@@ -517,10 +520,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         Raises:
             ValueError: there is no such environment.
         """
-        chosen = range(self.num_envs) if env_ids is None else env_ids
-        for env_id in chosen:
-            self._check_env_id(env_id)
-        self._is_looked_at = np.isin(np.arange(self.num_envs), list(chosen))
+        chosen = self._check_env_ids(range(self.num_envs) if env_ids is None else env_ids)
+        self._is_looked_at = np.isin(np.arange(self.num_envs), chosen)
 
     def observe(self) -> dict[str, Any]:
         """Return the current observation of all environments, for instance after `set_state`.
@@ -546,7 +547,12 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         return tuple(self.render_some(np.arange(self.num_envs)))
 
     def render_some(self, env_ids: IntArray) -> npt.NDArray[np.uint8]:
-        """Return what `render` does for some of the environments, uint8 [num, render_size, render_size, 3]."""
+        """Return what `render` does for some of the environments, uint8 [num, render_size, render_size, 3].
+
+        Raises:
+            ValueError: there is no such environment; else as `render`.
+        """
+        env_ids = self._check_env_ids(env_ids)
         self._require_started()
         if self._viewer is None:
             self._viewer = self.options.open_viewer(num_worlds=self.num_envs, num_threads=self._num_threads)
@@ -557,7 +563,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Return everything that decides the future of environment `env_id`, as arrays; no entry needs pickle.
 
         Raises:
-            ValueError: `env_id` is out of range, or the environment was never reset.
+            ValueError: `env_id` is no integer or out of range, or the environment was never reset.
         """
         self._check_env_id(env_id)
         return self._with_episode(env_id, self.worlds.get_state(env_id))
@@ -569,27 +575,25 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     def set_state(self, env_id: int, state: Mapping[str, Any]) -> None:
         """Restore in environment `env_id` what `get_state` returned, to the last bit; also from another environment.
 
+        On the CPU, states go to and from a `LiberoEnv`, too.
+
         Raises:
-            ValueError: `env_id` is out of range, or an entry of the state is missing, surplus, of another type or
-                shape, or not finite, or the state belongs to another suite or other versions; with `physics="warp"`
-                also where it belongs to a task that these were not made for. Nothing has been touched.
+            ValueError: `env_id` is no integer or out of range, or an entry of the state is missing, surplus, of
+                another type or shape, or not finite, or the state belongs to another suite or other versions; with
+                `physics="warp"` also where it belongs to a task that these were not made for. Nothing has been touched.
         """
         self._check_env_id(env_id)
-        layout = {**Episodes.LAYOUT, "rng": TEXT}
-        missing = sorted(set(layout) - set(state))
+        missing = sorted(set(EPISODE) - set(state))
         if missing:
             raise ValueError(
-                f"the state lacks {missing}: give what get_state of a vector environment returned; that of a "
-                "simulation goes to simulations[env_id].set_state"
+                f"the state lacks {missing}: give what get_state of an environment returned; that of a simulation goes "
+                "to simulations[env_id].set_state"
             )
         task = read_task(state)
         if task.suite not in member_suites(self.options.suite):
             raise ValueError(f"the state belongs to suite {task.suite}, these environments to {self.options.suite}")
-        episode = check_entries(state, layout)
-        if episode["episode_length"] < 0:
-            raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
-        rng = read_generator(str(episode["rng"]))
-        self.worlds.set_state(env_id, {name: state[name] for name in state if name not in layout})
+        episode, rng = read_episode(state)
+        self.worlds.set_state(env_id, {name: state[name] for name in state if name not in EPISODE})
         self._episodes.set_state(env_id, episode, self.options.horizon_of(task))
         self._rngs[env_id] = rng
         self._is_stale[env_id] = True
@@ -629,7 +633,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Return what the numbers in `segmentation` of environment `env_id` are, see `LiberoEnv.segmentation_labels`.
 
         Raises:
-            ValueError: `env_id` is out of range, or the environment was never reset.
+            ValueError: `env_id` is no integer or out of range, or the environment was never reset.
         """
         self._check_env_id(env_id)
         return inspection.segmentation_labels(load_scene(self._current_tasks()[env_id]))
@@ -653,7 +657,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     @property
     def envs(self) -> tuple[Member, ...]:
-        """Each environment as a single one shows itself; before the first reset too, as far as it has no task yet."""
+        """Each environment as a single one shows itself; what has to do with an episode, from the first reset on."""
         return tuple(Member(self, env_id) for env_id in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -674,8 +678,13 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Start episodes where `starts` says."""
         if not len(env_ids):
             return
+        states = [] if self._start_state is None else [self._start_state(start) for start in starts]
         try:
-            self.worlds.reset(env_ids, starts, init_states=self.options.init_states)
+            if self._start_state is None:
+                self.worlds.reset(env_ids, starts, init_states=self.options.init_states)
+            else:
+                for i, state in zip(env_ids.tolist(), states, strict=True):
+                    self.worlds.set_state(i, state)
         except PhysicsError:
             self._episodes.is_done[env_ids] = True  # nothing good can come of them before another reset
             self._is_stale[env_ids] = True
@@ -797,8 +806,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             )
         return task
 
-    def _check_actions(self, actions: Any) -> npt.NDArray[np.float64]:
-        """Return actions as [N, C, A]."""
+    def _check_actions(self, actions: Any, is_active: BoolArray) -> npt.NDArray[np.float64]:
+        """Return actions as [N, C, A]; those of environments that are not active are ignored, and 0 in what returns."""
         values = np.asarray(actions, dtype=np.float64)
         width = action_dim(self.options.action_mode)
         expected = (self.num_envs, width)
@@ -806,7 +815,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             expected = (self.num_envs, self._num_chunks, width)
         if values.shape != expected and (self._num_chunks > 1 or values.shape != (self.num_envs, 1, width)):
             raise ValueError(f"actions have shape {values.shape}; expected {expected}")
-        chunks = values.reshape(self.num_envs, self._num_chunks, width)
+        chunks = np.where(is_active[:, None, None], values.reshape(self.num_envs, self._num_chunks, width), 0.0)
         is_bad = ~np.isfinite(chunks).all(axis=-1)  # [N, C]
         if is_bad.any():
             env_ids, steps = np.nonzero(is_bad)
@@ -842,14 +851,16 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             raise ValueError(f"{name} is {values.dtype} {values.shape}; expected an int, or int ({self.num_envs},)")
         return np.broadcast_to(values, self.num_envs).astype(np.int64)
 
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            return [int(seed) + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise ValueError(f"seed has {len(seed)} entries; expected an int or one for each of {self.num_envs}")
-        return [None if value is None else int(value) for value in seed]
+    def _seeds(self, seed: Any) -> Sequence[int | None]:
+        if np.ndim(seed) == 0:
+            check_seed(seed)
+            return [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        seeds: list[Any] = list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed has {len(seeds)} entries; expected an int or one for each of {self.num_envs}")
+        for value in seeds:
+            check_seed(value)
+        return [None if value is None else int(value) for value in seeds]
 
     def _require_open(self) -> None:
         _ = self.worlds
@@ -859,8 +870,17 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     def _check_env_id(self, env_id: int) -> None:
         self._require_open()
+        if not is_integer(env_id):
+            hint = "; numpy.flatnonzero(mask) gives those of a mask" if isinstance(env_id, bool | np.bool_) else ""
+            raise ValueError(f"env_id={env_id!r} is not an integer (valid: 0-{self.num_envs - 1}){hint}")
         if not 0 <= env_id < self.num_envs:
             raise ValueError(f"env_id={env_id} is out of range (valid: 0-{self.num_envs - 1})")
+
+    def _check_env_ids(self, env_ids: Sequence[int] | IntArray) -> IntArray:
+        """Return ids as int64 [num]."""
+        for env_id in env_ids:
+            self._check_env_id(cast(int, env_id))
+        return np.array(env_ids, np.int64)
 
 
 def _only_warp(renderer: RendererKind | None, asking: str) -> RendererKind:
@@ -870,7 +890,7 @@ def _only_warp(renderer: RendererKind | None, asking: str) -> RendererKind:
 
 
 def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{name}={value!r} is not a positive integer")
     return int(value)
 

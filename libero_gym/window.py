@@ -12,8 +12,8 @@ from gymnasium.error import DependencyNotInstalled
 
 from libero_gym.fork import Uncopied
 
+_REMEDY = "take render_mode='rgb_array' and Gymnasium's RecordVideo, or `python -m libero_gym.play --video FOLDER`"
 # One of them names where windows go: X11, Wayland, or SDL's choice, such as "dummy" for none.
-_REMEDY = "take render_mode='rgb_array' and Gymnasium's RecordVideo, or `python -m libero_gym.play --video FILE`"
 _DISPLAY_VARIABLES = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
 
 

@@ -110,6 +110,9 @@ def test_the_hubs_environment_is_one_of_each_task():
         ({}, "gr00t", r"convention='gr00t' is unknown \(valid: 'demonstrations', 'lerobot'\)"),
         (dict(autoreset_mode="NEXT_STEP"), "lerobot", "LeRobot needs autoreset_mode='SAME_STEP'"),
         (dict(camera_names=("agentview",)), "lerobot", r"does not observe \['wrist_images'\]"),
+        (dict(num_action_chunks=5), "demonstrations", r"takes \(1, 5, 7\), of .* with action_mode='delta_pose'"),
+        (dict(action_mode="delta_joint_pos"), "demonstrations", r"takes \(1, 8\), of Box\(-1.0, 1.0, \(8,\)"),
+        (dict(action_mode="absolute_pose"), "lerobot", r"takes \(1, 7\), of Box\(\[-2. .*\(7,\), float32\)"),
     ],
 )
 def test_what_lerobot_cannot_take_is_refused(options: dict[str, Any], convention: Any, message: str):

@@ -86,5 +86,7 @@ def _spec(name: str) -> ModuleSpec:
 def _module_spec(place: str) -> ModuleSpec | None:
     try:
         return importlib.util.find_spec(place)
-    except ModuleNotFoundError:  # a package above it
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise  # what a package above it imports
         return None

@@ -41,9 +41,10 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from libero_gym.conventions import ACTION_DIM
-from libero_gym.options import DEFAULT_CAMERAS, check_horizon, make_action_space, make_observation_space, view_keys
+from libero_gym.options import DEFAULT_CAMERAS, check_horizon, make_action_space, make_observation_space
 from libero_gym.physics.controller import axis_angle_from_quat
 from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError
+from libero_gym.rendering.cameras import view_keys
 from libero_gym.rendering.textures import TextureColorspace, installed_colorspace
 from libero_gym.tasks.initial_states import (
     InitStates,
@@ -54,7 +55,7 @@ from libero_gym.tasks.initial_states import (
 )
 from libero_gym.tasks.scene_builder import import_libero, make_reference_env
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, horizon, load_init_states
+from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, load_init_states
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _CLOSE_TIMEOUT_S = 10.0
@@ -111,7 +112,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         self.renderer_name: str | None = (renderer or "egl") if observe_images else None
         self.texture_colorspace: TextureColorspace = installed_colorspace()
         self.single_observation_space = make_observation_space(
-            image_size, view_kinds=("images",) if observe_images else ()
+            image_size, view_kinds=("images",) if observe_images else (), tasks=list_tasks(suite)
         )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.single_action_space = make_action_space()
@@ -177,7 +178,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
 
         Raises:
             ValueError: `actions` has the wrong shape, or `reset` was not called.
-            PhysicsError: an action is not finite.
+            PhysicsError: an action of an episode that goes on is not finite.
             RuntimeError: LIBERO raised, the simulation diverged, or a process ended.
         """
         if not self._episodes:
@@ -185,10 +186,10 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         values = np.asarray(actions, np.float64)
         if values.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {values.shape}; expected {self.action_space.shape}")
-        if not np.isfinite(values).all():
-            raise PhysicsError("actions are not finite; check the policy's output for NaN")
         chunks = values.reshape(self.num_envs, self._num_chunks, ACTION_DIM)
         going = [i for i, episode in enumerate(self._episodes) if not episode["is_over"]]
+        if not np.isfinite(chunks[going]).all():
+            raise PhysicsError("actions are not finite; check the policy's output for NaN")
         for episode in self._episodes:
             episode.update(rewards=np.zeros(self._num_chunks, np.float32), num_steps=0)
         for i, reply in self._ask({i: ("step", chunks[i]) for i in going}).items():

@@ -91,12 +91,22 @@ class ControllerState:
 
 @dataclass(kw_only=True, eq=False)
 class Observation:
-    """Sensor readings of the last step, and the positions that its image shows."""
+    """What is kept of the last step: sensor readings and positions.
+
+    Attributes:
+        qpos: float64 [nq], positions that its image shows, those before the last substep but one.
+        eef_pos: float64 [3], m, as `qpos` has it.
+        eef_quat_wxyz: float64 [4], as `qpos` has it.
+        gripper_qpos: float64 [2], the fingers' positions after the last substep but one, m.
+        judged_qpos: float64 [nq], positions before the last substep. The poses and contacts that MuJoCo's data hold
+            after the step are of these, and by them success is judged.
+    """
 
     qpos: FloatArray
     eef_pos: FloatArray
     eef_quat_wxyz: FloatArray
     gripper_qpos: FloatArray
+    judged_qpos: FloatArray
 
     def read_sensors(self, data: mujoco.MjData, robot: Robot) -> None:
         """Copy the end effector's pose (m, quaternion wxyz) and the fingers' positions (m) from `data`."""
@@ -310,6 +320,8 @@ def step_numpy(
     for substep in range(num_substeps):
         if substep == num_substeps - 2:
             observation.qpos[:] = data.qpos
+        if substep == num_substeps - 1:
+            observation.judged_qpos[:] = data.qpos
         mujoco.mj_step1(model, data)
         control_substep(
             model=model,

@@ -66,6 +66,7 @@ _PHYSICS_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 _DUMP_KEYS = ("action", "action_mode", "control_freq", "error")
+_JUDGED = "judged_qpos"
 
 
 class PhysicsError(RuntimeError):
@@ -148,14 +149,18 @@ class Simulation(Uncopied):
         self._creation = _creation_kinematics(scene)
         self._controller = ControllerState()
         self._observation = Observation(
-            qpos=np.zeros(self.model.nq), eef_pos=np.zeros(3), eef_quat_wxyz=np.zeros(4), gripper_qpos=np.zeros(2)
+            qpos=np.zeros(self.model.nq),
+            eef_pos=np.zeros(3),
+            eef_quat_wxyz=np.zeros(4),
+            gripper_qpos=np.zeros(2),
+            judged_qpos=np.zeros(self.model.nq),
         )
         self._advance = self._make_stepper(stepping)
         self._default_fixture_poses = self._fixture_poses()
         self._indicators = _find_indicators(scene)
         self._indicator_alpha = np.zeros(len(self._indicators))
         self._observed_indicator_alpha = np.zeros(len(self._indicators))
-        # What the next step depends on besides MuJoCo's state; a step that fails is undone by it.
+        # What the next step and what is shown depend on besides MuJoCo's state; a step that fails is undone by it.
         self._memory = (
             self._controller.goal_pos,
             self._controller.goal_ori,
@@ -165,6 +170,7 @@ class Simulation(Uncopied):
             self._observation.eef_pos,
             self._observation.eef_quat_wxyz,
             self._observation.gripper_qpos,
+            self._observation.judged_qpos,
             self._observed_indicator_alpha,
         )
         self.goal: Callable[[mujoco.MjData], bool] | None = None
@@ -203,7 +209,7 @@ class Simulation(Uncopied):
                 reset of it takes more random numbers (see `libero_gym.tasks.placements.FixtureSampler.sample`).
 
         Raises:
-            ValueError: `init_state_id` is out of range, or `init_states` is unknown.
+            ValueError: `init_state_id` is no integer or out of range, or `init_states` is unknown.
             FileNotFoundError: "settled" or "held_out" was asked of a suite for which none are recorded.
             PhysicsError: the simulation diverged while settling.
         """
@@ -229,6 +235,7 @@ class Simulation(Uncopied):
             self.data.qvel[:] = state[1 + self.model.nq :]
         mujoco.mj_forward(self.model, self.data)
         self._observation.qpos[:] = self.data.qpos
+        self._observation.judged_qpos[:] = self.data.qpos
         self._observation.read_sensors(self.data, self.scene.robot)
         self._update_indicators()
         self._observed_indicator_alpha[:] = self._indicator_alpha
@@ -269,9 +276,9 @@ class Simulation(Uncopied):
         counts = np.asarray(self.data.warning.number)
         if counts.any():
             names = [mujoco.mjtWarning(int(i)).name for i in np.flatnonzero(counts)]
-            self._restore_physics(physics)
             for array, value in zip(self._memory, memory, strict=True):
                 array[:] = value
+            self._restore_physics(physics, self._observation.judged_qpos)
             raise self._dumped_error(
                 f"MuJoCo reports {names} in the step from t={started:.3f} s of {self.task}: reset the environment, and "
                 "check that nothing but its actions moves it",
@@ -286,7 +293,8 @@ class Simulation(Uncopied):
     def hold_action(self) -> FloatArray:
         """Return the action that keeps the arm where it is and the gripper as it is, float64 [A].
 
-        With the absolute modes that is where the arm is, 2 ms before the step's end: what such actions mean.
+        With the absolute modes that is where the arm is, what such actions mean: the grip site's pose 2 ms before the
+        step's end, or the joints' positions at it.
         """
         held = np.zeros(action_dim(self.action_mode))
         robot = self.scene.robot
@@ -348,30 +356,33 @@ class Simulation(Uncopied):
             "observed_eef_pos": observation.eef_pos.copy(),
             "observed_eef_quat_wxyz": observation.eef_quat_wxyz.copy(),
             "observed_gripper_qpos": observation.gripper_qpos.copy(),
+            _JUDGED: observation.judged_qpos.copy(),
             "indicator_alpha": self._indicator_alpha.copy(),
             "observed_indicator_alpha": self._observed_indicator_alpha.copy(),
             "success": np.array(self._success),
         }
 
     def set_state(self, state: Mapping[str, npt.NDArray[Any]], *, must_be_finite: bool = True) -> None:
-        """Restore what `get_state` returned.
+        """Restore what `get_state` returned, and with it the poses and contacts that `data` held.
 
         Args:
-            state: the state.
+            state: the state. One that version 0.1.0 saved lacks `judged_qpos`; poses and contacts are then those of the
+                step's end, 2 ms later, as they were there.
             must_be_finite: False takes numbers that are not finite, as the dump of a fault may hold.
 
         Raises:
             ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
                 another scene or to a task of another scene. The simulation has not been touched.
         """
-        check_keys(state, self._layout, optional=_DUMP_KEYS)
+        check_keys(state, self._layout.keys() - {_JUDGED}, optional=(_JUDGED, *_DUMP_KEYS))
         task = check_scene(state, self.scene)
-        state = check_entries(state, self._layout, must_be_finite=must_be_finite)
+        layout = {name: entry for name, entry in self._layout.items() if name in state}
+        state = check_entries(state, layout, must_be_finite=must_be_finite)
         goal = load_task_data(self.scene, task).goal
         self.task, self.goal = task, goal
         self.init_state_id = int(state["init_state_id"])
         self._set_fixture_poses(state["fixture_poses"])
-        self._restore_physics(state["physics"])
+        self._restore_physics(state["physics"], state.get(_JUDGED))
         self._controller.goal_pos[:] = state["goal_pos"]
         self._controller.goal_ori[:] = state["goal_ori"]
         self._controller.gripper[:] = state["gripper"]
@@ -409,11 +420,14 @@ class Simulation(Uncopied):
             dump=folder / name,
         )
 
-    def _restore_physics(self, physics: FloatArray) -> None:
+    def _restore_physics(self, physics: FloatArray, judged_qpos: FloatArray | None) -> None:
+        """Put `data` where a step left it: its poses and contacts are of `judged_qpos`, None for the positions'."""
         mujoco.mj_resetData(self.model, self.data)
         mujoco.mj_setState(self.model, self.data, physics, _PHYSICS_STATE)
-        mujoco.mj_forward(self.model, self.data)  # derived quantities, for whoever looks at `data`
-        # Some versions of MuJoCo overwrite the solver's warm start when they compute them.
+        self._observation.judged_qpos[:] = self.data.qpos if judged_qpos is None else judged_qpos
+        self.data.qpos[:] = self._observation.judged_qpos
+        mujoco.mj_forward(self.model, self.data)
+        # The positions themselves, and the solver's warm start, which some versions of MuJoCo overwrite.
         mujoco.mj_setState(self.model, self.data, physics, _PHYSICS_STATE)
 
     def _physics_state(self) -> FloatArray:

@@ -34,6 +34,10 @@ class Entry(NamedTuple):
 
 TEXT, INTEGER, NUMBER, FLAG = (Entry(np.dtype(kind)) for kind in (np.str_, np.int64, np.float64, np.bool_))
 IDENTITY: dict[str, Entry] = {"scene": TEXT, "suite": TEXT, "task_id": INTEGER, "init_state_id": INTEGER}
+EPISODE: dict[str, Entry] = {
+    "episode_length": INTEGER, "episode_return": NUMBER, "last_value": NUMBER, "is_done": FLAG, "rng": TEXT,
+}  # fmt: skip
+"""What the state of an environment, single or one of many, holds besides that of its world."""
 
 
 def check_keys(state: Mapping[str, Any], keys: Collection[str], *, optional: Collection[str] = ()) -> None:
@@ -72,6 +76,19 @@ def check_entries(
             )
         arrays[name] = value
     return arrays
+
+
+def read_episode(state: Mapping[str, Any]) -> tuple[dict[str, npt.NDArray[Any]], np.random.Generator]:
+    """Return the entries of `state` that `EPISODE` names, and the generator among them.
+
+    Raises:
+        ValueError: one is missing, of another type or shape, or not finite, or the length is negative.
+    """
+    check_keys(state, EPISODE, optional=state)
+    episode = check_entries(state, EPISODE)
+    if episode["episode_length"] < 0:
+        raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
+    return episode, read_generator(str(episode["rng"]))
 
 
 def write_generator(rng: np.random.Generator) -> npt.NDArray[np.str_]:

@@ -414,7 +414,7 @@ def _run_substeps(
     init_qpos, torque_low, torque_high, kp, kd, finger_bias, finger_weight, scales = robot_values
     goal_pos, goal_ori, goal_qpos = goals
     creation_pos, creation_ori, creation_jac, creation_mass, creation_joint_pos = creation
-    observed_qpos, observed_pos, observed_quat, observed_fingers = observation
+    observed_qpos, observed_pos, observed_quat, observed_fingers, judged_qpos = observation
     ee_pos, ee_ori, ee_vel, ori_error, rotation, matrix, joint_state, all_jac, quaternion, identity = small
     force, torque, posture, bias, torques = vectors
     jac, jac_pos, jac_ori = jacobians
@@ -429,6 +429,9 @@ def _run_substeps(
         if substep == num_substeps - 2:
             for i in range(qpos.size):
                 observed_qpos[i] = qpos[i]
+        if substep == num_substeps - 1:
+            for i in range(qpos.size):
+                judged_qpos[i] = qpos[i]
         _call(step1, (model, data))
 
         if is_fresh[0]:
@@ -610,7 +613,13 @@ class NativeStepper(Uncopied):
             creation.mass_matrix.ravel(order="F"),
             creation.joint_pos,
         )
-        observed = (observation.qpos, observation.eef_pos, observation.eef_quat_wxyz, observation.gripper_qpos)
+        observed = (
+            observation.qpos,
+            observation.eef_pos,
+            observation.eef_quat_wxyz,
+            observation.gripper_qpos,
+            observation.judged_qpos,
+        )
         self._arguments = (
             live,
             robot_ids,

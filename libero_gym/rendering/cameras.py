@@ -11,6 +11,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.rendering.protocol import ViewKind
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec
 
@@ -80,6 +81,12 @@ def camera_name(camera: str | Camera) -> str:
     return camera if isinstance(camera, str) else camera.name
 
 
+def view_keys(cameras: Sequence[str | Camera], kind: ViewKind) -> tuple[str, ...]:
+    """Return the cameras' keys: `images`, `wrist_images`, `<name>_images` for further ones; `depth` and so on."""
+    own = (kind, f"wrist_{kind}")
+    return (*own[: len(cameras)], *(f"{camera_name(camera)}_{kind}" for camera in cameras[len(own) :]))
+
+
 def list_cameras(task: TaskSpec) -> dict[str, Camera]:
     """Return the cameras of a task's scene by name, with their fields of view."""
     model = load_scene(task).physics_model
@@ -120,7 +127,7 @@ def check_cameras(cameras: Sequence[str | Camera]) -> tuple[str | Camera, ...]:
     """Return cameras as a tuple.
 
     Raises:
-        ValueError: there is none, or two have one name.
+        ValueError: there is none, or two have one name or would be observed by one key.
         TypeError: one is neither a name nor a `Camera`.
     """
     if isinstance(cameras, str):
@@ -132,6 +139,15 @@ def check_cameras(cameras: Sequence[str | Camera]) -> tuple[str | Camera, ...]:
     if not names or len(set(names)) < len(names):
         raise ValueError(
             f"camera_names={names} must name at least one camera, and none twice (without images: observe_images=False)"
+        )
+    keys = view_keys(cameras, "images")
+    by_key = dict(zip(keys, names, strict=True))
+    hidden = [(key, name) for key, name in zip(keys, names, strict=True) if by_key[key] != name]
+    if hidden:
+        key, name = hidden[0]
+        raise ValueError(
+            f"camera {by_key[key]!r} would be observed as {key!r}, as {name!r} is; give it another name, or take it "
+            f"in place of {name!r}"
         )
     return tuple(cameras)
 

@@ -25,6 +25,18 @@ class RendererUnavailableError(RuntimeError):
     """A renderer that was asked for cannot be used on this machine."""
 
 
+def check_renderer(kind: Any) -> RendererKind | None:
+    """Return `kind`.
+
+    Raises:
+        ValueError: it is neither None nor a kind of renderer.
+    """
+    if kind is not None and kind not in get_args(RendererKind):
+        names = ", ".join(map(repr, get_args(RendererKind)))
+        raise ValueError(f"renderer={kind!r} is unknown (valid: None, {names})")
+    return kind
+
+
 class RenderState(NamedTuple):
     """What an image of a world shows, apart from the model. All arrays are copies.
 

@@ -35,7 +35,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -51,6 +51,7 @@ from libero_gym.rendering.protocol import (
     RendererUnavailableError,
     ViewKind,
     Views,
+    check_renderer,
     check_view_kinds,
     only_images,
 )
@@ -109,8 +110,7 @@ def make_renderer(
         RendererUnavailableError: The renderer cannot be used here; the message says what to install.
         RuntimeError: This process was forked from one that had opened a renderer on a GPU.
     """
-    if kind is not None and kind not in get_args(RendererKind):
-        raise ValueError(f"renderer={kind!r} is unknown (valid: None, 'egl', 'osmesa', 'warp')")
+    kind = check_renderer(kind)
     if image_size < 1:
         raise ValueError(f"image_size={image_size} is not a positive number of pixels")
     if num_threads is not None and num_threads < 1:

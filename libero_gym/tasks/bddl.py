@@ -76,6 +76,8 @@ def read_problem(path: Path) -> Problem:
     missing = {"problem", ":regions", ":objects", ":fixtures", ":init", ":goal"} - groups.keys()
     if missing:
         raise ValueError(f"{path} lacks the sections {sorted(missing)}; is it a LIBERO task file?")
+    if any(isinstance(word, list) for word in groups.get(":language", [])):
+        raise ValueError(f"{path} has parentheses in its instruction (:language ...), which LIBERO cannot read")
     language = re.search(r"\(:language\s+([^)]*)\)", text)
     goal = groups[":goal"][0]
     return Problem(

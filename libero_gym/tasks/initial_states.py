@@ -27,8 +27,8 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.tasks.own_suites import is_drawn, own_suites
-from libero_gym.tasks.suites import TaskSpec, is_integer, load_init_states, member_suites
+from libero_gym.tasks.own_suites import is_drawn
+from libero_gym.tasks.suites import TaskSpec, is_integer, load_init_states, member_suites, registered_suites
 
 RecordedKind = Literal["settled", "held_out"]
 InitStates = Literal["settled", "held_out", "original"]
@@ -105,8 +105,8 @@ def sample_start(
         probabilities: of each of `tasks`; None draws all alike.
 
     Raises:
-        ValueError: `init_state_id` is out of range, or a `placement_seed` is not or is given for states that hold
-            their fixtures.
+        ValueError: `init_state_id` is no integer or out of range, or a `placement_seed` is not or is given for states
+            that hold their fixtures.
         FileNotFoundError: states of this kind are not recorded for the task's suite.
     """
     if placement_seed is not None:
@@ -158,6 +158,8 @@ def check_init_states(init_states: InitStates | None, suite: str) -> InitStates:
 def check_init_state_id(init_state_id: int, task: TaskSpec, kind: InitStates) -> None:
     """Raise ValueError unless `task` has an initial state of this number and kind."""
     num_states = count_init_states(task, kind)
+    if not is_integer(init_state_id):
+        raise ValueError(f"init_state_id={init_state_id!r} is not an integer (valid: 0-{num_states - 1})")
     if not 0 <= init_state_id < num_states:
         raise ValueError(
             f"init_state_id={init_state_id} is not among the stored states of {task.suite} task {task.task_id} "
@@ -182,7 +184,7 @@ def has_recorded_states(suite: str, kind: RecordedKind) -> bool:
 
     Of a combined suite all members' must be.
     """
-    if suite in (own := own_suites()):
+    if suite in (own := registered_suites()):
         return kind == "settled" and own[suite].states_folder is None
     return all((_DATA / kind / f"{member}.npz").is_file() for member in member_suites(suite))
 

@@ -67,56 +67,66 @@ def add_suite(name: str, folder: Path, states_folder: Path | None) -> OwnSuite:
     """Register a suite and return it; the same one twice changes nothing.
 
     Raises:
-        ValueError: the name or a path cannot be registered, or the name has another folder already.
+        ValueError: the name or a path cannot be registered, the name has another folder already, or a file is no task.
         FileNotFoundError: a folder is missing or has no BDDL files.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"name={name!r} cannot be part of an id (valid: letters, digits, '_', '-')")
-    places = [folder.expanduser().resolve()]
-    if states_folder is not None:
-        places.append(states_folder.expanduser().resolve())
+    places = [place.expanduser().resolve() for place in (folder, states_folder) if place is not None]
     for place in places:
-        if not place.is_dir():
-            raise FileNotFoundError(f"{place} is not a folder")
         if os.pathsep in str(place) or "=" in str(place):
             raise ValueError(f"{place} has {os.pathsep!r} or '=' in its path, which separate paths in {VARIABLE}")
     entry = "=".join([name, *map(str, places)])
     known = {line.partition("=")[0]: line for line in _entries()}
-    if known.get(name, entry) != entry:
+    if name in known and _parse_entry(known[name]) != (name, *places):
         raise ValueError(f"{name!r} is registered already, as {known[name]!r}; give another name")
-    suite = _read_entry(entry)
+    suite = _read_suite(name, *places)
     os.environ[VARIABLE] = os.pathsep.join({**known, name: entry}.values())
     return suite
 
 
 def own_suites() -> dict[str, OwnSuite]:
-    """Return what is registered, by name.
+    """Return what is registered, by name; `libero_gym.tasks.suites.registered_suites` has checked the names, too.
 
     Raises:
-        ValueError: `LIBERO_GYM_SUITES` is not of its form.
+        ValueError: `LIBERO_GYM_SUITES` is not of its form, has a name twice, or holds what cannot be registered.
         FileNotFoundError: a folder in it is missing or has no BDDL files.
     """
-    suites = (_read_entry(entry) for entry in _entries())
-    return {suite.name: suite for suite in suites}
+    suites: dict[str, OwnSuite] = {}
+    for entry in _entries():
+        try:
+            suite = _read_suite(*_parse_entry(entry))
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{VARIABLE} holds {entry!r}: {error}") from error
+        if suites.setdefault(suite.name, suite) != suite:
+            raise ValueError(f"{VARIABLE} has {suite.name!r} twice, with different folders; give another name")
+    return suites
 
 
 def _entries() -> list[str]:
     return [entry for entry in os.environ.get(VARIABLE, "").split(os.pathsep) if entry]
 
 
-@functools.lru_cache(maxsize=64)
-def _read_entry(entry: str) -> OwnSuite:
+def _parse_entry(entry: str) -> tuple[str, *tuple[Path, ...]]:
+    """Return name and folders of an entry of the variable."""
     name, *folders = entry.split("=")
-    if len(folders) not in (1, 2) or not name:
-        raise ValueError(f"{VARIABLE} holds {entry!r}; expected name=folder or name=folder=states")
-    folder = Path(folders[0]).expanduser().resolve()
+    if len(folders) not in (1, 2):
+        raise ValueError("expected name=folder or name=folder=states")
+    return (name, *(Path(folder).expanduser().resolve() for folder in folders))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_suite(name: str, folder: Path, states_folder: Path | None = None) -> OwnSuite:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"name={name!r} cannot be part of an id (valid: letters, digits, '_', '-')")
+    for place in (folder, states_folder):
+        if place is not None and not place.is_dir():
+            raise FileNotFoundError(f"{place} is not a folder")
     files = tuple(sorted(folder.glob("*.bddl")))
     if not files:
         raise FileNotFoundError(f"{folder} has no .bddl files for the suite {name!r}")
     for file in files:
         if not read_problem(file).instruction:
             raise ValueError(f"{file} has no instruction: add (:language ...) to it")
-    return OwnSuite(name=name, bddl_files=files, states_folder=Path(folders[1]) if len(folders) == 2 else None)
+    return OwnSuite(name=name, bddl_files=files, states_folder=states_folder)
 
 
 def is_drawn(path: Path) -> bool:

@@ -119,7 +119,6 @@ class SceneObject:
     Attributes:
         name: name in BDDL.
         is_fixture: whether it is fixed to the world: its pose is `model.body_pos/body_quat[body_id]`.
-        category: LIBERO's class of the object.
         body_id: root body.
         joint_qpos_adr: addresses in qpos of its joints.
         contact_mask: bool [ngeom] on the physics model, True for the geoms by which it touches others.
@@ -129,7 +128,6 @@ class SceneObject:
         init_quat: rotation applied to every sampled one, or None.
         rotation_kind: "value" (fixed angle, or any if None), "range" or "axes" (one range per axis).
         rotation: what `rotation_kind` says.
-        rotation_axis: "x", "y", "z", or None for "axes".
         joint_ranges: articulation ranges by LIBERO's names, such as `default_open_ranges`.
         joint_tests: comparison behind each predicate on joints ("open", "close", "turnon", "turnoff").
         indicator_site_ids: sites shown while the object is turned on.
@@ -137,7 +135,6 @@ class SceneObject:
 
     name: str
     is_fixture: bool
-    category: str
     body_id: int
     joint_qpos_adr: tuple[int, ...]
     contact_mask: npt.NDArray[np.bool_]
@@ -147,7 +144,6 @@ class SceneObject:
     init_quat: FloatArray | None
     rotation_kind: str
     rotation: Any
-    rotation_axis: str | None
     joint_ranges: dict[str, tuple[float, ...]]
     joint_tests: dict[str, JointTest]
     indicator_site_ids: tuple[int, ...]
@@ -422,7 +418,6 @@ def _read_object(model: mujoco.MjModel, name: str, data: dict[str, Any]) -> Scen
     return SceneObject(
         name=name,
         is_fixture=data["is_fixture"],
-        category=data["category"],
         body_id=model.body(data["root_body"]).id,
         joint_qpos_adr=tuple(int(model.joint(joint).qposadr[0]) for joint in data["joints"]),
         contact_mask=contact_mask,
@@ -432,7 +427,6 @@ def _read_object(model: mujoco.MjModel, name: str, data: dict[str, Any]) -> Scen
         init_quat=None if data["init_quat"] is None else np.array(data["init_quat"]),
         rotation_kind=data["rotation"]["kind"],
         rotation=data["rotation"]["value"],
-        rotation_axis=data["rotation"]["axis"],
         joint_ranges={key: tuple(value) for key, value in data["joint_ranges"].items()},
         joint_tests={key: JointTest(**value) for key, value in data["joint_tests"].items()},
         indicator_site_ids=tuple(model.site(site).id for site in data["indicator_sites"]),

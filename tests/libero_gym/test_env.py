@@ -14,6 +14,8 @@ from libero_gym import window
 from libero_gym.env import LiberoEnv
 from libero_gym.options import make_observation_space
 from libero_gym.physics.simulation import PhysicsError, Simulation
+from libero_gym.rendering.cameras import Camera
+from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task, list_suites, list_tasks
 from tests.preloaded import run_environments
 
@@ -300,8 +302,29 @@ def test_every_instruction_is_in_the_observation_space():
 @pytest.mark.parametrize("init_state_id", [7.9, "7", True, [3]])
 def test_initial_states_are_chosen_by_integers(init_state_id):
     env = LiberoEnv("libero_spatial", observe_images=False)
-    with pytest.raises(ValueError, match="is not an integer"):
+    with pytest.raises(ValueError, match=r"is not an integer \(valid: 0-49\)"):
         env.reset(options={"init_state_id": init_state_id})
+    simulation = Simulation(load_scene(get_task("libero_spatial", 0)))
+    with pytest.raises(ValueError, match=r"is not an integer \(valid: 0-49\)"):
+        simulation.reset(get_task("libero_spatial", 0), init_state_id, np.random.RandomState(0))
+
+
+@pytest.mark.parametrize("seed", [1.7, True, "3", -1, [3]])
+def test_seeds_are_integers(seed):
+    with pytest.raises(ValueError, match=r"is not a seed \(valid: None, or an integer from 0 on\)"):
+        _make().reset(seed=seed)
+
+
+def test_a_reset_that_is_refused_touches_nothing():
+    env, twin = _make(), _make()
+    for each in (env, twin):
+        each.reset(seed=0)
+    for options in ({"init_state_id": 99}, {"task_id": 10}, {"placement_seed": 1}, {"nonsense": 1}):
+        with pytest.raises(ValueError, match=r"is not|chooses|unknown"):
+            env.reset(seed=7, options=options)
+    assert env.np_random_seed == 0
+    assert env.get_state()["rng"] == twin.get_state()["rng"]
+    assert env.reset(seed=np.int64(3))[1] == twin.reset(seed=3)[1]
 
 
 def test_nan_action():
@@ -325,7 +348,11 @@ def test_nan_action():
         ({"stepping": "slow"}, r"stepping='slow' is unknown"),
         ({"camera_names": ()}, r"camera_names=\[\] must name at least one camera, and none twice"),
         ({"camera_names": ("agentview",) * 2}, r"must name at least one camera, and none twice"),
-        ({"observe_images": True, "renderer": "vulkan"}, r"vulkan"),
+        (
+            {"camera_names": ("agentview", "robot0_eye_in_hand", Camera(name="wrist", fovy_deg=60))},
+            r"camera 'wrist' would be observed as 'wrist_images', as 'robot0_eye_in_hand' is; give it another name",
+        ),
+        ({"renderer": "vulkan"}, r"renderer='vulkan' is unknown \(valid: None, 'egl', 'osmesa', 'warp'\)"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -69,7 +69,10 @@ def test_the_keyboard_steers_in_a_window():
     [
         (["--policy", "clever"], "policy='clever' is unknown (valid: 'expert', 'keyboard', 'random', or"),
         (["--policy", "no_such_module:make"], "there is no module 'no_such_module' here or installed"),
+        (["--policy", "nope.sub:make"], "there is no module 'nope.sub' here or installed"),
+        (["--policy", "math.sub:make"], "there is no module 'math.sub' here or installed"),
         (["--policy", "math:no_such"], "has no function 'no_such'"),
+        (["--num-episodes", "0"], "--num-episodes 0 is not a positive number of episodes"),
         (["--policy", "keyboard"], "--policy keyboard needs a window; leave --video out"),
         (["--task-id", "12"], "task_id=12 is not in libero_spatial (valid: 0-9)"),
         (["--suite", "libero_spacial"], "libero_spatial"),
@@ -83,12 +86,25 @@ def test_bad_arguments_end_in_a_message(
     assert message in capsys.readouterr().err
 
 
+def test_what_a_policys_package_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "lacking_package").mkdir()
+    (tmp_path / "lacking_package" / "__init__.py").write_text("import what_is_not_installed")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'what_is_not_installed'"):
+        play.load_policy("lacking_package.policy:make")
+
+
 def test_without_a_display_it_says_how_to_film(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit, match="2"):
         play.main([])
-    assert "--video FOLDER" in capsys.readouterr().err
+    assert "--video FOLDER" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(play, "check_usable", lambda: None)  # as with a display
+    with pytest.raises(SystemExit, match="2"):
+        play.main(["--task-id", "99"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith("task_id=99 is not in libero_spatial (valid: 0-9)")
 
 
 def test_actions_of_another_width_are_refused(

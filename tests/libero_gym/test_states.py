@@ -20,7 +20,8 @@ def spoil(state: State) -> Generator[tuple[str, State]]:
     yield r"has \['more'\], which are no part of it", {**state, "more": np.zeros(2)}
     for name, value in state.items():
         array = np.asarray(value)
-        yield rf"lacks \['{name}'\]", {other: state[other] for other in state if other != name}
+        if name != "judged_qpos":  # which version 0.1.0 did not save
+            yield rf"lacks \['{name}'\]", {other: state[other] for other in state if other != name}
         wrong = np.zeros((*array.shape, 2), array.dtype)
         yield rf"{name} of the state is .*; expected", state | {name: wrong}
         other = (
@@ -195,15 +196,20 @@ def test_vector_environments_refuse_actions_and_stay_as_they_were(autoreset_mode
     env.reset(seed=0)
     env.step(np.zeros((4, 3, 7), np.float32))
     ended = env.get_state(2) | {"is_done": np.array(True)}
-    env.set_state(2, ended)  # a step would reset it
+    env.set_state(2, ended)  # a step would reset it, and ignores its action
     before = env.get_states()
-    for env_ids in ([0], [3], [1, 2]):
+    for env_ids in ([0], [3], [1, 3]):
         for bad in (np.nan, np.inf, -np.inf):
             actions = np.zeros((4, 3, 7), np.float32)
-            actions[env_ids, -1, 6] = bad
+            actions[[2, *env_ids], -1, 6] = bad
             with pytest.raises(
                 PhysicsError, match=rf"actions of environments \[{', '.join(map(str, env_ids))}\] are not"
             ):
                 env.step(actions)
             assert_same(env.get_states(), before)
+    given = np.zeros((4, 3, 7))
+    given[2] = np.nan
+    *_, infos = env.step(given)
+    assert infos["num_steps"].tolist() == [3, 3, 0, 3]
+    assert np.isnan(given[2]).all()
     env.close()

@@ -1,8 +1,10 @@
 """The vector environment: Gymnasium's contract, equality with single environments, chunks, autoreset, bad input."""
 
+import inspect
 import itertools
 import os
 import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -388,6 +390,35 @@ def test_state_restores_to_the_last_bit_and_branches():
     env.close()
 
 
+def test_states_go_between_single_and_vector_environments():
+    env, single = (
+        make(1, horizon=4, reward="relative"),
+        LiberoEnv(SUITE, horizon=4, reward="relative", observe_images=False),
+    )
+    env.reset(seed=0)
+    force_success(env, 0)
+    actions = random_actions(4, 1)
+    env.step(actions[0])
+    state = env.get_state(0)
+    single.set_state(state)
+    assert_same(single.get_state(), state)
+    assert (state["episode_return"], state["is_done"]) == (1, True)
+    expected, reward, *_ = single.step(actions[1, 0])  # a single one goes on
+    assert reward == -1
+    env.set_state(0, single.get_state() | {"is_done": np.array(False)})
+    assert_same(env.get_state(0), single.get_state() | {"is_done": np.array(False)})
+    np.testing.assert_array_equal(env.observe()["states"][0], expected["states"])
+    for action in actions[2:]:
+        observation, _, _, (truncated,), infos = env.step(action)
+        expected, _, _, is_cut, _ = single.step(action[0])
+        np.testing.assert_array_equal(observation["states"][0], expected["states"])
+        assert truncated == is_cut == (infos["episode_length"][0] == 4)
+    assert_same(env.get_state(0), single.get_state())
+    assert single.get_state()["episode_return"] == infos["episode_return"][0] == 0
+    single.reset()
+    assert [single.get_state()[name] for name in ("episode_length", "episode_return", "is_done")] == [0, 0, False]
+
+
 @pytest.mark.parametrize("init_states", [None, "settled", "original"])
 def test_groups_start_and_stay_in_equal_states(init_states):
     env = make(6, init_states=init_states)
@@ -658,13 +689,19 @@ def test_text_can_be_left_out():
 
 
 def test_members_are_what_users_of_gymnasium_expect():
-    env = gymnasium.make_vec(f"libero_gym/{SUITE}-v0", num_envs=2, observe_images=False, horizon=9).unwrapped
-    assert env.spec.max_episode_steps == 9
-    assert env.call("_max_episode_steps") == (9, 9)
-    assert tuple(spec.max_episode_steps for spec in env.get_attr("spec")) == (9, 9)
+    of_many = dict(max_episode_steps=3, num_action_chunks=4, autoreset_mode="SAME_STEP", num_threads=1, physics="cpu")
+    env = gymnasium.make_vec(
+        f"libero_gym/{SUITE}-v0", num_envs=2, observe_images=False, horizon=9, reward="relative", **of_many
+    ).unwrapped
+    assert env.spec.max_episode_steps == 3
+    assert env.call("_max_episode_steps") == (3, 3)
+    assert tuple(spec.max_episode_steps for spec in env.get_attr("spec")) == (3, 3)
     single = gymnasium.make(env.get_attr("spec")[0])
     assert single.unwrapped.options == env.options
-    assert env.get_attr("metadata")[0]["render_fps"] == 20
+    assert set(env.get_attr("spec")[0].kwargs) == {"suite", "observe_images", "horizon", "reward"}
+    assert env.get_attr("metadata")[0]["render_fps"] == env.metadata["render_fps"] == 5  # a frame of every fourth step
+    assert make(num_action_chunks=64).metadata["render_fps"] == 1
+    assert make(control_freq=10).metadata["render_fps"] == 10
     assert env.get_attr("action_space") == (env.single_action_space,) * 2
     with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
         env.get_attr("task_description")
@@ -676,6 +713,22 @@ def test_members_are_what_users_of_gymnasium_expect():
     np.testing.assert_array_equal([each["states"] for each in env.call("observe")], observation["states"])
     with pytest.raises(AttributeError, match="no attribute 'states'"):
         env.get_attr("states")
+    single.reset(seed=3)
+    actions = random_actions(4, 2)
+    *_, infos = env.step(np.moveaxis(actions, 0, 1))
+    for action in actions[:3, 0]:
+        expected, _, _, truncated, _ = single.step(action)
+    assert truncated
+    np.testing.assert_array_equal(infos["final_obs"]["states"][0], expected["states"])
+
+
+def test_a_member_draws_by_the_renderer_of_all():
+    env = gymnasium.make_vec(f"libero_gym/{SUITE}-v0", num_envs=1, image_size=16, images_as_torch=True).unwrapped
+    single = gymnasium.make(env.envs[0].spec)
+    assert single.unwrapped.options == env.options
+    assert "images_as_torch" not in single.spec.kwargs
+    for made in (env, single):
+        made.close()
 
 
 def test_one_task_or_several_and_either_name_of_the_horizon():
@@ -686,6 +739,14 @@ def test_one_task_or_several_and_either_name_of_the_horizon():
     assert again.unwrapped.options.horizon == 9
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'num_env'; did you mean 'num_envs'\?"):
         make(num_env=3)
+
+
+def test_it_takes_what_a_single_one_takes_and_what_the_page_names():
+    of_one, of_many = (set(inspect.signature(kind.__init__).parameters) for kind in (LiberoEnv, LiberoVectorEnv))
+    assert of_one < of_many
+    page = (Path(__file__).resolve().parents[2] / "docs" / "libraries.md").read_text("utf-8")
+    # gymnasium.make takes `max_episode_steps` itself.
+    assert all(f"`{name}`" in page for name in of_many - of_one - {"max_episode_steps"})
 
 
 @pytest.mark.parametrize("autoreset_mode", ["NEXT_STEP", "SAME_STEP", "DISABLED"])
@@ -732,7 +793,7 @@ def test_placement_seeds_are_those_of_single_environments():
         ({"task_ids": [10]}, r"task_id=10 is not in libero_spatial \(valid: 0-9\)"),
         ({"task_ids": []}, "task_ids is empty"),
         ({"image_size": 0, "observe_images": True}, "image_size=0 is not a positive number"),
-        ({"renderer": "vulkan", "observe_images": True}, "renderer='vulkan' is unknown"),
+        ({"renderer": "vulkan"}, r"renderer='vulkan' is unknown \(valid: None, 'egl', 'osmesa', 'warp'\)"),
         ({"reward": "dense"}, "reward='dense' is unknown"),
         ({"horizon": 0}, "horizon=0 is not a positive number"),
         ({"stepping": "slow"}, "stepping='slow' is unknown"),
@@ -749,6 +810,7 @@ def test_placement_seeds_are_those_of_single_environments():
         ({"physics": "gpu"}, r"physics='gpu' is unknown \(valid: 'cpu', 'warp'\)"),
         ({"warp_options": "larger"}, "leave warp_options out with physics='cpu'"),
         ({"physics": "warp", "stepping": "fast"}, "stepping='fast' chooses among CPU steppers"),
+        ({"physics": "warp", "renderer": "osmesa"}, r"physics='warp' draws with renderer='warp' \(given: 'osmesa'\)"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -773,12 +835,27 @@ def pair():
         ({"options": {"init_state_id": 50}}, r"init_state_id=50 is not among .*\(valid: 0-49\)"),
         ({"options": {"reset_mask": np.array([0, 1])}}, "expected bool"),
         ({"options": {"reset_mask": np.zeros(2, np.bool_)}}, "False everywhere"),
+        ({"options": {"init_state_id": True}}, "init_state_id is bool"),
         ({"seed": [1, 2, 3]}, "seed has 3 entries"),
+        ({"seed": [1.7, 2.9]}, r"seed=1.7 is not a seed \(valid: None, or an integer from 0 on\)"),
+        ({"seed": True}, "seed=True is not a seed"),
+        ({"seed": [3, True]}, "seed=True is not a seed"),
+        ({"seed": 1.0}, "seed=1.0 is not a seed"),
+        ({"seed": [3, -1]}, "seed=-1 is not a seed"),
     ],
 )
 def test_bad_resets_are_refused(pair, keywords, message):
     with pytest.raises(ValueError, match=message):
         pair.reset(**keywords)
+
+
+@pytest.mark.parametrize("env_id", [1.0, "1", True, None, np.bool_(True)])
+def test_environments_are_numbered_by_integers(pair, env_id):
+    for ask in (pair.get_state, pair.object_poses, lambda i: pair.draw_only([i]), lambda i: pair.render_some([i])):
+        with pytest.raises(ValueError, match=r"env_id=.* is not an integer \(valid: 0-1\)"):
+            ask(env_id)
+    with pytest.raises(ValueError, match=r"numpy.flatnonzero\(mask\) gives those of a mask"):
+        pair.draw_only(np.array([False, True]))
 
 
 def test_bad_actions_are_refused(pair):

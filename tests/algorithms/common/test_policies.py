@@ -219,7 +219,7 @@ def test_what_is_no_policy_is_refused(tmp_path: Path, body: str, message: str):
         OwnPolicy(f"{tmp_path}/own.py:make", None)
 
 
-def test_a_policy_is_found_in_a_module_and_in_a_file(tmp_path: Path):
+def test_a_policy_is_found_in_a_module_and_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert load_factory("tests.algorithms.line_env:LineVectorEnv") is LineVectorEnv
     assert policy_file("tests.algorithms.line_env:LineVectorEnv") == Path(line_env.__file__)
     assert OwnPolicy(walker_file(tmp_path), None).num_action_chunks == 2
@@ -234,6 +234,11 @@ def test_a_policy_is_found_in_a_module_and_in_a_file(tmp_path: Path):
             policy_file(name)
     with pytest.raises(FileNotFoundError, match=r"there is no file nowhere.py"):
         policy_file("nowhere.py:make")
+    (tmp_path / "lacking").mkdir()
+    (tmp_path / "lacking" / "__init__.py").write_text("import what_is_not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'what_is_not_installed'"):
+        policy_file("lacking.policy:make")
 
 
 @pytest.mark.parametrize(

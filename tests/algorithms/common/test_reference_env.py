@@ -159,8 +159,12 @@ def test_bad_steps(goal_env: ReferenceVectorEnv):
     goal_env.reset(seed=0, options={"task_id": 0, "init_state_id": 0})
     with pytest.raises(ValueError, match=r"actions have shape \(1, 7\); expected \(1, 2, 7\)"):
         goal_env.step(np.zeros((1, 7), np.float32))
+    nonsense = np.full((1, 2, 7), np.nan, np.float32)
     with pytest.raises(PhysicsError, match="actions are not finite"):
-        goal_env.step(np.full((1, 2, 7), np.nan, np.float32))
+        goal_env.step(nonsense)
+    goal_env._episodes[0]["is_over"] = True
+    *_, infos = goal_env.step(nonsense)  # what idles takes anything
+    assert infos["num_steps"].tolist() == [0]
 
 
 @pytest.mark.parametrize(

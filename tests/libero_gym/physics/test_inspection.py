@@ -28,6 +28,23 @@ def test_poses_are_those_of_the_bodies():
         np.testing.assert_array_equal(envs.call("object_poses")[0][name], pose)
 
 
+def test_a_state_holds_what_they_tell():
+    options = dict(task_id=1, observe_images=False, action_mode="absolute_pose")
+    env, envs = LiberoEnv("libero_goal", **options), LiberoVectorEnv("libero_goal", 1, **options)
+    env.reset(seed=0)
+    action = env.hold_action()
+    action[2] -= 0.05
+    for _ in range(3):
+        env.step(action)
+    envs.set_state(0, env.get_state())
+    np.testing.assert_array_equal(envs.hold_action(0), env.hold_action())
+    assert envs.goal_state(0) == env.goal_state()
+    for name, pose in env.object_poses().items():
+        np.testing.assert_array_equal(envs.object_poses(0)[name], pose)
+    envs.step(action[None])  # poses are of 2 ms before the step's end
+    assert (envs.hold_action(0) != env.hold_action()).any()
+
+
 @pytest.mark.slow
 def test_parts_of_a_goal_come_true_one_by_one_and_all_are_success():
     env = LiberoEnv(BOTH, task_id=0, observe_images=False)

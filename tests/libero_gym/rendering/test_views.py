@@ -11,7 +11,7 @@ from gymnasium.utils.env_checker import check_env
 
 from libero_gym.env import LiberoEnv
 from libero_gym.physics.simulation import Simulation
-from libero_gym.rendering.cameras import place_camera
+from libero_gym.rendering.cameras import Camera, place_camera
 from libero_gym.rendering.ray_scene import VISIBLE_GROUPS, build_ray_scene
 from libero_gym.rendering.raycast import DeviceScene, PixelBuffers, SceneCaster, WarpRenderer
 from libero_gym.rendering.renderers import make_renderer
@@ -176,9 +176,13 @@ def test_opengl_equals_mujocos_renderer_and_the_ray_caster_agrees(gl_kinds, tmp_
 
 
 def test_environments_observe_them():
-    env = LiberoEnv(TASK, **OPTIONS)
+    upwards = Camera(name="upwards", pos=(0.0, 0.0, 9.0), look_at=(0.0, 0.0, 10.0))
+    env = LiberoEnv(TASK, camera_names=(*CAMERAS, upwards), **OPTIONS)
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
+    assert (observation["upwards_segmentation"] == -1).all()
+    (far,) = np.unique(observation["upwards_depth"])
+    assert f"({far:.0f} m," in " ".join(str(LiberoEnv.__doc__).split())
     assert observation["depth"].shape == observation["wrist_segmentation"].shape == (32, 32, 1)
     labels = env.segmentation_labels()
     seen = {labels[body].object for body in np.unique(observation["segmentation"]).tolist() if body >= 0}

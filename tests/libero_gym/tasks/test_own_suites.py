@@ -130,6 +130,43 @@ def test_what_cannot_be_registered_is_refused(mine: str, name: str, folder: Path
     assert libero_gym.list_suites()[-1] == mine
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("libero_spatial=FOLDER", ValueError, "SUITES: name='libero_spatial' is a suite of LIBERO's; give another"),
+        ("libero_40=FOLDER", ValueError, "SUITES: name='libero_40' is a suite of LIBERO's; give another name"),
+        ("my suite=FOLDER", ValueError, "SUITES holds 'my suite=.*': name='my suite' cannot be part of an id"),
+        ("mine=/no/such", FileNotFoundError, "SUITES holds 'mine=/no/such': /no/such is not a folder"),
+        ("mine=FOLDER=/no/such", FileNotFoundError, "SUITES holds 'mine=.*': /no/such is not a folder"),
+        ("mine=FOLDER/..", FileNotFoundError, "SUITES holds 'mine=.*': .* has no .bddl files"),
+        ("mine", ValueError, "SUITES holds 'mine': expected name=folder or name=folder=states"),
+        ("mine=FOLDER:mine=FOLDER=FOLDER", ValueError, "SUITES has 'mine' twice, with different folders"),
+    ],
+)
+def test_the_environments_entries_are_checked_alike(
+    value: str, error: type, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(own_suites.VARIABLE, value.replace("FOLDER", str(FOLDER)))
+    for ask in (libero_gym.list_suites, libero_gym.register_envs, lambda: libero_gym.get_task("libero_spatial", 0)):
+        with pytest.raises(error, match=message):
+            ask()
+
+
+def test_any_sentence_is_in_the_observation_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(own_suites.VARIABLE, "")
+    text = (FOLDER / "put_the_cream_cheese_on_the_plate.bddl").read_text("utf-8")
+    sentence = 'Räum auf! Cheese/plate: "please"? ' + "Now. " * 110
+    (tmp_path / "tidy.bddl").write_text(text.replace("Put the cream cheese on the plate, please", sentence), "utf-8")
+    np.savez(tmp_path / "tidy.npz", states=np.zeros((3, 1 + 30 + 28)))
+    libero_gym.register_suite("tidy", tmp_path, tmp_path)
+    (task,) = libero_gym.list_tasks("tidy")
+    assert task.language == sentence.strip()
+    for env in (LiberoEnv(task, observe_images=False), LiberoVectorEnv(task, 1, observe_images=False).envs[0]):
+        assert env.observation_space["task_descriptions"].contains(task.language)
+    liberos = LiberoEnv("libero_goal", observe_images=False).observation_space
+    assert not liberos["task_descriptions"].contains(task.language)
+
+
 def test_a_task_that_is_no_suites_is_refused(mine: str):
     task = libero_gym.get_task(mine, 0)
     with pytest.raises(ValueError, match="make a suite of your own BDDL files by"):
