@@ -13,9 +13,16 @@ from libero_gym.rendering.ray_scene import TEXTURE_CUBE
 # Neighbouring pixels that differ by more than this in a channel, on different surfaces, folds or depths, are an edge.
 _EDGE_COLOR = 6.0 / 255.0
 _EDGE_DEPTH = 0.02
+_EDGE_COSINE = 0.9
+# Surface of no pixel at all; that of the sky is -1.
+_UNSEEN = -2
 # Side in pixels of the tiles for which the parts that can be seen in them are found beforehand.
 TILE_SIZE = 8
+# Rays that a pixel may need: one through its centre, and four if it is at an edge.
+NUM_RAYS = 5
 _MAX_BACK_FACES = 8
+# Distance of what a ray that meets nothing meets, m.
+NOWHERE = 1.0e6
 _RAY_STEP = 1.0e-5
 # Cosine by which a tile's cone is widened, so that rounding leaves nothing out.
 _CULL_SLACK = 1.0e-5
@@ -34,6 +41,8 @@ class Scene:
     num_cameras: int
     part_body: wp.array(dtype=int)
     part_sphere: wp.array(dtype=wp.vec4)
+    part_half: wp.array(dtype=wp.vec3)
+    part_rests: wp.array2d(dtype=wp.uint8)
     part_mesh: wp.array(dtype=wp.uint64)
     part_first_face: wp.array(dtype=int)
     points: wp.array(dtype=wp.vec3)
@@ -94,6 +103,20 @@ class Tiles:
 
 
 @wp.struct
+class Resting:
+    """What rays meet of the parts that rest as their camera sees them, of all pixels; the same in all worlds.
+
+    Ray r of `NUM_RAYS` of camera k is at k * `NUM_RAYS` + r: ray 0 passes the pixel's centre, the others are those of
+    `smooth_edges`.
+    """
+
+    faces: wp.array3d(dtype=wp.vec2i)  # part, face
+    places: wp.array3d(dtype=wp.vec3)  # distance, u, v
+    colors: wp.array3d(dtype=wp.vec3)  # negative where they depend on the world
+    tile_ends: wp.array3d(dtype=float)  # [K, rows, columns], distance of the farthest in a tile
+
+
+@wp.struct
 class Hit:
     """Where a ray ends: part (-1 if nowhere), face within it, distance (m), barycentric weights of corners 0, 1."""
 
@@ -102,6 +125,18 @@ class Hit:
     distance: float
     u: float
     v: float
+
+
+@wp.struct
+class Ray:
+    """A ray of a camera; `step_x`, `step_y` lead from `direction` to the next pixels' (for the mipmap level)."""
+
+    eye: wp.vec3
+    direction: wp.vec3
+    step_x: wp.vec3
+    step_y: wp.vec3
+    headlight: wp.vec3
+    start: float
 
 
 @wp.struct
@@ -147,9 +182,17 @@ def place(
             worlds.light_dir[world, i] = body_mat[world, body] @ scene.light_dir[i]
 
 
+@wp.func
+def _is_behind(normal: wp.vec3, centre: wp.vec3, mat: wp.mat33, half: wp.vec3) -> bool:
+    """Whether a box lies behind the plane through the origin that faces along `normal`."""
+    along = wp.transpose(mat) @ normal
+    reach = wp.abs(along[0]) * half[0] + wp.abs(along[1]) * half[1] + wp.abs(along[2]) * half[2]
+    return wp.dot(normal, centre) + reach < -wp.static(_CULL_SLACK)
+
+
 @wp.kernel(module="unique", module_options=_OPTIONS)
-def cull(scene: Scene, worlds: Worlds, width: int, height: int, tiles: Tiles):
-    """Lists the parts whose spheres touch the cone around the rays of a tile; dim T."""
+def cull(scene: Scene, worlds: Worlds, resting: Resting, width: int, height: int, tiles: Tiles):
+    """Lists the moving parts whose spheres touch the cone around the rays of a tile before what rests; dim T."""
     tile = wp.tid()
     column = tile % tiles.num_columns
     row = tile / tiles.num_columns % tiles.num_rows
@@ -163,45 +206,64 @@ def cull(scene: Scene, worlds: Worlds, width: int, height: int, tiles: Tiles):
     left = (float(column) * side - 0.5 * float(width)) * pixel_size
     top = (0.5 * float(height) - float(row) * side) * pixel_size
     extent = side * pixel_size
-    axis = wp.normalize(wp.vec3(left + 0.5 * extent, top - 0.5 * extent, -1.0))
-    cosine = wp.min(
-        wp.min(
-            wp.dot(axis, wp.normalize(wp.vec3(left, top, -1.0))),
-            wp.dot(axis, wp.normalize(wp.vec3(left + extent, top, -1.0))),
-        ),
-        wp.min(
-            wp.dot(axis, wp.normalize(wp.vec3(left, top - extent, -1.0))),
-            wp.dot(axis, wp.normalize(wp.vec3(left + extent, top - extent, -1.0))),
-        ),
-    )
-    sine = wp.sqrt(wp.max(1.0 - cosine * cosine, 0.0))
+    # Sides of the pyramid of the tile's rays, in the camera's frame, facing inwards.
+    to_right = wp.normalize(wp.vec3(1.0, 0.0, left))
+    to_left = wp.normalize(wp.vec3(-1.0, 0.0, -left - extent))
+    downwards = wp.normalize(wp.vec3(0.0, -1.0, -top))
+    upwards = wp.normalize(wp.vec3(0.0, 1.0, top - extent))
+    end = resting.tile_ends[camera, row, column]
     count = int(0)
     for part in range(scene.num_parts):
         sphere = worlds.part_sphere[world, part]
         radius = sphere[3]
-        if radius < 0.0:
+        if radius < 0.0 or scene.part_rests[camera, part] != wp.uint8(0):
             continue
         to_centre = wp.transpose(mat) @ (wp.vec3(sphere[0], sphere[1], sphere[2]) - eye)
         distance = wp.length(to_centre)
-        if distance > radius:
-            # The angle between axis and centre against the cone's half angle and that under which the sphere is seen.
-            part_sine = radius / distance
-            limit = cosine * wp.sqrt(1.0 - part_sine * part_sine) - sine * part_sine
-            if wp.dot(axis, to_centre) < (limit - wp.static(_CULL_SLACK)) * distance:
-                continue
+        if distance - radius > end:
+            continue
+        turned = wp.transpose(mat) @ worlds.part_mat[world, part]
+        half = scene.part_half[part]
+        if (
+            _is_behind(to_right, to_centre, turned, half)
+            or _is_behind(to_left, to_centre, turned, half)
+            or _is_behind(downwards, to_centre, turned, half)
+            or _is_behind(upwards, to_centre, turned, half)
+            or _is_behind(wp.vec3(0.0, 0.0, -1.0), to_centre, turned, half)
+        ):
+            continue
         tiles.parts[tile, count] = wp.int16(part)
         count += 1
     tiles.num_parts[tile] = count
 
 
 @wp.func
-def _trace(
-    scene: Scene, worlds: Worlds, tiles: Tiles, tile: int, world: int, origin: wp.vec3, direction: wp.vec3, start: float
-) -> Hit:
-    """The first triangle that faces the ray beyond `start`, of a tile's parts or (-1) of all; part -1 if none does."""
+def _nothing() -> Hit:
     hit = Hit()
     hit.part = -1
-    hit.distance = 1.0e6
+    hit.distance = wp.static(NOWHERE)
+    return hit
+
+
+@wp.func
+def _trace(
+    scene: Scene,
+    worlds: Worlds,
+    tiles: Tiles,
+    tile: int,
+    world: int,
+    origin: wp.vec3,
+    direction: wp.vec3,
+    start: float,
+    behind: Hit,
+) -> Hit:
+    """The first triangle that faces the ray beyond `start`, of a tile's parts or (-1) of all; `behind` if none does."""
+    hit = Hit()
+    hit.part = behind.part
+    hit.face = behind.face
+    hit.distance = behind.distance
+    hit.u = behind.u
+    hit.v = behind.v
     count = scene.num_parts
     if tile >= 0:
         count = tiles.num_parts[tile]
@@ -251,6 +313,14 @@ def _texel(scene: Scene, address: int) -> wp.vec3:
 
 
 @wp.func
+def _wrapped(index: int, size: int) -> int:
+    """`index` modulo `size`, which division is too slow for where most are in range."""
+    if index >= 0 and index < size:
+        return index
+    return (index % size + size) % size
+
+
+@wp.func
 def _bilinear(scene: Scene, base: int, width: int, height: int, u: float, v: float, is_repeated: bool) -> wp.vec3:
     x = u * float(width) - 0.5
     y = v * float(height) - 0.5
@@ -261,10 +331,10 @@ def _bilinear(scene: Scene, base: int, width: int, height: int, u: float, v: flo
     right = left + 1
     bottom = top + 1
     if is_repeated:
-        left = (left % width + width) % width
-        right = (right % width + width) % width
-        top = (top % height + height) % height
-        bottom = (bottom % height + height) % height
+        left = _wrapped(left, width)
+        right = _wrapped(right, width)
+        top = _wrapped(top, height)
+        bottom = _wrapped(bottom, height)
     else:
         left = wp.clamp(left, 0, width - 1)
         right = wp.clamp(right, 0, width - 1)
@@ -345,28 +415,35 @@ def _lit_corner(
     result = color * material[0]
     for light in range(scene.num_lights):
         to_light = -headlight
-        weight = 1.0
+        distance = float(0.0)
+        direction = headlight
+        is_spot = False
         if scene.light_body[light] >= 0:
             direction = worlds.light_dir[world, light]
             to_light = -direction
             if scene.light_kind[light] == 0:
+                is_spot = True
                 offset = worlds.light_pos[world, light] - point
                 distance = wp.length(offset)
                 to_light = offset / wp.max(distance, 1.0e-6)
-                cosine = -wp.dot(to_light, direction)
-                weight = 1.0 / (
-                    scene.light_params[light, 2]
-                    + distance * (scene.light_params[light, 3] + distance * scene.light_params[light, 4])
-                )
-                if cosine < scene.light_params[light, 0]:
-                    weight = 0.0
-                else:
-                    weight = weight * wp.pow(cosine, scene.light_params[light, 1])
-        if weight > 0.0:
-            result += wp.cw_mul(color, scene.light_ambient[light]) * weight
-            facing = wp.dot(normal, to_light)
-            if facing > 0.0:
-                result += wp.cw_mul(color, scene.light_diffuse[light]) * (facing * weight)
+        facing = wp.dot(normal, to_light)
+        ambient = scene.light_ambient[light]
+        # What follows is costly, and counts for nothing where the light lights nothing.
+        if facing <= 0.0 and ambient == wp.vec3(0.0):
+            continue
+        weight = 1.0
+        if is_spot:
+            cosine = -wp.dot(to_light, direction)
+            if cosine < scene.light_params[light, 0]:
+                continue
+            weight = wp.pow(cosine, scene.light_params[light, 1]) / (
+                scene.light_params[light, 2]
+                + distance * (scene.light_params[light, 3] + distance * scene.light_params[light, 4])
+            )
+        result += wp.cw_mul(color, ambient) * weight
+        if facing > 0.0:
+            result += wp.cw_mul(color, scene.light_diffuse[light]) * (facing * weight)
+            if material[1] > 0.0:
                 # An exponent of 0 leaves a constant: OpenGL takes pow(x, 0) as 1.
                 highlight = 1.0
                 if material[2] > 0.0:
@@ -450,50 +527,37 @@ def _surface_color(
 
 
 @wp.func
-def _shade(
-    scene: Scene,
-    worlds: Worlds,
-    tiles: Tiles,
-    tile: int,
-    world: int,
-    camera: int,
-    x: float,
-    y: float,
-    width: int,
-    height: int,
-) -> Pixel:
-    """What the camera sees at image position (x, y) in pixels, y down."""
-    tangent = scene.camera_tan[camera]
-    pixel_size = 2.0 * tangent / float(height)
-    eye = worlds.camera_pos[world, camera]
+def _ray(scene: Scene, worlds: Worlds, world: int, camera: int, x: float, y: float, width: int, height: int) -> Ray:
+    """The camera's ray through image position (x, y) in pixels, y down."""
+    pixel_size = 2.0 * scene.camera_tan[camera] / float(height)
     mat = worlds.camera_mat[world, camera]
     to_pixel = mat @ wp.vec3((x - 0.5 * float(width)) * pixel_size, (0.5 * float(height) - y) * pixel_size, -1.0)
     length = wp.length(to_pixel)
-    direction = to_pixel / length
-    step_x = mat @ wp.vec3(pixel_size / length, 0.0, 0.0)
-    step_y = mat @ wp.vec3(0.0, -pixel_size / length, 0.0)
-    headlight = -wp.vec3(mat[0, 2], mat[1, 2], mat[2, 2])
-    hit = _trace(scene, worlds, tiles, tile, world, eye, direction, scene.znear * length)
-    pixel = Pixel()
-    if hit.part < 0:
-        pixel.surface = -1
-        pixel.distance = 1.0e6
-        pixel.color = _sky(scene, direction, pixel_size)
-        return pixel
+    ray = Ray()
+    ray.eye = worlds.camera_pos[world, camera]
+    ray.direction = to_pixel / length
+    ray.step_x = mat @ wp.vec3(pixel_size / length, 0.0, 0.0)
+    ray.step_y = mat @ wp.vec3(0.0, -pixel_size / length, 0.0)
+    ray.headlight = -wp.vec3(mat[0, 2], mat[1, 2], mat[2, 2])
+    ray.start = scene.znear * length
+    return ray
+
+
+@wp.func
+def _color(scene: Scene, worlds: Worlds, tiles: Tiles, world: int, ray: Ray, hit: Hit, normal: wp.vec3) -> wp.vec3:
+    """Colour of a hit whose face's normal in the world is `normal`, with what it mirrors."""
     face = scene.part_first_face[hit.part] + hit.face
-    surface = scene.face_surface[face]
-    color = _surface_color(scene, worlds, world, hit, eye, direction, step_x, step_y, headlight, 1.0)
-    edge1 = scene.points[3 * face + 1] - scene.points[3 * face]
-    edge2 = scene.points[3 * face + 2] - scene.points[3 * face]
-    normal = worlds.part_mat[world, hit.part] @ wp.normalize(wp.cross(edge1, edge2))
-    reflectance = scene.surface_material[surface][3]
+    color = _surface_color(
+        scene, worlds, world, hit, ray.eye, ray.direction, ray.step_x, ray.step_y, ray.headlight, 1.0
+    )
+    reflectance = scene.surface_material[scene.face_surface[face]][3]
     if reflectance > 0.0:
         # The classic renderer adds the scene, lights included, mirrored at the surface, colours scaled by the
         # reflectance. Seen from the mirrored eye nothing else is mirrored.
-        point = eye + direction * hit.distance
-        mirrored_eye = eye - normal * (2.0 * wp.dot(normal, eye - point))
-        mirrored = direction - normal * (2.0 * wp.dot(normal, direction))
-        second = _trace(scene, worlds, tiles, -1, world, mirrored_eye, mirrored, hit.distance + 1.0e-4)
+        point = ray.eye + ray.direction * hit.distance
+        mirrored_eye = ray.eye - normal * (2.0 * wp.dot(normal, ray.eye - point))
+        mirrored = ray.direction - normal * (2.0 * wp.dot(normal, ray.direction))
+        second = _trace(scene, worlds, tiles, -1, world, mirrored_eye, mirrored, hit.distance + 1.0e-4, _nothing())
         if second.part >= 0:
             color += _surface_color(
                 scene,
@@ -502,16 +566,20 @@ def _shade(
                 second,
                 mirrored_eye,
                 mirrored,
-                step_x - normal * (2.0 * wp.dot(normal, step_x)),
-                step_y - normal * (2.0 * wp.dot(normal, step_y)),
-                headlight,
+                ray.step_x - normal * (2.0 * wp.dot(normal, ray.step_x)),
+                ray.step_y - normal * (2.0 * wp.dot(normal, ray.step_y)),
+                ray.headlight,
                 reflectance,
             )
-    pixel.surface = surface
-    pixel.distance = hit.distance
-    pixel.normal = normal
-    pixel.color = wp.min(color, wp.vec3(1.0))
-    return pixel
+    return wp.min(color, wp.vec3(1.0))
+
+
+@wp.func
+def _normal(scene: Scene, worlds: Worlds, world: int, part: int, face: int) -> wp.vec3:
+    """Normal in the world of a part's face, numbered among all."""
+    edge1 = scene.points[3 * face + 1] - scene.points[3 * face]
+    edge2 = scene.points[3 * face + 2] - scene.points[3 * face]
+    return worlds.part_mat[world, part] @ wp.normalize(wp.cross(edge1, edge2))
 
 
 @wp.func
@@ -529,25 +597,87 @@ def _pixel_of_thread(thread: int, first_row: int, width: int) -> wp.vec2i:
 
 
 @wp.func
+def _is_same(pixel: Pixel, other: Pixel) -> bool:
+    """Whether both lie on one surface, not beyond a fold or an edge of it."""
+    return (
+        pixel.surface == other.surface
+        and wp.dot(pixel.normal, other.normal) >= wp.static(_EDGE_COSINE)
+        and wp.abs(pixel.distance - other.distance) <= wp.static(_EDGE_DEPTH) * wp.min(pixel.distance, other.distance)
+    )
+
+
+@wp.func
+def _unseen() -> Pixel:
+    pixel = Pixel()
+    pixel.surface = wp.static(_UNSEEN)
+    return pixel
+
+
+@wp.func
+def _position_in_pixel(ray: int) -> wp.vec2:
+    """Where ray `ray` of a pixel passes it, right and down from its upper left corner, in pixels."""
+    if ray == 0:
+        return wp.vec2(0.5, 0.5)
+    # The standard multisampling pattern: (3, 1), (7, 3), (1, 5), (5, 7) eighths of a pixel.
+    index = ray - 1
+    return wp.vec2(float((4 * index + 3) % 8 - 2 * (index / 2)) / 8.0, (2.0 * float(index) + 1.0) / 8.0)
+
+
+@wp.func
 def _sample(
-    scene: Scene, worlds: Worlds, tiles: Tiles, row: int, x: int, right: float, down: float, width: int, height: int
+    scene: Scene,
+    worlds: Worlds,
+    tiles: Tiles,
+    resting: Resting,
+    row: int,
+    x: int,
+    ray_id: int,
+    width: int,
+    height: int,
+    known: Pixel,
+    last: Pixel,
 ) -> Pixel:
-    """What is seen in pixel `x` of line `row` of all images, `right` and `down` pixels from its upper left corner."""
+    """What ray `ray_id` of pixel `x` of line `row` of all images sees.
+
+    Where it meets what `known` or `last` has met in the same pixel, it takes their colour: OpenGL, too, colours a
+    surface once a pixel.
+    """
     image = row / height
+    world = image / scene.num_cameras
+    camera = image % scene.num_cameras
     y = row % height
     tile = (image * tiles.num_rows + y / wp.static(TILE_SIZE)) * tiles.num_columns + x / wp.static(TILE_SIZE)
-    return _shade(
-        scene,
-        worlds,
-        tiles,
-        tile,
-        image / scene.num_cameras,
-        image % scene.num_cameras,
-        float(x) + right,
-        float(y) + down,
-        width,
-        height,
-    )
+    position = _position_in_pixel(ray_id)
+    ray = _ray(scene, worlds, world, camera, float(x) + position[0], float(y) + position[1], width, height)
+
+    layer = camera * wp.static(NUM_RAYS) + ray_id
+    behind = Hit()
+    behind.part = resting.faces[layer, y, x][0]
+    behind.face = resting.faces[layer, y, x][1]
+    behind.distance = resting.places[layer, y, x][0]
+    behind.u = resting.places[layer, y, x][1]
+    behind.v = resting.places[layer, y, x][2]
+    hit = _trace(scene, worlds, tiles, tile, world, ray.eye, ray.direction, ray.start, behind)
+
+    pixel = Pixel()
+    pixel.surface = -1
+    pixel.distance = hit.distance
+    if hit.part >= 0:
+        face = scene.part_first_face[hit.part] + hit.face
+        pixel.surface = scene.face_surface[face]
+        pixel.normal = _normal(scene, worlds, world, hit.part, face)
+    color = resting.colors[layer, y, x]
+    if _is_same(pixel, known):
+        color = known.color
+    elif _is_same(pixel, last):
+        color = last.color
+    elif hit.part != behind.part or color[0] < 0.0:
+        if hit.part >= 0:
+            color = _color(scene, worlds, tiles, world, ray, hit, pixel.normal)
+        else:
+            color = _sky(scene, ray.direction, 2.0 * scene.camera_tan[camera] / float(height))
+    pixel.color = color
+    return pixel
 
 
 @wp.func
@@ -562,10 +692,58 @@ def _store(
 
 
 @wp.kernel(module="unique", module_options=_OPTIONS)
+def rest(
+    scene: Scene,
+    worlds: Worlds,
+    tiles: Tiles,
+    is_still: wp.array(dtype=wp.uint8),
+    first_row: int,
+    last_row: int,
+    resting: Resting,
+):
+    """Fills `resting` but for `tile_ends`, some of its K * NUM_RAYS * H lines; dim from `num_threads`.
+
+    `tiles` has a tile of each camera, with its resting parts. `is_still` is 1 for a camera that rests with its parts
+    and all lights, so that colours do too.
+    """
+    height = resting.faces.shape[1]
+    width = resting.faces.shape[2]
+    pixel = _pixel_of_thread(wp.tid(), first_row, width)
+    line = pixel[0]
+    x = pixel[1]
+    if line >= last_row or x >= width:
+        return
+    layer = line / height
+    y = line % height
+    camera = layer / wp.static(NUM_RAYS)
+    position = _position_in_pixel(layer % wp.static(NUM_RAYS))
+    ray = _ray(scene, worlds, 0, camera, float(x) + position[0], float(y) + position[1], width, height)
+    hit = _trace(scene, worlds, tiles, camera, 0, ray.eye, ray.direction, ray.start, _nothing())
+    resting.faces[layer, y, x] = wp.vec2i(hit.part, hit.face)
+    resting.places[layer, y, x] = wp.vec3(hit.distance, hit.u, hit.v)
+    color = wp.vec3(-1.0)
+    if is_still[camera] != wp.uint8(0):
+        if hit.part < 0:
+            color = _sky(scene, ray.direction, 2.0 * scene.camera_tan[camera] / float(height))
+        else:
+            face = scene.part_first_face[hit.part] + hit.face
+            # What a mirror shows moves.
+            if scene.surface_material[scene.face_surface[face]][3] == 0.0:
+                color = wp.min(
+                    _surface_color(
+                        scene, worlds, 0, hit, ray.eye, ray.direction, ray.step_x, ray.step_y, ray.headlight, 1.0
+                    ),
+                    wp.vec3(1.0),
+                )
+    resting.colors[layer, y, x] = color
+
+
+@wp.kernel(module="unique", module_options=_OPTIONS)
 def render(
     scene: Scene,
     worlds: Worlds,
     tiles: Tiles,
+    resting: Resting,
     num_worlds: int,
     first_row: int,
     last_row: int,
@@ -582,7 +760,7 @@ def render(
     x = pixel[1]
     if row >= last_row or x >= width:
         return
-    sample = _sample(scene, worlds, tiles, row, x, 0.5, 0.5, width, height)
+    sample = _sample(scene, worlds, tiles, resting, row, x, 0, width, height, _unseen(), _unseen())
     if colors.shape[0] > 0:
         colors[row, x] = sample.color
         geometry[row, x] = wp.vec4(sample.normal[0], sample.normal[1], sample.normal[2], sample.distance)
@@ -631,6 +809,24 @@ def measure(
 
 
 @wp.func
+def _stored(
+    row: int,
+    x: int,
+    colors: wp.array2d(dtype=wp.vec3),
+    geometry: wp.array2d(dtype=wp.vec4),
+    surfaces: wp.array2d(dtype=int),
+) -> Pixel:
+    """What `render` has seen there."""
+    place = geometry[row, x]
+    pixel = Pixel()
+    pixel.color = colors[row, x]
+    pixel.surface = surfaces[row, x]
+    pixel.normal = wp.vec3(place[0], place[1], place[2])
+    pixel.distance = place[3]
+    return pixel
+
+
+@wp.func
 def _differ(
     row: int,
     x: int,
@@ -643,13 +839,9 @@ def _differ(
     change = colors[row, x] - colors[other_row, other_x]
     if wp.max(wp.abs(change)) < wp.static(_EDGE_COLOR):
         return False
-    if surfaces[row, x] != surfaces[other_row, other_x]:
-        return True
-    here = geometry[row, x]
-    there = geometry[other_row, other_x]
-    if here[0] * there[0] + here[1] * there[1] + here[2] * there[2] < 0.9:
-        return True
-    return wp.abs(here[3] - there[3]) > wp.static(_EDGE_DEPTH) * wp.min(here[3], there[3])
+    here = _stored(row, x, colors, geometry, surfaces)
+    there = _stored(other_row, other_x, colors, geometry, surfaces)
+    return not _is_same(here, there)
 
 
 @wp.kernel(module="unique", module_options=_OPTIONS)
@@ -705,10 +897,14 @@ def smooth_edges(
     scene: Scene,
     worlds: Worlds,
     tiles: Tiles,
+    resting: Resting,
     num_worlds: int,
     first_row: int,
     strip: int,
     samples_per_thread: int,
+    colors: wp.array2d(dtype=wp.vec3),
+    geometry: wp.array2d(dtype=wp.vec4),
+    surfaces: wp.array2d(dtype=int),
     num_edges: wp.array(dtype=int),
     edges: wp.array(dtype=int),
     images: wp.array(dtype=wp.uint8, ndim=4),
@@ -726,20 +922,21 @@ def smooth_edges(
     pixel = edges[first_row * width + edge]
     row = pixel / width
     x = pixel % width
+    centre = _stored(row, x, colors, geometry, surfaces)
+    last = _unseen()
     color = wp.vec3(0.0)
     for index in range(first_sample % 4, first_sample % 4 + samples_per_thread):
-        # The standard multisampling pattern: (3, 1), (7, 3), (1, 5), (5, 7) eighths of a pixel.
-        right = float((4 * index + 3) % 8 - 2 * (index / 2)) / 8.0
-        down = (2.0 * float(index) + 1.0) / 8.0
-        sample = _sample(scene, worlds, tiles, row, x, right, down, width, height)
+        sample = _sample(scene, worlds, tiles, resting, row, x, 1 + index, width, height, centre, last)
         color += sample.color * 0.25
+        if sample.surface != centre.surface:
+            last = sample
     if samples_per_thread == 1:
         color = wp.vec3(_sum_of_four(color[0]), _sum_of_four(color[1]), _sum_of_four(color[2]))
     if first_sample % 4 == 0:
         _store(color, row, x, scene.num_cameras, num_worlds, images)
 
 
-KERNELS = (place, cull, render, measure, find_edges, smooth_edges)
+KERNELS = (place, cull, rest, render, measure, find_edges, smooth_edges)
 
 
 def num_threads(num_rows: int, width: int) -> int:

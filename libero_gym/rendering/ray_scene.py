@@ -4,10 +4,11 @@ MuJoCo's classic renderer draws with fixed-function OpenGL: geometric primitives
 vertices, textures with mipmaps. All of that is made explicit here once per scene, as plain arrays, so that the
 ray caster (`libero_gym.rendering.raycast`) has a single kind of geometry and reproduces the same shading.
 
-Shape legend: B bodies of the model, P parts (bodies with something to see), F triangles, S surfaces (one per
-drawn geom), T textures, K cameras, L lights (the headlight is the last).
+Shape legend: B bodies of the model, P parts (bodies that move as one, with something to see), F triangles,
+S surfaces (one per drawn geom), T textures, K cameras, L lights (the headlight is the last).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,11 @@ class RayScene:
     """Arrays that describe everything visible of one model.
 
     Attributes:
-        part_body: [P] body that carries the part.
+        part_body: [P] body in whose frame the part is: the first of those that move as one.
+        part_rests: uint8 [K, P], 1 if the part never moves as the camera sees it, and is always there.
         part_site: [P] site id if the part is a site that is only drawn while lit (a stove's burner), else -1.
         part_sphere: [P, 4] bounding sphere, centre in the body's frame and radius (m).
+        part_half: [P, 3] half sides of its bounding box around the same centre, in the body's frame (m).
         part_first_face: [P + 1] range of faces of each part.
         points: [3 F, 3] triangle corners in the body's frame (m).
         normals: [3 F, 3] corner normals in the body's frame.
@@ -67,6 +70,9 @@ class RayScene:
         camera_pos: [K, 3] in the body's frame (m).
         camera_mat: [K, 3, 3] in the body's frame.
         camera_tan: [K] tangent of half the vertical field of view.
+        camera_is_still: uint8 [K], 1 if neither the camera nor any light ever moves.
+        rest_pos: float32 [B, 3] and
+        rest_mat: float32 [B, 3, 3], poses of the bodies in which to look for what rests.
         znear: distance of the near clipping plane (m).
         zfar: distance of the far one (m), the depth where nothing is.
         light_body: [L] body that carries the light, -1 for the headlight.
@@ -80,8 +86,10 @@ class RayScene:
     """
 
     part_body: IntArray
+    part_rests: NDArray[np.uint8]
     part_site: IntArray
     part_sphere: FloatArray
+    part_half: FloatArray
     part_first_face: IntArray
     points: FloatArray
     normals: FloatArray
@@ -102,6 +110,9 @@ class RayScene:
     camera_pos: FloatArray
     camera_mat: FloatArray
     camera_tan: FloatArray
+    camera_is_still: NDArray[np.uint8]
+    rest_pos: FloatArray
+    rest_mat: FloatArray
     znear: float
     zfar: float
     light_body: IntArray
@@ -128,6 +139,7 @@ def build_ray_scene(
     camera_names: tuple[str | Camera, ...],
     *,
     max_texture_size: int = MAX_TEXTURE_SIZE,
+    moved_bodies: Collection[int] = (),
     lit_sites: tuple[int, ...] = (),
     reflections: bool = True,
     texture_colorspace: TextureColorspace = "linear",
@@ -138,6 +150,7 @@ def build_ray_scene(
         model: A model with visual geoms and textures.
         camera_names: Cameras to render, in order.
         max_texture_size: Larger textures are halved until they fit.
+        moved_bodies: Bodies without joints whose places are changed in the model all the same.
         lit_sites: Sites that are drawn while they are lit.
         reflections: Whether the first reflective plane or box mirrors.
         texture_colorspace: Whether textures tagged as sRGB are decoded, see `libero_gym.rendering.textures`.
@@ -150,6 +163,8 @@ def build_ray_scene(
             that LIBERO does not have.
     """
     cameras = [place_camera(model, camera) for camera in camera_names]
+    carriers = _carriers(model, moved_bodies)
+    rest_pos, rest_mat = _rest(model)
     triangles_of_part: dict[tuple[int, int], list[tuple[_Triangles, int]]] = {}
     colors: list[FloatArray] = []
     materials: list[list[float]] = []
@@ -172,6 +187,8 @@ def build_ray_scene(
             is_flat = int(model.geom_type[geom]) in _MIRROR_TYPES
             if is_flat and not mirror_found and model.mat_reflectance[material] > 0:
                 reflectance, mirror_found = float(model.mat_reflectance[material]), True
+        body = int(model.geom_bodyid[geom])
+        carrier = int(carriers[body])
         triangles = _place(_geom_triangles(model, geom, texture), model.geom_pos[geom], model.geom_quat[geom])
         # Only the upper side of a box mirrors, so it is a surface of its own.
         pieces = [(triangles, reflectance)]
@@ -179,12 +196,13 @@ def build_ray_scene(
             up = _rotation(model.geom_quat[geom])[:, 2]
             pieces = [(_select(triangles, up, True), reflectance), (_select(triangles, up, False), 0.0)]
         for piece, piece_reflectance in pieces:
-            key = (int(model.geom_bodyid[geom]), -1)
-            triangles_of_part.setdefault(key, []).append((piece, len(colors)))
+            if carrier != body:
+                piece = _carry(piece, rest_pos[[body, carrier]], rest_mat[[body, carrier]])
+            triangles_of_part.setdefault((carrier, -1), []).append((piece, len(colors)))
             colors.append(rgba[:3])
             materials.append([emission, specular, shininess * SHININESS_SCALE, piece_reflectance])
             textures.append(texture)
-            surface_body.append(key[0])
+            surface_body.append(body)
     for site in lit_sites:
         if model.site_type[site] != mujoco.mjtGeom.mjGEOM_CYLINDER:
             raise ValueError(f"site {site} is of type {model.site_type[site]}; only lit cylinders are known")
@@ -199,7 +217,7 @@ def build_ray_scene(
 
     # Small parts first: what they hide of the walls and the table is then never looked at.
     parts = sorted(triangles_of_part, key=lambda part: _extent(triangles_of_part[part]))
-    points, normals, coords, surfaces, spheres, first_face = [], [], [], [], [], [0]
+    points, normals, coords, surfaces, spheres, halves, first_face = [], [], [], [], [], [], [0]
     for part in parts:
         entries = triangles_of_part[part]
         part_points = np.concatenate([triangles.points for triangles, _ in entries])
@@ -210,12 +228,23 @@ def build_ray_scene(
         low, high = part_points.min(axis=0), part_points.max(axis=0)
         centre = 0.5 * (low + high)
         radius = np.linalg.norm(part_points - centre, axis=1).max()
+        halves.append(0.5 * (high - low))
         spheres.append(np.append(centre, radius * 1.0001))
         first_face.append(first_face[-1] + len(part_points) // 3)
+    part_body = np.array([body for body, _ in parts], dtype=np.int32)
+    camera_carriers = carriers[[camera.body_id for camera in cameras]]
+    lights = _lights(model)
+    lights_rest = not carriers[lights["light_body"][lights["light_body"] >= 0]].any()
+    is_site = np.array([site >= 0 for _, site in parts], np.bool_)
     return RayScene(
-        part_body=np.array([body for body, _ in parts], dtype=np.int32),
+        part_body=part_body,
+        part_rests=((part_body == camera_carriers[:, None]) & ~is_site).astype(np.uint8),
+        camera_is_still=((camera_carriers == 0) & lights_rest).astype(np.uint8),
+        rest_pos=rest_pos.astype(np.float32),
+        rest_mat=rest_mat.astype(np.float32),
         part_site=np.array([site for _, site in parts], dtype=np.int32),
         part_sphere=np.array(spheres, dtype=np.float32),
+        part_half=np.array(halves, dtype=np.float32),
         part_first_face=np.array(first_face, dtype=np.int32),
         points=np.concatenate(points).astype(np.float32),
         normals=np.concatenate(normals).astype(np.float32),
@@ -227,7 +256,34 @@ def build_ray_scene(
         surface_body=np.array(surface_body, dtype=np.int32),
         **_textures(model, max_texture_size, set(textures), decoded_textures(model, texture_colorspace)),
         **_cameras(model, cameras),
-        **_lights(model),
+        **lights,
+    )
+
+
+def _carriers(model: mujoco.MjModel, moved_bodies: Collection[int]) -> IntArray:
+    """Returns for each body [B] the first of those that it moves as one with, 0 where nothing ever moves."""
+    carriers = np.arange(model.nbody, dtype=np.int32)
+    for body in range(1, model.nbody):
+        moves = model.body_jntnum[body] > 0 or model.body_mocapid[body] >= 0 or body in moved_bodies
+        if not moves:
+            carriers[body] = carriers[model.body_parentid[body]]
+    return carriers
+
+
+def _rest(model: mujoco.MjModel) -> tuple[FloatArray, FloatArray]:
+    """Returns positions [B, 3] and rotations [B, 3, 3] of the bodies as the model was compiled."""
+    data = mujoco.MjData(model)
+    mujoco.mj_kinematics(model, data)
+    return data.xpos.copy(), data.xmat.reshape(-1, 3, 3).copy()
+
+
+def _carry(triangles: _Triangles, pos: FloatArray, mat: FloatArray) -> _Triangles:
+    """Returns triangles of the first of two bodies, in the frame of the second."""
+    rotation = mat[1].T @ mat[0]
+    return _Triangles(
+        points=(triangles.points @ rotation.T + mat[1].T @ (pos[0] - pos[1])).astype(np.float32),
+        normals=(triangles.normals @ rotation.T).astype(np.float32),
+        texture_coords=triangles.texture_coords,
     )
 
 

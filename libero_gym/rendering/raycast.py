@@ -3,8 +3,12 @@
 It reproduces MuJoCo's classic OpenGL renderer rather than improving on it, since that is what LIBERO's data and
 policies saw: fixed-function lighting at triangle corners, clamped before the texture is applied; a specular term
 of exponent 0 that is constant; mipmaps; one mirror. Rays start at the near clipping plane and pass the backs of
-triangles. Pixels whose neighbourhood shows an edge get four more samples in the usual multisampling pattern. Depth and
-segmentation are those of the ray through the pixel's centre, as OpenGL's are without multisampling.
+triangles. Pixels whose neighbourhood shows an edge get four more samples in the usual multisampling pattern, and a
+surface one colour a pixel. Depth and segmentation are those of the ray through the pixel's centre, as OpenGL's are
+without multisampling.
+
+What rests as a camera sees it is looked for once: the room, the table and the robot's mount for a camera that rests
+itself, the gripper's base for the one on the hand. A ray then asks only what moves, and nearer.
 
 Not drawn: shadows (no LIBERO light casts any), haze, transparency.
 
@@ -129,6 +133,10 @@ _loadings: list[Future[None]] = []
 os.register_at_fork(before=lambda: wait(_loadings))
 
 
+# Calls a function with first and last line, and number, of strips of so many image lines.
+ForEachStrip = Callable[[Callable[[int, int, int], None], int], None]
+
+
 class DeviceScene(Uncopied):
     """One scene on one device, without the state of any world; immutable, so renderers share it.
 
@@ -144,6 +152,11 @@ class DeviceScene(Uncopied):
         """Uploads a scene and builds the search trees of its meshes."""
         _start_warp()
         self.device = device
+        self._part_rests = scene.part_rests
+        self._camera_is_still = scene.camera_is_still
+        self._rest_poses = scene.rest_pos[None], scene.rest_mat[None]
+        self._resting: dict[int, Any] = {}
+        self._resting_lock = threading.Lock()
         self.part_site = scene.part_site
         self.num_cameras = len(scene.camera_body)
         self.num_lights = len(scene.light_body)
@@ -170,6 +183,88 @@ class DeviceScene(Uncopied):
         indices = wp.array(np.arange(len(corners), dtype=np.int32), dtype=int, device=self.device)
         return wp.Mesh(points=points, indices=indices, bvh_constructor="sah", bvh_leaf_size=2)
 
+    def resting(self, image_size: int, for_each_strip: ForEachStrip) -> Any:
+        """Returns what the rays of images of a size meet of all that rests, the kernels' `Resting`.
+
+        It is found once for each size, by the work of some dozen images.
+
+        Args:
+            image_size: Height and width of the images, pixels.
+            for_each_strip: Divides the work.
+        """
+        with self._resting_lock:
+            if image_size not in self._resting:
+                self._resting[image_size] = self._find_resting(image_size, for_each_strip)
+            return self._resting[image_size]
+
+    def _find_resting(self, size: int, for_each_strip: ForEachStrip) -> Any:
+        def array(values: Any, dtype: Any) -> Any:
+            return wp.array(values, dtype=dtype, device=self.device)
+
+        worlds = _new_worlds(self, 1)
+        rest_pos, rest_mat = self._rest_poses
+        visible = np.ones((1, len(self.part_site)), np.uint8)
+        _place(self, array(rest_pos, wp.vec3), array(rest_mat, wp.mat33), array(visible, wp.uint8), worlds)
+
+        # One tile for each camera, with the parts that rest as it sees them.
+        tiles = ray_kernels.Tiles()
+        tiles.num_parts = array(self._part_rests.sum(axis=1), int)
+        tiles.parts = array(np.argsort(1 - self._part_rests, axis=1, kind="stable"), wp.int16)
+
+        shape = (self.num_cameras * ray_kernels.NUM_RAYS, size, size)
+        resting = ray_kernels.Resting()
+        resting.faces = wp.empty(shape, dtype=wp.vec2i, device=self.device)
+        resting.places = wp.empty(shape, dtype=wp.vec3, device=self.device)
+        resting.colors = wp.empty(shape, dtype=wp.vec3, device=self.device)
+        is_still = array(self._camera_is_still, wp.uint8)
+
+        def look(first: int, last: int, strip: int) -> None:
+            wp.launch(
+                ray_kernels.rest,
+                dim=ray_kernels.num_threads(last - first, size),
+                inputs=[self.arrays, worlds, tiles, is_still, first, last, resting],
+                device=self.device,
+            )
+
+        for_each_strip(look, shape[0] * size)
+
+        distances = resting.places.numpy()[..., 0].reshape(self.num_cameras, ray_kernels.NUM_RAYS, size, size)
+        side = ray_kernels.TILE_SIZE
+        padding = (0, -size % side)
+        ends = np.pad(distances.max(axis=1), ((0, 0), padding, padding))
+        num_tiles = ends.shape[1] // side
+        ends = ends.reshape(self.num_cameras, num_tiles, side, num_tiles, side).max(axis=(2, 4))
+        resting.tile_ends = array(ends, float)
+        return resting
+
+
+def _new_worlds(scene: DeviceScene, num_worlds: int) -> Any:
+    """Returns the kernels' `Worlds`, not filled."""
+
+    def empty(num: int, dtype: Any) -> Any:
+        return wp.empty((num_worlds, num), dtype=dtype, device=scene.device)
+
+    worlds = ray_kernels.Worlds()
+    num_parts = len(scene.part_site)
+    worlds.part_pos = empty(num_parts, wp.vec3)
+    worlds.part_mat = empty(num_parts, wp.mat33)
+    worlds.part_sphere = empty(num_parts, wp.vec4)
+    worlds.camera_pos = empty(scene.num_cameras, wp.vec3)
+    worlds.camera_mat = empty(scene.num_cameras, wp.mat33)
+    worlds.light_pos = empty(scene.num_lights, wp.vec3)
+    worlds.light_dir = empty(scene.num_lights, wp.vec3)
+    return worlds
+
+
+def _place(scene: DeviceScene, body_pos: Any, body_mat: Any, part_visible: Any, worlds: Any) -> None:
+    """Fills the kernels' `Worlds`."""
+    wp.launch(
+        ray_kernels.place,
+        dim=(len(body_pos), max(len(scene.part_site), scene.num_cameras, scene.num_lights)),
+        inputs=[scene.arrays, body_pos, body_mat, part_visible, worlds],
+        device=scene.device,
+    )
+
 
 @functools.lru_cache(maxsize=64)
 def load_device_scene(
@@ -189,6 +284,7 @@ def load_device_scene(
     ray_scene = build_ray_scene(
         load_small_model(scene),
         camera_names,
+        moved_bodies=scene.fixture_body_ids.tolist(),
         lit_sites=lit_sites,
         reflections=reflections,
         texture_colorspace=texture_colorspace,
@@ -284,16 +380,13 @@ class SceneCaster(Uncopied):
             pool: Threads among which a CPU's work is divided; None draws in the calling thread.
             pixels: Where to draw, and what; None makes buffers of its own, for images.
         """
-        self._scene = scene.arrays
-        self._owner = scene
+        self._scene = scene
         self._device = scene.device
         self._size = image_size
         self._pool = pool if scene.device == "cpu" else None
         self._num_parts = len(scene.part_site)
         self._num_cameras = scene.num_cameras
-        self._num_lights = scene.num_lights
         self._part_site = scene.part_site
-        self._num_places = max(self._num_parts, self._num_cameras, self._num_lights)
         self._capacity = 0
         self._worlds: Any = None
         self._tiles: Any = None
@@ -323,48 +416,45 @@ class SceneCaster(Uncopied):
         visible = np.ones((num_worlds, self._num_parts), dtype=np.uint8)
         for part in np.nonzero(self._part_site >= 0)[0]:
             visible[:, part] = (lit_sites == self._part_site[part]).any(axis=1)
-        arrays = [
+        _place(
+            self._scene,
             self._on_device(body_pos, wp.vec3),
             self._on_device(body_mat, wp.mat33),
             wp.array(visible, dtype=wp.uint8, device=self._device),
-        ]
-        wp.launch(
-            ray_kernels.place,
-            dim=(num_worlds, self._num_places),
-            inputs=[self._scene, *arrays, self._worlds],
-            device=self._device,
+            self._worlds,
         )
+        scene = self._scene.arrays
+        resting = self._scene.resting(self._size, self._for_each_strip)
         num_tiles = num_worlds * self._num_cameras * self._tiles.num_rows * self._tiles.num_columns
         wp.launch(
             ray_kernels.cull,
             dim=num_tiles,
-            inputs=[self._scene, self._worlds, self._size, self._size, self._tiles],
+            inputs=[scene, self._worlds, resting, self._size, self._size, self._tiles],
             device=self._device,
         )
-        strips = self._strips(num_worlds * self._num_cameras * self._size)
+        num_rows = num_worlds * self._num_cameras * self._size
 
-        def cast(strip: int) -> None:
-            rows = strips[strip : strip + 2]
-            inputs = [self._scene, self._worlds, self._tiles, num_worlds, *rows, *pixels.samples, pixels.images]
-            self._launch(ray_kernels.render, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
+        def cast(first: int, last: int, _: int) -> None:
+            rows = [first, last]
+            inputs = [scene, self._worlds, self._tiles, resting, num_worlds, *rows, *pixels.samples, pixels.images]
+            self._launch(ray_kernels.render, ray_kernels.num_threads(last - first, self._size), inputs)
             if pixels.measures:
-                inputs = [self._scene, num_worlds, *rows, *pixels.samples[1:], pixels.depths, pixels.bodies]
-                self._launch(ray_kernels.measure, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
+                inputs = [scene, num_worlds, *rows, *pixels.samples[1:], pixels.depths, pixels.bodies]
+                self._launch(ray_kernels.measure, ray_kernels.num_threads(last - first, self._size), inputs)
 
-        def smooth(strip: int) -> None:
-            rows = strips[strip : strip + 2]
-            inputs = [*rows, strip, self._size, *pixels.samples, *pixels.edges]
-            self._launch(ray_kernels.find_edges, ray_kernels.num_threads(rows[1] - rows[0], self._size), inputs)
+        def smooth(first: int, last: int, strip: int) -> None:
+            inputs = [first, last, strip, self._size, *pixels.samples, *pixels.edges]
+            self._launch(ray_kernels.find_edges, ray_kernels.num_threads(last - first, self._size), inputs)
             samples_per_thread = 4 if self._device == "cpu" else 1
-            at = [num_worlds, rows[0], strip, samples_per_thread]
-            inputs = [self._scene, self._worlds, self._tiles, *at, *pixels.edges, pixels.images]
-            num_pixels = (rows[1] - rows[0]) * self._size
+            at = [num_worlds, first, strip, samples_per_thread]
+            inputs = [scene, self._worlds, self._tiles, resting, *at, *pixels.samples, *pixels.edges, pixels.images]
+            num_pixels = (last - first) * self._size
             self._launch(ray_kernels.smooth_edges, num_pixels * 4 // samples_per_thread, inputs)
 
-        self._for_each(cast, len(strips) - 1)
+        self._for_each_strip(cast, num_rows)
         if pixels.antialiases:
             pixels.edges[0].zero_()
-            self._for_each(smooth, len(strips) - 1)
+            self._for_each_strip(smooth, num_rows)
         num_images, side = self._num_cameras * num_worlds, self._size
 
         def drawn(kind: ViewKind, array: Any, channels: int) -> Any:
@@ -389,14 +479,7 @@ class SceneCaster(Uncopied):
         def empty(shape: tuple[int, ...], dtype: Any) -> Any:
             return wp.empty(shape, dtype=dtype, device=self._device)
 
-        self._worlds = ray_kernels.Worlds()
-        self._worlds.part_pos = empty((n, self._num_parts), wp.vec3)
-        self._worlds.part_mat = empty((n, self._num_parts), wp.mat33)
-        self._worlds.part_sphere = empty((n, self._num_parts), wp.vec4)
-        self._worlds.camera_pos = empty((n, cameras), wp.vec3)
-        self._worlds.camera_mat = empty((n, cameras), wp.mat33)
-        self._worlds.light_pos = empty((n, self._num_lights), wp.vec3)
-        self._worlds.light_dir = empty((n, self._num_lights), wp.vec3)
+        self._worlds = _new_worlds(self._scene, n)
         self._tiles = ray_kernels.Tiles()
         self._tiles.num_rows = self._tiles.num_columns = -(-size // ray_kernels.TILE_SIZE)
         num_tiles = n * cameras * self._tiles.num_rows * self._tiles.num_columns
@@ -404,19 +487,16 @@ class SceneCaster(Uncopied):
         self._tiles.parts = empty((num_tiles, self._num_parts), wp.int16)
         self._capacity = n
 
-    def _strips(self, num_rows: int) -> list[int]:
-        """Image lines at which the work is divided, first and last included."""
+    def _for_each_strip(self, job: Callable[[int, int, int], None], num_rows: int) -> None:
+        """Calls `job(first, last, strip)` for strips of image lines, side by side."""
         if self._pool is None:
-            return [0, num_rows]
-        # Strips much smaller than a thread's share, because empty sky costs less than a robot.
-        strip = max(8, min(self._size // 4, num_rows // 8))
-        return [*range(0, num_rows, strip), num_rows]
-
-    def _for_each(self, job: Callable[[int], None], num_strips: int) -> None:
-        if self._pool is None:
-            job(0)
+            job(0, num_rows, 0)
             return
-        for future in [self._pool.submit(job, strip) for strip in range(num_strips)]:
+        # Strips much smaller than a thread's share, because empty sky costs less than a robot.
+        height = max(8, min(self._size // 4, num_rows // 8))
+        firsts = range(0, num_rows, height)
+        jobs = [self._pool.submit(job, at, min(at + height, num_rows), i) for i, at in enumerate(firsts)]
+        for future in jobs:
             future.result()
 
     def _launch(self, kernel: Any, num_threads: int, inputs: list[Any]) -> None:

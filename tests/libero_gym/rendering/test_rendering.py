@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import mujoco
 import numpy as np
 import pytest
 
 from libero_gym.physics.simulation import Simulation
+from libero_gym.rendering import raycast
 from libero_gym.rendering import renderers as rendering
 from libero_gym.rendering.protocol import RendererUnavailableError
 from libero_gym.rendering.ray_scene import build_ray_scene
@@ -121,6 +123,110 @@ def test_geoms_of_other_groups_are_hidden_and_sites_only_drawn_while_lit():
     assert lit[7, 7, 0] < lit[7, 7, 1]
 
 
+# A camera over the table and one on a hand that turns; a palm that rests as the latter sees it; a fixture without
+# joints, moved in the model; a mirror in which all of it is seen.
+RESTING = """
+<mujoco>
+  <visual><headlight ambient=".2 .2 .2" diffuse=".5 .5 .5" specular=".3 .3 .3"/></visual>
+  <asset>
+    <texture name="checks" type="2d" builtin="checker" rgb1=".9 .8 .2" rgb2=".1 .3 .7" width="64" height="64"/>
+    <texture type="skybox" builtin="gradient" rgb1=".3 .5 .7" rgb2=".1 .1 .1" width="32" height="192"/>
+    <material name="checked" texture="checks" specular=".5" shininess=".4"/>
+    <material name="mirror" specular="0" rgba=".3 .3 .3 1" reflectance="0.5"/>
+  </asset>
+  <worldbody>
+    <light pos="1 1 3" dir="-.3 -.3 -1" diffuse=".4 .4 .4" castshadow="false"/>
+    <camera name="top" pos="0 -1.5 1.5" xyaxes="1 0 0 0 .7 .7"/>
+    <geom type="box" size="1 1 .1" pos="0 0 -.1" material="checked" group="1"/>
+    <geom type="box" size=".4 .3 .02" pos=".4 .2 .02" material="mirror" group="1"/>
+    <body name="shelf" pos="-.7 .2 .1" euler="0 0 20">
+      <geom type="box" size=".2 .1 .1" rgba="0 1 0 1" group="1"/>
+      <body pos="0 0 .2"><geom type="box" size=".05 .1 .1" rgba="1 1 0 1" group="1"/></body>
+    </body>
+    <body name="fixture" pos=".2 -.4 .13"><geom type="box" size=".1 .1 .13" rgba="1 0 0 1" group="1"/></body>
+    <body name="hand" pos="0 0 .6">
+      <joint type="hinge" axis="0 0 1"/><joint type="slide" axis="1 0 0"/>
+      <camera name="wrist" pos="0 -.1 .1" xyaxes="1 0 0 0 .9 .3"/>
+      <geom type="cylinder" size=".05 .02" rgba=".8 .8 .8 1" group="1"/>
+      <body pos="0 0 -.1" euler="30 0 0">
+        <geom type="box" size=".1 .02 .05" material="checked" group="1"/>
+        <body pos="0 .06 0"><joint type="slide" axis="1 0 0"/>
+          <geom type="box" size=".02 .02 .1" rgba=".2 .2 .2 1" group="1"/></body>
+      </body>
+    </body>
+  </worldbody>
+</mujoco>
+"""
+
+
+def nothing_rests(ray_scene):
+    parts, cameras = np.zeros_like(ray_scene.part_rests), np.zeros_like(ray_scene.camera_is_still)
+    return replace(ray_scene, part_rests=parts, camera_is_still=cameras)
+
+
+def test_what_rests_looks_as_if_it_were_looked_for_in_every_image():
+    model = mujoco.MjModel.from_xml_string(RESTING)
+    fixture = model.body("fixture").id
+    ray_scene = build_ray_scene(model, ("top", "wrist"), moved_bodies=(fixture,))
+    names = [model.body(int(body)).name for body in ray_scene.part_body]
+    resting = [sorted(name for name, rests in zip(names, row, strict=True) if rests) for row in ray_scene.part_rests]
+    assert resting == [["world"], ["hand"]]  # the shelf with the world, the palm with the hand
+    assert sorted(names) == ["", "fixture", "hand", "world"]  # "" is the finger
+    assert ray_scene.camera_is_still.tolist() == [1, 0]
+    scenes = (ray_scene, nothing_rests(ray_scene))
+    casters = [SceneCaster(DeviceScene(scene, "cpu"), 40, antialiasing=True) for scene in scenes]
+    rng = np.random.default_rng(0)
+    seen = []
+    for _ in range(4):
+        data = mujoco.MjData(model)
+        data.qpos[:] = rng.uniform(-0.4, 0.4, model.nq)
+        model.body_pos[fixture, :2] = rng.uniform(-0.5, 0.5, 2)
+        mujoco.mj_kinematics(model, data)
+        poses = data.xpos[None], data.xmat.reshape(1, -1, 3, 3), np.zeros((1, 0), np.int32)
+        images, expected = (caster.render(*poses).numpy().astype(int) for caster in casters)
+        np.testing.assert_array_equal(images[0], expected[0])
+        # What rests on the hand was looked for in another pose, which rounds differently.
+        assert np.abs(images[1] - expected[1]).max() <= 1
+        assert images[0].std() > 20
+        assert images[1].std() > 20
+        seen.append(images)
+    assert all((seen[0][camera] != seen[1][camera]).any() for camera in range(2))
+
+
+@pytest.mark.slow
+def test_what_rests_in_a_scene_of_libero_looks_as_if_it_moved(monkeypatch):
+    task = get_task("libero_10", 2)
+    scene = load_scene(task)
+    simulations = []
+    for seed in range(2):  # the stove stands elsewhere
+        simulation = Simulation(scene)
+        simulation.reset(task, seed, np.random.RandomState(seed))
+        for action in np.random.default_rng(seed).uniform(-1, 1, (10, 7)):
+            simulation.step(action)
+        simulations.append(simulation)
+    assert (simulations[0].render_state().fixture_poses != simulations[1].render_state().fixture_poses).any()
+
+    def draw():
+        raycast.load_device_scene.cache_clear()
+        renderer = WarpRenderer(CAMERAS, 48, device="cpu", num_threads=1)
+        images = renderer.render(simulations).astype(int)  # [2, K, 48, 48, 3]
+        renderer.close()
+        return images
+
+    def all_moves(*arguments, **options):
+        ray_scene = build_ray_scene(*arguments, **options)
+        assert ray_scene.part_rests.sum(axis=1).tolist() == [1, 1]  # the room, the hand
+        return nothing_rests(ray_scene)
+
+    images = draw()
+    with monkeypatch.context() as patch:
+        patch.setattr(raycast, "build_ray_scene", all_moves)
+        expected = draw()
+    raycast.load_device_scene.cache_clear()
+    np.testing.assert_array_equal(images[:, 0], expected[:, 0])
+    assert np.abs(images[:, 1] - expected[:, 1]).max() <= 1
+
+
 def test_antialiasing_blends_edges_only():
     block = '<geom type="box" size=".3 .3 .05" pos=".1 .1 .1" euler="0 0 30" rgba="1 0 0 1" group="1"/>'
     hard, _ = cast(more=block, size=32)
@@ -129,6 +235,17 @@ def test_antialiasing_blends_edges_only():
     assert 0.02 < changed.mean() < 0.25
     inside = (hard[..., 1] < 60) & ~changed
     assert inside.sum() > 20
+
+
+def test_four_samples_tell_the_shares_of_an_edge():
+    block = '<geom type="box" size=".3 .3 .05" pos=".1 .1 .1" euler="0 0 30" {} group="1"/>'
+    flat = block.format('material="matte" rgba="0 .2 1 1"')
+    image, _ = cast(more=flat, size=32, antialiasing=True)
+    block_color, table_color = (to_bytes(0.5 * np.array(color)) for color in ([0, 0.2, 1], [0.8, 0.6, 0.4]))
+    shares = (image - table_color) / (block_color - table_color)  # [32, 32, 3]
+    quarters = np.rint(4 * shares[..., 2])
+    assert set(quarters.ravel()) == {0, 1, 2, 3, 4}
+    np.testing.assert_allclose(4 * shares, np.broadcast_to(quarters[..., None], shares.shape), atol=0.1)
 
 
 CAPSULE = """
