@@ -290,7 +290,9 @@ class _Share:
         self.place, self.env_places, self.env_ids = place, list(env_places), env_ids
         self.worker: Any = None
         self.env_workers: list[Any] = []
-        self.opening: Any = None  # the call that opened the environments
+        self.opening: Any = None  # the call that opens the environments, until they are
+        self.has_begun = False  # they were opened, and may have been played with
+        self.to_reset: dict[int, tuple[int, ...]] = {}  # env workers that have no episodes yet: what keys theirs
         self.orders: dict[int, _Order] = {}
         self.calls: dict[int, list[Any]] = {}
         self.states: Mapping[int, EnvState] | None = None  # at the last boundary
@@ -304,6 +306,7 @@ class RolloutGroup:
     The environments of an env worker that was lost begin new episodes, and those that were under way are discarded and
     counted. The others go back to where they were before the rollout, if they can give and take states, and otherwise
     go on. A rollout worker that was lost leaves nothing behind: its environments go back, and it is the same rollout.
+    Before anything was played no episode is lost with a worker: its environments begin as they would have.
 
     Args:
         cluster: where they run.
@@ -369,12 +372,14 @@ class RolloutGroup:
             self._cancel(share)
             share.orders.clear()
             share.boundary, share.losses, share.states = iterations, 0, None
+            share.has_begun = False
+            share.to_reset = dict.fromkeys(range(len(share.env_workers)), ()) if env_states is None else {}
             if env_states is not None:
                 missing = sorted(set(share.env_ids.tolist()) - env_states.keys())
                 if missing:
                     raise ValueError(f"no states of environments {missing} were saved; resume with the same num_envs")
                 share.states = {env_id: env_states[env_id] for env_id in share.env_ids.tolist()}
-            self._open(share, set(range(len(share.env_workers))))
+            self._open(share)
         for share in self._shares:
             while not self._has_opened(share):
                 self._replace(share, iterations + 1)
@@ -437,14 +442,16 @@ class RolloutGroup:
 
     def _has_opened(self, share: _Share) -> bool:
         """Waits for the environments to be opened and takes their states."""
-        if share.opening is not None:
-            try:
-                has_opened, share.states = self._cluster.get(share.opening)
-            except LOST:
-                has_opened = False
-            if not has_opened:
-                return False
-            share.opening = None
+        if share.opening is None:
+            return True
+        try:
+            is_open, states = self._cluster.get(share.opening)
+        except LOST:
+            return False
+        if not is_open:
+            return False
+        share.opening, share.has_begun, share.states = None, True, states
+        share.to_reset.clear()
         return True
 
     def _cancel(self, share: _Share) -> None:
@@ -453,15 +460,18 @@ class RolloutGroup:
                 ray.cancel(calls[0], force=False)
         share.calls.clear()
 
-    def _open(self, share: _Share, fresh: set[int]) -> None:
-        """Begins episodes in the env workers `fresh`, unless they have states that are older than they are."""
+    def _open(self, share: _Share) -> None:
+        """Begins episodes in the env workers that have none, and puts the others back where they were at the boundary.
+
+        Environments that cannot be put back go on.
+        """
         openings: list[tuple[str, tuple[Any, ...]]] = []
         for i, ids in enumerate(np.split(share.env_ids, len(share.env_workers))):
-            if share.states is not None and (i not in fresh or share.losses == 0):
-                openings.append(("restore", ([share.states[env_id] for env_id in ids.tolist()],)))
-            elif i in fresh:
-                key = (self._args.seed, EPISODES, share.boundary, *([share.losses] if share.losses else []))
+            if i in share.to_reset:
+                key = (self._args.seed, EPISODES, share.boundary, *share.to_reset[i])
                 openings.append(("reset", ([seed_of(*key, int(env_id)) for env_id in ids],)))
+            elif share.states is not None:
+                openings.append(("restore", ([share.states[env_id] for env_id in ids.tolist()],)))
             else:
                 openings.append(("observe", ()))
         share.opening = share.worker.open_envs.remote(share.env_workers, openings)
@@ -480,7 +490,10 @@ class RolloutGroup:
         for i in fresh:
             share.env_places[i] = self._cluster.standing(share.env_places[i])
             share.env_workers[i] = self._new_env_worker(share, share.env_places[i])
-            self._episodes_discarded += len(share.env_ids) // len(share.env_workers)
+            # One that is lost before it was opened takes no episodes with it: its place opens as it would have.
+            if share.has_begun and i not in share.to_reset:
+                share.to_reset[i] = (share.losses,)
+                self._episodes_discarded += len(share.env_ids) // len(share.env_workers)
         self._workers_replaced += len(fresh)
         if not is_there(share.worker):
             share.place = self._cluster.standing(share.place)
@@ -488,7 +501,7 @@ class RolloutGroup:
             self._workers_replaced += 1
         elif not fresh:  # nothing that the rollout is played with, but what it is played by
             raise LearnersLost(f"the weights for rollout {iteration} are gone with the learner that had them")
-        self._open(share, fresh)
+        self._open(share)
         for order in share.orders.values():
             self._ask(share, order)
 

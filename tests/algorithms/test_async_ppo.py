@@ -29,7 +29,7 @@ from algorithms.common.resume import checkpoints_in
 from algorithms.common.rollouts import Cut, Rollout, from_store, join_rollouts, split_rollout, to_store
 from tests import preloaded
 from tests.algorithms import cluster_trainer, line_trainer
-from tests.algorithms.cluster_trainer import NAME, DyingAgent, MarkedAgent, MarkedEnv
+from tests.algorithms.cluster_trainer import NAME, DyingAgent, DyingEnv, MarkedAgent, MarkedEnv
 from tests.algorithms.line_trainer import logged
 from tests.algorithms.test_launches import wait_for
 from tests.test_repository import help_texts
@@ -173,10 +173,14 @@ def test_sharding_and_several_drivers_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_in_turns_it_is_ppo_also_after_a_rollout_worker_and_a_learner_were_killed(
     nodes: Nodes, tmp_path: Path, plain: Path
 ):
-    cluster_trainer.train(tmp_path / "runs", agent=DyingAgent, marks=tmp_path, **OPTIONS)
-    assert (tmp_path / "rollout worker").exists()
-    assert (tmp_path / "learner").exists()
-    assert_equals_ppo(tmp_path / "runs" / NAME, plain)
+    """And after an env worker and a rollout worker were, while environments were opened."""
+    cluster_trainer.train(tmp_path / "runs", agent=DyingAgent, env=DyingEnv, marks=tmp_path, **OPTIONS)
+    for name in ("env worker", "killed rollout worker", "rollout worker", "learner"):
+        assert (tmp_path / name).exists()
+    run = tmp_path / "runs" / NAME
+    assert_equals_ppo(run, plain)
+    assert logged(run)[0]["rollout/workers_replaced"] == 2
+    assert sum(line["rollout/episodes_discarded"] for line in logged(run)) == 0
 
 
 @pytest.mark.slow
