@@ -25,6 +25,9 @@ Launch:
 Without --ray-address it makes a cluster of this machine for itself. All sizes are global, and every
 draw is keyed as in `ppo_gr00t.py`.
 
+Rollout workers keep encoded observations in host memory, and learners take them from Ray's object
+store; `feature_storage` and `feature_memory_gb` say where a learner keeps them for its epochs.
+
 A worker that is lost is replaced and its rollout played again; the unfinished episodes of a lost env
 worker are discarded. Learners that are lost start again from the last checkpoint.
 
@@ -437,11 +440,11 @@ from algorithms.common.resume import (
 from algorithms.common.roles import LearnerRole, RolloutRole, mean_seconds, merged_states
 from algorithms.common.rollouts import (
     Cut,
+    DecisionArrays,
     Rollout,
     from_store,
     join_rollouts,
     map_tree,
-    stack_decisions,
     to_device,
     to_store,
 )
@@ -719,10 +722,10 @@ class RolloutWorker(RolloutRole):
 
         # --- rollout: one stage of environments simulates while another is decided ---
         shape = (args.num_steps, len(self.env_ids))
-        features: list[list[Any]] = [[] for _ in range(args.num_steps)]  # of each stage
-        actions: list[list[Any]] = [[] for _ in range(args.num_steps)]
-        logprobs: list[list[Tensor]] = [[] for _ in range(args.num_steps)]
-        values: list[list[Tensor]] = [[] for _ in range(args.num_steps)]
+        features = DecisionArrays(*shape)
+        actions = DecisionArrays(*shape)
+        logprobs = DecisionArrays(*shape)
+        values = DecisionArrays(*shape)
         rewards = np.zeros(shape, dtype=np.float32)
         terminated = np.zeros(shape, dtype=bool)
         succeeded = np.zeros(shape, dtype=bool)
@@ -772,18 +775,18 @@ class RolloutWorker(RolloutRole):
                     self.run.check_actions(env_action, iteration, logprob=logprob, value=value)
                     stage.send(env_action)
 
-                    features[step].append(next_obs[i])
-                    actions[step].append(action)
-                    logprobs[step].append(logprob)
-                    values[step].append(value)
+                    features.put(step, stage.rows, next_obs[i])
+                    actions.put(step, stage.rows, action)
+                    logprobs.put(step, stage.rows, logprob)
+                    values.put(step, stage.rows, value)
 
         return Rollout(
-            features=stack_decisions(features),
+            features=features.arrays,
             last_features=to_store(concatenate(next_obs)),
             cut=cut,
-            actions=stack_decisions(actions),
-            logprobs=stack_decisions(logprobs),
-            values=stack_decisions(values),
+            actions=actions.arrays,
+            logprobs=logprobs.arrays,
+            values=values.arrays,
             rewards=rewards,
             terminated=terminated,
             succeeded=succeeded,
@@ -843,7 +846,7 @@ class Learner(LearnerRole):
         # --- observations: encoded by rollout workers, and kept for all epochs ---
         @torch.no_grad()
         def encode(features: dict[str, Any]) -> dict[str, Tensor]:
-            """Returns what FeatureStore has not kept on the device; nothing is to be computed."""
+            """Returns what FeatureStore has not kept from the object store; nothing is to be computed."""
             return to_device(features, device)
 
         self.store = FeatureStore(encode, device, args.feature_storage, args.feature_memory_gb)

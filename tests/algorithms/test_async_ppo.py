@@ -8,12 +8,15 @@ import math
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,10 +29,13 @@ from ray.cluster_utils import Cluster as Nodes
 from algorithms import async_ppo_gr00t, ppo_gr00t
 from algorithms.common.cluster import connect
 from algorithms.common.resume import checkpoints_in
-from algorithms.common.rollouts import Cut, Rollout, from_store, join_rollouts, split_rollout, to_store
+from algorithms.common.rollouts import Cut, DecisionArrays, Rollout, from_store, join_rollouts, split_rollout, to_store
+from algorithms.common.stages import EnvStep
+from examples.own_agent_in_ppo import MLPAgent
 from tests import preloaded
 from tests.algorithms import cluster_trainer, line_trainer
 from tests.algorithms.cluster_trainer import NAME, DyingAgent, DyingEnv, MarkedAgent, MarkedEnv
+from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged
 from tests.algorithms.test_launches import wait_for
 from tests.test_repository import help_texts
@@ -144,6 +150,57 @@ def test_a_rollout_that_is_split_and_joined_is_the_same():
     assert len(rows) == len(wanted) == 3
     for k, row, value in wanted:
         assert any(k == other_k and row == other_row and torch.equal(value, v) for other_k, other_row, v in rows)
+
+
+def test_decisions_of_stages_are_put_side_by_side():
+    draw = torch.Generator().manual_seed(0)
+    whole = {"half": torch.randn(3, 4, 2, generator=draw).bfloat16(), "whole": torch.randn(3, 4, generator=draw)}
+    kept = DecisionArrays(3, 4)
+    for step in range(3):
+        for rows in (slice(0, 1), slice(1, 4)):
+            part = {name: leaf[step, rows].clone() for name, leaf in whole.items()}
+            kept.put(step, rows, part)
+            part["whole"].zero_()  # what was put is a copy
+    for name, leaf in from_store(kept.arrays).items():
+        torch.testing.assert_close(leaf, whole[name], rtol=0, atol=0)
+
+
+def test_a_rollout_worker_keeps_no_features_of_past_decisions_on_its_device():
+    alive: list[int] = []
+    encoded: list[weakref.ref[torch.Tensor]] = []
+
+    class WatchedAgent(MLPAgent):
+        def encode(self, obs: Any) -> dict[str, torch.Tensor]:
+            features = super().encode(obs)
+            if features is not obs:
+                encoded.append(weakref.ref(features["state"]))
+            alive.append(sum(ref() is not None for ref in encoded))
+            return features
+
+    class Stage:
+        env_ids, rows, offset = np.arange(4), slice(0, 4), 0
+
+        def __init__(self) -> None:
+            self.envs = LineVectorEnv(4)
+            self.obs = self.envs.observe()
+
+        def send(self, actions: Any) -> None:
+            self.outcome = EnvStep(*self.envs.step(actions))
+
+        def receive(self) -> EnvStep:
+            return self.outcome
+
+    worker = object.__new__(async_ppo_gr00t.RolloutWorker)
+    worker.args = async_ppo_gr00t.Args(num_steps=12, num_action_chunks=2, truncation="failure")
+    worker.agent, worker.env_ids = WatchedAgent(("state.x",), 1, 2), np.arange(4)
+    worker.accelerator = cast(Any, SimpleNamespace(autocast=nullcontext))
+    worker.run = cast(Any, SimpleNamespace(check_actions=lambda *_, **__: None))
+    worker.add_step = lambda *_: None  # type: ignore[method-assign]
+    worker.stages = [cast(Any, Stage())]
+    rollout = worker.play(1, 0)
+    assert rollout.features["state"].shape == (12, 4, 1)
+    assert len(encoded) == 13
+    assert max(alive) <= 2
 
 
 @pytest.mark.parametrize(
