@@ -1155,9 +1155,11 @@ def main(
             )
 
         change = ""
-        if args.eval_before:
-            change = compare_evaluations(run.path, 0, args.num_iterations)
-        run.finish()
+        try:
+            if args.eval_before:
+                change = compare_evaluations(run.path, 0, args.num_iterations)
+        finally:
+            run.finish()
         print(change)
         print(
             run.summary(

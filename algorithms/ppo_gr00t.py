@@ -1127,9 +1127,11 @@ def main(
             monitor.end_iteration(metrics)
 
     change = ""
-    if args.eval_before and is_main:
-        change = compare_evaluations(run.path, 0, args.num_iterations)
-    run.finish()
+    try:
+        if args.eval_before and is_main:
+            change = compare_evaluations(run.path, 0, args.num_iterations)
+    finally:
+        run.finish()
     if is_main:
         print(change)
         print(

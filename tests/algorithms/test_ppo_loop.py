@@ -16,7 +16,7 @@ from examples.own_agent_in_ppo import MLPAgent
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.warp_worlds import WarpWorlds
 from tests.algorithms.line_env import LineVectorEnv
-from tests.algorithms.line_trainer import logged, make_mlp_agent, make_tiny_agent, train, without_time
+from tests.algorithms.line_trainer import TRAINERS, logged, make_mlp_agent, make_tiny_agent, train, without_time
 
 NAMED_METRICS = (
     "actor/loss", "actor/value_loss", "actor/grad_norm", "actor/approx_kl", "actor/pg_clipfrac",
@@ -306,6 +306,21 @@ def test_bad_arguments_stop_before_anything_is_made(
     with pytest.raises(ValueError, match=message):
         train("ppo", tmp_path, **changes)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_comparison_that_fails_leaves_the_run_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+):
+    def fail(*_: Any) -> str:
+        raise OSError("no space")
+
+    monkeypatch.setattr(TRAINERS[algorithm], "compare_evaluations", fail)
+    options: dict[str, Any] = dict(num_iterations=1, task_ids=(0,), eval_before=True, eval_episodes_per_task=1)
+    with pytest.raises(OSError, match="no space"):
+        train(algorithm, tmp_path, **options)
+    (run,) = tmp_path.iterdir()
+    assert (run / "report.html").is_file()
 
 
 @pytest.mark.parametrize("trainer", [ppo_gr00t, grpo_gr00t])
