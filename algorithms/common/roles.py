@@ -113,7 +113,7 @@ class RemoteStage:
         workers: handles of `EnvWorker`s, each with equally many environments.
         env_ids: [n] numbers of the environments among all.
         offset: place of the first among the rollout worker's environments.
-        timeout_s: seconds that a step may take.
+        timeout_s: seconds that a step may take; making, resetting and restoring environments may take any.
 
     Attributes:
         obs: the last observation.
@@ -158,7 +158,7 @@ class RemoteStage:
         """
         start = time.perf_counter()
         try:
-            results = self._results(self._calls)
+            results = self._results(self._calls, self._timeout_s)
         except GetTimeoutError:
             self.failed_actions = self._actions
             raise TimeoutError(
@@ -188,9 +188,14 @@ class RemoteStage:
         """Says how often the episodes that start from now on are of which task."""
         self._results([worker.set_task_weights.remote(weights) for worker in self.workers])
 
-    def _results(self, calls: Sequence[Any]) -> list[Any]:
+    def _results(self, calls: Sequence[Any], timeout_s: float | None = None) -> list[Any]:
+        """Returns what calls return, all within so many seconds if they are limited."""
+        start = time.monotonic()
         try:
-            return [result(call, self._timeout_s) for call in calls]
+            return [
+                result(call, None if timeout_s is None else max(0.0, start + timeout_s - time.monotonic()))
+                for call in calls
+            ]
         except LOST as error:
             raise EnvWorkerLost(str(error)) from None
 
