@@ -334,6 +334,7 @@ class RolloutGroup:
         num_workers, self._num_learners = len(placement.rollout), len(placement.actor)
         self._num_parts = max(1, self._num_learners // num_workers)
         self._workers_replaced, self._episodes_discarded = 0, 0
+        self._task_ids: Sequence[int] | None = None
 
         env_places = np.array_split(np.arange(len(placement.env)), num_workers)
         env_ids = np.split(np.arange(args.num_envs), num_workers)
@@ -343,7 +344,11 @@ class RolloutGroup:
         ]
         for share in self._shares:
             share.worker = self._new_worker(share)
-        self._observed_size = cluster.get(self._shares[0].worker.observed_size.remote())
+        first = self._shares[0]
+        while (size := self._answer(first.worker.observed_size)) is None:
+            self._count_loss(first, 1)
+            self._replace_worker(first)
+        self._observed_size = size
         for share in self._shares:
             share.env_workers = [self._new_env_worker(share, place) for place in share.env_places]
 
@@ -357,7 +362,22 @@ class RolloutGroup:
 
     def task_ids(self) -> Sequence[int]:
         """Returns the tasks that the environments sample from."""
-        return self._cluster.get(self._shares[0].env_workers[0].task_ids.remote())
+        first = self._shares[0]
+        while self._task_ids is None:
+            self._task_ids = self._answer(first.env_workers[0].task_ids)
+            if self._task_ids is None:
+                self._count_loss(first, 1)
+                self._replace_env_workers(first)
+        return self._task_ids
+
+    def _answer(self, method: Any) -> Any:
+        """Returns what a worker's method returns; None if the worker was lost."""
+        try:
+            return self._cluster.get(method.remote())
+        except LOST as error:
+            if getattr(error, "actor_init_failed", False):
+                raise
+            return None
 
     def begin(self, iterations: int, env_states: Mapping[int, EnvState] | None) -> Mapping[int, EnvState] | None:
         """Puts environments where they were after so many iterations, or begins episodes; drops what was asked for.
@@ -478,6 +498,18 @@ class RolloutGroup:
 
     def _replace(self, share: _Share, iteration: int) -> None:
         """Replaces what was lost of a share, and asks for its rollouts again."""
+        self._count_loss(share, iteration)
+        self._cancel(share)
+        has_replaced = self._replace_env_workers(share)
+        if not is_there(share.worker):
+            self._replace_worker(share)
+        elif not has_replaced:  # nothing that the rollout is played with, but what it is played by
+            raise LearnersLost(f"the weights for rollout {iteration} are gone with the learner that had them")
+        self._open(share)
+        for order in share.orders.values():
+            self._ask(share, order)
+
+    def _count_loss(self, share: _Share, iteration: int) -> None:
         share.losses += 1
         if share.losses > self._max_restarts:
             raise RuntimeError(
@@ -485,25 +517,24 @@ class RolloutGroup:
                 f"max_restarts={self._max_restarts} times; look into the logs of the cluster's processes for what ends "
                 "them, or raise max_restarts"
             )
-        self._cancel(share)
-        fresh = {i for i, worker in enumerate(share.env_workers) if not is_there(worker)}
-        for i in fresh:
+
+    def _replace_env_workers(self, share: _Share) -> bool:
+        """Replaces those of a share that were lost; returns whether there were any."""
+        lost = [i for i, worker in enumerate(share.env_workers) if not is_there(worker)]
+        for i in lost:
             share.env_places[i] = self._cluster.standing(share.env_places[i])
             share.env_workers[i] = self._new_env_worker(share, share.env_places[i])
             # One that is lost before it was opened takes no episodes with it: its place opens as it would have.
             if share.has_begun and i not in share.to_reset:
                 share.to_reset[i] = (share.losses,)
                 self._episodes_discarded += len(share.env_ids) // len(share.env_workers)
-        self._workers_replaced += len(fresh)
-        if not is_there(share.worker):
-            share.place = self._cluster.standing(share.place)
-            share.worker = self._new_worker(share)
-            self._workers_replaced += 1
-        elif not fresh:  # nothing that the rollout is played with, but what it is played by
-            raise LearnersLost(f"the weights for rollout {iteration} are gone with the learner that had them")
-        self._open(share)
-        for order in share.orders.values():
-            self._ask(share, order)
+        self._workers_replaced += len(lost)
+        return bool(lost)
+
+    def _replace_worker(self, share: _Share) -> None:
+        share.place = self._cluster.standing(share.place)
+        share.worker = self._new_worker(share)
+        self._workers_replaced += 1
 
 
 def is_there(worker: Any) -> bool:
@@ -594,7 +625,10 @@ class LearnerGroup:
         self._has_boundary = False
         self._places = [self._cluster.standing(place) for place in self._places]
         self._learners = [self._cluster.start(self._role, place, *self._inputs) for place in self._places]
-        address = self._cluster.get(self._learners[0].free_address.remote())
+        try:
+            address = self._cluster.get(self._learners[0].free_address.remote())
+        except LOST as error:
+            raise LearnersLost(str(error)) from None
         size = len(self._learners)
         self._results([learner.join.remote(rank, size, address) for rank, learner in enumerate(self._learners)])
 

@@ -197,6 +197,10 @@ class RemoteStage:
                 for call in calls
             ]
         except LOST as error:
+            if getattr(error, "actor_init_failed", False):
+                raise RuntimeError(
+                    f"environments {self.env_ids[0]} to {self.env_ids[-1]} could not be made: {error}"
+                ) from None
             raise EnvWorkerLost(str(error)) from None
 
 

@@ -10,11 +10,13 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'libero-gr00t[cluster]')")
 
+from ray.exceptions import ActorDiedError, RayActorError
+
 from algorithms.common import cluster
-from algorithms.common.cluster import RolloutGroup
+from algorithms.common.cluster import LearnerGroup, RolloutGroup
 from algorithms.common.placement import Node, Place, place_roles
 from algorithms.common.randomness import EPISODES, seed_of
-from algorithms.common.roles import Report, RolloutRole
+from algorithms.common.roles import LearnerRole, Report, RolloutRole
 
 SEED = 7
 NODES = [Node(node_id="a", address="10.0.0.1", cpus=4)]
@@ -49,7 +51,11 @@ class FakeCluster:
         return place
 
     def get(self, call: Any) -> Any:
+        if isinstance(call, Exception):
+            raise call
         return call
+
+    def pass_on_request(self) -> None: ...
 
     def openings(self) -> list[list[tuple[str, Any]]]:
         """What each opening asked of each env worker: the method, and its input if there is one."""
@@ -69,7 +75,7 @@ def make_group(monkeypatch: pytest.MonkeyPatch, **answers: list[Any]) -> tuple[R
     """A group of one rollout worker and two env workers with two environments each."""
     monkeypatch.setattr(cluster, "is_there", lambda worker: worker.is_there)
     monkeypatch.setattr(cluster.ray, "cancel", lambda call, force: None)
-    fake: Any = FakeCluster({"observed_size": [0], **answers})
+    fake: Any = FakeCluster({"observed_size": [0]} | answers)
     args = SimpleNamespace(seed=SEED, num_envs=4, max_restarts=3)
     placement = place_roles(NODES, placement="env:cpu*2 rollout:cpu actor:cpu")
     inputs: Any = (lambda *_, **__: None, lambda *_, **__: None)
@@ -114,3 +120,44 @@ def test_one_that_is_lost_again_while_environments_open_leaves_the_boundary_to_t
     kept = ("restore", [states_of("start")[0], states_of("start")[1]]) if can_restore else ("observe",)
     assert fake.openings()[1:] == [[kept, ("reset", seeds(0, 1, env_ids=range(2, 4)))]] * 2
     assert group.losses() == {"rollout/workers_replaced": 2, "rollout/episodes_discarded": 2}
+
+
+def test_workers_that_are_lost_before_the_first_rollout_are_replaced(monkeypatch: pytest.MonkeyPatch):
+    def start(self: FakeCluster, actor: type, place: Place, *inputs: Any) -> FakeWorker:
+        worker = FakeWorker(self.answers, self.asked)
+        worker.is_there = False
+        return worker
+
+    monkeypatch.setattr(FakeCluster, "start", start)
+    lost = RayActorError()
+    answers: dict[str, list[Any]] = dict(observed_size=[lost, 64], task_ids=[lost, [0, 3]])
+    group, _, share = make_group(monkeypatch, **answers)
+    assert group.task_ids() == group.task_ids() == [0, 3]  # asked for once, also after learners start again
+    assert (group._observed_size, share.losses) == (64, 2)
+    assert group.losses() == {"rollout/workers_replaced": 3, "rollout/episodes_discarded": 0}
+
+
+def test_losses_before_the_first_rollout_are_limited_and_an_error_is_none(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(RuntimeError, match="lost workers of rollout worker 0 more than max_restarts=3 times"):
+        make_group(monkeypatch, observed_size=[RayActorError() for _ in range(4)])
+    wrong = ActorDiedError()
+    wrong._actor_init_failed = True
+    with pytest.raises(ActorDiedError):
+        make_group(monkeypatch, observed_size=[wrong])
+
+
+def test_a_learner_that_is_lost_as_the_group_starts_has_all_start_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(cluster.ray, "wait", lambda calls, num_returns, timeout: (calls[:1], calls[1:]))
+    monkeypatch.setattr(cluster.ray, "kill", lambda worker: None)
+    monkeypatch.setattr(cluster, "result", lambda call: call)
+    fake: Any = FakeCluster(dict(free_address=[RayActorError(), "host:1"], join=[None]))
+    placement = place_roles(NODES, placement="rollout:cpu actor:cpu")
+    run: Any = SimpleNamespace(path=tmp_path, forget_after=lambda iteration: None)
+    inputs: Any = (lambda *_: None, lambda *_: None)
+    learners = LearnerGroup(fake, placement, LearnerRole, SimpleNamespace(max_restarts=1), *inputs, run)
+    told: list[str] = []
+    assert learners.train(lambda checkpoint: {"done": 1.0}, None, told.append) == {"done": 1.0}
+    assert told == ["a learner was lost; all start again from the start"]
+    assert [name for name, _ in fake.asked] == ["free_address", "free_address", "join"]

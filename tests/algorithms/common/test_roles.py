@@ -78,12 +78,16 @@ def test_a_step_of_all_workers_has_the_time_of_one(monkeypatch: pytest.MonkeyPat
     assert given == [5.0, 3.0]
 
 
-def test_a_worker_that_is_gone_is_told_from_an_error(monkeypatch: pytest.MonkeyPatch):
+def test_a_worker_that_is_gone_is_told_from_one_that_could_not_be_made(monkeypatch: pytest.MonkeyPatch):
     stage = make_stage(LocalWorker(2))
+    error = RayActorError(error_msg="no renderer")
 
     def result(call: Any, timeout: float | None = None) -> Any:
-        raise RayActorError
+        raise error
 
     monkeypatch.setattr(roles, "result", result)
     with pytest.raises(EnvWorkerLost):
+        stage.states()
+    error._actor_init_failed = True
+    with pytest.raises(RuntimeError, match="environments 4 to 5 could not be made: no renderer"):
         stage.states()
