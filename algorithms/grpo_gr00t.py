@@ -43,11 +43,11 @@ from algorithms.common.args import (
     check_at_least,
     check_entropy_bonus,
     check_folders,
-    check_lora,
     check_near_goal,
     check_physics,
     check_schedule,
     check_sizes,
+    check_state_model,
     share_of_process,
 )
 from algorithms.common.command_line import launch, parse_args
@@ -280,7 +280,7 @@ def check_args(args: Args) -> None:
         raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
     check_sizes(args, "num_envs", "micro_batch_size")
     check_folders(args, STATE_MODEL)
-    check_lora(args)
+    check_state_model(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:

@@ -54,11 +54,11 @@ from algorithms.common.args import (
     check_at_least,
     check_entropy_bonus,
     check_folders,
-    check_lora,
     check_near_goal,
     check_physics,
     check_schedule,
     check_sizes,
+    check_state_model,
     exact_quotient,
     share_of_process,
 )
@@ -361,7 +361,7 @@ def check_args(args: Args) -> None:
     exact_quotient(args, "num_decisions", "minibatch_size")
     exact_quotient(args, "minibatch_size", "micro_batch_size")
     check_folders(args, STATE_MODEL)
-    check_lora(args)
+    check_state_model(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:

@@ -44,13 +44,31 @@ class Augmentation:
                 raise ValueError(f"{name}={getattr(self, name)} is not in 0-{high}")
 
 
-def check_lora(args: Any) -> None:
-    """Raises ValueError if there is nothing to adapt: low-rank adapters go into a GR00T network."""
-    if args.lora_rank and args.model == STATE_MODEL:
-        raise ValueError(
-            f"lora_rank={args.lora_rank}: model='{STATE_MODEL}' has no attention layers to adapt; leave lora_rank at "
-            "0, or take --model nano"
-        )
+# What the policy on the robot's state has not: of an argument, the values that it can have, and why no others.
+_STATE_POLICY_HAS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "noise_method": (("flow_sde", "flow_cps"), "learns no noise"),
+    "joint_logprob": ((False,), "has one noised step in a chain"),
+    "logprob_level": (("chunk",), "scores whole chunks"),
+    "critic_detach": ((True,), "has no trunk that policy and critic share"),
+    "train_backbone": ((False,), "has no backbone"),
+    "lora_rank": ((0,), "has no attention layers to adapt"),
+    "compute_dtype": ((None, "float32"), "computes in float32"),
+    "compile": ((False,), "is not compiled"),
+    "imitation_coef": ((0,), "has no flow error to imitate by"),
+    "video_interval": ((0,), "sees no images that could be filmed"),
+}
+
+
+def check_state_model(args: Any) -> None:
+    """Raises ValueError if `args.model` is the policy on the robot's state and others ask for what it has not."""
+    if args.model != STATE_MODEL:
+        return
+    for name, (possible, why) in _STATE_POLICY_HAS.items():
+        if hasattr(args, name) and (value := getattr(args, name)) not in possible:
+            raise ValueError(
+                f"{name}={value!r}: model='{STATE_MODEL}' {why} (valid: {', '.join(map(str, possible))}); leave it "
+                "out, or take --model nano"
+            )
 
 
 def check_at_least(args: Any, least: int, *names: str) -> None:
@@ -128,14 +146,12 @@ def exact_quotient(args: Any, dividend: str, divisor: str) -> int:
 
 
 def check_near_goal(args: Any) -> None:
-    """Raises ValueError for starts near the goal that cannot be, and for what `model` state has not."""
+    """Raises ValueError for starts near the goal that cannot be."""
     if any(steps < 1 for steps in args.steps_before_success):
         raise ValueError(f"steps_before_success={args.steps_before_success}: each must be at least 1")
     check_at_least(args, 1, "num_near_goal_states", "eval_videos_per_task")
     if args.steps_before_success and args.physics != "cpu":
         raise ValueError(f"steps_before_success needs --physics cpu (given: {args.physics!r}), where experts run")
-    if args.model == STATE_MODEL and getattr(args, "video_interval", 0):
-        raise ValueError("video_interval films what the policy sees, and model='state' sees no images; set it to 0")
 
 
 def launched_processes() -> int:
