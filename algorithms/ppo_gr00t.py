@@ -217,7 +217,8 @@ class Args:
     AdamW's moments, so that its first real step is no larger than the next ones."""
     policy_warmup_iterations: int = 0
     """Iterations after those over which the policy's step size rises from 0, update by update: while
-    weights rest, gradients agree with each other, and AdamW's first steps all go the same way."""
+    weights rest, gradients agree with each other, and AdamW's first steps all go the same way. An
+    adaptive step size follows only after them."""
     update_epochs: int = 4
     """Passes over each iteration's decisions."""
     minibatch_size: int = 1024
@@ -972,6 +973,7 @@ def main(
             step_sizes.begin(progress)
             history: list[dict[str, Tensor]] = []  # means of each minibatch
             ratio_deviation = 0.0
+            policy_lr = 0.0
             kl_exceeded = False
 
             for epoch in range(args.update_epochs):
@@ -1083,6 +1085,7 @@ def main(
                     updated = iteration - 1 + (len(history) + 1) / updates_per_iteration
                     with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                         optimizer.step()
+                        policy_lr = optimizer.param_groups[0]["lr"]
                     optimizer.zero_grad(set_to_none=True)
                     monitor.end_minibatch()
 
@@ -1102,13 +1105,13 @@ def main(
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation,
                 "actor/explained_variance": explained_var,
                 "actor/num_updates": float(len(history)),
-                "actor/lr": optimizer.param_groups[0]["lr"],
+                "actor/lr": policy_lr,
                 "actor/noise_anneal": noise.get("noise_anneal", 1.0),
                 "rollout/returns_mean": returns_mean.item(),
                 "rollout/advantages_mean": advantages_mean.item(),
             }
             metrics |= monitor.metrics()
-            if iteration > args.critic_warmup_iterations:
+            if iteration > args.critic_warmup_iterations + args.policy_warmup_iterations:
                 step_sizes.follow(history[-1]["actor/approx_kl"])
             if task_sampler is not None:
                 metrics |= task_sampler.metrics()
