@@ -81,8 +81,9 @@ class Report:
         is_lost: an env worker was lost; the rest is empty.
         ended: episodes that ended, each with the number of iterations ago in which it began.
         env_steps: environment steps.
-        seconds: of stepping (`env_s`), waiting for it (`env_wait_s`), the rest (`policy_s`), and in which environments
-            did nothing since the last rollout ended (`env_idle_s`).
+        seconds: of stepping (`env_s`) and waiting for it (`env_wait_s`), each summed over stages, the rest
+            (`policy_s`), and in which environments did nothing since the last rollout ended (`env_idle_s`), a mean
+            over stages.
         env_states: states of its environments after it; None if they cannot give any.
     """
 
@@ -213,7 +214,7 @@ def join_steps(steps: Sequence[Step]) -> EnvStep:
     obs, rewards, terminated, truncated, infos = zip(*steps, strict=True)
     with_final = next((info for info in infos if "final_info" in info), None)
     if with_final is not None:
-        added = {name for name in with_final if name.removeprefix("_") in ("final_info", "final_obs")}
+        added = with_final.keys() & {"final_info", "_final_info", "_final_obs"}
         infos = [
             info
             if "final_info" in info
@@ -348,6 +349,7 @@ class RolloutRole:
         if self._has_lost_envs:
             return lost
         self._iteration, self._ended, self._env_steps = iteration, [], 0
+        self.recorder.forget()
         with torch.no_grad():
             for name, value in from_store(weights).items():
                 self._trained[name].copy_(value)
@@ -369,16 +371,18 @@ class RolloutRole:
         now = time.perf_counter()
         busy_s, wait_s = (after - before for after, before in zip(self._clocks(), (busy_s, wait_s), strict=True))
         seconds = dict(
-            env_s=busy_s, env_wait_s=wait_s, policy_s=now - start - wait_s, env_idle_s=now - self._ended_at - busy_s
+            env_s=busy_s,
+            env_wait_s=wait_s,
+            policy_s=now - start - wait_s,
+            env_idle_s=now - self._ended_at - busy_s / len(self.stages),
         )
         self._ended_at = now
         report = Report(ended=self._ended, env_steps=self._env_steps, seconds=seconds, env_states=states)
         return [report, *split_rollout(rollout, num_parts)]
 
     def _clocks(self) -> tuple[float, float]:
-        """Returns seconds of stepping, a mean over stages, and of waiting for it so far."""
-        busy_s = sum(stage.busy_s for stage in self.stages) / len(self.stages)
-        return busy_s, sum(stage.wait_s for stage in self.stages)
+        """Returns seconds of stepping and of waiting for it so far, each summed over stages."""
+        return sum(stage.busy_s for stage in self.stages), sum(stage.wait_s for stage in self.stages)
 
     def _dump_failed_actions(self, error: Exception) -> None:
         stages = enumerate(self.stages)

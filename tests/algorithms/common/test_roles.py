@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,18 +14,27 @@ pytest.importorskip("ray", reason="Ray is not installed (pip install 'libero-gr0
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from algorithms.common import roles
-from algorithms.common.env_worker import EnvWorker
-from algorithms.common.roles import EnvWorkerLost, RemoteStage
+from algorithms.common.env_worker import EnvWorker, Step
+from algorithms.common.roles import EnvWorkerLost, RemoteStage, RolloutRole, join_steps
+from algorithms.common.video import RolloutRecorder, read_pictures
 from tests.algorithms.line_env import LineVectorEnv
+
+
+class TimedWorker(EnvWorker):
+    """Whose steps take one and a half seconds, as it says."""
+
+    def __init__(self, num_envs: int) -> None:
+        self._envs, self._obs = LineVectorEnv(num_envs), {}
+
+    def step(self, actions: Any) -> tuple[Step, float]:
+        return super().step(actions)[0], 1.5
 
 
 class LocalWorker:
     """An env worker in this process, as `RemoteStage` calls it; a slow call does not end in limited time."""
 
     def __init__(self, num_envs: int, slow: tuple[str, ...] = ()) -> None:
-        self.worker = object.__new__(EnvWorker)
-        self.worker._envs, self.worker._obs = LineVectorEnv(num_envs), {}
-        self.slow = slow
+        self.worker, self.slow = TimedWorker(num_envs), slow
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=lambda *inputs: (name in self.slow, getattr(self.worker, name), inputs))
@@ -91,3 +101,68 @@ def test_a_worker_that_is_gone_is_told_from_one_that_could_not_be_made(monkeypat
     error._actor_init_failed = True
     with pytest.raises(RuntimeError, match="environments 4 to 5 could not be made: no renderer"):
         stage.states()
+
+
+class TwoSteps(RolloutRole):
+    """A rollout of two decisions, after the first of which an env worker is lost if it is told so."""
+
+    loses = False
+
+    def build(self) -> None: ...
+
+    def play(self, iteration: int, version: int) -> Any:
+        for step in range(2):
+            for stage in self.stages:
+                stage.send(np.zeros((2, 2, 7), np.float32))
+                self.add_step(step, stage, stage.receive())
+                if self.loses:
+                    raise EnvWorkerLost
+        return "rollout"
+
+
+def make_role(folder: Path, *stages: RemoteStage) -> TwoSteps:
+    role = object.__new__(TwoSteps)
+    role.args = SimpleNamespace(num_action_chunks=2, num_steps=2)
+    role.stages, role.recorder = list(stages), RolloutRecorder(folder, num_envs=1, interval=1, fps=4)
+    role._trained, role._has_lost_envs, role._ended_at = {}, False, 0.0
+    return role
+
+
+def test_seconds_of_stepping_are_summed_over_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(roles, "split_rollout", lambda rollout, num_parts: [rollout])
+    monkeypatch.setattr(roles.time, "perf_counter", lambda: 100.0)
+    stages = [make_stage(LocalWorker(2)) for _ in range(2)]
+    role = make_role(tmp_path, *stages)
+    role._ended_at = 90.0
+    seconds = role.rollout(1, 0, {}, None, 1)[0].seconds
+    assert seconds == dict(env_s=2 * 2 * 1.5, env_wait_s=0, policy_s=0, env_idle_s=10 - 2 * 1.5)
+
+
+def test_steps_of_workers_are_joined_also_where_episodes_end_on_one_alone(monkeypatch: pytest.MonkeyPatch):
+    first, second = LineVectorEnv(2, image_size=64), LineVectorEnv(1, image_size=64)
+    for envs in (first, second):
+        envs.reset(seed=1)
+    first.length[1] = 11  # of 12
+    steps = [envs.step(np.zeros((envs.num_envs, 2, 7), np.float32)) for envs in (first, second)]
+    made: list[tuple[int, ...]] = []
+    zeros = np.zeros
+    monkeypatch.setattr(roles.np, "zeros", lambda shape, *options: made.append(shape) or zeros(shape, *options))
+    joined = join_steps(steps)
+    assert joined.truncated.tolist() == [False, True, False]
+    assert joined.infos["final_info"]["episode_length"].tolist() == [2, 12, 0]
+    final, rest = joined.infos["final_obs"], steps[1][0]
+    np.testing.assert_array_equal(final["video.image"][:2], steps[0][4]["final_obs"]["video.image"])
+    np.testing.assert_array_equal(final["video.image"][2:], rest["video.image"])
+    assert made
+    assert max(len(shape) for shape in made) < 4  # no pictures, which the last observation stands for
+
+
+def test_the_film_of_a_rollout_that_is_played_again_is_of_that_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(roles, "split_rollout", lambda rollout, num_parts: [rollout])
+    role = make_role(tmp_path, make_stage(LocalWorker(2)))
+    role.loses = True
+    assert role.rollout(1, 0, {}, None, 1)[0].is_lost
+    role.loses = role._has_lost_envs = False  # its environments were opened again
+    report, part = role.rollout(1, 0, {}, None, 1)
+    assert (report.env_steps, part) == (8, "rollout")
+    assert len(list(read_pictures(tmp_path / "rollout_1.mp4"))) == 2
