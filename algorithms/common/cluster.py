@@ -37,7 +37,7 @@ from algorithms.common.placement import Node, Place, Placement, check_shares, ch
 from algorithms.common.processes import check_alone, refuse_sharding
 from algorithms.common.randomness import EPISODES, seed_of
 from algorithms.common.resume import RestoredState, checkpoints_in
-from algorithms.common.roles import LOST, LearnerRole, Report, RolloutRole, merged_states, result
+from algorithms.common.roles import LOST, LearnerRole, Report, RolloutRole, merged_states, refuse_unmade, result
 from algorithms.common.run import RunFolder
 from algorithms.common.vector_envs import EnvState
 
@@ -375,8 +375,7 @@ class RolloutGroup:
         try:
             return self._cluster.get(method.remote())
         except LOST as error:
-            if getattr(error, "actor_init_failed", False):
-                raise
+            refuse_unmade(error, "a worker")
             return None
 
     def begin(self, iterations: int, env_states: Mapping[int, EnvState] | None) -> Mapping[int, EnvState] | None:
@@ -466,7 +465,8 @@ class RolloutGroup:
             return True
         try:
             is_open, states = self._cluster.get(share.opening)
-        except LOST:
+        except LOST as error:
+            refuse_unmade(error, f"rollout worker {share.number}")
             return False
         if not is_open:
             return False

@@ -63,6 +63,12 @@ def result(call: Any, timeout: float | None = None) -> Any:
         raise cast(Any, error).cause from error
 
 
+def refuse_unmade(error: Exception, what: str) -> None:
+    """Raises RuntimeError if an actor was not lost, but raised an error as it was made: so would the next one."""
+    if getattr(error, "actor_init_failed", False):
+        raise RuntimeError(f"{what} could not be made: {error}") from None
+
+
 def merged_states(parts: Sequence[Mapping[int, EnvState] | None]) -> Mapping[int, EnvState] | None:
     """Returns the states of all parts; None if one has none."""
     states: dict[int, EnvState] = {}
@@ -198,10 +204,7 @@ class RemoteStage:
                 for call in calls
             ]
         except LOST as error:
-            if getattr(error, "actor_init_failed", False):
-                raise RuntimeError(
-                    f"environments {self.env_ids[0]} to {self.env_ids[-1]} could not be made: {error}"
-                ) from None
+            refuse_unmade(error, f"environments {self.env_ids[0]} to {self.env_ids[-1]}")
             raise EnvWorkerLost(str(error)) from None
 
 
@@ -274,8 +277,9 @@ class RolloutRole:
         env_ids: NDArray[np.intp],
     ) -> None:
         _begin(place, bell)
+        refuse_sharding()
         self.args, self.make_agent, self.number, self.env_ids = args, make_agent, number, env_ids
-        self.accelerator = Accelerator()
+        self.accelerator = make_accelerator((), args.output_dir)
         self.run = RunFolder(run_path, self.accelerator)
         self.stages: list[RemoteStage] = []
         self.build()

@@ -142,8 +142,11 @@ def test_losses_before_the_first_rollout_are_limited_and_an_error_is_none(monkey
         make_group(monkeypatch, observed_size=[RayActorError() for _ in range(4)])
     wrong = ActorDiedError()
     wrong._actor_init_failed = True
-    with pytest.raises(ActorDiedError):
+    with pytest.raises(RuntimeError, match="a worker could not be made"):
         make_group(monkeypatch, observed_size=[wrong])
+    group, *_ = make_group(monkeypatch, open_envs=[wrong])
+    with pytest.raises(RuntimeError, match="rollout worker 0 could not be made"):
+        group.begin(0, None)
 
 
 def test_a_learner_that_is_lost_as_the_group_starts_has_all_start_again(

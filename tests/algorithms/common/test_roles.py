@@ -13,8 +13,9 @@ pytest.importorskip("ray", reason="Ray is not installed (pip install 'libero-gr0
 
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from algorithms.common import roles
+from algorithms.common import processes, roles
 from algorithms.common.env_worker import EnvWorker, Step
+from algorithms.common.placement import Place
 from algorithms.common.roles import EnvWorkerLost, RemoteStage, RolloutRole, join_steps
 from algorithms.common.video import RolloutRecorder, read_pictures
 from tests.algorithms.line_env import LineVectorEnv
@@ -118,6 +119,21 @@ class TwoSteps(RolloutRole):
                 if self.loses:
                     raise EnvWorkerLost
         return "rollout"
+
+
+def test_a_launch_that_is_refused_is_refused_to_workers_that_decide_too(monkeypatch: pytest.MonkeyPatch):
+    def refuse(accelerator: Any) -> None:
+        raise ValueError("mixed_precision=fp16 is not supported")
+
+    monkeypatch.setattr(roles, "_begin", lambda place, bell: None)
+    inputs: Any = (SimpleNamespace(output_dir=Path("runs")), None, Path("runs"), 0, np.arange(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "_check_launch", refuse)
+        with pytest.raises(ValueError, match="mixed_precision=fp16 is not supported"):
+            TwoSteps(Place(node=0, gpu=None, cpus=1), None, *inputs)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP is not supported here"):
+        TwoSteps(Place(node=0, gpu=None, cpus=1), None, *inputs)
 
 
 def make_role(folder: Path, *stages: RemoteStage) -> TwoSteps:
