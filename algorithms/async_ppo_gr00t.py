@@ -70,7 +70,7 @@ class Args:
     # --- run ---
     preset: str | None = None
     """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
-    run_name: str = "ppo_{suite}_{seed}"
+    run_name: str = "async_ppo_{suite}_{seed}"
     """Name of the run's folder; may hold fields of these arguments in braces."""
     output_dir: Path = Path("runs")
     """Where run folders are made."""
@@ -341,7 +341,7 @@ class Args:
         return metrics.get("eval/success_once")
 
 
-PRESETS = {name: Args(**settings) for name, settings in presets.PPO.items()}
+PRESETS = {name: Args(**settings) for name, settings in presets.ASYNC_PPO.items()}
 
 
 def check_args(args: Args) -> None:

@@ -17,7 +17,7 @@ from examples.own_agent_in_ppo import MLPAgent
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import DEFAULTS, SlowLineEnv, make_mlp_agent
 
-NAME = "ppo_libero_spatial_1"
+NAME = "async_ppo_libero_spatial_1"
 
 
 class Marks:

@@ -26,7 +26,8 @@ pytest.importorskip("ray", reason="Ray is not installed (pip install 'libero-gr0
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from algorithms import async_ppo_gr00t, ppo_gr00t
+from algorithms import async_ppo_gr00t, dsrl_gr00t, grpo_gr00t, ppo_gr00t
+from algorithms.common.args import base_name
 from algorithms.common.cluster import connect
 from algorithms.common.resume import checkpoints_in
 from algorithms.common.rollouts import Cut, DecisionArrays, Rollout, from_store, join_rollouts, split_rollout, to_store
@@ -42,6 +43,7 @@ from tests.test_repository import help_texts
 
 ADDED = {"rollout/staleness_mean", "rollout/workers_replaced", "rollout/episodes_discarded", "actor/importance_weight"}
 OPTIONS: dict[str, Any] = dict(num_iterations=3, save_interval=1)
+PLAIN_NAME = "ppo_libero_spatial_1"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of PPO."""
     folder = tmp_path_factory.mktemp("ppo")
     line_trainer.train("ppo", folder, **OPTIONS)
-    return folder / NAME
+    return folder / PLAIN_NAME
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -100,7 +102,10 @@ def test_the_copies_of_arguments_and_formulas_agree():
     defaults = [{f.name: f.default for f in dataclasses.fields(module.Args)} for module in (async_ppo_gr00t, ppo_gr00t)]
     for name in set(theirs) & set(ours):
         assert ours[name] == theirs[name]
-        assert defaults[0][name] == defaults[1][name], name
+        assert (defaults[0][name] == defaults[1][name]) == (name != "run_name"), name
+    for name, preset in ppo_gr00t.PRESETS.items():
+        same = {f.name for f in dataclasses.fields(preset)} - {"run_name", "dry_run"}
+        assert all(getattr(async_ppo_gr00t.PRESETS[name], f) == getattr(preset, f) for f in same)
     generator = torch.Generator().manual_seed(0)
     a, b, c = torch.randn(3, 6, 50, generator=generator)
     x, y = torch.rand(2, 6, 50, generator=generator) > 0.7
@@ -119,6 +124,15 @@ def test_the_copies_of_arguments_and_formulas_agree():
     for name, inputs in calls.items():
         results = [getattr(module, name)(*inputs) for module in (async_ppo_gr00t, ppo_gr00t)]
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_no_trainer_takes_the_run_of_another_for_its_own():
+    """By `--resume auto`, that is, which finds a run by its name."""
+    names = [
+        {name for args in (*module.PRESETS.values(), module.Args()) for name in [base_name(args)]}
+        for module in (ppo_gr00t, async_ppo_gr00t, grpo_gr00t, dsrl_gr00t)
+    ]
+    assert len(set.union(*names)) == sum(len(of_trainer) for of_trainer in names)
 
 
 def test_importance_weights_by_hand():
@@ -332,7 +346,7 @@ def test_libero_and_gr00t_give_what_ppo_gives(nodes: Nodes, tmp_path: Path):
     ppo_gr00t.main(ppo_gr00t.Args(output_dir=tmp_path / "ppo", **options))
     args = async_ppo_gr00t.Args(output_dir=tmp_path / "async", env_workers=2, pipeline_stage_num=2, **options)
     async_ppo_gr00t.main(args)
-    plain, run = tmp_path / "ppo" / NAME, tmp_path / "async" / NAME
+    plain, run = tmp_path / "ppo" / PLAIN_NAME, tmp_path / "async" / NAME
     (line,), (other,) = logged(plain), logged(run)
     assert {k: v for k, v in other.items() if k not in ADDED} == pytest.approx(line, rel=1e-4, abs=1e-5)
     for name, value in final_weights(plain).items():

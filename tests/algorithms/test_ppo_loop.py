@@ -341,6 +341,13 @@ def test_presets_have_the_published_settings_and_sizes_that_divide():
     for name in ("spatial", "object", "goal", "10"):
         start = {"spatial": presets.SPATIAL_START, "object": presets.OBJECT_START, "goal": presets.GOAL_START}
         assert PRESETS[f"libero_{name}_nano"].model == start.get(name, "nano")
+    near_goal = ("demo", "libero_spatial_laptop")
+    for trainer, level in ((ppo_gr00t, 1.0), (grpo_gr00t, 1.4)):
+        for name, args in trainer.PRESETS.items():
+            begins_and_ends = (level, 0.3) if name in near_goal else (0.5, 1.0)
+            assert (args.noise_method, args.noise_level, args.final_noise) == ("flow_sde", *begins_and_ends)
+            assert (args.num_action_chunks, args.denoising_steps) == (10 if "libero_10" in name else 5, 4)
+            assert (args.save_interval, args.eval_interval) == ((50, 0) if name in near_goal else (25, 50))
     for args in PRESETS.values():
         assert args.num_minibatches > 0
         assert args.num_micro_batches > 0
