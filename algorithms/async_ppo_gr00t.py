@@ -1204,7 +1204,8 @@ def train(
             task_sampler.load_state_dict(restored.tensors["episodes"])
         if args.evaluates(done) and not evaluation_file(run.path, done).is_file():
             progress.print(missing_evaluation(checkpoint))
-    env_states = rollouts.begin(done, env_states)
+    task_weights = None if task_sampler is None else task_sampler.weights
+    env_states = rollouts.begin(done, env_states, task_weights)
 
     def take_boundary(iteration: int) -> None:
         tallies = cohorts.state_dict()

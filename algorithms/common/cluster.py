@@ -296,6 +296,7 @@ class _Share:
         self.orders: dict[int, _Order] = {}
         self.calls: dict[int, list[Any]] = {}
         self.states: Mapping[int, EnvState] | None = None  # at the last boundary
+        self.task_weights: NDArray[np.float64] | None = None  # of the first rollout
         self.boundary = 0
         self.losses = 0  # since then
 
@@ -378,8 +379,18 @@ class RolloutGroup:
             refuse_unmade(error, "a worker")
             return None
 
-    def begin(self, iterations: int, env_states: Mapping[int, EnvState] | None) -> Mapping[int, EnvState] | None:
+    def begin(
+        self,
+        iterations: int,
+        env_states: Mapping[int, EnvState] | None,
+        task_weights: NDArray[np.float64] | None = None,
+    ) -> Mapping[int, EnvState] | None:
         """Puts environments where they were after so many iterations, or begins episodes; drops what was asked for.
+
+        Args:
+            iterations: done.
+            env_states: after them; None begins episodes.
+            task_weights: how often tasks are played; as the environments have it if not given.
 
         Returns:
             The environments' states; None if they cannot give any.
@@ -390,7 +401,7 @@ class RolloutGroup:
         for share in self._shares:
             self._cancel(share)
             share.orders.clear()
-            share.boundary, share.losses, share.states = iterations, 0, None
+            share.boundary, share.losses, share.states, share.task_weights = iterations, 0, None, task_weights
             share.has_begun = False
             share.to_reset = dict.fromkeys(range(len(share.env_workers)), ()) if env_states is None else {}
             if env_states is not None:
@@ -494,7 +505,8 @@ class RolloutGroup:
                 openings.append(("restore", ([share.states[env_id] for env_id in ids.tolist()],)))
             else:
                 openings.append(("observe", ()))
-        share.opening = share.worker.open_envs.remote(share.env_workers, openings)
+        task_weights = next((order.task_weights for order in share.orders.values()), share.task_weights)
+        share.opening = share.worker.open_envs.remote(share.env_workers, openings, task_weights)
 
     def _replace(self, share: _Share, iteration: int) -> None:
         """Replaces what was lost of a share, and asks for its rollouts again."""

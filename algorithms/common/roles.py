@@ -314,12 +314,13 @@ class RolloutRole:
     def ping(self) -> None:
         """Returns when the calls before it are done."""
 
-    def open_envs(self, workers: Sequence[Any], openings: Sequence[Any]) -> tuple[bool, Any]:
+    def open_envs(self, workers: Sequence[Any], openings: Sequence[Any], task_weights: Any = None) -> tuple[bool, Any]:
         """Takes env workers and observes; returns whether none was lost, and their states.
 
         Args:
             workers: handles of `EnvWorker`s.
             openings: of each the method that observes, and its inputs.
+            task_weights: how often tasks are played, from the episodes on that begin here; as before if not given.
         """
         num_stages = self.args.pipeline_stage_num
         ids = np.split(self.env_ids, num_stages)
@@ -331,6 +332,8 @@ class RolloutRole:
                 offset = int(stage_ids[0] - self.env_ids[0])
                 handles = [workers[w] for w in mine]
                 stage = RemoteStage(handles, stage_ids, offset, self.args.env_timeout_s)
+                if task_weights is not None:
+                    stage.set_task_weights(task_weights)
                 stage.open([openings[w] for w in mine])
                 self.stages.append(stage)
             states = merged_states([stage.states() for stage in self.stages])

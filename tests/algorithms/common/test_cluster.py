@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'libero-gr00t[cluster]')")
@@ -120,6 +121,18 @@ def test_one_that_is_lost_again_while_environments_open_leaves_the_boundary_to_t
     kept = ("restore", [states_of("start")[0], states_of("start")[1]]) if can_restore else ("observe",)
     assert fake.openings()[1:] == [[kept, ("reset", seeds(0, 1, env_ids=range(2, 4)))]] * 2
     assert group.losses() == {"rollout/workers_replaced": 2, "rollout/episodes_discarded": 2}
+
+
+def test_tasks_are_weighted_before_episodes_begin(monkeypatch: pytest.MonkeyPatch):
+    group, fake, share = make_group(
+        monkeypatch, open_envs=[(True, None), (True, None)], rollout=[[Report(is_lost=True), None], [Report(), "part"]]
+    )
+    group.begin(3, None, np.array([1.5, 0.5]))
+    group.submit(4, 3, "weights", np.array([0.2, 1.8]))
+    share.env_workers[0].is_there = False
+    group.receive(4)
+    weights = [inputs[2].tolist() for name, inputs in fake.asked if name == "open_envs"]
+    assert weights == [[1.5, 0.5], [0.2, 1.8]]
 
 
 def test_workers_that_are_lost_before_the_first_rollout_are_replaced(monkeypatch: pytest.MonkeyPatch):

@@ -26,6 +26,15 @@ class TimedWorker(EnvWorker):
 
     def __init__(self, num_envs: int) -> None:
         self._envs, self._obs = LineVectorEnv(num_envs), {}
+        self.weights_at_reset: Any = None
+        self.weights: Any = None
+
+    def set_task_weights(self, weights: Any) -> None:
+        self.weights = weights
+
+    def reset(self, seeds: Any) -> dict[str, Any]:
+        self.weights_at_reset = self.weights
+        return super().reset(seeds)
 
     def step(self, actions: Any) -> tuple[Step, float]:
         return super().step(actions)[0], 1.5
@@ -171,6 +180,16 @@ def test_steps_of_workers_are_joined_also_where_episodes_end_on_one_alone(monkey
     np.testing.assert_array_equal(final["video.image"][2:], rest["video.image"])
     assert made
     assert max(len(shape) for shape in made) < 4  # no pictures, which the last observation stands for
+
+
+def test_tasks_are_weighted_before_episodes_begin(tmp_path: Path):
+    role, worker = make_role(tmp_path), LocalWorker(2)
+    role.env_ids, weights = np.arange(2), np.array([1.5, 0.5])
+    role.args.pipeline_stage_num, role.args.env_timeout_s = 1, 5.0
+    is_open, states = role.open_envs([worker], [("reset", ([1, 2],))], weights)
+    assert is_open
+    assert states.keys() == {0, 1}
+    assert worker.worker.weights_at_reset is weights
 
 
 def test_the_film_of_a_rollout_that_is_played_again_is_of_that_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
