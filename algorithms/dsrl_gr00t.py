@@ -35,12 +35,12 @@ environments play at once, so that fewer updates fall on a decision; success is 
 0, where they have 0 and -1 (`reward_shift` -1), and the temperature begins at 0.02 instead of 1, as
 values span 1 instead of some 50; an evaluation takes the actor's mode, not a sample.
 
-Metrics: `actor/*`, `critic/*` and `alpha` are means over an iteration's updates, `rollout/*` over
-its decisions, `env/*` over a cohort: the episodes that began in one iteration, as soon as all of them
-must have ended (`env/success_once`: success at any step of the episode; with exploration).
-`time/env_s` is spent stepping, `time/env_wait_s` is the part of it that decisions did not overlap,
-`time/policy_s` the rest of the rollout, and `charts/SPS` environment steps per second of the whole
-loop.
+Metrics: `actor/*` (`actor/alpha`: the temperature) and `critic/*` are means over an iteration's
+updates, `rollout/*` over its decisions, `env/*` over a cohort: the episodes that began in one
+iteration, as soon as all of them must have ended (`env/success_once`: success at any step of the
+episode; with exploration). `time/env_s` is spent stepping, `time/env_wait_s` is the part of it that
+decisions did not overlap, `time/policy_s` the rest of the rollout, and `charts/SPS` environment
+steps per second of the whole loop.
 
 Shape legend: N environments of this process, K decisions of each in an iteration, M rows, F width of
 the features, d width of a decision, E critics, H x A the noise of a chunk.
@@ -965,7 +965,7 @@ def main(
                     "critic/value": values,
                     "critic/value_std": values.std(dim=0, correction=0),
                     "critic/target": target,
-                    "alpha": alpha,
+                    "actor/alpha": alpha,
                 }
                 means = {name: x.detach().mean() for name, x in terms.items()}
                 norms = {"actor/grad_norm": actor_norm, "critic/grad_norm": critic_norm}
