@@ -49,11 +49,11 @@ from algorithms.common import presets
 from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
-    check_at_least,
     check_entropy_bonus,
     check_folders,
     check_near_goal,
     check_physics,
+    check_ranges,
     check_schedule,
     check_state_model,
     exact_quotient,
@@ -346,39 +346,11 @@ PRESETS = {name: Args(**settings) for name, settings in presets.ASYNC_PPO.items(
 
 def check_args(args: Args) -> None:
     """Raises ValueError for arguments that would otherwise fail late."""
-    check_at_least(
-        args,
-        1,
-        "num_iterations",
-        "num_action_chunks",
-        "pipeline_stage_num",
-        "denoising_steps",
-        "num_steps",
-        "update_epochs",
-        "keep_last",
-    )
-    check_at_least(
-        args,
-        0,
-        "eval_interval",
-        "eval_episodes_per_task",
-        "save_interval",
-        "keep_best",
-        "video_interval",
-        "critic_warmup_iterations",
-        "policy_warmup_iterations",
-        "imitation_coef",
-        "lora_rank",
-    )
-    if not 0 < args.final_noise <= 1:
-        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
+    check_ranges(args)
     if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
         low, high = args.value_bounds
         raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
     check_installed()
-    check_at_least(args, 0, "max_restarts")
-    if args.importance_cap <= 0:
-        raise ValueError(f"importance_cap={args.importance_cap} must be positive")
     if args.placement is not None:
         parse_placement(args.placement)
     exact_quotient(args, "num_decisions", "minibatch_size")

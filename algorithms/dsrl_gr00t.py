@@ -56,9 +56,9 @@ from typing import Literal, get_args
 from algorithms.common import presets
 from algorithms.common.args import (
     NoiseForm,
-    check_at_least,
     check_folders,
     check_physics,
+    check_ranges,
     check_sizes,
     share_of_process,
 )
@@ -249,37 +249,9 @@ PRESETS = {name: Args(**settings) for name, settings in presets.DSRL.items()}
 
 def check_args(args: Args) -> None:
     """Raises ValueError for arguments that would otherwise fail late, or teach the wrong thing."""
-    check_at_least(
-        args,
-        1,
-        "num_iterations",
-        "num_action_chunks",
-        "pipeline_stage_num",
-        "denoising_steps",
-        "num_critics",
-        "latent_dim",
-        "num_steps",
-        "warmup_iterations",
-        "num_updates",
-        "minibatch_size",
-        "keep_last",
-    )
-    check_at_least(
-        args,
-        0,
-        "eval_interval",
-        "eval_episodes_per_task",
-        "save_interval",
-        "keep_best",
-        "video_interval",
-    )
-    if not args.hidden_dims or min(args.hidden_dims) < 1:
-        raise ValueError(f"hidden_dims={args.hidden_dims} must be one width or more, each positive")
-    if not 0 < args.polyak <= 1:
-        raise ValueError(f"polyak={args.polyak} is not in (0, 1]: targets must follow the critics")
-    for name in ("noise_bound", "initial_alpha"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"{name}={getattr(args, name)} must be positive")
+    check_ranges(args)
+    if not args.hidden_dims:
+        raise ValueError("hidden_dims=() must be one width or more")
     if args.replay_capacity < args.num_decisions:
         raise ValueError(
             f"replay_capacity={args.replay_capacity} does not hold the {args.num_decisions} "

@@ -420,7 +420,7 @@ def test_functions_that_ppo_has_too_are_the_same():
         (dict(warmup_iterations=0), "warmup_iterations=0 must be at least 1"),
         (dict(hidden_dims=()), r"hidden_dims=\(\) must be one width or more"),
         (dict(polyak=0.0), r"polyak=0.0 is not in \(0, 1\]"),
-        (dict(noise_bound=-1.0), "noise_bound=-1.0 must be positive"),
+        (dict(noise_bound=-1.0), "noise_bound=-1.0 must be more than 0"),
         (dict(replay_capacity=63), "replay_capacity=63 does not hold the 64 decisions of an iteration"),
         (dict(value_bounds=(1.0, 0.0)), "value_bounds=1.0 0.0 is no range"),
         (dict(truncation="failure", reward_shift=-1.0), "nothing is worth more: give --truncation bootstrap"),

@@ -98,7 +98,7 @@ def test_arguments_of_what_it_has_not_are_refused(trainer: str, setting: dict[st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(steps_before_success=(3, 0)), r"steps_before_success=\(3, 0\): each must be at least 1"),
+        (dict(steps_before_success=(3, 0)), r"steps_before_success=\(3, 0\) must be at least 1"),
         (dict(steps_before_success=(3,), reference_env=True), "reference_env=True is LIBERO's own"),
         (dict(num_near_goal_states=0), "num_near_goal_states=0"),
     ],
