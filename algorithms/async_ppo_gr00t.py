@@ -25,6 +25,9 @@ Launch:
 Without --ray-address it makes a cluster of this machine for itself. All sizes are global, and every
 draw is keyed as in `ppo_gr00t.py`.
 
+Rollout workers keep encoded observations in host memory, and learners take them from Ray's object
+store; `feature_storage` and `feature_memory_gb` say where a learner keeps them for its epochs.
+
 A worker that is lost is replaced and its rollout played again; the unfinished episodes of a lost env
 worker are discarded. Learners that are lost start again from the last checkpoint.
 
@@ -46,13 +49,13 @@ from algorithms.common import presets
 from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
-    check_at_least,
     check_entropy_bonus,
     check_folders,
-    check_lora,
     check_near_goal,
     check_physics,
+    check_ranges,
     check_schedule,
+    check_state_model,
     exact_quotient,
 )
 from algorithms.common.command_line import launch, parse_args
@@ -67,7 +70,7 @@ class Args:
     # --- run ---
     preset: str | None = None
     """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
-    run_name: str = "ppo_{suite}_{seed}"
+    run_name: str = "async_ppo_{suite}_{seed}"
     """Name of the run's folder; may hold fields of these arguments in braces."""
     output_dir: Path = Path("runs")
     """Where run folders are made."""
@@ -231,7 +234,8 @@ class Args:
     AdamW's moments, so that its first real step is no larger than the next ones."""
     policy_warmup_iterations: int = 0
     """Iterations after those over which the policy's step size rises from 0, update by update: while
-    weights rest, gradients agree with each other, and AdamW's first steps all go the same way."""
+    weights rest, gradients agree with each other, and AdamW's first steps all go the same way. An
+    adaptive step size follows only after them."""
     update_epochs: int = 4
     """Passes over each iteration's decisions."""
     minibatch_size: int = 1024
@@ -337,50 +341,22 @@ class Args:
         return metrics.get("eval/success_once")
 
 
-PRESETS = {name: Args(**settings) for name, settings in presets.PPO.items()}
+PRESETS = {name: Args(**settings) for name, settings in presets.ASYNC_PPO.items()}
 
 
 def check_args(args: Args) -> None:
     """Raises ValueError for arguments that would otherwise fail late."""
-    check_at_least(
-        args,
-        1,
-        "num_iterations",
-        "num_action_chunks",
-        "pipeline_stage_num",
-        "denoising_steps",
-        "num_steps",
-        "update_epochs",
-        "keep_last",
-    )
-    check_at_least(
-        args,
-        0,
-        "eval_interval",
-        "eval_episodes_per_task",
-        "save_interval",
-        "keep_best",
-        "video_interval",
-        "critic_warmup_iterations",
-        "policy_warmup_iterations",
-        "imitation_coef",
-        "lora_rank",
-    )
-    if not 0 < args.final_noise <= 1:
-        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
+    check_ranges(args)
     if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
         low, high = args.value_bounds
         raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
     check_installed()
-    check_at_least(args, 0, "max_restarts")
-    if args.importance_cap <= 0:
-        raise ValueError(f"importance_cap={args.importance_cap} must be positive")
     if args.placement is not None:
         parse_placement(args.placement)
     exact_quotient(args, "num_decisions", "minibatch_size")
     exact_quotient(args, "minibatch_size", "micro_batch_size")
     check_folders(args, STATE_MODEL)
-    check_lora(args)
+    check_state_model(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:
@@ -437,11 +413,11 @@ from algorithms.common.resume import (
 from algorithms.common.roles import LearnerRole, RolloutRole, mean_seconds, merged_states
 from algorithms.common.rollouts import (
     Cut,
+    DecisionArrays,
     Rollout,
     from_store,
     join_rollouts,
     map_tree,
-    stack_decisions,
     to_device,
     to_store,
 )
@@ -719,10 +695,10 @@ class RolloutWorker(RolloutRole):
 
         # --- rollout: one stage of environments simulates while another is decided ---
         shape = (args.num_steps, len(self.env_ids))
-        features: list[list[Any]] = [[] for _ in range(args.num_steps)]  # of each stage
-        actions: list[list[Any]] = [[] for _ in range(args.num_steps)]
-        logprobs: list[list[Tensor]] = [[] for _ in range(args.num_steps)]
-        values: list[list[Tensor]] = [[] for _ in range(args.num_steps)]
+        features = DecisionArrays(*shape)
+        actions = DecisionArrays(*shape)
+        logprobs = DecisionArrays(*shape)
+        values = DecisionArrays(*shape)
         rewards = np.zeros(shape, dtype=np.float32)
         terminated = np.zeros(shape, dtype=bool)
         succeeded = np.zeros(shape, dtype=bool)
@@ -772,18 +748,18 @@ class RolloutWorker(RolloutRole):
                     self.run.check_actions(env_action, iteration, logprob=logprob, value=value)
                     stage.send(env_action)
 
-                    features[step].append(next_obs[i])
-                    actions[step].append(action)
-                    logprobs[step].append(logprob)
-                    values[step].append(value)
+                    features.put(step, stage.rows, next_obs[i])
+                    actions.put(step, stage.rows, action)
+                    logprobs.put(step, stage.rows, logprob)
+                    values.put(step, stage.rows, value)
 
         return Rollout(
-            features=stack_decisions(features),
+            features=features.arrays,
             last_features=to_store(concatenate(next_obs)),
             cut=cut,
-            actions=stack_decisions(actions),
-            logprobs=stack_decisions(logprobs),
-            values=stack_decisions(values),
+            actions=actions.arrays,
+            logprobs=logprobs.arrays,
+            values=values.arrays,
             rewards=rewards,
             terminated=terminated,
             succeeded=succeeded,
@@ -843,7 +819,7 @@ class Learner(LearnerRole):
         # --- observations: encoded by rollout workers, and kept for all epochs ---
         @torch.no_grad()
         def encode(features: dict[str, Any]) -> dict[str, Tensor]:
-            """Returns what FeatureStore has not kept on the device; nothing is to be computed."""
+            """Returns what FeatureStore has not kept from the object store; nothing is to be computed."""
             return to_device(features, device)
 
         self.store = FeatureStore(encode, device, args.feature_storage, args.feature_memory_gb)
@@ -958,6 +934,7 @@ class Learner(LearnerRole):
         step_sizes.begin(progress)
         history: list[dict[str, Tensor]] = []  # means of each minibatch
         ratio_deviation = 0.0
+        policy_lr = 0.0
         kl_exceeded = False
 
         for epoch in range(args.update_epochs):
@@ -1068,6 +1045,7 @@ class Learner(LearnerRole):
                 updated = iteration - 1 + (len(history) + 1) / updates_per_iteration
                 with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                     optimizer.step()
+                    policy_lr = optimizer.param_groups[0]["lr"]
                 optimizer.zero_grad(set_to_none=True)
 
                 means = cast(dict[str, Tensor], accelerator.reduce(mean_of(stats), "mean"))
@@ -1086,13 +1064,13 @@ class Learner(LearnerRole):
             "actor/ratio_first_minibatch_max_dev": ratio_deviation,
             "actor/explained_variance": explained_var,
             "actor/num_updates": float(len(history)),
-            "actor/lr": optimizer.param_groups[0]["lr"],
+            "actor/lr": policy_lr,
             "actor/noise_anneal": noise.get("noise_anneal", 1.0),
             "rollout/returns_mean": returns_mean.item(),
             "rollout/advantages_mean": advantages_mean.item(),
             "rollout/staleness_mean": staleness_mean.item(),
         }
-        if iteration > args.critic_warmup_iterations:
+        if iteration > args.critic_warmup_iterations + args.policy_warmup_iterations:
             step_sizes.follow(history[-1]["actor/approx_kl"])
         return metrics
 
@@ -1152,9 +1130,11 @@ def main(
             )
 
         change = ""
-        if args.eval_before:
-            change = compare_evaluations(run.path, 0, args.num_iterations)
-        run.finish()
+        try:
+            if args.eval_before:
+                change = compare_evaluations(run.path, 0, args.num_iterations)
+        finally:
+            run.finish()
         print(change)
         print(
             run.summary(
@@ -1196,7 +1176,8 @@ def train(
             task_sampler.load_state_dict(restored.tensors["episodes"])
         if args.evaluates(done) and not evaluation_file(run.path, done).is_file():
             progress.print(missing_evaluation(checkpoint))
-    env_states = rollouts.begin(done, env_states)
+    task_weights = None if task_sampler is None else task_sampler.weights
+    env_states = rollouts.begin(done, env_states, task_weights)
 
     def take_boundary(iteration: int) -> None:
         tallies = cohorts.state_dict()

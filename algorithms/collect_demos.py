@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from algorithms.common.args import check_at_least
+from algorithms.common.args import check_ranges
 from algorithms.common.command_line import launch, parse_args
 from libero_gym.experts import ExpertConfig
 from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks
@@ -100,7 +100,12 @@ def check_args(args: Args) -> None:
     """Raises ValueError or FileExistsError for arguments that would otherwise fail late."""
     if args.output.exists() and any(args.output.iterdir()):
         raise FileExistsError(f"{args.output} exists; give another output, or remove it first")
-    check_at_least(args, 1, "episodes_per_task", "image_size", "render_batch_size", "num_writers")
+    check_ranges(args)
+    if args.storage == "video" and args.image_size % 2:
+        raise ValueError(
+            f"image_size={args.image_size} is odd, and H.264 videos need even sizes: give "
+            f"--image-size {args.image_size + 1}, or --storage image"
+        )
     tasks_of(args)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from algorithms.common.args import check_at_least, check_folder
+from algorithms.common.args import check_folder, check_ranges
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import evaluation_jobs
 
@@ -47,7 +47,7 @@ class Args:
 
 def check_args(args: Args) -> None:
     """Raises ValueError or FileNotFoundError for arguments that would otherwise fail late."""
-    check_at_least(args, 1, "num_envs")
+    check_ranges(args)
     if len(args.checkpoints) < 2 or len(set(args.checkpoints)) < len(args.checkpoints):
         raise ValueError(f"checkpoints={args.checkpoints} must be two or more different ones")
     for checkpoint in args.checkpoints:

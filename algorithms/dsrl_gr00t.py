@@ -35,12 +35,12 @@ environments play at once, so that fewer updates fall on a decision; success is 
 0, where they have 0 and -1 (`reward_shift` -1), and the temperature begins at 0.02 instead of 1, as
 values span 1 instead of some 50; an evaluation takes the actor's mode, not a sample.
 
-Metrics: `actor/*`, `critic/*` and `alpha` are means over an iteration's updates, `rollout/*` over
-its decisions, `env/*` over a cohort: the episodes that began in one iteration, as soon as all of them
-must have ended (`env/success_once`: success at any step of the episode; with exploration).
-`time/env_s` is spent stepping, `time/env_wait_s` is the part of it that decisions did not overlap,
-`time/policy_s` the rest of the rollout, and `charts/SPS` environment steps per second of the whole
-loop.
+Metrics: `actor/*` (`actor/alpha`: the temperature) and `critic/*` are means over an iteration's
+updates, `rollout/*` over its decisions, `env/*` over a cohort: the episodes that began in one
+iteration, as soon as all of them must have ended (`env/success_once`: success at any step of the
+episode; with exploration). `time/env_s` is spent stepping, `time/env_wait_s` is the part of it that
+decisions did not overlap, `time/policy_s` the rest of the rollout, and `charts/SPS` environment
+steps per second of the whole loop.
 
 Shape legend: N environments of this process, K decisions of each in an iteration, M rows, F width of
 the features, d width of a decision, E critics, H x A the noise of a chunk.
@@ -56,9 +56,9 @@ from typing import Literal, get_args
 from algorithms.common import presets
 from algorithms.common.args import (
     NoiseForm,
-    check_at_least,
     check_folders,
     check_physics,
+    check_ranges,
     check_sizes,
     share_of_process,
 )
@@ -249,37 +249,9 @@ PRESETS = {name: Args(**settings) for name, settings in presets.DSRL.items()}
 
 def check_args(args: Args) -> None:
     """Raises ValueError for arguments that would otherwise fail late, or teach the wrong thing."""
-    check_at_least(
-        args,
-        1,
-        "num_iterations",
-        "num_action_chunks",
-        "pipeline_stage_num",
-        "denoising_steps",
-        "num_critics",
-        "latent_dim",
-        "num_steps",
-        "warmup_iterations",
-        "num_updates",
-        "minibatch_size",
-        "keep_last",
-    )
-    check_at_least(
-        args,
-        0,
-        "eval_interval",
-        "eval_episodes_per_task",
-        "save_interval",
-        "keep_best",
-        "video_interval",
-    )
-    if not args.hidden_dims or min(args.hidden_dims) < 1:
-        raise ValueError(f"hidden_dims={args.hidden_dims} must be one width or more, each positive")
-    if not 0 < args.polyak <= 1:
-        raise ValueError(f"polyak={args.polyak} is not in (0, 1]: targets must follow the critics")
-    for name in ("noise_bound", "initial_alpha"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"{name}={getattr(args, name)} must be positive")
+    check_ranges(args)
+    if not args.hidden_dims:
+        raise ValueError("hidden_dims=() must be one width or more")
     if args.replay_capacity < args.num_decisions:
         raise ValueError(
             f"replay_capacity={args.replay_capacity} does not hold the {args.num_decisions} "
@@ -965,7 +937,7 @@ def main(
                     "critic/value": values,
                     "critic/value_std": values.std(dim=0, correction=0),
                     "critic/target": target,
-                    "alpha": alpha,
+                    "actor/alpha": alpha,
                 }
                 means = {name: x.detach().mean() for name, x in terms.items()}
                 norms = {"actor/grad_norm": actor_norm, "critic/grad_norm": critic_norm}

@@ -27,12 +27,11 @@ ours. How episodes stream through the environments is in `algorithms.common.eval
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from algorithms.common.args import check_at_least, check_folder
+from algorithms.common.args import check_folder, check_ranges
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import Job, episode_keys, evaluation_jobs, stated_horizon
 from algorithms.common.policy_sources import check_address, policy_file
@@ -115,8 +114,7 @@ class Args:
 
 def check_args(args: Args) -> None:
     """Raises ValueError or FileNotFoundError for arguments that would otherwise fail late."""
-    check_at_least(args, 1, "num_envs")
-    check_at_least(args, 0, "videos_per_task")
+    check_ranges(args)
     check_source(args)
     if args.base_model is not None:
         check_folder("base_model", args.base_model, "give that of the policy that is steered")
@@ -127,11 +125,6 @@ def check_args(args: Args) -> None:
 
 def check_starts(args: Args) -> None:
     """Raises ValueError for starts near the goal that cannot be."""
-    check_at_least(args, 1, "num_near_goal_states")
-    if any(steps < 1 for steps in args.steps_before_success):
-        raise ValueError(
-            f"steps_before_success={args.steps_before_success}: each must be at least 1"
-        )
     if args.steps_before_success and args.reference_env:
         raise ValueError(
             "steps_before_success sets the state of our environment, and reference_env=True is "
@@ -148,12 +141,6 @@ def check_source(args: Args) -> None:
             "give one of --checkpoint, --policy and --policy-server "
             f"(given: {', '.join(given) or 'none'})"
         )
-    if args.num_action_chunks is not None:
-        check_at_least(args, 1, "num_action_chunks")
-    if args.temporal_ensemble is not None and not math.isfinite(args.temporal_ensemble):
-        raise ValueError(f"temporal_ensemble={args.temporal_ensemble} must be a finite number")
-    if not 0 < args.policy_timeout < math.inf:
-        raise ValueError(f"policy_timeout={args.policy_timeout} must be seconds, more than 0")
     if args.checkpoint is not None:
         if args.checkpoint not in get_args(PresetName):
             hint = "for example checkpoints/libero_spatial_rl"

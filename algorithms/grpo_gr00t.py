@@ -40,14 +40,14 @@ from algorithms.common import presets
 from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
-    check_at_least,
     check_entropy_bonus,
     check_folders,
-    check_lora,
     check_near_goal,
     check_physics,
+    check_ranges,
     check_schedule,
     check_sizes,
+    check_state_model,
     share_of_process,
 )
 from algorithms.common.command_line import launch, parse_args
@@ -254,33 +254,15 @@ PRESETS = {name: Args(**settings) for name, settings in presets.GRPO.items()}
 
 def check_args(args: Args) -> None:
     """Raises ValueError for arguments that would otherwise fail late."""
-    check_at_least(
-        args,
-        1,
-        "num_iterations",
-        "num_action_chunks",
-        "pipeline_stage_num",
-        "denoising_steps",
-        "num_groups",
-        "max_rollouts",
-        "update_epochs",
-        "num_minibatches",
-        "keep_last",
-    )
-    check_at_least(
-        args,
-        0,
-        "eval_interval",
-        "eval_episodes_per_task",
-        "save_interval",
-        "keep_best",
-        "lora_rank",
-    )
-    if not 0 < args.final_noise <= 1:
-        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
+    check_ranges(args)
+    if args.min_group_success > args.max_group_success:
+        raise ValueError(
+            f"min_group_success={args.min_group_success} is more than "
+            f"max_group_success={args.max_group_success}: no group would be informative"
+        )
     check_sizes(args, "num_envs", "micro_batch_size")
     check_folders(args, STATE_MODEL)
-    check_lora(args)
+    check_state_model(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:
@@ -522,9 +504,9 @@ def main(
     is_main = accelerator.is_main_process
     num_envs = share_of_process(args, "num_envs", num_processes)
     micro_batch_size = share_of_process(args, "micro_batch_size", num_processes)
-    if args.group_size < 2 or num_envs % args.group_size:
+    if num_envs % args.group_size:
         raise ValueError(
-            f"group_size={args.group_size} must be at least 2 and divide the {num_envs} "
+            f"group_size={args.group_size} must divide the {num_envs} "
             f"environments of a process (num_envs={args.num_envs} over {num_processes} process(es))"
         )
     if accelerator.is_fsdp2:
@@ -922,9 +904,11 @@ def main(
             monitor.end_iteration(metrics)
 
     change = ""
-    if args.eval_before and is_main:
-        change = compare_evaluations(run.path, 0, args.num_iterations)
-    run.finish()
+    try:
+        if args.eval_before and is_main:
+            change = compare_evaluations(run.path, 0, args.num_iterations)
+    finally:
+        run.finish()
     if is_main:
         print(change)
         print(

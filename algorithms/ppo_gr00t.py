@@ -51,14 +51,14 @@ from algorithms.common import presets
 from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
-    check_at_least,
     check_entropy_bonus,
     check_folders,
-    check_lora,
     check_near_goal,
     check_physics,
+    check_ranges,
     check_schedule,
     check_sizes,
+    check_state_model,
     exact_quotient,
     share_of_process,
 )
@@ -217,7 +217,8 @@ class Args:
     AdamW's moments, so that its first real step is no larger than the next ones."""
     policy_warmup_iterations: int = 0
     """Iterations after those over which the policy's step size rises from 0, update by update: while
-    weights rest, gradients agree with each other, and AdamW's first steps all go the same way."""
+    weights rest, gradients agree with each other, and AdamW's first steps all go the same way. An
+    adaptive step size follows only after them."""
     update_epochs: int = 4
     """Passes over each iteration's decisions."""
     minibatch_size: int = 1024
@@ -328,32 +329,7 @@ PRESETS = {name: Args(**settings) for name, settings in presets.PPO.items()}
 
 def check_args(args: Args) -> None:
     """Raises ValueError for arguments that would otherwise fail late."""
-    check_at_least(
-        args,
-        1,
-        "num_iterations",
-        "num_action_chunks",
-        "pipeline_stage_num",
-        "denoising_steps",
-        "num_steps",
-        "update_epochs",
-        "keep_last",
-    )
-    check_at_least(
-        args,
-        0,
-        "eval_interval",
-        "eval_episodes_per_task",
-        "save_interval",
-        "keep_best",
-        "lora_rank",
-        "video_interval",
-        "critic_warmup_iterations",
-        "policy_warmup_iterations",
-        "imitation_coef",
-    )
-    if not 0 < args.final_noise <= 1:
-        raise ValueError(f"final_noise={args.final_noise} is not in (0, 1]: some must be left")
+    check_ranges(args)
     if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
         low, high = args.value_bounds
         raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
@@ -361,7 +337,7 @@ def check_args(args: Args) -> None:
     exact_quotient(args, "num_decisions", "minibatch_size")
     exact_quotient(args, "minibatch_size", "micro_batch_size")
     check_folders(args, STATE_MODEL)
-    check_lora(args)
+    check_state_model(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     if args.eval_before and args.eval_episodes_per_task == 0:
@@ -972,6 +948,7 @@ def main(
             step_sizes.begin(progress)
             history: list[dict[str, Tensor]] = []  # means of each minibatch
             ratio_deviation = 0.0
+            policy_lr = 0.0
             kl_exceeded = False
 
             for epoch in range(args.update_epochs):
@@ -1083,6 +1060,7 @@ def main(
                     updated = iteration - 1 + (len(history) + 1) / updates_per_iteration
                     with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                         optimizer.step()
+                        policy_lr = optimizer.param_groups[0]["lr"]
                     optimizer.zero_grad(set_to_none=True)
                     monitor.end_minibatch()
 
@@ -1102,13 +1080,13 @@ def main(
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation,
                 "actor/explained_variance": explained_var,
                 "actor/num_updates": float(len(history)),
-                "actor/lr": optimizer.param_groups[0]["lr"],
+                "actor/lr": policy_lr,
                 "actor/noise_anneal": noise.get("noise_anneal", 1.0),
                 "rollout/returns_mean": returns_mean.item(),
                 "rollout/advantages_mean": advantages_mean.item(),
             }
             metrics |= monitor.metrics()
-            if iteration > args.critic_warmup_iterations:
+            if iteration > args.critic_warmup_iterations + args.policy_warmup_iterations:
                 step_sizes.follow(history[-1]["actor/approx_kl"])
             if task_sampler is not None:
                 metrics |= task_sampler.metrics()
@@ -1127,9 +1105,11 @@ def main(
             monitor.end_iteration(metrics)
 
     change = ""
-    if args.eval_before and is_main:
-        change = compare_evaluations(run.path, 0, args.num_iterations)
-    run.finish()
+    try:
+        if args.eval_before and is_main:
+            change = compare_evaluations(run.path, 0, args.num_iterations)
+    finally:
+        run.finish()
     if is_main:
         print(change)
         print(

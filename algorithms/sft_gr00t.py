@@ -40,9 +40,9 @@ from typing import Literal
 from algorithms.common.args import (
     Augmentation,
     LoraPart,
-    check_at_least,
     check_folder,
     check_folders,
+    check_ranges,
     check_sizes,
     exact_quotient,
     share_of_process,
@@ -246,10 +246,7 @@ PRESETS: dict[str, Args] = {
 
 def check_args(args: Args) -> None:
     """Raises ValueError for arguments that would otherwise fail late."""
-    check_at_least(args, 1, "num_steps", "num_action_chunks", "denoising_steps", "log_interval")
-    check_at_least(args, 0, "save_interval", "eval_interval", "eval_episodes_per_task")
-    if not 0 <= args.ema_decay < 1:
-        raise ValueError(f"ema_decay={args.ema_decay} is not in [0, 1); 0 keeps no average")
+    check_ranges(args)
     check_sizes(args, "batch_size", "micro_batch_size")
     exact_quotient(args, "batch_size", "micro_batch_size")
     if not args.dataset:

@@ -183,11 +183,6 @@ def encode_video(path: Path, frames: Frames, recording: Recording) -> None:
         container.mux(stream.encode())
 
 
-def staged_episodes(folder: Path) -> list[Path]:
-    """Return the whole episodes staged in `folder`, by name."""
-    return sorted(path.parent for path in folder.glob(f"*/{EPISODE_FILE}") if not path.parent.name.startswith("."))
-
-
 def assemble_dataset(
     folder: Path, staged: Sequence[Path], recording: Recording, *, version: Version, modality: Mapping[str, Any]
 ) -> None:

@@ -36,7 +36,9 @@ class Agent(Protocol[ActionT]):
     An agent is a `torch.nn.Module`; a trainer moves it, puts it into eval mode, wraps it for several processes and
     calls `forward` through the wrapper. Rows are independent of each other: what is returned for a row depends on no
     other row of the batch. With `--compile` an agent has a method `compile_network()` too, and with `--final-noise` its
-    `forward` takes `noise_anneal`, the fraction of the exploration noise that is left.
+    `forward` takes `noise_anneal`, the fraction of the exploration noise that is left. With `--imitation-coef` its
+    actions have a `chain` [B, N + 1, H, A], and `forward` takes `flow_draws` and then returns the flow's error too, as
+    `Gr00tAgent.score_with_flow_error` does (N denoising steps).
     """
 
     @property

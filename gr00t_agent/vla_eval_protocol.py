@@ -10,7 +10,7 @@ A message is a msgpack map {"type", "payload", "seq", "timestamp"}; an answer ha
                     -> action {"actions": float32 [7]}: of a chunk, its steps one after another, as many as the policy
                     executes of one
     episode_end     no answer
-    error           {"error": str}, in answer to what the client can mend; the connection stays open
+    error           {"error": str}, in answer to what the client can mend, and to other types; the connection stays open
 
 An episode's noise depends on the server's seed and on nothing else, so that an episode that is played again is the
 same, whatever was played before it and beside it.
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PROTOCOL_VERSION = 1
 KEYS = ("type", "payload", "seq", "timestamp")
+ASKED = ("hello", "episode_start", "observation", "episode_end")
 CAMERAS = {"agentview": "observation/image", "wrist": "observation/wrist_image"}
 OBSERVATION_PARAMS = {"send_wrist_image": True, "send_state": True}
 ACTION_DIM = 7
@@ -111,7 +112,10 @@ class Conversation:
             return "error", {"error": str(error)}
         if kind == "episode_start":
             self._begin_episode()
-        return None
+            return None
+        if kind == "episode_end":
+            return None
+        return "error", {"error": f"type={kind!r} is no message to a server (valid: {', '.join(ASKED)})"}
 
     def _hello(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         if (version := payload.get("protocol_version")) != PROTOCOL_VERSION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,20 +45,162 @@ class Augmentation:
                 raise ValueError(f"{name}={getattr(self, name)} is not in 0-{high}")
 
 
-def check_lora(args: Any) -> None:
-    """Raises ValueError if there is nothing to adapt: low-rank adapters go into a GR00T network."""
-    if args.lora_rank and args.model == STATE_MODEL:
-        raise ValueError(
-            f"lora_rank={args.lora_rank}: model='{STATE_MODEL}' has no attention layers to adapt; leave lora_rank at "
-            "0, or take --model nano"
-        )
+# What the policy on the robot's state has not: of an argument, the values that it can have, and why no others.
+_STATE_POLICY_HAS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "noise_method": (("flow_sde", "flow_cps"), "learns no noise"),
+    "joint_logprob": ((False,), "has one noised step in a chain"),
+    "logprob_level": (("chunk",), "scores whole chunks"),
+    "critic_detach": ((True,), "has no trunk that policy and critic share"),
+    "train_backbone": ((False,), "has no backbone"),
+    "lora_rank": ((0,), "has no attention layers to adapt"),
+    "compute_dtype": ((None, "float32"), "computes in float32"),
+    "compile": ((False,), "is not compiled"),
+    "imitation_coef": ((0,), "has no flow error to imitate by"),
+    "video_interval": ((0,), "sees no images that could be filmed"),
+}
 
 
-def check_at_least(args: Any, least: int, *names: str) -> None:
-    """Raises ValueError if one of the arguments `names` is smaller than `least`."""
-    for name in names:
-        if (value := getattr(args, name)) < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+def check_state_model(args: Any) -> None:
+    """Raises ValueError if `args.model` is the policy on the robot's state and others ask for what it has not."""
+    if args.model != STATE_MODEL:
+        return
+    for name, (possible, why) in _STATE_POLICY_HAS.items():
+        if hasattr(args, name) and (value := getattr(args, name)) not in possible:
+            raise ValueError(
+                f"{name}={value!r}: model='{STATE_MODEL}' {why} (valid: {', '.join(map(str, possible))}); leave it "
+                "out, or take --model nano"
+            )
+
+
+# What numbers may be, in all scripts that have them, as intervals; a round bracket leaves the bound out.
+RANGES = {
+    # run and cluster
+    "seed": "[0, 4294967295]",
+    "seeds": "[0, inf)",
+    "num_iterations": "[1, inf)",
+    "max_restarts": "[0, inf)",
+    "env_workers": "[1, inf)",
+    "rollout_gpus": "[1, inf)",
+    "learner_gpus": "[1, inf)",
+    "importance_cap": "(0, inf)",
+    # environments and episodes
+    "num_envs": "[1, inf)",
+    "num_action_chunks": "[1, inf)",
+    "horizon": "[1, inf)",
+    "steps_before_success": "[1, inf)",
+    "num_near_goal_states": "[1, inf)",
+    "pipeline_stage_num": "[1, inf)",
+    "env_timeout_s": "(0, inf)",
+    "episodes_per_task": "[1, inf)",
+    "init_state_ids": "[0, inf)",
+    "max_attempts_per_task": "[1, inf)",
+    "object_shift": "[0, inf)",
+    "image_size": "[1, inf)",
+    "render_batch_size": "[1, inf)",
+    "crf": "[0, 51]",
+    "num_workers": "[0, inf)",
+    "num_writers": "[1, inf)",
+    # data
+    "train_image_size": "[1, inf)",
+    "num_loader_threads": "[1, inf)",
+    "num_batches_ahead": "[1, inf)",
+    # agents
+    "denoising_steps": "[1, inf)",
+    "noise_level": "(0, inf)",
+    "final_noise": "(0, 1]",
+    "noise_bound": "(0, inf)",
+    "lora_rank": "[0, inf)",
+    "lora_alpha": "(0, inf)",
+    "lora_dropout": "[0, 1)",
+    "num_critics": "[1, inf)",
+    "latent_dim": "[1, inf)",
+    "hidden_dims": "[1, inf)",
+    "policy_timeout": "(0, inf)",
+    "temporal_ensemble": "(-inf, inf)",
+    # rollouts
+    "num_steps": "[1, inf)",
+    "group_size": "[2, inf)",
+    "min_group_success": "(-inf, inf)",
+    "max_group_success": "(-inf, inf)",
+    "num_groups": "[1, inf)",
+    "max_rollouts": "[1, inf)",
+    "feature_memory_gb": "[0, inf)",
+    "warmup_iterations": "[1, inf)",
+    "replay_capacity": "[1, inf)",
+    "reward_scale": "(-inf, inf)",
+    "reward_shift": "(-inf, inf)",
+    "value_bounds": "(-inf, inf)",
+    "gamma": "[0, 1]",
+    "gae_lambda": "[0, 1]",
+    # optimisation
+    "learning_rate": "(0, inf)",
+    "value_learning_rate": "(0, inf)",
+    "critic_learning_rate": "(0, inf)",
+    "alpha_learning_rate": "[0, inf)",
+    "warmup_fraction": "[0, 1]",
+    "weight_decay": "[0, inf)",
+    "adam_eps": "(0, inf)",
+    "betas": "[0, 1)",
+    "lr_hold": "[0, 1)",
+    "target_kl": "(0, inf)",
+    "critic_warmup_iterations": "[0, inf)",
+    "policy_warmup_iterations": "[0, inf)",
+    "update_epochs": "[1, inf)",
+    "num_updates": "[1, inf)",
+    "num_minibatches": "[1, inf)",
+    "batch_size": "[1, inf)",
+    "minibatch_size": "[1, inf)",
+    "micro_batch_size": "[1, inf)",
+    "max_grad_norm": "(0, inf)",
+    "polyak": "(0, 1]",
+    "ema_decay": "[0, 1)",
+    # losses
+    "clip_coef": "(0, 1]",
+    "clip_coef_high": "(0, inf)",
+    "dual_clip": "(1, inf)",
+    "value_clip": "(0, inf)",
+    "huber_delta": "(0, inf)",
+    "vf_coef": "[0, inf)",
+    "ent_coef": "[0, inf)",
+    "imitation_coef": "[0, inf)",
+    "kl_coef": "[0, inf)",
+    "initial_alpha": "(0, inf)",
+    "target_entropy": "(-inf, inf)",
+    "max_ratio_deviation": "(0, inf)",
+    # evaluation, saving, logging
+    "eval_interval": "[0, inf)",
+    "eval_episodes_per_task": "[0, inf)",
+    "eval_videos_per_task": "[1, inf)",
+    "videos_per_task": "[0, inf)",
+    "save_interval": "[0, inf)",
+    "log_interval": "[1, inf)",
+    "video_interval": "[0, inf)",
+    "keep_last": "[1, inf)",
+    "keep_best": "[0, inf)",
+}
+
+
+def check_ranges(args: Any) -> None:
+    """Raises ValueError if an argument that is a number, or several, is not in its range."""
+    for item in fields(args):
+        given = getattr(args, item.name)
+        if item.name not in RANGES or given is None:
+            continue
+        interval = RANGES[item.name]
+        low, high = (float(bound) for bound in interval[1:-1].split(", "))
+        for value in given if isinstance(given, tuple) else (given,):
+            is_above = low < value or (interval[0] == "[" and low == value)
+            is_below = value < high or (interval[-1] == "]" and value == high)
+            if not (is_above and is_below):  # not a number (NaN) is neither
+                raise ValueError(f"{item.name}={given} {_in_words(interval, low, high)}")
+
+
+def _in_words(interval: str, low: float, high: float) -> str:
+    if math.isfinite(high):
+        return f"is not in {interval}"
+    if math.isinf(low):
+        return "must be a finite number"
+    return f"must be at least {low:g}" if interval[0] == "[" else f"must be more than {low:g}, and finite"
 
 
 def check_schedule(schedule: str, target_kl: float | None, hold: float) -> None:
@@ -128,14 +271,9 @@ def exact_quotient(args: Any, dividend: str, divisor: str) -> int:
 
 
 def check_near_goal(args: Any) -> None:
-    """Raises ValueError for starts near the goal that cannot be, and for what `model` state has not."""
-    if any(steps < 1 for steps in args.steps_before_success):
-        raise ValueError(f"steps_before_success={args.steps_before_success}: each must be at least 1")
-    check_at_least(args, 1, "num_near_goal_states", "eval_videos_per_task")
+    """Raises ValueError for starts near the goal that cannot be."""
     if args.steps_before_success and args.physics != "cpu":
         raise ValueError(f"steps_before_success needs --physics cpu (given: {args.physics!r}), where experts run")
-    if args.model == STATE_MODEL and getattr(args, "video_interval", 0):
-        raise ValueError("video_interval films what the policy sees, and model='state' sees no images; set it to 0")
 
 
 def launched_processes() -> int:

@@ -37,7 +37,7 @@ from algorithms.common.placement import Node, Place, Placement, check_shares, ch
 from algorithms.common.processes import check_alone, refuse_sharding
 from algorithms.common.randomness import EPISODES, seed_of
 from algorithms.common.resume import RestoredState, checkpoints_in
-from algorithms.common.roles import LOST, LearnerRole, Report, RolloutRole, merged_states, result
+from algorithms.common.roles import LOST, LearnerRole, Report, RolloutRole, merged_states, refuse_unmade, result
 from algorithms.common.run import RunFolder
 from algorithms.common.vector_envs import EnvState
 
@@ -290,10 +290,13 @@ class _Share:
         self.place, self.env_places, self.env_ids = place, list(env_places), env_ids
         self.worker: Any = None
         self.env_workers: list[Any] = []
-        self.opening: Any = None  # the call that opened the environments
+        self.opening: Any = None  # the call that opens the environments, until they are
+        self.has_begun = False  # they were opened, and may have been played with
+        self.to_reset: dict[int, tuple[int, ...]] = {}  # env workers that have no episodes yet: what keys theirs
         self.orders: dict[int, _Order] = {}
         self.calls: dict[int, list[Any]] = {}
         self.states: Mapping[int, EnvState] | None = None  # at the last boundary
+        self.task_weights: NDArray[np.float64] | None = None  # of the first rollout
         self.boundary = 0
         self.losses = 0  # since then
 
@@ -304,6 +307,7 @@ class RolloutGroup:
     The environments of an env worker that was lost begin new episodes, and those that were under way are discarded and
     counted. The others go back to where they were before the rollout, if they can give and take states, and otherwise
     go on. A rollout worker that was lost leaves nothing behind: its environments go back, and it is the same rollout.
+    Before anything was played no episode is lost with a worker: its environments begin as they would have.
 
     Args:
         cluster: where they run.
@@ -331,6 +335,7 @@ class RolloutGroup:
         num_workers, self._num_learners = len(placement.rollout), len(placement.actor)
         self._num_parts = max(1, self._num_learners // num_workers)
         self._workers_replaced, self._episodes_discarded = 0, 0
+        self._task_ids: Sequence[int] | None = None
 
         env_places = np.array_split(np.arange(len(placement.env)), num_workers)
         env_ids = np.split(np.arange(args.num_envs), num_workers)
@@ -340,7 +345,11 @@ class RolloutGroup:
         ]
         for share in self._shares:
             share.worker = self._new_worker(share)
-        self._observed_size = cluster.get(self._shares[0].worker.observed_size.remote())
+        first = self._shares[0]
+        while (size := self._answer(first.worker.observed_size)) is None:
+            self._count_loss(first, 1)
+            self._replace_worker(first)
+        self._observed_size = size
         for share in self._shares:
             share.env_workers = [self._new_env_worker(share, place) for place in share.env_places]
 
@@ -354,10 +363,34 @@ class RolloutGroup:
 
     def task_ids(self) -> Sequence[int]:
         """Returns the tasks that the environments sample from."""
-        return self._cluster.get(self._shares[0].env_workers[0].task_ids.remote())
+        first = self._shares[0]
+        while self._task_ids is None:
+            self._task_ids = self._answer(first.env_workers[0].task_ids)
+            if self._task_ids is None:
+                self._count_loss(first, 1)
+                self._replace_env_workers(first)
+        return self._task_ids
 
-    def begin(self, iterations: int, env_states: Mapping[int, EnvState] | None) -> Mapping[int, EnvState] | None:
+    def _answer(self, method: Any) -> Any:
+        """Returns what a worker's method returns; None if the worker was lost."""
+        try:
+            return self._cluster.get(method.remote())
+        except LOST as error:
+            refuse_unmade(error, "a worker")
+            return None
+
+    def begin(
+        self,
+        iterations: int,
+        env_states: Mapping[int, EnvState] | None,
+        task_weights: NDArray[np.float64] | None = None,
+    ) -> Mapping[int, EnvState] | None:
         """Puts environments where they were after so many iterations, or begins episodes; drops what was asked for.
+
+        Args:
+            iterations: done.
+            env_states: after them; None begins episodes.
+            task_weights: how often tasks are played; as the environments have it if not given.
 
         Returns:
             The environments' states; None if they cannot give any.
@@ -368,13 +401,15 @@ class RolloutGroup:
         for share in self._shares:
             self._cancel(share)
             share.orders.clear()
-            share.boundary, share.losses, share.states = iterations, 0, None
+            share.boundary, share.losses, share.states, share.task_weights = iterations, 0, None, task_weights
+            share.has_begun = False
+            share.to_reset = dict.fromkeys(range(len(share.env_workers)), ()) if env_states is None else {}
             if env_states is not None:
                 missing = sorted(set(share.env_ids.tolist()) - env_states.keys())
                 if missing:
                     raise ValueError(f"no states of environments {missing} were saved; resume with the same num_envs")
                 share.states = {env_id: env_states[env_id] for env_id in share.env_ids.tolist()}
-            self._open(share, set(range(len(share.env_workers))))
+            self._open(share)
         for share in self._shares:
             while not self._has_opened(share):
                 self._replace(share, iterations + 1)
@@ -437,14 +472,17 @@ class RolloutGroup:
 
     def _has_opened(self, share: _Share) -> bool:
         """Waits for the environments to be opened and takes their states."""
-        if share.opening is not None:
-            try:
-                has_opened, share.states = self._cluster.get(share.opening)
-            except LOST:
-                has_opened = False
-            if not has_opened:
-                return False
-            share.opening = None
+        if share.opening is None:
+            return True
+        try:
+            is_open, states = self._cluster.get(share.opening)
+        except LOST as error:
+            refuse_unmade(error, f"rollout worker {share.number}")
+            return False
+        if not is_open:
+            return False
+        share.opening, share.has_begun, share.states = None, True, states
+        share.to_reset.clear()
         return True
 
     def _cancel(self, share: _Share) -> None:
@@ -453,21 +491,37 @@ class RolloutGroup:
                 ray.cancel(calls[0], force=False)
         share.calls.clear()
 
-    def _open(self, share: _Share, fresh: set[int]) -> None:
-        """Begins episodes in the env workers `fresh`, unless they have states that are older than they are."""
+    def _open(self, share: _Share) -> None:
+        """Begins episodes in the env workers that have none, and puts the others back where they were at the boundary.
+
+        Environments that cannot be put back go on.
+        """
         openings: list[tuple[str, tuple[Any, ...]]] = []
         for i, ids in enumerate(np.split(share.env_ids, len(share.env_workers))):
-            if share.states is not None and (i not in fresh or share.losses == 0):
-                openings.append(("restore", ([share.states[env_id] for env_id in ids.tolist()],)))
-            elif i in fresh:
-                key = (self._args.seed, EPISODES, share.boundary, *([share.losses] if share.losses else []))
+            if i in share.to_reset:
+                key = (self._args.seed, EPISODES, share.boundary, *share.to_reset[i])
                 openings.append(("reset", ([seed_of(*key, int(env_id)) for env_id in ids],)))
+            elif share.states is not None:
+                openings.append(("restore", ([share.states[env_id] for env_id in ids.tolist()],)))
             else:
                 openings.append(("observe", ()))
-        share.opening = share.worker.open_envs.remote(share.env_workers, openings)
+        task_weights = next((order.task_weights for order in share.orders.values()), share.task_weights)
+        share.opening = share.worker.open_envs.remote(share.env_workers, openings, task_weights)
 
     def _replace(self, share: _Share, iteration: int) -> None:
         """Replaces what was lost of a share, and asks for its rollouts again."""
+        self._count_loss(share, iteration)
+        self._cancel(share)
+        has_replaced = self._replace_env_workers(share)
+        if not is_there(share.worker):
+            self._replace_worker(share)
+        elif not has_replaced:  # nothing that the rollout is played with, but what it is played by
+            raise LearnersLost(f"the weights for rollout {iteration} are gone with the learner that had them")
+        self._open(share)
+        for order in share.orders.values():
+            self._ask(share, order)
+
+    def _count_loss(self, share: _Share, iteration: int) -> None:
         share.losses += 1
         if share.losses > self._max_restarts:
             raise RuntimeError(
@@ -475,22 +529,24 @@ class RolloutGroup:
                 f"max_restarts={self._max_restarts} times; look into the logs of the cluster's processes for what ends "
                 "them, or raise max_restarts"
             )
-        self._cancel(share)
-        fresh = {i for i, worker in enumerate(share.env_workers) if not is_there(worker)}
-        for i in fresh:
+
+    def _replace_env_workers(self, share: _Share) -> bool:
+        """Replaces those of a share that were lost; returns whether there were any."""
+        lost = [i for i, worker in enumerate(share.env_workers) if not is_there(worker)]
+        for i in lost:
             share.env_places[i] = self._cluster.standing(share.env_places[i])
             share.env_workers[i] = self._new_env_worker(share, share.env_places[i])
-            self._episodes_discarded += len(share.env_ids) // len(share.env_workers)
-        self._workers_replaced += len(fresh)
-        if not is_there(share.worker):
-            share.place = self._cluster.standing(share.place)
-            share.worker = self._new_worker(share)
-            self._workers_replaced += 1
-        elif not fresh:  # nothing that the rollout is played with, but what it is played by
-            raise LearnersLost(f"the weights for rollout {iteration} are gone with the learner that had them")
-        self._open(share, fresh)
-        for order in share.orders.values():
-            self._ask(share, order)
+            # One that is lost before it was opened takes no episodes with it: its place opens as it would have.
+            if share.has_begun and i not in share.to_reset:
+                share.to_reset[i] = (share.losses,)
+                self._episodes_discarded += len(share.env_ids) // len(share.env_workers)
+        self._workers_replaced += len(lost)
+        return bool(lost)
+
+    def _replace_worker(self, share: _Share) -> None:
+        share.place = self._cluster.standing(share.place)
+        share.worker = self._new_worker(share)
+        self._workers_replaced += 1
 
 
 def is_there(worker: Any) -> bool:
@@ -581,7 +637,10 @@ class LearnerGroup:
         self._has_boundary = False
         self._places = [self._cluster.standing(place) for place in self._places]
         self._learners = [self._cluster.start(self._role, place, *self._inputs) for place in self._places]
-        address = self._cluster.get(self._learners[0].free_address.remote())
+        try:
+            address = self._cluster.get(self._learners[0].free_address.remote())
+        except LOST as error:
+            raise LearnersLost(str(error)) from None
         size = len(self._learners)
         self._results([learner.join.remote(rank, size, address) for rank, learner in enumerate(self._learners)])
 

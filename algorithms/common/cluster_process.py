@@ -60,10 +60,30 @@ def ring_on_signals(bell: Bell) -> None:
 
 
 def take_place(place: Place) -> None:
-    """Shows this process the GPU of its place only; before anything asks for GPUs."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = "" if place.gpu is None else str(place.gpu)
+    """Shows this process the GPU of its place only; before anything asks for GPUs.
+
+    GPUs of a node are numbered among those that it was started with, as Ray counts them: where CUDA_VISIBLE_DEVICES
+    names them, by number or by UUID, in that order.
+
+    Raises:
+        ValueError: the variable names fewer than the place counts.
+    """
     if place.gpu is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["ACCELERATE_USE_CPU"] = "true"
+        return
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place.gpu)
+        return
+    visible = [gpu.strip() for gpu in named.split(",") if gpu.strip()]
+    if place.gpu >= len(visible):
+        raise ValueError(
+            f"GPU {place.gpu} of a node has a process, and CUDA_VISIBLE_DEVICES={named!r} shows it {len(visible)}: "
+            "start Ray on the node with as many GPUs as the variable names, and unset "
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[place.gpu]
 
 
 def versions() -> dict[str, str | None]:

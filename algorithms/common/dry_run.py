@@ -50,7 +50,8 @@ def measure(
 
     Returns:
         `env_steps_per_s` and `decision_s` of one decision in all environments, `rollout_s`, `update_s` of an iteration,
-        `total_s` of the run, `memory_gb` and `features_gb`, 10^9 bytes, of a process.
+        `total_s` of the run; of a process, 10^9 bytes, `memory_gb` of its GPU, and `features_gb` of that for encoded
+        observations, and `host_memory_gb` and `host_features_gb`. Without a GPU the former two are of the host.
     """
     device, num_processes = accelerator.device, accelerator.num_processes
     num_envs, env_ids = args.num_envs // num_processes, range(args.num_envs // num_processes)
@@ -87,35 +88,65 @@ def measure(
 
     trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     feature_bytes = sum(x.nbytes for x in features.values() if isinstance(x, Tensor)) / num_envs
-    features_gb = feature_bytes * decisions / num_processes / 1e9
-    if args.feature_storage == "none":
-        features_gb = 0.0
-    elif args.feature_storage != "mixed":
-        features_gb = min(features_gb, args.feature_memory_gb)
+    all_gb = feature_bytes * decisions / num_processes / 1e9
+    features_gb, host_features_gb = kept_features(args.feature_storage, args.feature_memory_gb, all_gb)
+    # What is not kept waits as the observation that it came from, where the environments have left it.
+    encoded_anew = 1 - (features_gb + host_features_gb) / all_gb if all_gb else 0.0
+    waiting_gb, host_waiting_gb = (
+        encoded_anew * num_bytes / num_envs * decisions / num_processes / 1e9 for num_bytes in _bytes_of(obs)
+    )
+    # Gradients and AdamW's two moments, float32, are added to what decisions have taken.
+    memory_gb = max(memory, _memory_gb(device)) + 12 * trained / 1e9 + features_gb + waiting_gb
+    host_memory_gb = _memory_gb(torch.device("cpu")) + host_features_gb + host_waiting_gb
+    if device.type == "cpu":
+        memory_gb += host_features_gb + host_waiting_gb
+        features_gb += host_features_gb
+        host_memory_gb, host_features_gb = memory_gb, features_gb
     measured = {
         "env_steps_per_s": num_processes * env_steps / (decision_s + env_s),
         "decision_s": decision_s,
         "rollout_s": (decision_s + env_s) * math.ceil(decisions / args.num_envs),
         "update_s": update_s / count * decisions / num_processes * passes,
         "features_gb": features_gb,
-        # Gradients and AdamW's two moments, float32, are added to what decisions have taken.
-        "memory_gb": max(memory, _memory_gb(device)) + 12 * trained / 1e9 + features_gb,
+        "memory_gb": memory_gb,
+        "host_features_gb": host_features_gb,
+        "host_memory_gb": host_memory_gb,
     }
     measured["total_s"] = args.num_iterations * (measured["rollout_s"] + measured["update_s"])
     if accelerator.is_main_process:
         parameters = {"parameters": sum(p.numel() for p in agent.parameters()), "of these trained": trained}
         for name, size in {"processes": num_processes, **sizes, **parameters}.items():
             print(f"{name:28} {size:>14,}")
-        place = "GPU memory" if device.type == "cuda" else "memory"
-        print(
-            f"{place + ' of a process':28} {measured['memory_gb']:>11.2f} GB  estimated, features {features_gb:.2f} GB"
-        )
+        places = {"memory": ""} if device.type == "cpu" else {"GPU memory": "", "host memory": "host_"}
+        for place, prefix in places.items():
+            gb, of_features = measured[f"{prefix}memory_gb"], measured[f"{prefix}features_gb"]
+            print(f"{place + ' of a process':28} {gb:>11.2f} GB  estimated, features {of_features:.2f} GB")
         print(f"{'env-steps/s in a rollout':28} {measured['env_steps_per_s']:>14,.0f}  measured over one decision")
         print(f"{'decision of all environments':28} {1000 * decision_s:>11.0f} ms  and {1000 * env_s:.0f} ms stepping")
         print(f"{'rollout':28} {measured['rollout_s']:>12.1f} s")
         print(f"{'update':28} {measured['update_s']:>12.1f} s  from the gradient of {count} decisions")
         print(f"{'time to the end':28} {_clock(measured['total_s']):>14}  without evaluations")
     return measured
+
+
+def kept_features(storage: str, budget_gb: float, all_gb: float) -> tuple[float, float]:
+    """Returns how much of `all_gb` of encoded observations lies on the device, and how much in host memory.
+
+    Args:
+        storage: `feature_storage`.
+        budget_gb: `feature_memory_gb`.
+        all_gb: of an iteration's decisions.
+    """
+    within = min(all_gb, budget_gb)
+    kept = {"device": (within, 0.0), "host": (0.0, within), "mixed": (within, all_gb - within), "none": (0.0, 0.0)}
+    return kept[storage]
+
+
+def _bytes_of(obs: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the bytes of an observation on a GPU, and in host memory."""
+    on_gpu = [isinstance(x, Tensor) and x.device.type != "cpu" for x in obs.values()]
+    sizes = list(zip(on_gpu, (x.nbytes for x in obs.values()), strict=True))
+    return sum(size for is_on_gpu, size in sizes if is_on_gpu), sum(size for is_on_gpu, size in sizes if not is_on_gpu)
 
 
 def _now(device: torch.device) -> float:

@@ -466,16 +466,18 @@ def success_in_words(row: Mapping[str, Any]) -> str:
 def compare_evaluations(run_path: Path, before: int, after: int) -> str:
     """Returns what two evaluations of a run say of the same episodes; their films, if any, become one.
 
+    Where one of them is missing, because a request to stop ended it, or they are of other episodes, it says so instead.
     The film is videos/before_after.mp4: a column for each filmed episode, the earlier evaluation above.
-
-    Raises:
-        ValueError: the evaluations are of other episodes.
     """
-    contents = [read_json(evaluation_file(run_path, iteration)) for iteration in (before, after)]
-    keys = [[(e["seed"], e["task_id"], e["init_state_id"]) for e in content["episodes"]] for content in contents]
-    if keys[0] != keys[1]:
-        raise ValueError(
-            f"iterations {before} and {after} of {run_path} were evaluated on other episodes; evaluate both alike"
+    files = [evaluation_file(run_path, iteration) for iteration in (before, after)]
+    if missing := [file for file in files if not file.is_file()]:
+        return f"before and after training are not compared: {missing[0]} is missing, its evaluation was interrupted"
+    contents = [read_json(file) for file in files]
+    episodes = [[EvalEpisode(**episode) for episode in content["episodes"]] for content in contents]
+    if [e.key for e in episodes[0]] != [e.key for e in episodes[1]]:
+        return (
+            f"before and after training are not compared: {files[0]} is of {len(episodes[0])} episodes, "
+            f"{files[1].name} of {len(episodes[1])}, and these are not the same (eval_episodes_per_task has changed)"
         )
     rows = [content["table"][-1] for content in contents]
     text = (
@@ -484,16 +486,18 @@ def compare_evaluations(run_path: Path, before: int, after: int) -> str:
         f"  after {after:4d} iterations {success_in_words(rows[1])}"
     )
     folders = [run_path / "videos" / f"iteration_{iteration}" for iteration in (before, after)]
-    films = [sorted(folder.glob("task_*_state_*.mp4")) for folder in folders]
-    if films[0]:
+    pairs = [
+        [video_path(folder, e) for folder, e in zip(folders, both, strict=True)] for both in zip(*episodes, strict=True)
+    ]
+    filmed = [pair for pair in pairs if all(film.is_file() for film in pair)]
+    if filmed:
         path = run_path / "videos" / "before_after.mp4"
-        # The outcome ends the name, so both lists are in the order of their episodes.
         pictures = [
             titled(read_pictures(film), title)
-            for title, row in zip(("before", "after"), films, strict=True)
+            for title, row in zip(("before", "after"), zip(*filmed, strict=True), strict=True)
             for film in row
         ]
         chunk = read_json(run_path / "args.json")["num_action_chunks"]
-        write_tiled_video(path, pictures, CONTROL_FREQUENCY_HZ / chunk, columns=len(films[0]))
+        write_tiled_video(path, pictures, CONTROL_FREQUENCY_HZ / chunk, columns=len(filmed))
         text += f"\n  film                 {path}"
     return text

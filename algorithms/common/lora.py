@@ -79,28 +79,34 @@ def add_lora(agent: nn.Module, settings: LoraSettings) -> int:
 
 @contextmanager
 def merged(agent: nn.Module) -> Generator[None]:
-    """Gives `agent` the plain network's module tree for a while, the adapters' effect merged into its weights."""
+    """Gives `agent` the plain network's module tree for a while, the adapters' effect merged into its weights.
+
+    Merged weights are float32, or wider if the adapted ones are: what adapters add is often less than half of the step
+    from one bfloat16 number to the next. Afterwards the adapted weights are the tensors that they were.
+    """
     from peft.tuners.lora import LoraLayer
 
     found: list[tuple[str, Any]] = [(name, m) for name, m in agent.named_modules() if isinstance(m, LoraLayer)]
-    weights: list[Tensor] = []
-    for name, layer in found:
-        base = layer.get_base_layer()
-        weights.append(base.weight.detach().clone())
-        layer.merge()
-        _replace(agent, name, base)
+    changed: list[tuple[str, Any, Tensor]] = []  # with the weights as they were
     try:
+        for name, layer in found:
+            base = layer.get_base_layer()
+            weight = base.weight.data
+            changed.append((name, layer, weight))
+            base.weight.data = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            layer.merge()
+            _replace(agent, name, base)
         yield
     finally:
-        for (name, layer), weight in zip(found, weights, strict=True):
-            layer.unmerge()
+        for name, layer, weight in changed:
+            if layer.merged:
+                layer.unmerge()
+            layer.get_base_layer().weight.data = weight  # unmerging rounds
             _replace(agent, name, layer)
-            with torch.no_grad():
-                layer.get_base_layer().weight.copy_(weight)  # unmerging rounds
 
 
 def save_merged(agent: Any, folder: Path) -> None:
-    """Saves `agent` as the plain network that it is with its adapters merged."""
+    """Saves `agent` as the plain network that it is with its adapters merged, these weights in float32."""
     with merged(agent):
         agent.save_pretrained(folder)
 

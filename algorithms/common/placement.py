@@ -47,7 +47,7 @@ class Place:
 
     Attributes:
         node: number of the node.
-        gpu: number of the GPU on that node; None for processors alone.
+        gpu: number of the GPU among those that the node offers; None for processors alone.
         cpus: cores that the process may count as its own.
     """
 

@@ -249,6 +249,9 @@ PPO: dict[str, dict[str, Any]] = {
     ),
 }
 
+# The same over a cluster, in run folders of its own.
+ASYNC_PPO: dict[str, dict[str, Any]] = PPO | {"demo": PPO["demo"] | dict(run_name="demo_async")}
+
 # Ours; settings of the paper's code for pi0 that they keep are the trainer's defaults.
 DSRL: dict[str, dict[str, Any]] = {
     # A first look: minutes on a CPU.

@@ -57,7 +57,7 @@ STATE_FILE = "state.json"
 # Arguments of the reinforcement-learning trainers that may differ between a run and its continuation.
 FREE_ARGS = {
     "preset", "resume", "output_dir", "run_name", "num_iterations", "save_interval", "keep_last", "keep_best",
-    "eval_interval", "eval_episodes_per_task", "video_interval", "log_with", "renderer", "micro_batch_size",
+    "eval_interval", "eval_episodes_per_task", "video_interval", "log_with", "micro_batch_size",
     "feature_storage", "feature_memory_gb", "pipeline_stage_num", "env_timeout_s", "compile", "max_ratio_deviation",
 }  # fmt: skip
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)

@@ -63,6 +63,12 @@ def result(call: Any, timeout: float | None = None) -> Any:
         raise cast(Any, error).cause from error
 
 
+def refuse_unmade(error: Exception, what: str) -> None:
+    """Raises RuntimeError if an actor was not lost, but raised an error as it was made: so would the next one."""
+    if getattr(error, "actor_init_failed", False):
+        raise RuntimeError(f"{what} could not be made: {error}") from None
+
+
 def merged_states(parts: Sequence[Mapping[int, EnvState] | None]) -> Mapping[int, EnvState] | None:
     """Returns the states of all parts; None if one has none."""
     states: dict[int, EnvState] = {}
@@ -81,8 +87,9 @@ class Report:
         is_lost: an env worker was lost; the rest is empty.
         ended: episodes that ended, each with the number of iterations ago in which it began.
         env_steps: environment steps.
-        seconds: of stepping (`env_s`), waiting for it (`env_wait_s`), the rest (`policy_s`), and in which environments
-            did nothing since the last rollout ended (`env_idle_s`).
+        seconds: of stepping (`env_s`) and waiting for it (`env_wait_s`), each summed over stages, the rest
+            (`policy_s`), and in which environments did nothing since the last rollout ended (`env_idle_s`), a mean
+            over stages.
         env_states: states of its environments after it; None if they cannot give any.
     """
 
@@ -113,7 +120,7 @@ class RemoteStage:
         workers: handles of `EnvWorker`s, each with equally many environments.
         env_ids: [n] numbers of the environments among all.
         offset: place of the first among the rollout worker's environments.
-        timeout_s: seconds that a step may take.
+        timeout_s: seconds that a step may take; making, resetting and restoring environments may take any.
 
     Attributes:
         obs: the last observation.
@@ -158,7 +165,7 @@ class RemoteStage:
         """
         start = time.perf_counter()
         try:
-            results = self._results(self._calls)
+            results = self._results(self._calls, self._timeout_s)
         except GetTimeoutError:
             self.failed_actions = self._actions
             raise TimeoutError(
@@ -188,10 +195,16 @@ class RemoteStage:
         """Says how often the episodes that start from now on are of which task."""
         self._results([worker.set_task_weights.remote(weights) for worker in self.workers])
 
-    def _results(self, calls: Sequence[Any]) -> list[Any]:
+    def _results(self, calls: Sequence[Any], timeout_s: float | None = None) -> list[Any]:
+        """Returns what calls return, all within so many seconds if they are limited."""
+        start = time.monotonic()
         try:
-            return [result(call, self._timeout_s) for call in calls]
+            return [
+                result(call, None if timeout_s is None else max(0.0, start + timeout_s - time.monotonic()))
+                for call in calls
+            ]
         except LOST as error:
+            refuse_unmade(error, f"environments {self.env_ids[0]} to {self.env_ids[-1]}")
             raise EnvWorkerLost(str(error)) from None
 
 
@@ -204,7 +217,7 @@ def join_steps(steps: Sequence[Step]) -> EnvStep:
     obs, rewards, terminated, truncated, infos = zip(*steps, strict=True)
     with_final = next((info for info in infos if "final_info" in info), None)
     if with_final is not None:
-        added = {name for name in with_final if name.removeprefix("_") in ("final_info", "final_obs")}
+        added = with_final.keys() & {"final_info", "_final_info", "_final_obs"}
         infos = [
             info
             if "final_info" in info
@@ -264,8 +277,9 @@ class RolloutRole:
         env_ids: NDArray[np.intp],
     ) -> None:
         _begin(place, bell)
+        refuse_sharding()
         self.args, self.make_agent, self.number, self.env_ids = args, make_agent, number, env_ids
-        self.accelerator = Accelerator()
+        self.accelerator = make_accelerator((), args.output_dir)
         self.run = RunFolder(run_path, self.accelerator)
         self.stages: list[RemoteStage] = []
         self.build()
@@ -300,12 +314,13 @@ class RolloutRole:
     def ping(self) -> None:
         """Returns when the calls before it are done."""
 
-    def open_envs(self, workers: Sequence[Any], openings: Sequence[Any]) -> tuple[bool, Any]:
+    def open_envs(self, workers: Sequence[Any], openings: Sequence[Any], task_weights: Any = None) -> tuple[bool, Any]:
         """Takes env workers and observes; returns whether none was lost, and their states.
 
         Args:
             workers: handles of `EnvWorker`s.
             openings: of each the method that observes, and its inputs.
+            task_weights: how often tasks are played, from the episodes on that begin here; as before if not given.
         """
         num_stages = self.args.pipeline_stage_num
         ids = np.split(self.env_ids, num_stages)
@@ -317,6 +332,8 @@ class RolloutRole:
                 offset = int(stage_ids[0] - self.env_ids[0])
                 handles = [workers[w] for w in mine]
                 stage = RemoteStage(handles, stage_ids, offset, self.args.env_timeout_s)
+                if task_weights is not None:
+                    stage.set_task_weights(task_weights)
                 stage.open([openings[w] for w in mine])
                 self.stages.append(stage)
             states = merged_states([stage.states() for stage in self.stages])
@@ -339,6 +356,7 @@ class RolloutRole:
         if self._has_lost_envs:
             return lost
         self._iteration, self._ended, self._env_steps = iteration, [], 0
+        self.recorder.forget()
         with torch.no_grad():
             for name, value in from_store(weights).items():
                 self._trained[name].copy_(value)
@@ -360,16 +378,18 @@ class RolloutRole:
         now = time.perf_counter()
         busy_s, wait_s = (after - before for after, before in zip(self._clocks(), (busy_s, wait_s), strict=True))
         seconds = dict(
-            env_s=busy_s, env_wait_s=wait_s, policy_s=now - start - wait_s, env_idle_s=now - self._ended_at - busy_s
+            env_s=busy_s,
+            env_wait_s=wait_s,
+            policy_s=now - start - wait_s,
+            env_idle_s=now - self._ended_at - busy_s / len(self.stages),
         )
         self._ended_at = now
         report = Report(ended=self._ended, env_steps=self._env_steps, seconds=seconds, env_states=states)
         return [report, *split_rollout(rollout, num_parts)]
 
     def _clocks(self) -> tuple[float, float]:
-        """Returns seconds of stepping, a mean over stages, and of waiting for it so far."""
-        busy_s = sum(stage.busy_s for stage in self.stages) / len(self.stages)
-        return busy_s, sum(stage.wait_s for stage in self.stages)
+        """Returns seconds of stepping and of waiting for it so far, each summed over stages."""
+        return sum(stage.busy_s for stage in self.stages), sum(stage.wait_s for stage in self.stages)
 
     def _dump_failed_actions(self, error: Exception) -> None:
         stages = enumerate(self.stages)

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from algorithms.common.batch import concatenate
-
 
 class Cut(NamedTuple):
     """Episodes that a decision truncated: its number, the rows [m] of their environments, and their encoded last
@@ -58,10 +56,33 @@ def map_tree(function: Callable[..., Any], *trees: Any) -> Any:
     return function(*trees)
 
 
-def stack_decisions(decisions: Sequence[Sequence[Any]]) -> Any:
-    """Returns what each of K decisions left behind in each stage of environments as arrays [K, n, ...]."""
-    joined = [concatenate(of_stages) for of_stages in decisions]
-    return to_store(map_tree(lambda *leaves: torch.stack(leaves), *joined))
+class DecisionArrays:
+    """What K decisions in n environments leave behind, in host memory as soon as each is made.
+
+    Devices need no room for it: the features of a rollout may be tens of gigabytes.
+
+    Args:
+        num_steps: K.
+        num_envs: n.
+
+    Attributes:
+        arrays: [K, n, ...], nested and typed as `to_store` returns what was put.
+    """
+
+    def __init__(self, num_steps: int, num_envs: int) -> None:
+        self._shape = (num_steps, num_envs)
+        self.arrays: Any = None
+
+    def put(self, step: int, rows: slice, tensors: Any) -> None:
+        """Copies what the decision `step` left behind in the environments `rows`, nested tensors [len(rows), ...]."""
+        found = to_store(tensors)
+        if self.arrays is None:
+            self.arrays = map_tree(lambda leaf: np.empty((*self._shape, *leaf.shape[1:]), leaf.dtype), found)
+
+        def copy(whole: NDArray[Any], leaf: NDArray[Any]) -> None:
+            whole[step, rows] = leaf
+
+        map_tree(copy, self.arrays, found)
 
 
 def split_rollout(rollout: Rollout, num_parts: int) -> list[Rollout]:

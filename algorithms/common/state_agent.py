@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from algorithms.common.args import check_state_model
 from gr00t_agent.files import dataclass_from_json, read_json, whole_file, write_json
 from gr00t_agent.sampler import FlowSampler, NoiseMethod, Prediction
 from libero_gym.conventions import ACTION_DIM
@@ -95,14 +96,9 @@ class StateFlowAgent(nn.Module):
         """Returns the agent that a trainer's `args` ask for, with random weights.
 
         Raises:
-            ValueError: they ask for what it has not: learned or joint noise, or a log-probability of each dimension.
+            ValueError: they ask for what it has not; see `check_state_model`.
         """
-        if not args.noise_method.startswith("flow") or args.joint_logprob or args.logprob_level != "chunk":
-            raise ValueError(
-                f"model='state' has noise_method flow_sde or flow_cps (given: {args.noise_method!r}), no joint_logprob "
-                f"(given: {args.joint_logprob}) and logprob_level 'chunk' (given: {args.logprob_level!r}); leave these "
-                "at their defaults, or take --model nano"
-            )
+        check_state_model(args)
         sampler = FlowSampler(num_steps=args.denoising_steps, method=args.noise_method, noise_level=args.noise_level)
         return cls(args.num_action_chunks, sampler)
 

@@ -233,6 +233,10 @@ class RolloutRecorder:
             frame = frame_of(shown, i, step=length, reward=episode_return, success=success, ended=ended)
             self._frames[i].append(frame)
 
+    def forget(self) -> None:
+        """Forgets frames that were not written, of a rollout that is played again."""
+        self._frames = []
+
     def write(self, iteration: int) -> Path | None:
         """Writes the iteration's film and forgets its frames; returns the file, or None if nothing was filmed."""
         if not self._frames:
@@ -240,7 +244,7 @@ class RolloutRecorder:
         path = self._folder / f"rollout_{iteration}.mp4"
         films = [(picture_of(frame, _ROLLOUT_VIEW_SIZE) for frame in frames) for frames in self._frames]
         write_tiled_video(path, films, self._fps)
-        self._frames = []
+        self.forget()
         return path
 
 

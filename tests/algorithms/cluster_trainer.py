@@ -17,7 +17,7 @@ from examples.own_agent_in_ppo import MLPAgent
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import DEFAULTS, SlowLineEnv, make_mlp_agent
 
-NAME = "ppo_libero_spatial_1"
+NAME = "async_ppo_libero_spatial_1"
 
 
 class Marks:
@@ -50,11 +50,29 @@ class MarkedEnv(SlowLineEnv):
         return super().step(actions)
 
 
+class DyingEnv(LineVectorEnv):
+    """Dies as it is first reset, and has the rollout worker killed as it is reset again."""
+
+    marks: Marks
+
+    def reset(self, **options: Any) -> Any:
+        self.marks.kill("env worker")
+        if self.marks.set("killed rollout worker"):
+            os.kill(int((self.marks.folder / "decider").read_text()), signal.SIGKILL)
+        return super().reset(**options)
+
+
 class DyingAgent(MLPAgent):
     """Dies while it decides the second rollout, and while it learns from the second."""
 
     marks: Marks
     calls = 0
+
+    @property
+    def image_size(self) -> int:  # type: ignore[override]
+        """Only rollout workers are asked for it."""
+        self.marks.set("decider")
+        return MLPAgent.image_size
 
     def forward(self, obs: Any, action: Any = None, *, generator: Any = None) -> Any:
         self.calls += 1

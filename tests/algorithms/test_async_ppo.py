@@ -8,12 +8,15 @@ import math
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,19 +26,24 @@ pytest.importorskip("ray", reason="Ray is not installed (pip install 'libero-gr0
 import ray
 from ray.cluster_utils import Cluster as Nodes
 
-from algorithms import async_ppo_gr00t, ppo_gr00t
+from algorithms import async_ppo_gr00t, dsrl_gr00t, grpo_gr00t, ppo_gr00t
+from algorithms.common.args import base_name
 from algorithms.common.cluster import connect
 from algorithms.common.resume import checkpoints_in
-from algorithms.common.rollouts import Cut, Rollout, from_store, join_rollouts, split_rollout, to_store
+from algorithms.common.rollouts import Cut, DecisionArrays, Rollout, from_store, join_rollouts, split_rollout, to_store
+from algorithms.common.stages import EnvStep
+from examples.own_agent_in_ppo import MLPAgent
 from tests import preloaded
 from tests.algorithms import cluster_trainer, line_trainer
-from tests.algorithms.cluster_trainer import NAME, DyingAgent, MarkedAgent, MarkedEnv
+from tests.algorithms.cluster_trainer import NAME, DyingAgent, DyingEnv, MarkedAgent, MarkedEnv
+from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged
 from tests.algorithms.test_launches import wait_for
 from tests.test_repository import help_texts
 
 ADDED = {"rollout/staleness_mean", "rollout/workers_replaced", "rollout/episodes_discarded", "actor/importance_weight"}
 OPTIONS: dict[str, Any] = dict(num_iterations=3, save_interval=1)
+PLAIN_NAME = "ppo_libero_spatial_1"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of PPO."""
     folder = tmp_path_factory.mktemp("ppo")
     line_trainer.train("ppo", folder, **OPTIONS)
-    return folder / NAME
+    return folder / PLAIN_NAME
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +102,10 @@ def test_the_copies_of_arguments_and_formulas_agree():
     defaults = [{f.name: f.default for f in dataclasses.fields(module.Args)} for module in (async_ppo_gr00t, ppo_gr00t)]
     for name in set(theirs) & set(ours):
         assert ours[name] == theirs[name]
-        assert defaults[0][name] == defaults[1][name], name
+        assert (defaults[0][name] == defaults[1][name]) == (name != "run_name"), name
+    for name, preset in ppo_gr00t.PRESETS.items():
+        same = {f.name for f in dataclasses.fields(preset)} - {"run_name", "dry_run"}
+        assert all(getattr(async_ppo_gr00t.PRESETS[name], f) == getattr(preset, f) for f in same)
     generator = torch.Generator().manual_seed(0)
     a, b, c = torch.randn(3, 6, 50, generator=generator)
     x, y = torch.rand(2, 6, 50, generator=generator) > 0.7
@@ -113,6 +124,15 @@ def test_the_copies_of_arguments_and_formulas_agree():
     for name, inputs in calls.items():
         results = [getattr(module, name)(*inputs) for module in (async_ppo_gr00t, ppo_gr00t)]
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_no_trainer_takes_the_run_of_another_for_its_own():
+    """By `--resume auto`, that is, which finds a run by its name."""
+    names = [
+        {name for args in (*module.PRESETS.values(), module.Args()) for name in [base_name(args)]}
+        for module in (ppo_gr00t, async_ppo_gr00t, grpo_gr00t, dsrl_gr00t)
+    ]
+    assert len(set.union(*names)) == sum(len(of_trainer) for of_trainer in names)
 
 
 def test_importance_weights_by_hand():
@@ -146,6 +166,57 @@ def test_a_rollout_that_is_split_and_joined_is_the_same():
         assert any(k == other_k and row == other_row and torch.equal(value, v) for other_k, other_row, v in rows)
 
 
+def test_decisions_of_stages_are_put_side_by_side():
+    draw = torch.Generator().manual_seed(0)
+    whole = {"half": torch.randn(3, 4, 2, generator=draw).bfloat16(), "whole": torch.randn(3, 4, generator=draw)}
+    kept = DecisionArrays(3, 4)
+    for step in range(3):
+        for rows in (slice(0, 1), slice(1, 4)):
+            part = {name: leaf[step, rows].clone() for name, leaf in whole.items()}
+            kept.put(step, rows, part)
+            part["whole"].zero_()  # what was put is a copy
+    for name, leaf in from_store(kept.arrays).items():
+        torch.testing.assert_close(leaf, whole[name], rtol=0, atol=0)
+
+
+def test_a_rollout_worker_keeps_no_features_of_past_decisions_on_its_device():
+    alive: list[int] = []
+    encoded: list[weakref.ref[torch.Tensor]] = []
+
+    class WatchedAgent(MLPAgent):
+        def encode(self, obs: Any) -> dict[str, torch.Tensor]:
+            features = super().encode(obs)
+            if features is not obs:
+                encoded.append(weakref.ref(features["state"]))
+            alive.append(sum(ref() is not None for ref in encoded))
+            return features
+
+    class Stage:
+        env_ids, rows, offset = np.arange(4), slice(0, 4), 0
+
+        def __init__(self) -> None:
+            self.envs = LineVectorEnv(4)
+            self.obs = self.envs.observe()
+
+        def send(self, actions: Any) -> None:
+            self.outcome = EnvStep(*self.envs.step(actions))
+
+        def receive(self) -> EnvStep:
+            return self.outcome
+
+    worker = object.__new__(async_ppo_gr00t.RolloutWorker)
+    worker.args = async_ppo_gr00t.Args(num_steps=12, num_action_chunks=2, truncation="failure")
+    worker.agent, worker.env_ids = WatchedAgent(("state.x",), 1, 2), np.arange(4)
+    worker.accelerator = cast(Any, SimpleNamespace(autocast=nullcontext))
+    worker.run = cast(Any, SimpleNamespace(check_actions=lambda *_, **__: None))
+    worker.add_step = lambda *_: None  # type: ignore[method-assign]
+    worker.stages = [cast(Any, Stage())]
+    rollout = worker.play(1, 0)
+    assert rollout.features["state"].shape == (12, 4, 1)
+    assert len(encoded) == 13
+    assert max(alive) <= 2
+
+
 @pytest.mark.parametrize(
     ("address", "error", "message"),
     [
@@ -173,10 +244,14 @@ def test_sharding_and_several_drivers_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_in_turns_it_is_ppo_also_after_a_rollout_worker_and_a_learner_were_killed(
     nodes: Nodes, tmp_path: Path, plain: Path
 ):
-    cluster_trainer.train(tmp_path / "runs", agent=DyingAgent, marks=tmp_path, **OPTIONS)
-    assert (tmp_path / "rollout worker").exists()
-    assert (tmp_path / "learner").exists()
-    assert_equals_ppo(tmp_path / "runs" / NAME, plain)
+    """And after an env worker and a rollout worker were, while environments were opened."""
+    cluster_trainer.train(tmp_path / "runs", agent=DyingAgent, env=DyingEnv, marks=tmp_path, **OPTIONS)
+    for name in ("env worker", "killed rollout worker", "rollout worker", "learner"):
+        assert (tmp_path / name).exists()
+    run = tmp_path / "runs" / NAME
+    assert_equals_ppo(run, plain)
+    assert logged(run)[0]["rollout/workers_replaced"] == 2
+    assert sum(line["rollout/episodes_discarded"] for line in logged(run)) == 0
 
 
 @pytest.mark.slow
@@ -271,7 +346,7 @@ def test_libero_and_gr00t_give_what_ppo_gives(nodes: Nodes, tmp_path: Path):
     ppo_gr00t.main(ppo_gr00t.Args(output_dir=tmp_path / "ppo", **options))
     args = async_ppo_gr00t.Args(output_dir=tmp_path / "async", env_workers=2, pipeline_stage_num=2, **options)
     async_ppo_gr00t.main(args)
-    plain, run = tmp_path / "ppo" / NAME, tmp_path / "async" / NAME
+    plain, run = tmp_path / "ppo" / PLAIN_NAME, tmp_path / "async" / NAME
     (line,), (other,) = logged(plain), logged(run)
     assert {k: v for k, v in other.items() if k not in ADDED} == pytest.approx(line, rel=1e-4, abs=1e-5)
     for name, value in final_weights(plain).items():

@@ -32,7 +32,7 @@ from tests.algorithms.test_processes import run_two
 NAME = "dsrl_libero_spatial_1"
 NAMED_METRICS = (
     "actor/loss", "actor/grad_norm", "actor/entropy", "actor/lr", "actor/num_updates", "critic/loss", "critic/value",
-    "critic/value_std", "critic/target", "critic/grad_norm", "alpha", "rollout/rewards_mean",
+    "critic/value_std", "critic/target", "critic/grad_norm", "actor/alpha", "rollout/rewards_mean",
     "rollout/noise_magnitude", "rollout/replay_size", "env/episode_len", "env/success_once", "env/success_once_task_0",
     "time/env_s", "time/env_wait_s", "time/policy_s", "time/update_s", "time/total_s", "charts/SPS",
 )  # fmt: skip
@@ -70,6 +70,8 @@ def test_every_named_metric_is_logged_and_the_checkpoint_is_complete(tmp_path: P
     assert all(np.isfinite(metrics[name]) for name in NAMED_METRICS)
     lines = [json.loads(line) for line in (tmp_path / NAME / "metrics.jsonl").read_text().splitlines()]
     assert [line["rollout/replay_size"] for line in lines] == [64, 128, 160]
+    # A report shows what belongs to a group.
+    assert [name for name in lines[-1] if "/" not in name] == ["iteration", "global_step"]
     folder = tmp_path / NAME / "checkpoints" / "iteration_3"
     assert {path.name for path in folder.iterdir()} == {"noise_actor.json", "noise_actor.safetensors", "training_state"}
     weights = saved(tmp_path, 3, "weights")
@@ -213,7 +215,7 @@ def test_the_first_update_is_what_the_equations_say(tmp_path: Path, changes: dic
     assert metrics["critic/target"] == pytest.approx(target.mean().item(), rel=1e-4, abs=1e-6)
     assert metrics["critic/loss"] == pytest.approx((errors**2).mean().item(), rel=1e-4)
     assert metrics["actor/entropy"] == pytest.approx(-logprob.mean().item(), rel=1e-4)
-    assert metrics["alpha"] == pytest.approx(0.02)
+    assert metrics["actor/alpha"] == pytest.approx(0.02)
 
     # Critics after a first step of Adam; the actor's loss is by these; targets follow by a quarter.
     parameters = dict(networks.critics.named_parameters())
@@ -366,7 +368,7 @@ def test_the_shipped_policy_is_steered_on_libero_and_evaluated_from_its_folder(t
         minibatch_size=8, task_ids=(0,), horizon=20, log_with=(), eval_episodes_per_task=1, renderer="warp",
     )  # fmt: skip
     metrics = dsrl_gr00t.main(args)
-    assert all(np.isfinite(metrics[name]) for name in ("critic/loss", "actor/loss", "alpha", "eval/success_once"))
+    assert all(np.isfinite(metrics[name]) for name in ("critic/loss", "actor/loss", "actor/alpha", "eval/success_once"))
     folder = tmp_path / "demo_dsrl" / "checkpoints" / "iteration_2"
     weights = load_file(folder / "noise_actor.safetensors")
     assert weights["feature_mean"].shape == (384,)
@@ -418,7 +420,7 @@ def test_functions_that_ppo_has_too_are_the_same():
         (dict(warmup_iterations=0), "warmup_iterations=0 must be at least 1"),
         (dict(hidden_dims=()), r"hidden_dims=\(\) must be one width or more"),
         (dict(polyak=0.0), r"polyak=0.0 is not in \(0, 1\]"),
-        (dict(noise_bound=-1.0), "noise_bound=-1.0 must be positive"),
+        (dict(noise_bound=-1.0), "noise_bound=-1.0 must be more than 0"),
         (dict(replay_capacity=63), "replay_capacity=63 does not hold the 64 decisions of an iteration"),
         (dict(value_bounds=(1.0, 0.0)), "value_bounds=1.0 0.0 is no range"),
         (dict(truncation="failure", reward_shift=-1.0), "nothing is worth more: give --truncation bootstrap"),

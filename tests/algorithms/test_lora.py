@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from algorithms import grpo_gr00t, ppo_gr00t
-from algorithms.common.lora import LoraSettings, add_lora
+from algorithms.common.frozen import store_frozen_as
+from algorithms.common.lora import LoraSettings, add_lora, merged, save_merged
 from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged, make_tiny_agent, train
@@ -73,6 +74,50 @@ def test_adapters_are_trained_and_saved_as_a_plain_policy(tmp_path: Path, algori
     noise = torch.randn(3, *agent.noise_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(loaded.predict(obs, noise=noise), agent.predict(obs, noise=noise))
+
+
+def test_adapters_of_bfloat16_weights_are_saved_with_all_that_they_add(tmp_path: Path):
+    """What they add here is far less than half of the step from one bfloat16 number to the next."""
+    agent = make_adapted(ppo_gr00t.Args(lora_rank=2))
+    store_frozen_as(agent, torch.bfloat16)
+    layers = {name: layer for name, layer in agent.named_modules() if hasattr(layer, "get_base_layer")}
+    before = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=1e-5, generator=generator)
+
+    save_merged(agent, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, layer in layers.items():
+        weight = saved[f"{name}.weight"]
+        added = layer.get_delta_weight("default")
+        assert weight.dtype == torch.float32
+        assert 0 < added.abs().mean() < 1e-3 * weight.abs().mean()
+        torch.testing.assert_close(weight - before[name].float(), added, rtol=0.01, atol=1e-7)
+
+    with pytest.raises(OSError, match="no space"), merged(agent):
+        raise OSError("no space")
+    assert layers.keys() == {name for name, layer in agent.named_modules() if hasattr(layer, "get_base_layer")}
+    for name, layer in layers.items():
+        assert not layer.merged
+        assert layer.get_base_layer().weight.dtype == torch.bfloat16
+        assert layer.get_base_layer().weight.data_ptr() == before[name].data_ptr()
+
+
+def test_adapters_that_cannot_be_merged_leave_the_agent_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    agent = make_adapted(ppo_gr00t.Args(lora_rank=2))
+    before = {name: value.clone() for name, value in agent.state_dict().items()}
+    layers = [layer for layer in agent.modules() if hasattr(layer, "get_base_layer")]
+
+    def fail() -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(layers[1], "merge", fail)
+    with pytest.raises(MemoryError, match="no memory"), merged(agent):
+        pass
+    after = agent.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])

@@ -16,7 +16,7 @@ from examples.own_agent_in_ppo import MLPAgent
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.warp_worlds import WarpWorlds
 from tests.algorithms.line_env import LineVectorEnv
-from tests.algorithms.line_trainer import logged, make_mlp_agent, make_tiny_agent, train, without_time
+from tests.algorithms.line_trainer import TRAINERS, logged, make_mlp_agent, make_tiny_agent, train, without_time
 
 NAMED_METRICS = (
     "actor/loss", "actor/value_loss", "actor/grad_norm", "actor/approx_kl", "actor/pg_clipfrac",
@@ -235,13 +235,15 @@ def test_the_agent_is_compiled_on_request(tmp_path: Path, algorithm: str):
 
 
 def test_the_adaptive_step_size_follows_target_kl(tmp_path: Path):
-    options: dict[str, Any] = dict(num_iterations=4, lr_schedule="adaptive", critic_warmup_iterations=1)
-    train("ppo", tmp_path / "small", learning_rate=1e-6, target_kl=0.1, **options)
-    train("ppo", tmp_path / "large", learning_rate=0.05, target_kl=1e-4, **options)
+    """After both warm-ups, in which an update's KL is small for another reason."""
+    options: dict[str, Any] = dict(lr_schedule="adaptive", critic_warmup_iterations=1)
+    small = options | dict(num_iterations=5, policy_warmup_iterations=2, learning_rate=1e-6, target_kl=0.1)
+    train("ppo", tmp_path / "small", **small)
+    train("ppo", tmp_path / "large", num_iterations=4, learning_rate=0.05, target_kl=1e-4, **options)
     rates = {name: [line["actor/lr"] for line in logged(tmp_path / name / "ppo_libero_spatial_1")] for name in
              ("small", "large")}  # fmt: skip
-    assert rates["small"] == pytest.approx([1e-6, 1e-6, 1.5e-6, 2.25e-6])
-    assert rates["large"] == pytest.approx([0.05, 0.05, 0.05 / 1.5, 0.05 / 2.25])
+    assert rates["small"] == pytest.approx([0, 0.5e-6, 1e-6, 1e-6, 1.5e-6])
+    assert rates["large"] == pytest.approx([0, 0.05, 0.05 / 1.5, 0.05 / 2.25])
     with pytest.raises(ValueError, match="needs a positive target_kl"):
         train("ppo", tmp_path, lr_schedule="adaptive")
 
@@ -308,6 +310,21 @@ def test_bad_arguments_stop_before_anything_is_made(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_comparison_that_fails_leaves_the_run_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+):
+    def fail(*_: Any) -> str:
+        raise OSError("no space")
+
+    monkeypatch.setattr(TRAINERS[algorithm], "compare_evaluations", fail)
+    options: dict[str, Any] = dict(num_iterations=1, task_ids=(0,), eval_before=True, eval_episodes_per_task=1)
+    with pytest.raises(OSError, match="no space"):
+        train(algorithm, tmp_path, **options)
+    (run,) = tmp_path.iterdir()
+    assert (run / "report.html").is_file()
+
+
 @pytest.mark.parametrize("trainer", [ppo_gr00t, grpo_gr00t])
 def test_an_entropy_bonus_without_effect_is_refused(trainer: Any):
     with pytest.raises(ValueError, match=r"ent_coef=0\.01 has no effect with noise_method='flow_sde'"):
@@ -324,6 +341,13 @@ def test_presets_have_the_published_settings_and_sizes_that_divide():
     for name in ("spatial", "object", "goal", "10"):
         start = {"spatial": presets.SPATIAL_START, "object": presets.OBJECT_START, "goal": presets.GOAL_START}
         assert PRESETS[f"libero_{name}_nano"].model == start.get(name, "nano")
+    near_goal = ("demo", "libero_spatial_laptop")
+    for trainer, level in ((ppo_gr00t, 1.0), (grpo_gr00t, 1.4)):
+        for name, args in trainer.PRESETS.items():
+            begins_and_ends = (level, 0.3) if name in near_goal else (0.5, 1.0)
+            assert (args.noise_method, args.noise_level, args.final_noise) == ("flow_sde", *begins_and_ends)
+            assert (args.num_action_chunks, args.denoising_steps) == (10 if "libero_10" in name else 5, 4)
+            assert (args.save_interval, args.eval_interval) == ((50, 0) if name in near_goal else (25, 50))
     for args in PRESETS.values():
         assert args.num_minibatches > 0
         assert args.num_micro_batches > 0

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 from dataclasses import replace
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from algorithms import ppo_gr00t
 from algorithms.common import resume
-from algorithms.common.resume import checkpoints_in, generator_states, restore_generators
+from algorithms.common.resume import FREE_ARGS, checkpoints_in, generator_states, restore_generators
 from examples.own_agent_in_ppo import MLPAgent
 from gr00t_agent import Gr00tAgent
 from tests import preloaded
@@ -266,6 +267,8 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
     run = run_folder(tmp_path)
     with pytest.raises(ValueError, match=r"cannot go on with other arguments: gamma=0.5 \(was 0.99\)"):
         train("ppo", tmp_path, resume=run, gamma=0.5)
+    with pytest.raises(ValueError, match=r"cannot go on with other arguments: renderer='warp' \(was None\)"):
+        train("ppo", tmp_path, resume=run, renderer="warp")
     with pytest.raises(ValueError, match="iteration_1 is not the newest checkpoint of its run"):
         train("ppo", tmp_path, resume=run / "checkpoints" / "iteration_1")
     with pytest.raises(ValueError, match="is of another network"):
@@ -277,6 +280,12 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
     train("ppo", tmp_path, resume=run / "checkpoints" / "iteration_2", num_iterations=3)
     assert [line["iteration"] for line in logged(run)] == [1, 2, 3]
     assert json.loads((run / "args.json").read_text())["num_iterations"] == 3
+
+
+def test_the_documentation_names_what_may_change():
+    page = (ROOT / "docs" / "training.md").read_text("utf-8")
+    told = page.partition("These may\n  change, and so may the number of processes: ")[2].partition(". So may")[0]
+    assert {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)`", told)} == FREE_ARGS
 
 
 def test_auto_begins_a_new_run_if_there_is_none_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -275,6 +275,7 @@ def test_vla_eval_is_told_what_it_does_wrong(vla_eval_port: int):
             ),
             ("observation", short_state, "observation/state is float64 (7,); it must be numbers (8,)"),
             ("observation", {}, "the observation lacks images/agentview"),
+            ("observe", {}, "type='observe' is no message to a server (valid: hello, episode_start, observation, "),
         ):
             say(connection, kind, payload)
             kind, payload, seq = hear(connection)

@@ -2,14 +2,15 @@
 
 import ast
 import itertools
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
-from algorithms import grpo_gr00t, ppo_gr00t
-from algorithms.common.args import check_at_least
+from algorithms import collect_demos, grpo_gr00t, ppo_gr00t, sft_gr00t
+from algorithms.common.args import RANGES, check_ranges
 
 FOLDER = Path(ppo_gr00t.__file__).parent
 # What differs between the two on purpose.
@@ -90,10 +91,75 @@ def test_arguments_that_would_fail_late_are_refused(trainer: Any, changes: dict[
         trainer.check_args(trainer.Args(**changes))
 
 
-def test_the_first_argument_out_of_range_is_named():
-    check_at_least(ppo_gr00t.Args(), 1, "num_envs", "num_steps")
-    with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
-        check_at_least(ppo_gr00t.Args(num_steps=0), 1, "num_envs", "num_steps")
+SCRIPTS = ("ppo", "async_ppo", "grpo", "dsrl", "sft", "eval", "compare")
+
+
+@pytest.mark.parametrize("script", [*(f"{name}_gr00t" for name in SCRIPTS), "collect_demos"])
+def test_every_number_of_a_script_has_a_range_which_its_default_and_presets_are_in(script: str):
+    module = pytest.importorskip(f"algorithms.{script}")  # async_ppo_gr00t needs Ray
+    hints = get_type_hints(module.Args)
+    numbers = {name for name, hint in hints.items() if re.search(r"\b(int|float)\b", str(hint))}
+    of_others = {"task_ids", "since"}  # checked with the suite; a time
+    literals = {name for name in numbers if "Literal" in str(hints[name])}
+    assert numbers - literals - of_others <= RANGES.keys()
+    for args in getattr(module, "PRESETS", {}).values():
+        check_ranges(args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_steps=0), "num_steps=0 must be at least 1"),
+        (dict(learning_rate=0.0), "learning_rate=0.0 must be more than 0, and finite"),
+        (dict(learning_rate=math.inf), "learning_rate=inf must be more than 0, and finite"),
+        (dict(gamma=1.01), r"gamma=1.01 is not in \[0, 1\]"),
+        (dict(gamma=math.nan), r"gamma=nan is not in \[0, 1\]"),
+        (dict(lr_hold=1.0), r"lr_hold=1.0 is not in \[0, 1\)"),
+        (dict(clip_coef=0.0), r"clip_coef=0.0 is not in \(0, 1\]"),
+        (dict(dual_clip=1.0), "dual_clip=1.0 must be more than 1, and finite"),
+        (dict(seed=-1), r"seed=-1 is not in \[0, 4294967295\]"),
+        (dict(reward_scale=math.inf), "reward_scale=inf must be a finite number"),
+        (dict(value_bounds=(0.0, math.nan)), r"value_bounds=\(0.0, nan\) must be a finite number"),
+    ],
+)
+def test_numbers_out_of_range_are_named(changes: dict[str, Any], message: str):
+    at_the_bounds = dict(gamma=1.0, gae_lambda=0.0, lr_hold=0.0, clip_coef=1.0, horizon=None, dual_clip=None)
+    check_ranges(ppo_gr00t.Args(**at_the_bounds))
+    with pytest.raises(ValueError, match=message):
+        check_ranges(ppo_gr00t.Args(**changes))
+
+
+def test_groups_that_none_can_be_in_are_refused():
+    with pytest.raises(ValueError, match=r"min_group_success=0.9 is more than max_group_success=0.1: no group would"):
+        grpo_gr00t.check_args(grpo_gr00t.Args(min_group_success=0.9, max_group_success=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(keep_last=0), "keep_last=0 must be at least 1"),
+        (dict(num_envs=0), "num_envs=0 must be at least 1"),
+        (dict(num_loader_threads=0), "num_loader_threads=0 must be at least 1"),
+        (dict(num_batches_ahead=0), "num_batches_ahead=0 must be at least 1"),
+        (dict(lora_rank=-1), "lora_rank=-1 must be at least 0"),
+        (dict(warmup_fraction=2.0), r"warmup_fraction=2.0 is not in \[0, 1\]"),
+        (dict(learning_rate=-1.0), "learning_rate=-1.0 must be more than 0"),
+        (dict(betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\) is not in \[0, 1\)"),
+    ],
+)
+def test_fine_tuning_refuses_at_once_what_would_fail_late(changes: dict[str, Any], message: str):
+    dataset = str(FOLDER)
+    sft_gr00t.check_args(sft_gr00t.Args(dataset=dataset))
+    with pytest.raises(ValueError, match=message):
+        sft_gr00t.check_args(sft_gr00t.Args(dataset=dataset, **changes))
+
+
+def test_videos_of_an_odd_size_are_refused_before_any_is_recorded(tmp_path: Path):
+    collect_demos.check_args(collect_demos.Args(output=tmp_path, image_size=127, storage="image"))
+    with pytest.raises(
+        ValueError, match=r"image_size=127 is odd, and H\.264 videos need even sizes: give --image-size 128"
+    ):
+        collect_demos.check_args(collect_demos.Args(output=tmp_path, image_size=127))
 
 
 @pytest.mark.parametrize("trainer", [ppo_gr00t, grpo_gr00t])

@@ -14,9 +14,17 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from algorithms.common.episode_log import EpisodeLog, EvalEpisode
-from algorithms.common.evaluation import OVERVIEW, EvalResult, episode_generator, evaluate, evaluate_into
+from algorithms.common.evaluation import (
+    OVERVIEW,
+    EvalResult,
+    compare_evaluations,
+    episode_generator,
+    evaluate,
+    evaluate_into,
+    evaluation_file,
+)
 from algorithms.common.jobs import evaluation_jobs, stated_horizon, stored_starts
-from algorithms.common.video import CAPTION_HEIGHT, read_pictures
+from algorithms.common.video import CAPTION_HEIGHT, VIEW_SIZE, read_pictures
 from libero_gym.physics.simulation import PhysicsError
 from libero_gym.tasks.suites import horizon
 from tests.algorithms.line_env import LineVectorEnv
@@ -337,6 +345,34 @@ def test_evaluation_in_training_leaves_its_files(tmp_path: Path):
     assert (saved["protocol"]["suite"], saved["protocol"]["horizon"]) == ("libero_goal", horizon("libero_goal"))
     names = sorted(path.name.rsplit("_", 1)[0] for path in (tmp_path / "videos" / "iteration_12").iterdir())
     assert names == ["all", "task_3_state_0", "task_5_state_0"]
+
+
+def test_evaluations_are_compared_where_both_are_of_the_same_episodes(tmp_path: Path):
+    def evaluate_after(iteration: int, unclean: float = 0.0, **changes: Any) -> None:
+        args: Any = type("Args", (TrainerArgs,), changes)
+        evaluate_into(tmp_path, iteration, NoisyAgent(unclean), ManyStatesLine, args)
+
+    (tmp_path / "args.json").write_text(json.dumps(dict(num_action_chunks=CHUNK)))
+    evaluate_after(0)
+    missing = evaluation_file(tmp_path, 3)
+    assert compare_evaluations(tmp_path, 0, 3) == (
+        f"before and after training are not compared: {missing} is missing, its evaluation was interrupted"
+    )
+    evaluate_after(3, eval_episodes_per_task=1)
+    assert "is of 4 episodes, iteration_3.json of 2, and these are not the same (" in compare_evaluations(
+        tmp_path, 0, 3
+    )
+    assert not (tmp_path / "videos" / "before_after.mp4").exists()
+
+    # An episode that was filmed with another outcome before, as after an interruption, is shown as it is counted.
+    evaluate_after(3, unclean=2.0)
+    stale = tmp_path / "videos" / "iteration_3" / "task_3_state_0_other.mp4"
+    stale.write_bytes(b"")
+    text = compare_evaluations(tmp_path, 0, 3)
+    assert text.startswith("the same 4 episodes, without exploration\n  before training ")
+    assert text.endswith(f"\n  film                 {tmp_path / 'videos' / 'before_after.mp4'}")
+    picture = next(read_pictures(tmp_path / "videos" / "before_after.mp4"))
+    assert picture.shape[:2] == (2 * (VIEW_SIZE + CAPTION_HEIGHT), 2 * 2 * VIEW_SIZE)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Where roles are put, and what is refused before anything starts."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 
+from algorithms.common.cluster_process import take_place
 from algorithms.common.placement import Node, Place, Wanted, check_shares, check_versions, parse_placement, place_roles
 
 TWO_NODES = [
@@ -100,3 +102,23 @@ def test_other_versions_on_a_node_are_refused():
     for change in ({"Python": "3.12.1"}, {"torch": None}, {"commit": "def"}):
         with pytest.raises(ValueError, match=r"node 10.0.0.1 has other versions than the driver's: "):
             check_versions(nodes(first, first | change))
+
+
+@pytest.mark.parametrize(
+    ("named", "gpu", "shown"),
+    [(None, 1, "1"), ("4,5", 1, "5"), ("GPU-8a, MIG-3f", 1, "MIG-3f"), (None, None, ""), ("4,5", None, "")],
+)
+def test_a_process_is_shown_the_gpu_of_its_place_among_those_of_its_node(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, gpu: int | None, shown: str
+):
+    monkeypatch.setattr(os, "environ", {} if named is None else {"CUDA_VISIBLE_DEVICES": named})
+    take_place(Place(node=0, gpu=gpu, cpus=1))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == shown
+    assert os.environ.get("ACCELERATE_USE_CPU") == ("true" if gpu is None else None)
+
+
+@pytest.mark.parametrize("named", ["", "4"])
+def test_a_gpu_that_its_node_does_not_show_is_refused(monkeypatch: pytest.MonkeyPatch, named: str):
+    monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": named})
+    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES='{named}' shows it {len(named)}: start Ray"):
+        take_place(Place(node=0, gpu=1, cpus=1))

@@ -65,10 +65,40 @@ def test_an_evaluation_cannot_change_what_it_has_not(agent: StateFlowAgent, tmp_
         eval_gr00t.main(args)
 
 
+@pytest.mark.parametrize("trainer", ["ppo_gr00t", "grpo_gr00t", "async_ppo_gr00t"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            dict(noise_method="reinflow"),
+            r"learns no noise \(valid: flow_sde, flow_cps\); leave it out, or take --model",
+        ),
+        (dict(joint_logprob=True), "has one noised step in a chain"),
+        (dict(logprob_level="action"), "scores whole chunks"),
+        (dict(critic_detach=False), "has no trunk that policy and critic share"),
+        (dict(train_backbone=True), "has no backbone"),
+        (dict(lora_rank=4), "has no attention layers to adapt"),
+        (dict(compute_dtype="bfloat16"), "computes in float32"),
+        (dict(compile=True), "is not compiled"),
+        (dict(imitation_coef=1.0), "has no flow error to imitate by"),
+        (dict(video_interval=1), "sees no images"),
+    ],
+)
+def test_arguments_of_what_it_has_not_are_refused(trainer: str, setting: dict[str, Any], message: str):
+    module = pytest.importorskip(f"algorithms.{trainer}")  # the last one needs Ray
+    module.check_args(module.Args(model="state", compute_dtype="float32"))
+    ((name, value),) = setting.items()
+    if hasattr(module.Args, name):
+        with pytest.raises(ValueError, match=f"{name}={value!r}: model='state' {message}"):
+            module.check_args(module.Args(model="state", **setting))
+        with pytest.raises(ValueError, match=f"{name}={value!r}: model='state' {message}"):
+            module.make_agent(module.Args(model="state", **setting))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(steps_before_success=(3, 0)), r"steps_before_success=\(3, 0\): each must be at least 1"),
+        (dict(steps_before_success=(3, 0)), r"steps_before_success=\(3, 0\) must be at least 1"),
         (dict(steps_before_success=(3,), reference_env=True), "reference_env=True is LIBERO's own"),
         (dict(num_near_goal_states=0), "num_near_goal_states=0"),
     ],

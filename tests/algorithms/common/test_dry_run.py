@@ -1,0 +1,61 @@
+"""What a dry run says that a run would take."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from algorithms.common.dry_run import kept_features, measure
+from examples.own_agent_in_ppo import MLPAgent
+from tests.algorithms.line_env import LineVectorEnv
+
+
+@pytest.mark.parametrize(
+    ("storage", "all_gb", "device_gb", "host_gb"),
+    [
+        ("device", 58.0, 16.0, 0.0),
+        ("host", 58.0, 0.0, 16.0),
+        ("mixed", 58.0, 16.0, 42.0),
+        ("mixed", 3.0, 3.0, 0.0),
+        ("none", 58.0, 0.0, 0.0),
+    ],
+)
+def test_features_lie_where_their_storage_puts_them(storage: str, all_gb: float, device_gb: float, host_gb: float):
+    assert kept_features(storage, 16.0, all_gb) == (device_gb, host_gb)
+
+
+class WideAgent(MLPAgent):
+    """Encodes a decision to 1 MB."""
+
+    def encode(self, obs: Any) -> dict[str, Tensor]:
+        if "state" in obs:
+            return obs
+        encoded = super().encode(obs)
+        return encoded | {"wide": torch.zeros(len(encoded["state"]), 250_000)}
+
+
+def test_memory_counts_features_and_the_observations_of_those_that_are_not_kept():
+    accelerator: Any = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=1, is_main_process=False, autocast=nullcontext
+    )
+
+    def make_envs(num_envs: int) -> LineVectorEnv:
+        return LineVectorEnv(num_envs, image_size=64)
+
+    observation_gb = sum(x.nbytes for x in make_envs(1).observe().values()) / 1e9
+    assert 24_000 * observation_gb > 0.5
+    measured = {}
+    for storage in ("host", "mixed", "none"):
+        args = SimpleNamespace(
+            num_envs=4, seed=1, micro_batch_size=4, feature_storage=storage, feature_memory_gb=2.0, num_iterations=1
+        )
+        agent = WideAgent(("state.x",), 1, 2)
+        measured[storage] = measure(args, accelerator, agent, make_envs, sizes={}, decisions=24_000, passes=1)
+    features = {storage: told["features_gb"] for storage, told in measured.items()}
+    assert features == pytest.approx(dict(host=2.0, mixed=24.0, none=0.0), rel=1e-4)
+    rest = {storage: told["memory_gb"] - told["features_gb"] for storage, told in measured.items()}
+    assert rest["host"] - rest["mixed"] == pytest.approx(22_000 * observation_gb, abs=0.02)
+    assert rest["none"] - rest["mixed"] == pytest.approx(24_000 * observation_gb, abs=0.02)
