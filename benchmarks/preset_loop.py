@@ -3,13 +3,16 @@
     python -m benchmarks.preset_loop --preset libero_goal_nano
     python -m benchmarks.preset_loop --preset libero_goal_nano --num-envs 2048
     python -m benchmarks.preset_loop --num-envs 4 --num-steps 4 --physics cpu     # where there is no GPU
+    python -m benchmarks.preset_loop --preset libero_spatial_24gb --random-weights --memory-cap-gb 24
 
-Whole iterations of `algorithms/ppo_gr00t.py`, rollout and update, without evaluations:
+Whole iterations of `algorithms/ppo_gr00t.py`, rollout and update, without evaluations. With the GPU's physics:
     * host, float32: images go through host memory from the renderer to the policy;
     * device, float32: they stay on the GPU (what the trainer does with the GPU's physics);
     * device, TF32: and matrices are multiplied in TF32 (what the nano presets do).
+With physics on the CPU, the preset as it is.
 The first iteration opens scenes and loads kernels and is not counted. Episodes differ from row to row as soon as
-rounding does; the amount of work does not. Ratios are of one run.
+rounding does; the amount of work does not. Ratios are of one run. Memory is what PyTorch has reserved of the GPU, 10^9
+bytes; the simulation's and CUDA's own is not counted.
 """
 
 from __future__ import annotations
@@ -21,14 +24,19 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode
 
 from algorithms import ppo_gr00t
 from algorithms.ppo_gr00t import PRESETS, Args
+from benchmarks.policy import make_agent as make_stand_in
 from benchmarks.publish import Table, judge, make_parser, publish
+from gr00t_agent import Gr00tAgent
+from gr00t_agent.policy import PolicyConfig
 
 PHASES = ("env_s", "env_wait_s", "policy_s", "update_s", "total_s")
 # Of a nano preset on one H200.
@@ -65,14 +73,30 @@ def make_host_envs(
     return ImagesOnHost(ppo_gr00t.make_envs(args, num_envs, image_size, autoreset_mode))
 
 
-def measure(args: Args, make_envs: Any) -> dict[str, float]:
-    """Trains and returns means over all iterations but the first."""
+def make_random_agent(args: Args) -> Gr00tAgent:
+    """Returns GR00T-N1.5 with random weights, as the trainer prepares it, and a tokenizer that needs no download."""
+
+    def load(source: str, *, train_backbone: bool, **settings: Any) -> Gr00tAgent:
+        policy = PolicyConfig(**{name: value for name, value in settings.items() if value is not None})
+        agent = make_stand_in("gr00t_n1d5", policy, torch.device("cpu"), torch.float32)
+        agent.set_trainable(**(agent.trainable | {"tune_visual": train_backbone, "tune_llm": train_backbone}))
+        return agent
+
+    with mock.patch.object(Gr00tAgent, "load", load):
+        return cast(Gr00tAgent, ppo_gr00t.make_agent(args))
+
+
+def measure(args: Args, make_envs: Any, make_agent: Any) -> dict[str, float | None]:
+    """Trains and returns means over all iterations but the first, and the largest memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        ppo_gr00t.main(replace(args, output_dir=Path(folder), run_name="run"), make_envs=make_envs)
+        ppo_gr00t.main(replace(args, output_dir=Path(folder), run_name="run"), make_agent, make_envs)
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][1:]
     steps = sum(line["charts/SPS"] * line["time/total_s"] for line in lines)
     times = {phase: float(np.mean([line[f"time/{phase}"] for line in lines])) for phase in PHASES}
-    return {"env_steps_per_s": steps / sum(line["time/total_s"] for line in lines)} | times
+    memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
+    return {"env_steps_per_s": steps / sum(line["time/total_s"] for line in lines), "memory_gb": memory} | times
 
 
 def main() -> dict[str, Any]:
@@ -83,7 +107,14 @@ def main() -> dict[str, Any]:
     parser.add_argument("--num-steps", type=int, help="decisions of each, default: the preset's")
     parser.add_argument("--physics", choices=("cpu", "warp"), help="default: the preset's")
     parser.add_argument("--num-iterations", type=int, default=3, help="counted ones; one more comes first")
+    parser.add_argument("--random-weights", action="store_true", help="GR00T-N1.5 with them, nothing downloaded")
+    parser.add_argument("--memory-cap-gb", type=float, help="of the GPU's memory, as if it had no more")
     options = parser.parse_args()
+    if options.memory_cap_gb:
+        if not torch.cuda.is_available():
+            parser.error("--memory-cap-gb needs a GPU")
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_cap_gb * 1e9 / total))
     preset = PRESETS[options.preset]
     given = {name: getattr(options, name) for name in ("num_envs", "num_steps", "physics") if getattr(options, name)}
     args = replace(
@@ -96,13 +127,19 @@ def main() -> dict[str, Any]:
         keep_best=0,
         log_with=(),
     )
+    if options.random_weights:
+        args = replace(args, model="gr00t_n1d5")
     size = min(args.minibatch_size, args.num_decisions)
     args = replace(args, minibatch_size=size, micro_batch_size=min(args.micro_batch_size, size))
-    variants = {
-        "host, float32": (replace(args, tf32=False), make_host_envs),
-        "device, float32": (replace(args, tf32=False), ppo_gr00t.make_envs),
-        "device, TF32": (replace(args, tf32=True), ppo_gr00t.make_envs),
-    }
+    make_agent = make_random_agent if options.random_weights else ppo_gr00t.make_agent
+    if args.physics == "warp":
+        variants = {
+            "host, float32": (replace(args, tf32=False), make_host_envs),
+            "device, float32": (replace(args, tf32=False), ppo_gr00t.make_envs),
+            "device, TF32": (replace(args, tf32=True), ppo_gr00t.make_envs),
+        }
+    else:
+        variants = {"as it is": (args, ppo_gr00t.make_envs)}
 
     table = Table(
         {
@@ -114,19 +151,22 @@ def main() -> dict[str, Any]:
             "wait s": ">8.2f",
             "policy s": ">10.2f",
             "update s": ">10.2f",
+            "GPU GB": ">8.1f",
         }
     )
     rows: list[dict[str, Any]] = []
     for name, (changed, make_envs) in variants.items():
-        row: dict[str, Any] = measure(changed, make_envs)
+        row: dict[str, Any] = measure(changed, make_envs, make_agent)
         rows.append({"variant": name, **row})
         speedup = rows[-1]["speedup"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
         times = (row[phase] for phase in ("total_s", "env_s", "env_wait_s", "policy_s", "update_s"))
-        table.add(name, row["env_steps_per_s"], speedup, *times)
+        table.add(name, row["env_steps_per_s"], speedup, *times, row["memory_gb"])
 
     settings = {name: getattr(args, name) for name in ("num_envs", "num_steps", "physics", "update_epochs")}
     settings |= dict(preset=options.preset, minibatch_size=size, num_iterations=options.num_iterations)
-    targets = judge({"env_steps_per_s": rows[-1]["env_steps_per_s"]}, at_least=TARGETS)
+    settings |= dict(model=args.model, memory_cap_gb=options.memory_cap_gb)
+    is_nano = options.preset.endswith("_nano")
+    targets = judge({"env_steps_per_s": rows[-1]["env_steps_per_s"]}, at_least=TARGETS) if is_nano else {}
     return publish("preset_loop", {"variants": rows}, settings=settings, targets=targets, output=options.output)
 
 
