@@ -36,7 +36,7 @@ from algorithms.ppo_gr00t import PRESETS, Args
 from benchmarks.policy import make_agent as make_stand_in
 from benchmarks.publish import Table, judge, make_parser, publish
 from gr00t_agent import Gr00tAgent
-from gr00t_agent.policy import PolicyConfig
+from gr00t_agent.policy import preset_policy
 
 PHASES = ("env_s", "env_wait_s", "policy_s", "update_s", "total_s")
 # Of a nano preset on one H200.
@@ -77,7 +77,8 @@ def make_random_agent(args: Args) -> Gr00tAgent:
     """Returns GR00T-N1.5 with random weights, as the trainer prepares it, and a tokenizer that needs no download."""
 
     def load(source: str, *, train_backbone: bool, **settings: Any) -> Gr00tAgent:
-        policy = PolicyConfig(**{name: value for name, value in settings.items() if value is not None})
+        given = {name: value for name, value in settings.items() if value is not None}
+        policy = replace(preset_policy("gr00t_n1d5"), **given)
         agent = make_stand_in("gr00t_n1d5", policy, torch.device("cpu"), torch.float32)
         agent.set_trainable(**(agent.trainable | {"tune_visual": train_backbone, "tune_llm": train_backbone}))
         return agent
