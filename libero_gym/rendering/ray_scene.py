@@ -37,6 +37,12 @@ MAX_TEXTURE_SIZE = 1024
 
 TEXTURE_2D, TEXTURE_CUBE = 0, 1
 
+# Geoms that the classic renderer builds of the unit sphere.
+_ROUND_TYPES = (
+    int(mujoco.mjtGeom.mjGEOM_SPHERE),
+    int(mujoco.mjtGeom.mjGEOM_CAPSULE),
+    int(mujoco.mjtGeom.mjGEOM_ELLIPSOID),
+)
 _MIRROR_TYPES = (int(mujoco.mjtGeom.mjGEOM_PLANE), int(mujoco.mjtGeom.mjGEOM_BOX))
 
 
@@ -327,6 +333,10 @@ def _geom_triangles(model: mujoco.MjModel, geom: int, texture: int) -> _Triangle
         triangles = _cylinder(model, np.array([size[0], size[0], size[1]], dtype=np.float32))
     elif kind == mujoco.mjtGeom.mjGEOM_CAPSULE:
         triangles = _capsule(model, radius=float(size[0]), half_length=float(size[1]))
+    elif kind == mujoco.mjtGeom.mjGEOM_SPHERE:
+        triangles = _ellipsoid(model, np.repeat(size[:1], 3))
+    elif kind == mujoco.mjtGeom.mjGEOM_ELLIPSOID:
+        triangles = _ellipsoid(model, size)
     elif kind == mujoco.mjtGeom.mjGEOM_PLANE:
         triangles = _plane(size)
     else:
@@ -337,11 +347,12 @@ def _geom_triangles(model: mujoco.MjModel, geom: int, texture: int) -> _Triangle
     repeat = model.mat_texrepeat[material].astype(np.float32)
     is_uniform = bool(model.mat_texuniform[material])
     is_mesh = kind == mujoco.mjtGeom.mjGEOM_MESH
-    if kind == mujoco.mjtGeom.mjGEOM_CAPSULE:
+    if int(kind) in _ROUND_TYPES:
         if model.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D or is_uniform:
+            name = mujoco.mjtGeom(kind).name.removeprefix("mjGEOM_").lower()
             raise ValueError(
-                f"geom {geom} is a capsule with a flat or uniform texture, which the ray caster cannot draw; give its "
-                "material a cube map without texuniform, or none"
+                f"geom {geom} is of type {name} and has a flat or uniform texture, which the ray caster cannot draw; "
+                "give its material a cube map without texuniform, or none"
             )
         coords = triangles.texture_coords
     elif model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
@@ -446,15 +457,30 @@ def _cylinder(model: mujoco.MjModel, size: FloatArray) -> _Triangles:
 
 def _capsule(model: mujoco.MjModel, *, radius: float, half_length: float) -> _Triangles:
     """A tube and two half spheres; their texture coordinates are points of the unit tube and the unit sphere."""
-    stacks, angles = model.vis.quality.numstacks, _angles(model)
     unit, normals = _tube(model)
     patches = [_grid(unit * [radius, radius, half_length], normals, unit)]
-    quarter = 0.5 * np.pi
-    for sign, latitudes in ((1.0, (0.0, quarter)), (-1.0, (-quarter, 0.0))):
-        latitude, angle = np.meshgrid(np.linspace(*latitudes, stacks // 2 + 1), angles, indexing="ij")
-        unit = np.stack([np.cos(latitude) * np.cos(angle), np.cos(latitude) * np.sin(angle), np.sin(latitude)], axis=-1)
+    for sign in (1, -1):
+        unit = _half_sphere(model, sign)
         patches.append(_grid(unit * radius + [0.0, 0.0, sign * half_length], unit, unit))
     return _merge(patches)
+
+
+def _ellipsoid(model: mujoco.MjModel, radii: FloatArray) -> _Triangles:
+    """A sphere of radius 1, scaled; its texture coordinates are points of the former."""
+    patches: list[tuple[FloatArray, FloatArray, FloatArray]] = []
+    for sign in (1, -1):
+        unit = _half_sphere(model, sign)
+        normals = unit / radii
+        patches.append(_grid(unit * radii, normals / np.linalg.norm(normals, axis=-1, keepdims=True), unit))
+    return _merge(patches)
+
+
+def _half_sphere(model: mujoco.MjModel, sign: int) -> FloatArray:
+    """Points [stacks / 2 + 1, slices + 1, 3] of the half of the unit sphere above (1) or below (-1) the equator."""
+    quarter = 0.5 * np.pi
+    latitudes = np.linspace(min(0, sign) * quarter, max(0, sign) * quarter, model.vis.quality.numstacks // 2 + 1)
+    latitude, angle = np.meshgrid(latitudes, _angles(model), indexing="ij")
+    return np.stack([np.cos(latitude) * np.cos(angle), np.cos(latitude) * np.sin(angle), np.sin(latitude)], axis=-1)
 
 
 def _plane(size: FloatArray) -> _Triangles:
