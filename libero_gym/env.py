@@ -47,6 +47,9 @@ from libero_gym.window import Window, check_usable, is_usable
 
 __all__ = ["LiberoEnv", "PhysicsError"]
 
+# What single environments of version 0.1.0 did not save.
+_OLDER_STATES_LACK = {"episode_return": np.array(0.0), "is_done": np.array(False)}
+
 
 class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     """A Franka Panda arm at a table, with a task given as a sentence.
@@ -461,7 +464,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         if task.suite not in member_suites(self.options.suite):
             raise ValueError(f"the state belongs to suite {task.suite}, this environment to {self.options.suite}")
         self._known_task(task_number(self.options.suite, task))
-        episode, rng = read_episode(state)
+        is_older = not state.keys() & _OLDER_STATES_LACK.keys()
+        episode, rng = read_episode({**state, **_OLDER_STATES_LACK} if is_older else state)
         simulation = self._open_simulation(task)
         simulation.set_state({name: state[name] for name in state if name not in EPISODE})
         self._simulation = simulation

@@ -82,7 +82,7 @@ RANGES = {
     "env_workers": "[1, inf)",
     "rollout_gpus": "[1, inf)",
     "learner_gpus": "[1, inf)",
-    "importance_cap": "(0, inf)",
+    "importance_cap": "(0, inf]",
     # environments and episodes
     "num_envs": "[1, inf)",
     "num_action_chunks": "[1, inf)",
@@ -133,8 +133,8 @@ RANGES = {
     "gamma": "[0, 1]",
     "gae_lambda": "[0, 1]",
     # optimisation
-    "learning_rate": "(0, inf)",
-    "value_learning_rate": "(0, inf)",
+    "learning_rate": "[0, inf)",
+    "value_learning_rate": "[0, inf)",
     "critic_learning_rate": "(0, inf)",
     "alpha_learning_rate": "[0, inf)",
     "warmup_fraction": "[0, 1]",
@@ -151,22 +151,22 @@ RANGES = {
     "batch_size": "[1, inf)",
     "minibatch_size": "[1, inf)",
     "micro_batch_size": "[1, inf)",
-    "max_grad_norm": "(0, inf)",
+    "max_grad_norm": "(0, inf]",
     "polyak": "(0, 1]",
     "ema_decay": "[0, 1)",
     # losses
     "clip_coef": "(0, 1]",
     "clip_coef_high": "(0, inf)",
     "dual_clip": "(1, inf)",
-    "value_clip": "(0, inf)",
-    "huber_delta": "(0, inf)",
+    "value_clip": "(0, inf]",
+    "huber_delta": "(0, inf]",
     "vf_coef": "[0, inf)",
     "ent_coef": "[0, inf)",
     "imitation_coef": "[0, inf)",
     "kl_coef": "[0, inf)",
     "initial_alpha": "(0, inf)",
     "target_entropy": "(-inf, inf)",
-    "max_ratio_deviation": "(0, inf)",
+    "max_ratio_deviation": "(0, inf]",
     # evaluation, saving, logging
     "eval_interval": "[0, inf)",
     "eval_episodes_per_task": "[0, inf)",
@@ -192,15 +192,16 @@ def check_ranges(args: Any) -> None:
             is_above = low < value or (interval[0] == "[" and low == value)
             is_below = value < high or (interval[-1] == "]" and value == high)
             if not (is_above and is_below):  # not a number (NaN) is neither
-                raise ValueError(f"{item.name}={given} {_in_words(interval, low, high)}")
+                raise ValueError(f"{item.name}={given} {_in_words(interval, low, high, value)}")
 
 
-def _in_words(interval: str, low: float, high: float) -> str:
+def _in_words(interval: str, low: float, high: float, value: float) -> str:
     if math.isfinite(high):
         return f"is not in {interval}"
     if math.isinf(low):
         return "must be a finite number"
-    return f"must be at least {low:g}" if interval[0] == "[" else f"must be more than {low:g}, and finite"
+    least = f"must be at least {low:g}" if interval[0] == "[" else f"must be more than {low:g}"
+    return least if math.isfinite(value) else f"{least}, and {'a number' if math.isnan(value) else 'finite'}"
 
 
 def check_schedule(schedule: str, target_kl: float | None, hold: float) -> None:

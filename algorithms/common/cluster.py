@@ -640,6 +640,7 @@ class LearnerGroup:
         try:
             address = self._cluster.get(self._learners[0].free_address.remote())
         except LOST as error:
+            refuse_unmade(error, "a learner")
             raise LearnersLost(str(error)) from None
         size = len(self._learners)
         self._results([learner.join.remote(rank, size, address) for rank, learner in enumerate(self._learners)])
@@ -703,6 +704,7 @@ class LearnerGroup:
             try:
                 result(ready[0])
             except LOST as error:
+                refuse_unmade(error, "a learner")
                 raise LearnersLost(str(error)) from None
             except Exception:  # perhaps because another one was lost
                 for call in ray.wait(waiting, num_returns=len(waiting), timeout=_NEWS_S)[0] if waiting else ():

@@ -635,12 +635,11 @@ def _sample(
     width: int,
     height: int,
     known: Pixel,
-    last: Pixel,
 ) -> Pixel:
     """What ray `ray_id` of pixel `x` of line `row` of all images sees.
 
-    Where it meets what `known` or `last` has met in the same pixel, it takes their colour: OpenGL, too, colours a
-    surface once a pixel.
+    Where it meets what `known` has met in the same pixel, it takes its colour: OpenGL, too, colours a surface once a
+    pixel.
     """
     image = row / height
     world = image / scene.num_cameras
@@ -669,8 +668,6 @@ def _sample(
     color = resting.colors[layer, y, x]
     if _is_same(pixel, known):
         color = known.color
-    elif _is_same(pixel, last):
-        color = last.color
     elif hit.part != behind.part or color[0] < 0.0:
         if hit.part >= 0:
             color = _color(scene, worlds, tiles, world, ray, hit, pixel.normal)
@@ -760,7 +757,7 @@ def render(
     x = pixel[1]
     if row >= last_row or x >= width:
         return
-    sample = _sample(scene, worlds, tiles, resting, row, x, 0, width, height, _unseen(), _unseen())
+    sample = _sample(scene, worlds, tiles, resting, row, x, 0, width, height, _unseen())
     if colors.shape[0] > 0:
         colors[row, x] = sample.color
         geometry[row, x] = wp.vec4(sample.normal[0], sample.normal[1], sample.normal[2], sample.distance)
@@ -923,13 +920,10 @@ def smooth_edges(
     row = pixel / width
     x = pixel % width
     centre = _stored(row, x, colors, geometry, surfaces)
-    last = _unseen()
     color = wp.vec3(0.0)
     for index in range(first_sample % 4, first_sample % 4 + samples_per_thread):
-        sample = _sample(scene, worlds, tiles, resting, row, x, 1 + index, width, height, centre, last)
+        sample = _sample(scene, worlds, tiles, resting, row, x, 1 + index, width, height, centre)
         color += sample.color * 0.25
-        if sample.surface != centre.surface:
-            last = sample
     if samples_per_thread == 1:
         color = wp.vec3(_sum_of_four(color[0]), _sum_of_four(color[1]), _sum_of_four(color[2]))
     if first_sample % 4 == 0:

@@ -3,9 +3,9 @@
 It reproduces MuJoCo's classic OpenGL renderer rather than improving on it, since that is what LIBERO's data and
 policies saw: fixed-function lighting at triangle corners, clamped before the texture is applied; a specular term
 of exponent 0 that is constant; mipmaps; one mirror. Rays start at the near clipping plane and pass the backs of
-triangles. Pixels whose neighbourhood shows an edge get four more samples in the usual multisampling pattern, and a
-surface one colour a pixel. Depth and segmentation are those of the ray through the pixel's centre, as OpenGL's are
-without multisampling.
+triangles. Pixels whose neighbourhood shows an edge get four more samples in the usual multisampling pattern, of which
+those on the surface at the pixel's centre have the colour there. Depth and segmentation are those of the ray through
+the centre, as OpenGL's are without multisampling.
 
 What rests as a camera sees it is looked for once: the room, the table and the robot's mount for a camera that rests
 itself, the gripper's base for the one on the hand. A ray then asks only what moves, and nearer.
@@ -156,7 +156,6 @@ class DeviceScene(Uncopied):
         self._camera_is_still = scene.camera_is_still
         self._rest_poses = scene.rest_pos[None], scene.rest_mat[None]
         self._resting: dict[int, Any] = {}
-        self._resting_lock = threading.Lock()
         self.part_site = scene.part_site
         self.num_cameras = len(scene.camera_body)
         self.num_lights = len(scene.light_body)
@@ -192,10 +191,10 @@ class DeviceScene(Uncopied):
             image_size: Height and width of the images, pixels.
             for_each_strip: Divides the work.
         """
-        with self._resting_lock:
-            if image_size not in self._resting:
-                self._resting[image_size] = self._find_resting(image_size, for_each_strip)
-            return self._resting[image_size]
+        # Without a lock, which a forked child could find locked for ever: whoever comes second finds the same.
+        if image_size not in self._resting:
+            self._resting[image_size] = self._find_resting(image_size, for_each_strip)
+        return self._resting[image_size]
 
     def _find_resting(self, size: int, for_each_strip: ForEachStrip) -> Any:
         def array(values: Any, dtype: Any) -> Any:

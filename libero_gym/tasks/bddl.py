@@ -71,7 +71,11 @@ def read_problem(path: Path) -> Problem:
     Raises:
         ValueError: the file is not a BDDL problem; the message names the file and what is wrong.
     """
-    text = re.sub(r";.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no BDDL file in UTF-8 ({error})") from error
+    text = re.sub(r";.*$", "", content, flags=re.MULTILINE)
     groups = {group[0]: group[1:] for group in _parse(text.lower(), path) if isinstance(group, list)}
     missing = {"problem", ":regions", ":objects", ":fixtures", ":init", ":goal"} - groups.keys()
     if missing:

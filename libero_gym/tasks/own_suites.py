@@ -94,8 +94,10 @@ def own_suites() -> dict[str, OwnSuite]:
     for entry in _entries():
         try:
             suite = _read_suite(*_parse_entry(entry))
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{VARIABLE} holds {entry!r}: {error}") from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{VARIABLE} holds {entry!r}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{VARIABLE} holds {entry!r}: {error}") from error
         if suites.setdefault(suite.name, suite) != suite:
             raise ValueError(f"{VARIABLE} has {suite.name!r} twice, with different folders; give another name")
     return suites

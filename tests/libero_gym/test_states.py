@@ -107,6 +107,10 @@ def test_environments_refuse_states_and_stay_as_they_were():
     step_randomly(other, 2)
     state = other.get_state()
     assert_all_refused(state, env.set_state, lambda: [env.get_state(), env.observe(), env.task.__dict__])
+    older = {name: state[name] for name in state if name not in ("episode_return", "is_done", "judged_qpos")}
+    env.set_state(older)
+    np.testing.assert_array_equal(env.observe()["states"], other.observe()["states"])
+    assert (env.get_state()["episode_return"], env.get_state()["is_done"]) == (0.0, False)
     fixed = LiberoEnv("libero_goal", task_id=(int(state["task_id"]) + 1) % 10, observe_images=False)
     fixed.reset(seed=0)
     with pytest.raises(ValueError, match="was asked of an environment made for task_id="):

@@ -109,14 +109,17 @@ def test_every_number_of_a_script_has_a_range_which_its_default_and_presets_are_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(num_steps=0), "num_steps=0 must be at least 1"),
-        (dict(learning_rate=0.0), "learning_rate=0.0 must be more than 0, and finite"),
-        (dict(learning_rate=math.inf), "learning_rate=inf must be more than 0, and finite"),
+        (dict(num_steps=0), "num_steps=0 must be at least 1$"),
+        (dict(learning_rate=-1e-5), "learning_rate=-1e-05 must be at least 0$"),
+        (dict(learning_rate=math.inf), "learning_rate=inf must be at least 0, and finite"),
+        (dict(adam_eps=0.0), "adam_eps=0.0 must be more than 0$"),
+        (dict(value_clip=0.0), "value_clip=0.0 must be more than 0$"),
+        (dict(feature_memory_gb=math.nan), "feature_memory_gb=nan must be at least 0, and a number"),
         (dict(gamma=1.01), r"gamma=1.01 is not in \[0, 1\]"),
         (dict(gamma=math.nan), r"gamma=nan is not in \[0, 1\]"),
         (dict(lr_hold=1.0), r"lr_hold=1.0 is not in \[0, 1\)"),
         (dict(clip_coef=0.0), r"clip_coef=0.0 is not in \(0, 1\]"),
-        (dict(dual_clip=1.0), "dual_clip=1.0 must be more than 1, and finite"),
+        (dict(dual_clip=1.0), "dual_clip=1.0 must be more than 1$"),
         (dict(seed=-1), r"seed=-1 is not in \[0, 4294967295\]"),
         (dict(reward_scale=math.inf), "reward_scale=inf must be a finite number"),
         (dict(value_bounds=(0.0, math.nan)), r"value_bounds=\(0.0, nan\) must be a finite number"),
@@ -124,6 +127,7 @@ def test_every_number_of_a_script_has_a_range_which_its_default_and_presets_are_
 )
 def test_numbers_out_of_range_are_named(changes: dict[str, Any], message: str):
     at_the_bounds = dict(gamma=1.0, gae_lambda=0.0, lr_hold=0.0, clip_coef=1.0, horizon=None, dual_clip=None)
+    at_the_bounds |= dict(value_clip=math.inf, max_grad_norm=math.inf, learning_rate=0.0)
     check_ranges(ppo_gr00t.Args(**at_the_bounds))
     with pytest.raises(ValueError, match=message):
         check_ranges(ppo_gr00t.Args(**changes))
@@ -143,7 +147,7 @@ def test_groups_that_none_can_be_in_are_refused():
         (dict(num_batches_ahead=0), "num_batches_ahead=0 must be at least 1"),
         (dict(lora_rank=-1), "lora_rank=-1 must be at least 0"),
         (dict(warmup_fraction=2.0), r"warmup_fraction=2.0 is not in \[0, 1\]"),
-        (dict(learning_rate=-1.0), "learning_rate=-1.0 must be more than 0"),
+        (dict(learning_rate=-1.0), "learning_rate=-1.0 must be at least 0"),
         (dict(betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\) is not in \[0, 1\)"),
     ],
 )

@@ -168,7 +168,9 @@ def test_a_learner_that_is_lost_as_the_group_starts_has_all_start_again(
     monkeypatch.setattr(cluster.ray, "wait", lambda calls, num_returns, timeout: (calls[:1], calls[1:]))
     monkeypatch.setattr(cluster.ray, "kill", lambda worker: None)
     monkeypatch.setattr(cluster, "result", lambda call: call)
-    fake: Any = FakeCluster(dict(free_address=[RayActorError(), "host:1"], join=[None]))
+    wrong = ActorDiedError()
+    wrong._actor_init_failed = True
+    fake: Any = FakeCluster(dict(free_address=[RayActorError(), "host:1", wrong], join=[None]))
     placement = place_roles(NODES, placement="rollout:cpu actor:cpu")
     run: Any = SimpleNamespace(path=tmp_path, forget_after=lambda iteration: None)
     inputs: Any = (lambda *_: None, lambda *_: None)
@@ -177,3 +179,6 @@ def test_a_learner_that_is_lost_as_the_group_starts_has_all_start_again(
     assert learners.train(lambda checkpoint: {"done": 1.0}, None, told.append) == {"done": 1.0}
     assert told == ["a learner was lost; all start again from the start"]
     assert [name for name, _ in fake.asked] == ["free_address", "free_address", "join"]
+    with pytest.raises(RuntimeError, match="a learner could not be made"):
+        learners.train(lambda checkpoint: {}, None, told.append)
+    assert len(told) == 1

@@ -139,14 +139,17 @@ def test_what_cannot_be_registered_is_refused(mine: str, name: str, folder: Path
         ("mine=/no/such", FileNotFoundError, "SUITES holds 'mine=/no/such': /no/such is not a folder"),
         ("mine=FOLDER=/no/such", FileNotFoundError, "SUITES holds 'mine=.*': /no/such is not a folder"),
         ("mine=FOLDER/..", FileNotFoundError, "SUITES holds 'mine=.*': .* has no .bddl files"),
+        ("mine=BINARY", ValueError, "SUITES holds 'mine=.*': .*/._a.bddl is no BDDL file in UTF-8"),
         ("mine", ValueError, "SUITES holds 'mine': expected name=folder or name=folder=states"),
         ("mine=FOLDER:mine=FOLDER=FOLDER", ValueError, "SUITES has 'mine' twice, with different folders"),
     ],
 )
 def test_the_environments_entries_are_checked_alike(
-    value: str, error: type, message: str, monkeypatch: pytest.MonkeyPatch
+    value: str, error: type, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setenv(own_suites.VARIABLE, value.replace("FOLDER", str(FOLDER)))
+    (tmp_path / "._a.bddl").write_bytes(b"\x00\x05\x16\x07\xff")  # as another system leaves beside a file
+    folders = value.replace("FOLDER", str(FOLDER)).replace("BINARY", str(tmp_path))
+    monkeypatch.setenv(own_suites.VARIABLE, folders)
     for ask in (libero_gym.list_suites, libero_gym.register_envs, lambda: libero_gym.get_task("libero_spatial", 0)):
         with pytest.raises(error, match=message):
             ask()
