@@ -1,8 +1,8 @@
 """What Ray starts for a worker: hands the command to the server of `tests.preloaded`, which forks for it.
 
-A worker then starts without importing PyTorch and the trainers, which takes seconds each time. Nodes that are made with
-`setup_worker_path` run `python tests/ray_worker.py default_worker.py ...`; a runtime environment would have Ray imported
-first. The variable RAY_WORKER_SERVER names the server's socket.
+A worker then starts without importing PyTorch and the trainers, which takes seconds each time. Nodes that are made
+with `setup_worker_path` run `python tests/ray_worker.py default_worker.py ...`; a runtime environment would have Ray
+imported first. The variable RAY_WORKER_SERVER names the server's socket.
 """
 
 import json
