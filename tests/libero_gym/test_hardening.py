@@ -238,6 +238,7 @@ def test_process_killed_while_building_a_scene_leaves_a_usable_cache(tmp_path):
         [sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
     assert again.stdout.split() == [str(load_scene(get_task("libero_90", 86)).physics_model.nq)]
+    assert not list(tmp_path.glob("numba_robosuite/**/*.nbc"))  # nothing is compiled for it
 
 
 KILLED_IN_PUBLISHING = """
