@@ -159,7 +159,7 @@ def test_states_errors_copies_and_environments_do_not_make_memory_grow():
     def run(num_rounds: int) -> None:
         for _ in range(num_rounds):
             env.reset()
-            for _ in range(20):
+            for _ in range(5):
                 env.step(env.action_space.sample())
             states[:] = [env.get_state()]
             env.set_state(states[0])
