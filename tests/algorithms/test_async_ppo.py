@@ -344,12 +344,15 @@ def test_libero_and_gr00t_give_what_ppo_gives(nodes: Nodes, tmp_path: Path):
     """Up to rounding, which depends on how many observations are encoded together."""
     sizes = dict(num_envs=2, num_steps=2, minibatch_size=4, micro_batch_size=4, num_iterations=1, update_epochs=1)
     options: dict[str, Any] = dict(model="nano", task_ids=(0,), horizon=10, log_with=(), eval_episodes_per_task=1)
-    options |= sizes | dict(video_interval=1, critic_detach=False)
+    options |= sizes | dict(video_interval=1, critic_detach=False, adam_eps=1e-5)  # or it steps by what rounding leaves
     ppo_gr00t.main(ppo_gr00t.Args(output_dir=tmp_path / "ppo", **options))
     args = async_ppo_gr00t.Args(output_dir=tmp_path / "async", env_workers=2, pipeline_stage_num=2, **options)
     async_ppo_gr00t.main(args)
     plain, run = tmp_path / "ppo" / PLAIN_NAME, tmp_path / "async" / NAME
     (line,), (other,) = logged(plain), logged(run)
+    # Four returns that hardly differ stand below the fraction in it: rounding counts ten times as much.
+    explained = [of_run.pop("actor/explained_variance") for of_run in (line, other)]
+    assert explained[1] == pytest.approx(explained[0], rel=1e-3)
     assert {k: v for k, v in other.items() if k not in ADDED} == pytest.approx(line, rel=1e-4, abs=1e-5)
     for name, value in final_weights(plain).items():
         torch.testing.assert_close(final_weights(run)[name], value, rtol=1e-4, atol=1e-6)
