@@ -152,8 +152,8 @@ def start_two(*arguments: str, **variables: str) -> list[Program]:
 
 
 @functools.cache
-def ray_python() -> str:
-    """Returns what Ray may start in place of Python (`py_executable` of its runtime environment) for its workers."""
+def ray_server() -> Path:
+    """Returns the socket to which `tests/ray_worker.py`, as RAY_WORKER_SERVER, hands what Ray starts as a worker."""
     folder = Path(tempfile.mkdtemp(prefix="preloaded-"))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(folder / "server"))
@@ -171,7 +171,7 @@ def ray_python() -> str:
                 os.close(descriptor)
 
     threading.Thread(target=pass_on, name="ray-workers", daemon=True).start()
-    return f"{sys.executable} -S -E {ROOT / 'tests' / 'ray_worker.py'} {folder / 'server'}"
+    return folder / "server"
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""What Ray starts as Python for a worker: hands the command to the server of `tests.preloaded`, which forks for it.
+"""What Ray starts for a worker: hands the command to the server of `tests.preloaded`, which forks for it.
 
-A worker then starts without importing PyTorch and the trainers, which takes seconds each time. Run by a bare
-interpreter: `python -S tests/ray_worker.py SOCKET default_worker.py ...`.
+A worker then starts without importing PyTorch and the trainers, which takes seconds each time. Nodes that are made
+with `setup_worker_path` run `python tests/ray_worker.py default_worker.py ...`; a runtime environment would have Ray
+imported first. The variable RAY_WORKER_SERVER names the server's socket.
 """
 
 import json
@@ -11,11 +12,11 @@ import sys
 
 
 def main() -> None:
-    path, *arguments = sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--language=")]  # of whoever sets up
     status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     request = dict(arguments=["path", *arguments], environment=dict(os.environ), own_group=False)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.connect(path)
+        server.connect(os.environ["RAY_WORKER_SERVER"])
         socket.send_fds(server, [json.dumps(request).encode()], [theirs.fileno(), 1])
     theirs.close()
     status.recv(64)  # its process id

@@ -2,7 +2,7 @@
 
 One `OffScreenRenderEnv` a worker process: LIBERO's model, controller, renderer and verdict, run as public clients run
 them; only initial states, horizons and instructions come from `libero_gym.tasks.suites`. Nothing here is fast: a reset
-rebuilds the scene, and every step draws both images.
+rebuilds the scene, and every step draws both images. Where none are observed, LIBERO reads no textures either.
 
 An episode starts by `numpy.random.seed(s); env.reset(); env.set_init_state(state)`, then
 - "original" states: LIBERO's stored state and ten steps without motion, gripper opening;
@@ -369,7 +369,7 @@ class _LiberoEnvironment:
                 ignore_done=True,
             )
         else:
-            self._env = make_reference_env(task.bddl_file)
+            self._env = make_reference_env(task.bddl_file, has_textures=False)
             self._env.env.ignore_done = True
         self._task = task
         self._num_samplers = len(self._env.env.object_property_initializers)

@@ -56,11 +56,13 @@ _CACHE_NAME = f"native/{hashlib.sha256(__file__.encode()).hexdigest()[:20]}"
 _functions: list[tuple[Any, str | None]] = []
 
 
-def _native(signature: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+def _native(
+    signature: str | None = None, *, for_python: bool = False, **options: Any
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorate like `numba.njit(cache=True)`, with the cache in the package's folder instead of beside the source.
 
     Nothing is compiled before `_compile`. A `signature` keeps Numba from compiling one version for each combination of
-    literal arguments.
+    literal arguments. Without `for_python`, only native functions can call it, and it is compiled sooner.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -69,7 +71,8 @@ def _native(signature: str | None = None, **options: Any) -> Callable[[Callable[
         previous = config.CACHE_DIR
         config.CACHE_DIR = str(folder)
         try:
-            compiled = numba.njit(cache=True, error_model="numpy", **options)(function)
+            wrappers = dict(no_cpython_wrapper=not for_python, no_cfunc_wrapper=True)
+            compiled = numba.njit(cache=True, error_model="numpy", **wrappers, **options)(function)
         finally:
             config.CACHE_DIR = previous
         _functions.append((compiled, signature))
@@ -381,7 +384,7 @@ def _torques_fast(vectors, jac, mass, fast):
         torques[i] = value
 
 
-@_native(nogil=True)
+@_native(for_python=True, nogil=True)
 def _run_substeps(
     functions,
     handles,
@@ -489,7 +492,10 @@ def _run_substeps(
                 if rotates:
                     _set_goal_orientation(blas, tables, rotation, identity, goal_ori, matrix, quaternion)
                 else:
-                    goal_ori[:, :] = identity
+                    # An array assigned as a whole would bring in text for an error: 4 s of compilation.
+                    for i in range(3):
+                        for j in range(3):
+                            goal_ori[i, j] = identity[i, j]
             elif action_mode == _DELTA_JOINT_POS:
                 for j in range(7):
                     goal_qpos[j] = joint_state[j] + min(max(action[j], -1.0), 1.0) * JOINT_SCALE

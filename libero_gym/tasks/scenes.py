@@ -231,7 +231,7 @@ _loaded: dict[str, Scene] = {}
 
 
 def load_scene(task: TaskSpec) -> Scene:
-    """Return the scene of `task`: from memory, from the cache, or built now (some 8 s).
+    """Return the scene of `task`: from memory, from the cache, or built now (some 3 s).
 
     Raises:
         ModuleNotFoundError: the scene must be built and LIBERO or robosuite is not installed.
@@ -326,6 +326,7 @@ def _run_builder(requests: list[dict[str, str]], staging: Path) -> None:
     request_file.write_text(json.dumps(requests), encoding="utf-8")
     package_parent = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package_parent, os.environ.get("PYTHONPATH", "")])}
+    environment["NUMBA_DISABLE_JIT"] = "1"  # compiling robosuite's functions takes longer than running them plainly
     process = subprocess.run(
         [sys.executable, "-m", "libero_gym.tasks.scene_builder", str(request_file)],
         env=environment,

@@ -42,7 +42,7 @@ def sample_states(task: TaskSpec) -> dict[str, npt.NDArray[Any]]:
     rows: dict[str, list[npt.NDArray[Any]]] = {
         name: [] for name in ("states", "seeds", "physics", "fixture_poses", "controller")
     }
-    with reference_env(task) as env:
+    with reference_env(task, has_textures=False) as env:
         num_samplers = len(env.env.object_property_initializers)
         for seed in range(_MAX_SEEDS):
             np.random.seed(seed)  # noqa: NPY002 - LIBERO draws from the global stream

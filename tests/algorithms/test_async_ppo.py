@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -38,26 +37,30 @@ from tests.algorithms import cluster_trainer, line_trainer
 from tests.algorithms.cluster_trainer import NAME, DyingAgent, DyingEnv, MarkedAgent, MarkedEnv
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged
-from tests.algorithms.test_launches import wait_for
+from tests.algorithms.test_launches import ROOT, wait_for
 from tests.test_repository import help_texts
 
 ADDED = {"rollout/staleness_mean", "rollout/workers_replaced", "rollout/episodes_discarded", "actor/importance_weight"}
 OPTIONS: dict[str, Any] = dict(num_iterations=3, save_interval=1)
 PLAIN_NAME = "ppo_libero_spatial_1"
+OF_NODES: dict[str, Any] = dict(setup_worker_path=str(ROOT / "tests" / "ray_worker.py"), include_log_monitor=False)
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """A cluster of one node, whose workers start fast; tests add others."""
     quickly = dict(health_check_initial_delay_ms=0, health_check_period_ms=500, health_check_failure_threshold=4)
+    # Workers compete with the other tests on equal terms, and none starts that no actor has asked for.
+    quickly |= dict(worker_niceness=0, prestart_worker_first_driver=False)
     head: dict[str, Any] = dict(num_cpus=2, include_dashboard=False, _system_config=quickly)
     before = signal.getsignal(signal.SIGTERM)
-    cluster = Nodes(initialize_head=True, head_node_args=head)
-    quiet = dict(log_to_driver=False, logging_level="error")
-    ray.init(address=cluster.address, runtime_env={"py_executable": preloaded.ray_python()}, **quiet)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_WORKER_SERVER", str(preloaded.ray_server()))
+        cluster = Nodes(initialize_head=True, head_node_args=head | OF_NODES)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
     signal.signal(signal.SIGTERM, before)
 
 
@@ -258,7 +261,7 @@ def test_in_turns_it_is_ppo_also_after_a_rollout_worker_and_a_learner_were_kille
 def test_weights_are_as_old_as_allowed_and_a_killed_node_leaves_its_environments_to_the_others(
     nodes: Nodes, tmp_path: Path
 ):
-    lost = nodes.add_node(num_cpus=2)
+    lost = nodes.add_node(num_cpus=2, **OF_NODES)
     with in_a_thread(tmp_path, num_iterations=3, max_staleness=1, env_workers=2) as training:
         wait_for(lambda: (tmp_path / "rollout worker").exists() or training.done())
         kill(nodes, lost)
@@ -275,11 +278,11 @@ def test_weights_are_as_old_as_allowed_and_a_killed_node_leaves_its_environments
 @pytest.mark.slow
 def test_a_node_that_is_killed_is_replaced_by_one_that_joins(nodes: Nodes, tmp_path: Path, plain: Path):
     """The rollout worker is on the node's GPU, one in name only; its environments and the learner are elsewhere."""
-    lost = nodes.add_node(num_cpus=1, num_gpus=1)
+    lost = nodes.add_node(num_cpus=1, num_gpus=1, **OF_NODES)
     with in_a_thread(tmp_path, placement="env:cpu rollout:0 actor:cpu", **OPTIONS) as training:
         wait_for(lambda: (tmp_path / "rollout worker").exists() or training.done())
         kill(nodes, lost)
-        joined = nodes.add_node(num_cpus=1, num_gpus=1)
+        joined = nodes.add_node(num_cpus=1, num_gpus=1, **OF_NODES)
         training.result()
     kill(nodes, joined)
     wait_for_one_node()
@@ -290,9 +293,8 @@ def test_a_node_that_is_killed_is_replaced_by_one_that_joins(nodes: Nodes, tmp_p
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_by_resume_auto(nodes: Nodes, tmp_path: Path, plain: Path):
-    job = dict(runtime_env=dict(py_executable=preloaded.ray_python()))
     program = cluster_trainer.command(tmp_path, ray_address=nodes.address, **OPTIONS)
-    driver = preloaded.start(*program, RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(job))
+    driver = preloaded.start(*program)
     wait_for(lambda: list(tmp_path.glob("*/checkpoints/iteration_1")), driver)
     driver.kill()
     driver.communicate()
@@ -342,12 +344,15 @@ def test_libero_and_gr00t_give_what_ppo_gives(nodes: Nodes, tmp_path: Path):
     """Up to rounding, which depends on how many observations are encoded together."""
     sizes = dict(num_envs=2, num_steps=2, minibatch_size=4, micro_batch_size=4, num_iterations=1, update_epochs=1)
     options: dict[str, Any] = dict(model="nano", task_ids=(0,), horizon=10, log_with=(), eval_episodes_per_task=1)
-    options |= sizes | dict(video_interval=1, critic_detach=False)
+    options |= sizes | dict(video_interval=1, critic_detach=False, adam_eps=1e-5)  # or it steps by what rounding leaves
     ppo_gr00t.main(ppo_gr00t.Args(output_dir=tmp_path / "ppo", **options))
     args = async_ppo_gr00t.Args(output_dir=tmp_path / "async", env_workers=2, pipeline_stage_num=2, **options)
     async_ppo_gr00t.main(args)
     plain, run = tmp_path / "ppo" / PLAIN_NAME, tmp_path / "async" / NAME
     (line,), (other,) = logged(plain), logged(run)
+    # Four returns that hardly differ stand below the fraction in it: rounding counts ten times as much.
+    explained = [of_run.pop("actor/explained_variance") for of_run in (line, other)]
+    assert explained[1] == pytest.approx(explained[0], rel=1e-3)
     assert {k: v for k, v in other.items() if k not in ADDED} == pytest.approx(line, rel=1e-4, abs=1e-5)
     for name, value in final_weights(plain).items():
         torch.testing.assert_close(final_weights(run)[name], value, rtol=1e-4, atol=1e-6)

@@ -129,8 +129,8 @@ def test_a_stopped_process_is_named_and_does_not_hold_the_other(tmp_path: Path):
 @pytest.mark.slow
 def test_work_of_one_process_may_last_longer_than_a_collective_operation(tmp_path: Path):
     changes = (
-        "processes.COLLECTIVE_TIMEOUT = timedelta(seconds=8)\n"
-        "ppo_gr00t.evaluate_into = lambda *inputs: (time.sleep(12), 0.5)[1]"
+        "processes.COLLECTIVE_TIMEOUT = timedelta(seconds=5)\n"
+        "ppo_gr00t.evaluate_into = lambda *inputs: (time.sleep(7.5), 0.5)[1]"
     )
     both = start_two(tmp_path, changes, num_iterations=1, eval_episodes_per_task=1)
     outputs = [ended(process) for process in both]

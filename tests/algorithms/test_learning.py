@@ -57,8 +57,11 @@ def test_a_bandit_is_solved(tmp_path: Path, algorithm: str, seed: int):
 
 @pytest.mark.slow
 def test_a_libero_task_that_begins_near_its_end_is_solved(tmp_path: Path):
-    """One seed of `benchmarks/learning.py`, shortened: opening a drawer whose handle the hand holds already."""
-    lines = learning.train("grpo", 1, tmp_path, num_iterations=20)
+    """One seed of `benchmarks/learning.py`, shortened: opening a drawer whose handle the hand holds already.
+
+    Half of its starts and of its time for an episode; seeds 1 to 3 end at 96 % and more, from 17 to 23 %.
+    """
+    lines = learning.train("grpo", 1, tmp_path, num_iterations=14, num_near_goal_states=2, horizon=16)
     lines = [line for line in lines if "env/success_once" in line]
     before, after = (learning.success_of(part) for part in (lines[:1], lines[-3:]))
     assert before[0] / before[1] <= 0.5
@@ -67,25 +70,25 @@ def test_a_libero_task_that_begins_near_its_end_is_solved(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_demo_shows_a_policy_that_has_become_better(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """The preset with two thirds of its iterations and half of its episodes, each start once."""
+    """The preset with half of its iterations, starts, decisions an iteration, and time for an episode."""
     args = replace(
-        ppo_gr00t.PRESETS["demo"], num_iterations=12, eval_episodes_per_task=12, eval_videos_per_task=2,
-        output_dir=tmp_path, log_with=(),
+        ppo_gr00t.PRESETS["demo"], num_iterations=10, num_steps=8, num_near_goal_states=2, horizon=20,
+        eval_episodes_per_task=12, eval_videos_per_task=2, output_dir=tmp_path, log_with=(),
     )  # fmt: skip
     ppo_gr00t.main(args)
     run = tmp_path / "demo"
-    before, after = (json.loads((run / "evaluations" / f"iteration_{i}.json").read_text()) for i in (0, 12))
+    before, after = (json.loads((run / "evaluations" / f"iteration_{i}.json").read_text()) for i in (0, 10))
     episodes = [[(e["task_id"], e["init_state_id"], e["seed"]) for e in part["episodes"]] for part in (before, after)]
     assert episodes[0] == episodes[1]
     assert len(episodes[0]) == 12
-    # 1 and 11 of 12 where this was written; other machines and a few unlucky episodes have room.
+    # 1 and 10 of 12 where this was written; other machines and a few unlucky episodes have room.
     assert before["success_once"] <= 0.5
     assert after["success_once"] >= before["success_once"] + 0.3
 
     # The checkpoint, evaluated by itself, does the same in the same episodes.
     again = eval_gr00t.main(
         eval_gr00t.Args(
-            checkpoint=str(run / "checkpoints" / "iteration_12"), suite=args.suite, task_ids=args.task_ids,
+            checkpoint=str(run / "checkpoints" / "iteration_10"), suite=args.suite, task_ids=args.task_ids,
             seeds=tuple(after["protocol"]["seeds"]), horizon=args.horizon, episodes_per_task=12, videos_per_task=0,
             num_envs=args.num_envs, output_dir=tmp_path / "evaluation",
             steps_before_success=args.steps_before_success, num_near_goal_states=args.num_near_goal_states,
@@ -97,7 +100,7 @@ def test_the_demo_shows_a_policy_that_has_become_better(tmp_path: Path, capfd: p
     assert [(e.task_id, e.init_state_id, e.success, e.length) for e in again.episodes] == outcomes
 
     told = capfd.readouterr().out
-    for title, part in (("before training", before), ("after   12 iterations", after)):
+    for title, part in (("before training", before), ("after   10 iterations", after)):
         row = part["table"][-1]
         assert re.search(rf"{title} +{row['successes']} of 12, ", told)
     pictures = list(read_pictures(run / "videos" / "before_after.mp4"))

@@ -79,7 +79,7 @@ def test_recorded_actions_succeed_in_libero(suite: str, task_id: int, init_state
     task, seed = get_task(suite, task_id), 3
     episode = run_expert(None, task, init_state_id, seed=seed, init_states="original")
     assert episode.success
-    with reference_env(task) as env:
+    with reference_env(task, has_textures=False) as env:
         np.random.seed(seed)  # noqa: NPY002 - LIBERO draws from the global stream
         env.reset()
         env.set_init_state(load_init_states(task)[init_state_id])

@@ -71,7 +71,7 @@ def set_absolute(env, action_mode):
 )
 def test_equals_robosuite_to_the_last_bit(action_mode, control_freq):
     simulation = make_simulation(action_mode, control_freq)
-    with reference_env(TASK, controller=CONTROLLERS[action_mode], control_freq=control_freq) as env:
+    with reference_env(TASK, has_textures=False, controller=CONTROLLERS[action_mode], control_freq=control_freq) as env:
         np.random.seed(0)  # noqa: NPY002 - LIBERO draws from the global stream
         env.reset()
         observation = env.set_init_state(load_init_states(TASK)[3])

@@ -127,7 +127,7 @@ def test_held_out_states_are_what_liberos_reset_samples(task_id: int, state_id: 
     states = load_recorded_states(task, "held_out")
     with np.load(recorded_file(task.suite, "held_out")) as archive:
         seed = int(archive[f"{task_id}_seeds"][state_id])
-    with reference_env(task) as env:
+    with reference_env(task, has_textures=False) as env:
         world, again = (sample_world(env, simulation.scene, seed) for _ in range(2))
         np.random.seed(seed)  # noqa: NPY002 - LIBERO draws from the global stream
         env.reset()
