@@ -56,7 +56,9 @@ _CACHE_NAME = f"native/{hashlib.sha256(__file__.encode()).hexdigest()[:20]}"
 _functions: list[tuple[Any, str | None]] = []
 
 
-def _native(signature: str | None = None, *, for_python: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+def _native(
+    signature: str | None = None, *, for_python: bool = False, **options: Any
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorate like `numba.njit(cache=True)`, with the cache in the package's folder instead of beside the source.
 
     Nothing is compiled before `_compile`. A `signature` keeps Numba from compiling one version for each combination of
