@@ -192,7 +192,7 @@ def make_reference_env(bddl_file: Path, *, has_textures: bool = True, **options:
 @contextlib.contextmanager
 def _models_without_textures() -> Generator[None]:
     """Have robosuite's environments that are made within compile their models without textures."""
-    environments = importlib.import_module("robosuite.environments.base")
+    environments: Any = importlib.import_module("robosuite.environments.base")
     original = environments.MjSim
 
     class Untextured(original):
