@@ -212,9 +212,8 @@ class DeviceScene(Uncopied):
 
         shape = (self.num_cameras * ray_kernels.NUM_RAYS, size, size)
         resting = ray_kernels.Resting()
-        resting.faces = wp.empty(shape, dtype=wp.vec2i, device=self.device)
-        resting.places = wp.empty(shape, dtype=wp.vec3, device=self.device)
-        resting.colors = wp.empty(shape, dtype=wp.vec3, device=self.device)
+        for name, dtype in dict[str, Any](faces=wp.vec2i, places=wp.vec3, colors=wp.vec3).items():
+            setattr(resting, name, wp.empty(shape, dtype=dtype, device=self.device))
         is_still = array(self._camera_is_still, wp.uint8)
 
         def look(first: int, last: int, strip: int) -> None:
