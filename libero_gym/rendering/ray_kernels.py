@@ -192,7 +192,7 @@ def _is_behind(normal: wp.vec3, centre: wp.vec3, mat: wp.mat33, half: wp.vec3) -
 
 @wp.kernel(module="unique", module_options=_OPTIONS)
 def cull(scene: Scene, worlds: Worlds, resting: Resting, width: int, height: int, tiles: Tiles):
-    """Lists the moving parts whose spheres touch the cone around the rays of a tile before what rests; dim T."""
+    """Lists the moving parts whose boxes reach into the pyramid of a tile's rays, before what rests; dim T."""
     tile = wp.tid()
     column = tile % tiles.num_columns
     row = tile / tiles.num_columns % tiles.num_rows
