@@ -1,14 +1,15 @@
 """Throughput of the GPU physics, and whether it agrees with the CPU's on what succeeds.
 
     python -m benchmarks.env_warp --suite libero_spatial --output benchmarks/results/env_warp_h100.json
-    python -m benchmarks.env_warp --num-worlds 2048 --num-chunks 3 --num-episodes 10     # within 90 s on an H100
-    python -m benchmarks.env_warp --num-worlds 2048 --compare libero_object libero_10 libero_90 libero_130
+    python -m benchmarks.env_warp --num-worlds 2048 --image-sizes 118 256 --compare libero_object libero_40
+    python -m benchmarks.env_warp --num-worlds 2048 --num-chunks 3 --num-episodes 10
 
 Throughput: `LiberoVectorEnv(physics="warp")` under random actions, chunks of five, automatic resets; without images,
-and with both views at the end of each chunk, left on the GPU. An environment step is 25 substeps of 2 ms. `--compare`
-measures suites of several scenes with as many worlds, and tells their rates as parts of that of `--suite`. With
-`--horizon 25 --num-warmup-chunks 15`, resets, and with them worlds that go to other scenes, are part of what is timed,
-far more of them than training has. With `--num-worlds 4 --num-chunks 1 --image-size 16` a CPU does all of it.
+and with both views of each size at the end of each chunk, left on the GPU. An environment step is 25 substeps of 2 ms.
+`--compare` measures suites of several scenes with as many worlds and views of the first size, and tells their rates as
+parts of that of `--suite`. With `--horizon 25 --num-warmup-chunks 15`, resets, and with them worlds that go to other
+scenes, are part of what is timed, far more of them than training has. With `--num-worlds 4 --num-chunks 1 --image-sizes
+16` a CPU does all of it.
 
 Agreement: the actions of scripted experts, recorded on the CPU's physics, are replayed open-loop on the GPU's, which
 may take up to five steps longer; and, to tell what chaos alone does to pushes and slides, on the CPU's from a start
@@ -45,28 +46,43 @@ from libero_gym.vector import LiberoVectorEnv
 CHUNK = 5
 EXTRA_STEPS = 5
 PERTURBATION = 1e-6
-# On one H100, 256 pixels, both views every fifth step.
+# On one H200; images are both views every fifth step.
 TARGET_WORLDS = 2048
-TARGETS = {f"env_steps_per_s_{TARGET_WORLDS}_with_images": 8000.0}
-NO_IMAGES, WITH_IMAGES = "env_steps_per_s", "env_steps_per_s_with_images"
+TARGETS = {
+    f"env_steps_per_s_{TARGET_WORLDS}": 40_000.0,
+    f"env_steps_per_s_{TARGET_WORLDS}_118px": 25_000.0,
+    f"env_steps_per_s_{TARGET_WORLDS}_256px": 14_000.0,
+}
+NO_IMAGES = "env_steps_per_s"
 # Of 2,048 worlds without images: the rate of 10 scenes, and of all 32, to that of one.
 SCENE_TARGETS = {"libero_object": 0.6, "libero_130": 0.4}
 
 
-def measure_rate(args: argparse.Namespace, suite: str, num_worlds: int, *, has_images: bool) -> dict[str, float]:
-    """Return env-steps/s under random actions, seconds to open and to run the first chunks, GPU memory in GiB, rows."""
+def with_images(size: int) -> str:
+    """Returns the name of the rate with views of so many pixels."""
+    return f"{NO_IMAGES}_{size}px"
+
+
+def measure_rate(
+    args: argparse.Namespace, suite: str, num_worlds: int, *, image_size: int | None = None
+) -> dict[str, float]:
+    """Return env-steps/s under random actions, seconds to open and to run the first chunks, GPU memory in GiB, rows.
+
+    `image_size` None draws nothing.
+    """
+    images: dict[str, Any] = dict(observe_images=False)
+    if image_size is not None:
+        images = dict(images_as_torch=True, image_size=image_size)
     start = time.perf_counter()
     env = LiberoVectorEnv(
         suite,
         num_worlds,
         physics="warp",
         num_action_chunks=CHUNK,
-        observe_images=has_images,
-        images_as_torch=has_images,
-        image_size=args.image_size,
         horizon=args.horizon,
         warp_options=WarpOptions(solver_iterations=args.solver_iterations),
         autoreset_mode="SAME_STEP",
+        **images,
     )
     worlds = env.worlds
     if not isinstance(worlds, WarpWorlds | GroupedWarpWorlds):
@@ -168,18 +184,20 @@ def compare_suites(args: argparse.Namespace, one_scene: dict[str, float]) -> lis
             "rows": ">7",
             "env-steps/s": ">13.0f",
             "share": ">8.2f",
-            "with images": ">13.0f",
+            f"{args.image_sizes[0]} px": ">13.0f",
             "share ": ">8.2f",
             "open s": ">9.1f",
             "GPU GiB": ">9.2f",
         }
     )
-    table.add(args.suite, 1, num_worlds, num_worlds, one_scene[NO_IMAGES], 1.0, one_scene[WITH_IMAGES], 1.0, None, None)
+    size = args.image_sizes[0]
+    images = with_images(size)
+    table.add(args.suite, 1, num_worlds, num_worlds, one_scene[NO_IMAGES], 1.0, one_scene[images], 1.0, None, None)
     rows: list[dict[str, Any]] = []
     for suite in args.compare:
-        plain = measure_rate(args, suite, num_worlds, has_images=False)
-        drawn = measure_rate(args, suite, num_worlds, has_images=True)
-        shares = [plain["env_steps_per_s"] / one_scene[NO_IMAGES], drawn["env_steps_per_s"] / one_scene[WITH_IMAGES]]
+        plain = measure_rate(args, suite, num_worlds)
+        drawn = measure_rate(args, suite, num_worlds, image_size=size)
+        shares = [plain["env_steps_per_s"] / one_scene[NO_IMAGES], drawn["env_steps_per_s"] / one_scene[images]]
         rows.append(
             {
                 "suite": suite,
@@ -188,7 +206,7 @@ def compare_suites(args: argparse.Namespace, one_scene: dict[str, float]) -> lis
                 "num_rows": plain["num_rows"],
                 NO_IMAGES: round(plain["env_steps_per_s"], 1),
                 "share": round(shares[0], 3),
-                WITH_IMAGES: round(drawn["env_steps_per_s"], 1),
+                images: round(drawn["env_steps_per_s"], 1),
                 "share_with_images": round(shares[1], 3),
                 "open_s": round(plain["open_s"], 1),
                 "gpu_memory_gib": round(drawn["gpu_memory_gib"], 2),
@@ -213,32 +231,32 @@ def main() -> dict[str, Any]:
     parser.add_argument(
         "--horizon", type=int, help="steps of an episode; a suite's own is too long to reset within them"
     )
-    parser.add_argument("--image-size", type=int, default=256, help="pixels")
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[256], help="pixels of both views")
     parser.add_argument("--num-episodes", type=int, default=50, help="replayed expert episodes; 0 for none")
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)), help="to record them")
     parser.add_argument("--solver-iterations", type=int, default=WarpOptions().solver_iterations)
     args = parser.parse_args()
 
-    table = Table(
-        {"worlds": ">7", "env-steps/s": ">13.0f", "with images": ">13.0f", "open s": ">9.1f", "GPU GiB": ">9.2f"}
-    )
+    columns = {"worlds": ">7", "env-steps/s": ">13.0f"} | {f"{size} px": ">13.0f" for size in args.image_sizes}
+    table = Table(columns | {"open s": ">9.1f", "with images": ">13.1f", "GPU GiB": ">9.2f"})
     rates: list[dict[str, float]] = []
     for num_worlds in args.num_worlds:
-        plain = measure_rate(args, args.suite, num_worlds, has_images=False)
-        drawn = measure_rate(args, args.suite, num_worlds, has_images=True)
-        table.add(
-            num_worlds, plain["env_steps_per_s"], drawn["env_steps_per_s"], plain["open_s"], drawn["gpu_memory_gib"]
-        )
+        plain = measure_rate(args, args.suite, num_worlds)
+        drawn = [measure_rate(args, args.suite, num_worlds, image_size=size) for size in args.image_sizes]
         rates.append(
             {
                 "num_worlds": num_worlds,
                 NO_IMAGES: round(plain["env_steps_per_s"], 1),
-                WITH_IMAGES: round(drawn["env_steps_per_s"], 1),
+                **{
+                    with_images(size): round(row["env_steps_per_s"], 1)
+                    for size, row in zip(args.image_sizes, drawn, strict=True)
+                },
                 "open_s": round(plain["open_s"], 1),
-                "open_with_images_s": round(drawn["open_s"], 1),
-                "gpu_memory_gib": round(drawn["gpu_memory_gib"], 2),
+                "open_with_images_s": round(drawn[0]["open_s"], 1),
+                "gpu_memory_gib": round(max(row["gpu_memory_gib"] for row in drawn), 2),
             }
         )
+        table.add(*rates[-1].values())
     scenes = compare_suites(args, rates[-1]) if args.compare else []
     agreement = compare_outcomes(args) if args.num_episodes else None
     if agreement is not None:
@@ -248,13 +266,18 @@ def main() -> dict[str, Any]:
             f"on the GPU {agreement['num_warp_successes']}; same outcome: {agreement['share']:.1%}"
         )
 
-    values = {f"env_steps_per_s_{row['num_worlds']}_with_images": row[WITH_IMAGES] for row in rates}
+    values = {
+        name.replace(NO_IMAGES, f"{NO_IMAGES}_{row['num_worlds']}"): rate
+        for row in rates
+        for name, rate in row.items()
+        if name.startswith(NO_IMAGES)
+    }
     wanted = {name: target for name, target in TARGETS.items() if name in values}
     for row in scenes:
         if (target := SCENE_TARGETS.get(row["suite"])) is not None and row["num_worlds"] == TARGET_WORLDS:
             name = f"{row['suite']}_share_of_one_scene"
             values[name], wanted[name] = row["share"], target
-    names = ("suite", "num_chunks", "num_warmup_chunks", "horizon", "image_size", "solver_iterations")
+    names = ("suite", "num_chunks", "num_warmup_chunks", "horizon", "image_sizes", "solver_iterations")
     settings = {name: getattr(args, name) for name in names}
     return publish(
         "env_warp",

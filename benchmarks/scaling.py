@@ -1,0 +1,265 @@
+"""How fast PPO trains on several GPUs, by where its parts run: a table, then one JSON line.
+
+    python -m benchmarks.scaling --preset libero_spatial_nano --processes 1 2
+    python -m benchmarks.scaling --preset libero_spatial_nano --processes 1 2 --fsdp 2 \
+        --placements "env:0 rollout:0 actor:1" "env:0-1 rollout:0-1 actor:0-1" --staleness 0 1
+    python -m benchmarks.scaling --preset libero_spatial_rlinf --random-weights --processes 1 2 --num-steps 24
+    python -m benchmarks.scaling --preset demo --processes 1 --placements "env:cpu rollout:cpu actor:cpu"  # no GPU
+
+Each row is a run of its own, as a user launches it:
+    * N processes: `accelerate launch --num_processes N algorithms/ppo_gr00t.py`, all parts on every GPU (DDP);
+    * N processes, FSDP2: the same, weights sharded;
+    * a placement of `algorithms/async_ppo_gr00t.py`, on a cluster that it makes of this machine, with each staleness.
+All rows have the same sizes, which are global, and no evaluations. Iterations that open scenes, load kernels or play
+with weights ahead of any update are not counted: the first one, and one more for each iteration of staleness. Memory is
+the most that any GPU had in use, of all programs on it, looked at twice a second, in 10^9 bytes. Ratios are to the
+first row, of one run each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from algorithms.ppo_gr00t import PRESETS
+from benchmarks.publish import Table, make_parser, publish
+from gr00t_agent import Gr00tAgent
+from gr00t_agent.config import ModelConfig
+from gr00t_agent.data_config import LiberoFrankaDataConfig, read_metadata
+from gr00t_agent.loading import NANO_METADATA
+from gr00t_agent.policy import preset_policy
+
+TREE = Path(__file__).resolve().parents[1]
+FSDP = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: "no"
+num_machines: 1
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: NO_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_cpu_ram_efficient_loading: false
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+"""
+PHASES = ("total_s", "env_s", "env_wait_s", "policy_s", "update_s", "learner_idle_s", "env_idle_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where a run's parts are.
+
+    Attributes:
+        name: in the table.
+        command: what launches it, without the trainer's arguments.
+        arguments: of the trainer, beside those that all layouts share.
+        uncounted: iterations at the beginning that are not counted.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    uncounted: int = 1
+
+
+def layouts_of(options: Any, folder: Path) -> list[Layout]:
+    """Returns the layouts that the options ask for, in the order of the table."""
+    launch = (sys.executable, "-m", "accelerate.commands.launch")
+    collocated = str(TREE / "algorithms" / "ppo_gr00t.py")
+    placed = (sys.executable, str(TREE / "algorithms" / "async_ppo_gr00t.py"))
+    layouts: list[Layout] = []
+    for number in options.processes:
+        flags = ("--num_processes", str(number)) + (("--multi_gpu",) if number > 1 else ())
+        name = f"{number} process" if number == 1 else f"{number} processes"
+        layouts.append(Layout(name=name, command=(*launch, *flags, collocated)))
+    for number in options.fsdp:
+        config = folder / "fsdp2.yaml"
+        config.write_text(FSDP, encoding="utf-8")
+        flags = ("--config_file", str(config), "--num_processes", str(number))
+        layouts.append(Layout(name=f"{number} processes, FSDP2", command=(*launch, *flags, collocated)))
+    for placement in options.placements:
+        for staleness in options.staleness:
+            layouts.append(
+                Layout(
+                    name=f"{placement}, staleness {staleness}",
+                    command=placed,
+                    arguments=("--placement", placement, "--max-staleness", str(staleness)),
+                    uncounted=1 + staleness,
+                )
+            )
+    return layouts
+
+
+def write_random_weights(folder: Path) -> None:
+    """Writes GR00T-N1.5 with random weights, in bfloat16, and the small tokenizer, which needs no download."""
+    released, nano = ModelConfig.preset("gr00t_n1d5"), ModelConfig.preset("nano")
+    eagle = released.eagle_json | {"image_token_index": nano.image_token_id}
+    config = ModelConfig.from_json(released.model_json, eagle)
+    data_config = LiberoFrankaDataConfig(action_horizon=config.action_head.action_horizon)
+    torch.manual_seed(0)
+    agent = Gr00tAgent.from_config(
+        config,
+        replace(preset_policy("gr00t_n1d5"), compute_dtype="bfloat16"),
+        data_config=data_config,
+        metadata=read_metadata(NANO_METADATA, data_config.embodiment_tag),
+        tokenizer="nano",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=torch.bfloat16,
+    )
+    agent.save_pretrained(folder)
+
+
+class GpuMemory:
+    """The most that any GPU has had in use while this is open, 10^9 bytes; None without a GPU."""
+
+    def __init__(self) -> None:
+        self.most_gb: float | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> GpuMemory:
+        if torch.cuda.is_available():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _look(self) -> None:
+        query = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
+        while not self._ended.wait(0.5):
+            shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            used_gb = max(float(line) for line in shown.splitlines()) * 2**20 / 1e9
+            self.most_gb = max(used_gb, self.most_gb or 0.0)
+
+
+def measure(layout: Layout, shared: Sequence[str], folder: Path, timeout_s: float) -> dict[str, Any]:
+    """Trains once and returns means over the counted iterations.
+
+    Raises:
+        RuntimeError: the run failed or took too long; says where its output is.
+    """
+    log = folder / "output.txt"
+    # `accelerate launch --cpu` would start runs that know nothing of each other.
+    environment = os.environ if torch.cuda.is_available() else os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = [*layout.command, *shared, *layout.arguments, "--output-dir", str(folder), "--run-name", "run"]
+    with GpuMemory() as memory, log.open("w", encoding="utf-8") as output:
+        started = subprocess.Popen(
+            command, cwd=TREE, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = started.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # what it has launched, too
+            code = f"none within {timeout_s:g} s"
+    if code != 0:
+        end = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"{layout.name} ended with code {code}; the end of its output:\n{end}")
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return summarise(lines[layout.uncounted :]) | {"memory_gb": memory.most_gb}
+
+
+def summarise(lines: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Returns environment steps a second over iterations, and each phase's mean, None where a trainer has it not."""
+    seconds = sum(line["time/total_s"] for line in lines)
+    steps = sum(line["charts/SPS"] * line["time/total_s"] for line in lines)
+    phases = {
+        phase: float(np.mean([line[f"time/{phase}"] for line in lines])) if f"time/{phase}" in lines[0] else None
+        for phase in PHASES
+    }
+    return {"env_steps_per_s": steps / seconds} | phases
+
+
+def main() -> dict[str, Any]:
+    """Measures, prints, returns the document."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="libero_spatial_nano")
+    parser.add_argument("--processes", type=int, nargs="*", default=[], help="by Accelerate, DDP")
+    parser.add_argument("--fsdp", type=int, nargs="*", default=[], help="by Accelerate, FSDP2")
+    parser.add_argument("--placements", nargs="*", default=[], help="by Ray")
+    parser.add_argument("--staleness", type=int, nargs="*", default=[0], help="of each placement")
+    parser.add_argument("--num-envs", type=int, help="default: the preset's")
+    parser.add_argument("--num-steps", type=int, help="decisions of each, default: the preset's")
+    parser.add_argument("--num-iterations", type=int, default=2, help="counted ones")
+    parser.add_argument("--random-weights", action="store_true", help="GR00T-N1.5 with them, nothing downloaded")
+    parser.add_argument("--arguments", nargs="*", default=[], help="others of both trainers, as in 'compile=true'")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="of a row")
+    options = parser.parse_args()
+    preset = PRESETS[options.preset]
+    num_envs, num_steps = options.num_envs or preset.num_envs, options.num_steps or preset.num_steps
+    minibatch_size = min(preset.minibatch_size, num_envs * num_steps)
+
+    results: list[dict[str, Any]] = []
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        layouts = layouts_of(options, folder)
+        if not layouts:
+            parser.error("nothing to measure: give --processes, --fsdp or --placements")
+        shared = ["--preset", options.preset, "--num-envs", str(num_envs), "--num-steps", str(num_steps)]
+        shared += ["--minibatch-size", str(minibatch_size)]
+        shared += ["--micro-batch-size", str(min(preset.micro_batch_size, minibatch_size))]
+        shared += ["--no-eval-before", "--eval-interval", "0", "--eval-episodes-per-task", "0"]
+        shared += ["--save-interval", "0", "--keep-best", "0", "--log-with"]
+        for argument in options.arguments:
+            key, _, value = argument.partition("=")
+            shared += [f"--{key.replace('_', '-')}", *([value] if value else [])]
+        if options.random_weights:
+            write_random_weights(folder / "weights")
+            shared += ["--model", str(folder / "weights")]
+
+        table = Table(
+            {
+                "where": "<44",
+                "env-steps/s": ">12.1f",
+                "times first": ">12.2f",
+                "iteration s": ">12.2f",
+                "env s": ">8.2f",
+                "wait s": ">8.2f",
+                "policy s": ">10.2f",
+                "update s": ">10.2f",
+                "idle s": ">8.2f",
+                "GPU GB": ">8.1f",
+            }
+        )
+        for number, layout in enumerate(layouts):
+            run = folder / str(number)
+            run.mkdir()
+            iterations = ("--num-iterations", str(layout.uncounted + options.num_iterations))
+            try:
+                row = measure(layout, [*shared, *iterations], run, options.timeout_s)
+            except RuntimeError as failure:
+                failures.append(str(failure))
+                print(f"{layout.name:44}failed")
+                continue
+            row = {"where": layout.name} | row
+            results.append(row)
+            row["speedup"] = row["env_steps_per_s"] / results[0]["env_steps_per_s"]
+            shown = ("env_steps_per_s", "speedup", "total_s", "env_s", "env_wait_s", "policy_s", "update_s")
+            table.add(layout.name, *(row[key] for key in shown), row["learner_idle_s"], row["memory_gb"])
+
+    names = ("preset", "num_iterations", "random_weights", "arguments")
+    settings = {name: getattr(options, name) for name in names}
+    settings |= dict(num_envs=num_envs, num_steps=num_steps, minibatch_size=minibatch_size)
+    document = publish("scaling", {"layouts": results}, settings=settings, output=options.output)
+    if failures:
+        sys.exit("\n\n".join(failures))
+    return document
+
+
+if __name__ == "__main__":
+    main()
