@@ -10,7 +10,7 @@ from libero_gym.env import LiberoEnv
 from libero_gym.physics.simulation import Simulation
 from libero_gym.rendering.cameras import Camera, place_camera
 from libero_gym.rendering.ray_scene import VISIBLE_GROUPS, build_ray_scene
-from libero_gym.rendering.raycast import DeviceScene, PixelBuffers, SceneCaster, WarpRenderer
+from libero_gym.rendering.raycast import DeviceScene, PixelBuffers, SceneCaster, WarpRenderer, list_devices
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
@@ -88,6 +88,28 @@ def cast_rays(simulation, camera, size):
             depth[row, column] = near + distance / np.linalg.norm(ray)
             bodies[row, column] = model.geom_bodyid[geom[0]]
     return depth[:, ::-1], bodies[:, ::-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not any(name.startswith("cuda") for name in list_devices()), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [40, 118])
+def test_a_gpu_sees_what_the_cpu_does(size):
+    tasks = [TASK, get_task("libero_10", 2), get_task("libero_object", 0)]
+    simulations = [Simulation(load_scene(task)) for task in tasks]
+    for task, simulation in zip(tasks, simulations, strict=True):
+        simulation.reset(task, 0, np.random.RandomState(0))
+    seen = []
+    for device in ("cpu", "cuda:0"):
+        renderer = WarpRenderer(CAMERAS, size, device=device, view_kinds=KINDS)
+        seen.append(renderer.views(simulations))
+        renderer.close()
+    on_cpu, on_gpu = seen
+    same = on_cpu.segmentation == on_gpu.segmentation
+    assert same.mean() > 0.999
+    assert len(np.unique(on_gpu.segmentation)) > 10
+    np.testing.assert_allclose(on_gpu.depth[same], on_cpu.depth[same], rtol=1e-4, atol=1e-4)
+    difference = np.abs(on_gpu.images.astype(int) - on_cpu.images.astype(int))
+    assert np.mean(difference > 2) < 1e-3
 
 
 @pytest.mark.parametrize("camera", CAMERAS)
