@@ -194,9 +194,9 @@ def main() -> dict[str, Any]:
     parser.add_argument("--staleness", type=int, nargs="*", default=[0], help="of each placement")
     parser.add_argument("--num-envs", type=int, help="default: the preset's")
     parser.add_argument("--num-steps", type=int, help="decisions of each, default: the preset's")
+    parser.add_argument("--micro-batch-size", type=int, help="over all processes, default: the preset's")
     parser.add_argument("--num-iterations", type=int, default=2, help="counted ones")
     parser.add_argument("--random-weights", action="store_true", help="GR00T-N1.5 with them, nothing downloaded")
-    parser.add_argument("--arguments", nargs="*", default=[], help="others of both trainers, as in 'compile=true'")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of a row")
     options = parser.parse_args()
     preset = PRESETS[options.preset]
@@ -210,14 +210,19 @@ def main() -> dict[str, Any]:
         layouts = layouts_of(options, folder)
         if not layouts:
             parser.error("nothing to measure: give --processes, --fsdp or --placements")
-        shared = ["--preset", options.preset, "--num-envs", str(num_envs), "--num-steps", str(num_steps)]
-        shared += ["--minibatch-size", str(minibatch_size)]
-        shared += ["--micro-batch-size", str(min(preset.micro_batch_size, minibatch_size))]
-        shared += ["--no-eval-before", "--eval-interval", "0", "--eval-episodes-per-task", "0"]
-        shared += ["--save-interval", "0", "--keep-best", "0", "--log-with"]
-        for argument in options.arguments:
-            key, _, value = argument.partition("=")
-            shared += [f"--{key.replace('_', '-')}", *([value] if value else [])]
+        arguments = {
+            "preset": options.preset,
+            "num-envs": num_envs,
+            "num-steps": num_steps,
+            "minibatch-size": minibatch_size,
+            "micro-batch-size": min(options.micro_batch_size or preset.micro_batch_size, minibatch_size),
+            "eval-interval": 0,
+            "eval-episodes-per-task": 0,
+            "save-interval": 0,
+            "keep-best": 0,
+        }
+        shared = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+        shared += ["--no-eval-before", "--log-with"]
         if options.random_weights:
             write_random_weights(folder / "weights")
             shared += ["--model", str(folder / "weights")]
@@ -252,9 +257,7 @@ def main() -> dict[str, Any]:
             shown = ("env_steps_per_s", "speedup", "total_s", "env_s", "env_wait_s", "policy_s", "update_s")
             table.add(layout.name, *(row[key] for key in shown), row["learner_idle_s"], row["memory_gb"])
 
-    names = ("preset", "num_iterations", "random_weights", "arguments")
-    settings = {name: getattr(options, name) for name in names}
-    settings |= dict(num_envs=num_envs, num_steps=num_steps, minibatch_size=minibatch_size)
+    settings = {"num_iterations": options.num_iterations, "random_weights": options.random_weights, **arguments}
     document = publish("scaling", {"layouts": results}, settings=settings, output=options.output)
     if failures:
         sys.exit("\n\n".join(failures))
