@@ -13,13 +13,14 @@ Each row is a run of its own, as a user launches it:
 All rows have the same sizes, which are global, and no evaluations. Iterations that open scenes, load kernels or play
 with weights ahead of any update are not counted: the first one, and one more for each iteration of staleness. Memory is
 the most that any GPU had in use, of all programs on it, looked at twice a second, in 10^9 bytes. Ratios are to the
-first row, of one run each.
+first row, of one run each. Interrupted (SIGINT), it tells the rows that it has.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,8 +165,10 @@ def measure(layout: Layout, shared: Sequence[str], folder: Path, timeout_s: floa
         try:
             code = started.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)  # what it has launched, too
             code = f"none within {timeout_s:g} s"
+        finally:
+            if started.poll() is None:
+                os.killpg(started.pid, signal.SIGKILL)  # what it has launched, too
     if code != 0:
         end = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{layout.name} ended with code {code}; the end of its output:\n{end}")
@@ -249,8 +252,13 @@ def main() -> dict[str, Any]:
                 row = measure(layout, [*shared, *iterations], run, options.timeout_s)
             except RuntimeError as failure:
                 failures.append(str(failure))
-                print(f"{layout.name:44}failed")
+                print(f"{layout.name:44}failed", flush=True)
                 continue
+            except KeyboardInterrupt:
+                failures.append(f"interrupted in {layout.name}")
+                break
+            finally:
+                shutil.rmtree(run)  # checkpoints of GR00T-N1.5 are of 20 GB
             row = {"where": layout.name} | row
             results.append(row)
             row["speedup"] = row["env_steps_per_s"] / results[0]["env_steps_per_s"]
