@@ -18,8 +18,9 @@ from torch import Tensor
 from algorithms.common.batch import index
 from algorithms.common.randomness import EPISODES, NOISE, generators_of, seed_of
 
-# Decisions of the piece of an update that is measured, at most.
-MAX_MEASURED = 64
+# Decisions of the piece of an update that is measured on a CPU, at most. A GPU computes a few decisions hardly faster
+# than a whole micro-batch, and it is the micro-batch that has to fit into its memory.
+MAX_ON_CPU = 64
 
 
 def measure(
@@ -35,9 +36,10 @@ def measure(
     """Prints the sizes of a run, its memory and its time, and returns what was measured of the latter two.
 
     Environments and agent are made as the run makes them, and take one decision to warm up (scenes are opened and
-    kernels compiled) and one whose time is taken. Then the gradient of one micro-batch, of `MAX_MEASURED` decisions at
-    most, is computed twice, and the second time taken. Nothing is trained or written. Evaluations are left out, and so
-    is what stages overlap.
+    kernels compiled) and one whose time is taken. Then the gradient of one micro-batch, on a CPU of `MAX_ON_CPU`
+    decisions at most, is computed twice, and the second time taken; where it has more decisions than there are
+    environments, these are repeated. Nothing is trained or written. Evaluations are left out, and so is what stages
+    overlap.
 
     Args:
         args: a trainer's arguments.
@@ -52,6 +54,9 @@ def measure(
         `env_steps_per_s` and `decision_s` of one decision in all environments, `rollout_s`, `update_s` of an iteration,
         `total_s` of the run; of a process, 10^9 bytes, `memory_gb` of its GPU, and `features_gb` of that for encoded
         observations, and `host_memory_gb` and `host_features_gb`. Without a GPU the former two are of the host.
+
+    Raises:
+        ValueError: a micro-batch does not fit into the GPU's memory.
     """
     device, num_processes = accelerator.device, accelerator.num_processes
     num_envs, env_ids = args.num_envs // num_processes, range(args.num_envs // num_processes)
@@ -74,17 +79,25 @@ def measure(
             env_steps = int(infos["num_steps"].sum())
     memory = _memory_gb(device)
 
-    count = min(num_envs, args.micro_batch_size // num_processes, MAX_MEASURED)
-    inds = np.arange(count)
+    count = args.micro_batch_size // num_processes
+    if device.type == "cpu":
+        count = min(count, MAX_ON_CPU)
+    inds = np.arange(count) % num_envs
     update_s = 0.0
-    for _ in range(2):
-        start = _now(device)
-        with accelerator.autocast():
-            _, logprob, _, value = agent(index(features, inds), index(action, inds))
-        loss = logprob.float().sum() + value.float().sum()
-        loss.backward()
-        agent.zero_grad(set_to_none=True)
-        update_s = _now(device) - start
+    try:
+        for _ in range(2):
+            start = _now(device)
+            with accelerator.autocast():
+                _, logprob, _, value = agent(index(features, inds), index(action, inds))
+            loss = logprob.float().sum() + value.float().sum()
+            loss.backward()
+            agent.zero_grad(set_to_none=True)
+            update_s = _now(device) - start
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"micro_batch_size={args.micro_batch_size}: the gradient of {count} decisions does not fit into the memory "
+            f"of {device} ({error}); give a smaller --micro-batch-size, which makes the same minibatches"
+        ) from error
 
     trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     feature_bytes = sum(x.nbytes for x in features.values() if isinstance(x, Tensor)) / num_envs
@@ -123,8 +136,8 @@ def measure(
             print(f"{place + ' of a process':28} {gb:>11.2f} GB  estimated, features {of_features:.2f} GB")
         print(f"{'env-steps/s in a rollout':28} {measured['env_steps_per_s']:>14,.0f}  measured over one decision")
         print(f"{'decision of all environments':28} {1000 * decision_s:>11.0f} ms  and {1000 * env_s:.0f} ms stepping")
-        print(f"{'rollout':28} {measured['rollout_s']:>12.1f} s")
-        print(f"{'update':28} {measured['update_s']:>12.1f} s  from the gradient of {count} decisions")
+        print(f"{'rollout':28} {measured['rollout_s']:>12.3f} s")
+        print(f"{'update':28} {measured['update_s']:>12.3f} s  from the gradient of {count} decisions")
         print(f"{'time to the end':28} {_clock(measured['total_s']):>14}  without evaluations")
     return measured
 

@@ -59,3 +59,24 @@ def test_memory_counts_features_and_the_observations_of_those_that_are_not_kept(
     rest = {storage: told["memory_gb"] - told["features_gb"] for storage, told in measured.items()}
     assert rest["host"] - rest["mixed"] == pytest.approx(22_000 * observation_gb, abs=0.02)
     assert rest["none"] - rest["mixed"] == pytest.approx(24_000 * observation_gb, abs=0.02)
+
+
+def test_the_gradient_of_a_whole_micro_batch_is_measured_with_few_environments(capsys: pytest.CaptureFixture[str]):
+    accelerator: Any = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=1, is_main_process=True, autocast=nullcontext
+    )
+    args = SimpleNamespace(
+        num_envs=4, seed=1, micro_batch_size=10, feature_storage="host", feature_memory_gb=2.0, num_iterations=1
+    )
+    sizes: list[int] = []
+
+    class CountingAgent(MLPAgent):
+        def forward(self, obs: Any, *arguments: Any, **options: Any) -> Any:
+            outputs = super().forward(obs, *arguments, **options)
+            sizes.append(len(outputs[1]))
+            return outputs
+
+    agent = CountingAgent(("state.x",), 1, 2)
+    measure(args, accelerator, agent, LineVectorEnv, sizes={}, decisions=100, passes=1)
+    assert sizes == [4, 4, 10, 10]  # two decisions, two gradients
+    assert "from the gradient of 10 decisions" in capsys.readouterr().out
