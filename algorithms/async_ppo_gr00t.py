@@ -266,7 +266,9 @@ class Args:
     follow it."""
     imitation_coef: float = 0.0
     """Weight of flow matching on what the rollout's successful episodes did (self-imitation). A
-    policy whose mean moves by it needs a smaller step size than PPO alone would bear."""
+    policy whose mean moves by it needs a smaller step size than PPO alone would bear. Only decisions
+    whose episode ends within the rollout are imitated: give num_steps a horizon, or the beginnings
+    of long episodes are never among them."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05

@@ -115,7 +115,7 @@ PPO: dict[str, dict[str, Any]] = {
         eval_interval=50,
     ),
     # GR00T-N1.5 on a GPU of 24 GB: adapters in the DiT and the VL self-attention. Of 2.4 billion weights 0.33 billion
-    # are trained (5 GB with moments), and the others are bfloat16 (4 GB). Not run yet.
+    # are trained (5 GB with moments), and the others are bfloat16 (4 GB). Run with random weights (docs/machines.md).
     "libero_spatial_24gb": dict(
         suite="libero_spatial",
         model="RLinf/RLinf-Gr00t-SFT-Spatial",
@@ -140,7 +140,8 @@ PPO: dict[str, dict[str, Any]] = {
         save_interval=25,
         eval_interval=50,
     ),
-    # The same on a GPU of 80 GB, the whole action head trained: 1.07 billion weights (17 GB with moments). Not run yet.
+    # The same on a GPU of 80 GB, the whole action head trained: 1.07 billion weights (17 GB with moments). Run with
+    # random weights (docs/machines.md).
     "libero_spatial_80gb": dict(
         suite="libero_spatial",
         model="RLinf/RLinf-Gr00t-SFT-Spatial",
@@ -228,30 +229,36 @@ PPO: dict[str, dict[str, Any]] = {
         save_interval=25,
         eval_interval=50,
     ),
-    # Ours, after libero_spatial_nano; two short runs of it are in docs/LOG.md.
+    # Ours, one GPU (docs/LOG.md). A rollout is a whole horizon: two tasks take 260 steps and more, and nothing is
+    # imitated of an episode that ends in a later rollout.
     "libero_goal_nano": dict(
         suite="libero_goal",
         model=GOAL_START,
-        num_iterations=300,
+        num_iterations=21,
         num_envs=1024,
         physics="warp",  # one scene: a GPU simulates it faster than the cores beside it
+        task_sampling="adaptive",
         tf32=True,
         num_action_chunks=5,
         reward="relative",
         logprob_level="action",
-        num_steps=24,
+        num_steps=64,
         truncation="failure",
         value_bounds=(0.0, 1.0),
+        center_adv_by_task=True,
         learning_rate=4e-5,
         value_learning_rate=1e-3,
+        lr_schedule="linear",
+        lr_hold=0.6,
         critic_warmup_iterations=2,
+        policy_warmup_iterations=1,
         update_epochs=3,
         minibatch_size=4096,
         micro_batch_size=4096,
         dual_clip=3.0,
         imitation_coef=10.0,
-        save_interval=25,
-        eval_interval=50,
+        save_interval=7,
+        eval_interval=7,
     ),
     # RLinf: examples/embodiment/config/libero_10_ppo_gr00t.yaml
     "libero_10_rlinf": dict(
