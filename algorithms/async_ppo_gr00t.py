@@ -165,6 +165,9 @@ class Args:
     train_backbone: bool = False
     """Train the vision tower and the language model too; otherwise their features are computed once
     a decision."""
+    train_vl_self_attention: bool = True
+    """Train the VL self-attention, through which the action head reads those features. If not, it is
+    computed once a decision, too: at the released size most of an update's work."""
     lora_rank: int = 0
     """Inner width of low-rank adapters, which are trained in place of the attention layers of
     lora_parts; 0 for none."""
@@ -500,6 +503,7 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         logprob_level="token" if args.logprob_level == "token" else "action",
         critic_detach=args.critic_detach,
         train_backbone=args.train_backbone,
+        train_vl_self_attention=args.train_vl_self_attention,
         compute_dtype=args.compute_dtype,
     )
     if args.lora_rank:

@@ -76,11 +76,12 @@ def make_host_envs(
 def make_random_agent(args: Args) -> Gr00tAgent:
     """Returns GR00T-N1.5 with random weights, as the trainer prepares it, and a tokenizer that needs no download."""
 
-    def load(source: str, *, train_backbone: bool, **settings: Any) -> Gr00tAgent:
+    def load(source: str, *, train_backbone: bool, train_vl_self_attention: bool, **settings: Any) -> Gr00tAgent:
         given = {name: value for name, value in settings.items() if value is not None}
         policy = replace(preset_policy("gr00t_n1d5"), **given)
         agent = make_stand_in("gr00t_n1d5", policy, torch.device("cpu"), torch.float32)
-        agent.set_trainable(**(agent.trainable | {"tune_visual": train_backbone, "tune_llm": train_backbone}))
+        flags = {"tune_visual": train_backbone, "tune_llm": train_backbone}
+        agent.set_trainable(**(agent.trainable | flags | {"tune_vl_self_attention": train_vl_self_attention}))
         return agent
 
     with mock.patch.object(Gr00tAgent, "load", load):

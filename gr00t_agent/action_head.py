@@ -429,7 +429,10 @@ class ActionHead(nn.Module):
             state: Normalised, zero-padded state [B, 1, max_state_dim].
             embodiment: One index, or int64 [B].
         """
-        vl_embs = self.process_backbone(features, valid_mask)
+        return self.context(self.process_backbone(features, valid_mask), valid_mask, state, embodiment)
+
+    def context(self, vl_embs: Tensor, valid_mask: Tensor | None, state: Tensor, embodiment: Embodiment) -> HeadContext:
+        """Return what `prepare` does, from what `process_backbone` returns."""
         return HeadContext(
             vl_embs=vl_embs,
             valid_mask=valid_mask,

@@ -6,7 +6,7 @@ C executed steps of a chunk (`num_action_chunks`), a valid action width.
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,22 @@ from gr00t_agent.loading import Pretrained
 from gr00t_agent.policy import FlowAction, NoiseSource, PolicyConfig, SamplingDraws
 from gr00t_agent.sampler import Prediction
 from gr00t_agent.transforms import Observation, Preprocessor, check_rows, pixels_from_bytes
+
+
+class _Inputs(NamedTuple):
+    """What the action head reads, in its type.
+
+    Attributes:
+        features: Backbone features [B, L, D], or what the VL self-attention makes of them.
+        is_processed: It is the latter.
+        readable: bool [B, L], None where all positions may be read.
+        state: [B, 1, state].
+    """
+
+    features: Tensor
+    is_processed: bool
+    readable: Tensor | None
+    state: Tensor
 
 
 class Gr00tAgent(Pretrained):
@@ -73,7 +89,9 @@ class Gr00tAgent(Pretrained):
         # DistributedDataParallel waits for gradients of every parameter but these, which no output depends on.
         self._ddp_params_and_buffers_to_ignore = [f"backbone.{name}" for name in self.backbone.unused_parameter_names()]
         self._run_backbone: Any = self.backbone.forward
+        self._run_process: Any = self.action_head.process_backbone
         self._run_prepare: Any = self.action_head.prepare
+        self._run_context: Any = self.action_head.context
         self._run_velocity: Any = self.action_head.velocity
         self._uses_cuda_graphs = False
         self.set_trainable(tune_visual=False, tune_llm=False, tune_projector=True, tune_diffusion_model=True)
@@ -88,10 +106,11 @@ class Gr00tAgent(Pretrained):
         tune_projector: bool = True,
         tune_diffusion_model: bool = True,
         tune_value: bool = True,
+        tune_vl_self_attention: bool = True,
     ) -> None:
         """Choose what is trained; the rest gets no gradient and stays in eval mode.
 
-        As in the reference, `vlln`, the VL self-attention and the future tokens are trained whatever the flags say.
+        As in the reference, the future tokens are trained whatever the flags say.
 
         Args:
             tune_visual: Vision tower and connector.
@@ -99,6 +118,8 @@ class Gr00tAgent(Pretrained):
             tune_projector: State encoder, action encoder and decoder, position embedding.
             tune_diffusion_model: DiT.
             tune_value: Value head; turn it off where the loss does not use it (supervised fine-tuning under DDP).
+            tune_vl_self_attention: `vlln` and the VL self-attention, which the reference always trains. Where the
+                backbone is not trained either, `encode` computes them, once for an observation.
         """
         self.trainable = {
             "tune_visual": tune_visual,
@@ -106,6 +127,7 @@ class Gr00tAgent(Pretrained):
             "tune_projector": tune_projector,
             "tune_diffusion_model": tune_diffusion_model,
             "tune_value": tune_value,
+            "tune_vl_self_attention": tune_vl_self_attention,
         }
         self.requires_grad_(True)
         for part in self._frozen_parts():
@@ -125,11 +147,18 @@ class Gr00tAgent(Pretrained):
             yield head.model
         if not flags["tune_value"] and head.value_head is not None:
             yield head.value_head
+        if not flags["tune_vl_self_attention"]:
+            yield from (head.vlln, head.vl_self_attention)
 
     @property
     def backbone_is_frozen(self) -> bool:
         """True if no parameter of the backbone is trained, so that its features can be cached."""
         return not (self.trainable["tune_visual"] or self.trainable["tune_llm"])
+
+    @property
+    def context_is_frozen(self) -> bool:
+        """True if neither the backbone nor the VL self-attention is trained: what they return can be cached."""
+        return self.backbone_is_frozen and not self.trainable["tune_vl_self_attention"]
 
     def train(self, mode: bool = True) -> "Gr00tAgent":
         """Set training mode; frozen parts stay in eval mode."""
@@ -202,9 +231,9 @@ class Gr00tAgent(Pretrained):
 
         Returns:
             `state` float32 [B, 1, state], `valid_mask` bool [B, L], and with a frozen backbone
-            `backbone_features` [B, L, D], detached; otherwise `pixels` uint8 [B, V, 3, size, size] and `input_ids`
-            int64 [B, L]. The shapes are the same for every observation, except with `padding="left"`. Rows can be
-            concatenated and indexed.
+            `backbone_features` [B, L, D], or `vl_embs` [B, L, D] if the VL self-attention is frozen too, detached;
+            otherwise `pixels` uint8 [B, V, 3, size, size] and `input_ids` int64 [B, L]. The shapes are the same for
+            every observation, except with `padding="left"`. Rows can be concatenated and indexed.
         """
         if "valid_mask" in obs:
             return dict(cast(Mapping[str, Tensor], obs))
@@ -220,8 +249,12 @@ class Gr00tAgent(Pretrained):
             names = {"input_ids": data_config.language_key, "state": "state.*", "pixels": "video.*"}
             check_rows({names[name]: len(encoded[name]) for name in names})
             if self.backbone_is_frozen:
-                encoded["backbone_features"] = self._features(encoded)
+                features = self._features(encoded)
                 del encoded["pixels"], encoded["input_ids"]
+                if self.context_is_frozen:
+                    encoded["vl_embs"] = self._process(features, valid_mask)
+                else:
+                    encoded["backbone_features"] = features
         return encoded
 
     def forward(
@@ -438,7 +471,9 @@ class Gr00tAgent(Pretrained):
             backend: torch.compile's backend; `inductor` needs a C++ compiler on a CPU.
         """
         self._run_backbone = torch.compile(self.backbone.forward, mode=mode, backend=backend)
+        self._run_process = torch.compile(self.action_head.process_backbone, mode=mode, backend=backend)
         self._run_prepare = torch.compile(self.action_head.prepare, mode=mode, backend=backend)
+        self._run_context = torch.compile(self.action_head.context, mode=mode, backend=backend)
         self._run_velocity = torch.compile(self.action_head.velocity, mode=mode, backend=backend)
         self._uses_cuda_graphs = mode in ("reduce-overhead", "max-autotune")
 
@@ -449,10 +484,15 @@ class Gr00tAgent(Pretrained):
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Type of the trained parameters; frozen ones may be stored in a smaller one."""
+        return self.action_head.future_tokens.weight.dtype
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in `compute_dtype` where the parameters are kept in float32."""
         dtype = self.policy.torch_dtype
-        needed = dtype != self.action_head.vlln.weight.dtype and dtype != torch.float32
+        needed = dtype != self._dtype and dtype != torch.float32
         # Not autocast(enabled=False), which would switch off an autocast of the caller's.
         return torch.autocast(self.device.type, dtype=dtype) if needed else contextlib.nullcontext()
 
@@ -469,7 +509,7 @@ class Gr00tAgent(Pretrained):
                 module.training = True
 
     def _features(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        pixels = pixels_from_bytes(encoded["pixels"].flatten(0, 1), self.action_head.vlln.weight.dtype)
+        pixels = pixels_from_bytes(encoded["pixels"].flatten(0, 1), self._dtype)
         if self.policy.round_to_bf16:
             pixels = pixels.to(torch.bfloat16).to(pixels.dtype)
         mask = None if self.policy.padding == "masked" else encoded["valid_mask"]
@@ -478,29 +518,45 @@ class Gr00tAgent(Pretrained):
             features = self._run_backbone(pixels, encoded["input_ids"], mask)
         return features.clone() if self._uses_cuda_graphs else features  # callers keep features over calls
 
-    def _inputs(self, obs: Observation) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return backbone features, the mask of readable positions and the state, in the network's type."""
+    def _process(self, features: Tensor, valid_mask: Tensor) -> Tensor:
+        """Return what the VL self-attention makes of backbone features, in the type that the network computes in."""
+        self._begin_call()
+        with self._autocast():
+            vl_embs = self._run_process(features.to(self._dtype), self._readable(valid_mask))
+        vl_embs = vl_embs.to(self.policy.torch_dtype)
+        return vl_embs.clone() if self._uses_cuda_graphs else vl_embs
+
+    def _readable(self, valid_mask: Tensor) -> Tensor | None:
+        return valid_mask.to(self.device) if self.policy.padding == "masked" else None
+
+    def _inputs(self, obs: Observation) -> _Inputs:
         encoded = self.encode(obs)
-        if "backbone_features" in encoded:
-            if not self.backbone_is_frozen and torch.is_grad_enabled():
-                raise ValueError(
-                    "the observation holds cached backbone features, but the backbone is trained; encode it again"
-                )
+        for name, is_frozen, trained in (
+            ("backbone_features", self.backbone_is_frozen, "the backbone"),
+            ("vl_embs", self.context_is_frozen, "what computes them"),
+        ):
+            if name in encoded and not is_frozen and torch.is_grad_enabled():
+                raise ValueError(f"the observation holds cached {name}, but {trained} is trained; encode it again")
+        is_processed = "vl_embs" in encoded
+        if is_processed:
+            features = encoded["vl_embs"].to(self.device)
+        elif "backbone_features" in encoded:
             features = encoded["backbone_features"].to(self.device)
         else:
             features = self._features({name: tensor.to(self.device) for name, tensor in encoded.items()})
-        readable = encoded["valid_mask"].to(self.device) if self.policy.padding == "masked" else None
-        dtype = self.action_head.vlln.weight.dtype
         state = encoded["state"].to(self.device)
         if self.policy.round_to_bf16:
             state = state.to(torch.bfloat16)
-        return features.to(dtype), readable, state.to(dtype)
+        return _Inputs(
+            features.to(self._dtype), is_processed, self._readable(encoded["valid_mask"]), state.to(self._dtype)
+        )
 
     def _context(self, obs: Observation) -> HeadContext:
-        features, readable, state = self._inputs(obs)
+        inputs = self._inputs(obs)
+        run = self._run_context if inputs.is_processed else self._run_prepare
         self._begin_call()
         with self._autocast():
-            return self._run_prepare(features, readable, state, self.embodiment)
+            return run(inputs.features, inputs.readable, inputs.state, self.embodiment)
 
     def _decide_or_score(
         self,
@@ -554,10 +610,11 @@ class Gr00tAgent(Pretrained):
     def _value_context(self, obs: Observation) -> HeadContext:
         """Return a context without the keys and values that denoising alone needs."""
         with self._without_dropout(), self._autocast():
-            features, valid_mask, state = self._inputs(obs)
-            vl_embs = self.action_head.process_backbone(features, valid_mask)
+            vl_embs, is_processed, readable, state = self._inputs(obs)
+            if not is_processed:
+                vl_embs = self.action_head.process_backbone(vl_embs, readable)
             state_features = self.action_head.state_encoder(state, self.embodiment)
-        return HeadContext(vl_embs, valid_mask, state_features, [], self.embodiment)
+        return HeadContext(vl_embs, readable, state_features, [], self.embodiment)
 
     def _value_inputs(self, context: HeadContext) -> Tensor:
         features = self.action_head.pooled(context, self.policy.value_pooling)

@@ -39,7 +39,14 @@ POLICY_FILE = "policy_config.json"
 NANO_METADATA = DATA / "nano_metadata.json"
 RELEASED_TOKENIZER = "Qwen/Qwen3-1.7B"
 # Flags of `Gr00tAgent.set_trainable`.
-TUNE_FLAGS = ("tune_visual", "tune_llm", "tune_projector", "tune_diffusion_model", "tune_value")
+TUNE_FLAGS = (
+    "tune_visual",
+    "tune_llm",
+    "tune_projector",
+    "tune_diffusion_model",
+    "tune_value",
+    "tune_vl_self_attention",
+)
 # Room for the instruction in a prompt of default length; the longest of LIBERO has 25 tokens with Qwen's tokenizer.
 INSTRUCTION_TOKENS = 32
 
@@ -206,12 +213,20 @@ class Pretrained(nn.Module):
         return agent
 
     @classmethod
-    def load(cls, source: str | Path, *, train_backbone: bool | None = None, **changes: Any) -> Self:
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        train_backbone: bool | None = None,
+        train_vl_self_attention: bool | None = None,
+        **changes: Any,
+    ) -> Self:
         """Build from a preset's name, a checkpoint folder or a hub name, with some settings changed.
 
         Args:
             source: `nano`, `gr00t_n1d5`, or what `from_pretrained` takes.
             train_backbone: Train vision tower, connector and language model; None leaves it as it is.
+            train_vl_self_attention: Train the VL self-attention; None leaves it as it is.
             changes: Fields of `PolicyConfig`; None leaves a field as it is.
 
         Raises:
@@ -224,8 +239,14 @@ class Pretrained(nn.Module):
         else:
             policy = saved_policy(resolve_checkpoint(source))
             agent = cls.from_pretrained(source, policy=replace(policy, **given))
-        if train_backbone is not None:
-            agent.set_trainable(**(agent.trainable | {"tune_visual": train_backbone, "tune_llm": train_backbone}))
+        flags = {
+            "tune_visual": train_backbone,
+            "tune_llm": train_backbone,
+            "tune_vl_self_attention": train_vl_self_attention,
+        }
+        chosen = {name: flag for name, flag in flags.items() if flag is not None}
+        if chosen:
+            agent.set_trainable(**(agent.trainable | chosen))
         return agent
 
     def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:

@@ -52,6 +52,7 @@ _STATE_POLICY_HAS: dict[str, tuple[tuple[Any, ...], str]] = {
     "logprob_level": (("chunk",), "scores whole chunks"),
     "critic_detach": ((True,), "has no trunk that policy and critic share"),
     "train_backbone": ((False,), "has no backbone"),
+    "train_vl_self_attention": ((True,), "has no VL self-attention"),
     "lora_rank": ((0,), "has no attention layers to adapt"),
     "compute_dtype": ((None, "float32"), "computes in float32"),
     "compile": ((False,), "is not compiled"),

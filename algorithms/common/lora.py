@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+VL_SELF_ATTENTION = "action_head.vl_self_attention."
 PARTS: dict[str, tuple[str, ...]] = {
-    "action_head": ("action_head.model.", "action_head.vl_self_attention."),
+    "action_head": ("action_head.model.", VL_SELF_ATTENTION),
     "language_model": ("backbone.eagle_model.language_model.",),
     "vision_model": ("backbone.eagle_model.vision_model.",),
 }
@@ -43,6 +44,8 @@ class LoraSettings:
 def add_lora(agent: nn.Module, settings: LoraSettings) -> int:
     """Puts adapters into `agent`, freezes the weights of the adapted parts, and returns the number of adapters.
 
+    A VL self-attention that is not trained gets none.
+
     Raises:
         ValueError: an unknown part, a part without attention layers, or one that is computed without gradients.
     """
@@ -59,6 +62,8 @@ def add_lora(agent: nn.Module, settings: LoraSettings) -> int:
                 f"it (--{flag.replace('_', '-')} in fine-tuning, --train-backbone in PPO and GRPO), or leave it out"
             )
     prefixes = tuple(prefix for part in settings.parts for prefix in PARTS[part])
+    if not trainable.get("tune_vl_self_attention", True):
+        prefixes = tuple(prefix for prefix in prefixes if prefix != VL_SELF_ATTENTION)
     trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
     targets = [
         name

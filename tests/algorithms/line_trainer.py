@@ -97,7 +97,11 @@ def make_tiny_agent(args: Any) -> Gr00tAgent:
     names = ("num_action_chunks", "noise_method", "noise_level", "denoising_steps", "logprob_level")
     agent = tiny_agent(metadata, **{name: getattr(args, name) for name in names if hasattr(args, name)})
     train_backbone = getattr(args, "train_backbone", False)
-    agent.set_trainable(tune_visual=train_backbone, tune_llm=train_backbone)
+    agent.set_trainable(
+        tune_visual=train_backbone,
+        tune_llm=train_backbone,
+        tune_vl_self_attention=getattr(args, "train_vl_self_attention", True),
+    )
     return agent
 
 

@@ -43,6 +43,10 @@ def test_the_trainers_adapt_what_they_are_told_to(trainer: Any):
         trainer.make_agent(trainer.Args(lora_rank=4, lora_parts=("language_model",)))
     whole = trainer.make_agent(trainer.Args(lora_rank=4, lora_parts=("language_model",), train_backbone=True))
     assert any(".lora_" in name for name, _ in whole.backbone.named_parameters())
+    part = trainer.make_agent(trainer.Args(lora_rank=4, train_vl_self_attention=False))
+    adapted = {name.split(".")[1] for name, _ in part.named_parameters() if ".lora_" in name}
+    assert adapted == {"model"}
+    assert not any(p.requires_grad for p in part.action_head.vl_self_attention.parameters())
     with pytest.raises(ValueError, match="lora_rank=4: model='state' has no attention layers"):
         trainer.check_args(trainer.Args(lora_rank=4, model="state"))
 

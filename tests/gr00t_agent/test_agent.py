@@ -89,6 +89,37 @@ def test_encoded_observation_gives_the_same_results():
         assert torch.equal(agent.get_value(encoded), agent.get_value(obs))
 
 
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_a_frozen_vl_self_attention_is_computed_once_and_gives_the_same_results(compute_dtype):
+    agent = build(compute_dtype=compute_dtype)
+    obs = make_observation(4)
+    agent.set_trainable(tune_visual=False, tune_llm=False)
+    with torch.no_grad():
+        action, logprob, _, value = agent.get_action_and_value(obs, generator=seeded())
+
+    agent.set_trainable(tune_visual=False, tune_llm=False, tune_vl_self_attention=False)
+    agent.train()
+    head = agent.action_head
+    assert not head.vl_self_attention.training
+    encoded = agent.encode(obs)
+    assert set(encoded) == {"state", "valid_mask", "vl_embs"}
+    assert encoded["vl_embs"].dtype == agent.policy.torch_dtype
+    head.vlln.register_forward_hook(lambda *_: pytest.fail("computed again"))
+    with torch.no_grad():
+        again = agent.get_action_and_value(encoded, action)
+        state_value = agent.get_value(encoded)
+    exact = compute_dtype == "float32"
+    for found, expected in ((again[1], logprob), (again[3], value), (state_value, value)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if exact else 0.05)
+
+    agent.get_action_and_value(encoded, action)[1].sum().backward()
+    frozen = {name for name, p in head.named_parameters() if p.grad is None}
+    assert {name.split(".")[0] for name in frozen} == {"vlln", "vl_self_attention", "value_head"}
+    agent.set_trainable(tune_visual=False, tune_llm=False)
+    with pytest.raises(ValueError, match="cached vl_embs, but what computes them is trained; encode it again"):
+        agent.get_action_and_value(encoded, action)
+
+
 def test_encodings_of_different_prompts_can_be_concatenated(nano_agent):
     first, second = make_observation(2), make_observation(2, seed=1)
     second["annotation.human.action.task_description"] = ["close it"] * 2
@@ -340,6 +371,8 @@ def test_compiled_network_agrees_with_the_plain_one():
     # Captures the graphs as inductor would, and needs no C++ compiler.
     agent.compile_network(backend="aot_eager")
     assert torch.allclose(agent.predict_chunk(obs, noise=noise), plain, atol=1e-4)
+    agent.set_trainable(tune_visual=False, tune_llm=False, tune_vl_self_attention=False)
+    assert torch.allclose(agent.predict_chunk(obs, noise=noise), plain, atol=1e-4)
 
 
 def test_seeds_and_given_noise():
@@ -376,6 +409,11 @@ def test_load_changes_settings(tmp_path):
     assert again.policy == replace(agent.policy, denoising_steps=2)
     assert again.backbone_is_frozen
     assert not Gr00tAgent.load(tmp_path, train_backbone=True).backbone_is_frozen
+    assert not again.context_is_frozen
+    frozen = Gr00tAgent.load(tmp_path, train_backbone=False, train_vl_self_attention=False)
+    assert frozen.context_is_frozen
+    frozen.save_pretrained(tmp_path / "frozen")
+    assert Gr00tAgent.from_pretrained(tmp_path / "frozen").context_is_frozen
     with pytest.raises(TypeError, match="chunks"):
         Gr00tAgent.load("nano", chunks=3)
 

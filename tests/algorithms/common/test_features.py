@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from algorithms.common.features import FeatureStore
+from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_trainer import make_mlp_agent, make_tiny_agent, train, without_time
 
 CPU = torch.device("cpu")
@@ -94,6 +95,26 @@ def test_losses_are_the_same_with_and_without_kept_features(tmp_path: Path, algo
     ]  # fmt: skip
     for other in runs[1:]:
         assert other == pytest.approx(runs[0], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_frozen_vl_self_attention_is_kept_with_the_backbone(tmp_path: Path, algorithm: str):
+    made: list[Gr00tAgent] = []
+
+    def make_agent(args: Any) -> Gr00tAgent:
+        made.append(make_tiny_agent(args))
+        return made[-1]
+
+    fewer = dict(num_steps=8) if algorithm == "ppo" else dict(max_rollouts=1)
+    options = dict(make_agent=make_agent, num_iterations=1, update_epochs=1, train_vl_self_attention=False, **fewer)
+    kept = without_time(train(algorithm, tmp_path, **options))
+    again = without_time(train(algorithm, tmp_path, feature_storage="none", **options))
+    assert kept == pytest.approx(again, rel=1e-5, abs=1e-6)
+    assert kept["actor/ratio_first_minibatch_max_dev"] < 1e-5
+    start = make_tiny_agent(type("Args", (), {"num_action_chunks": 2})).state_dict()
+    moved = {name for name, value in made[0].state_dict().items() if not torch.equal(value, start[name])}
+    assert any(name.startswith("action_head.model.") for name in moved)
+    assert not [name for name in moved if name.startswith(("action_head.vl", "backbone."))]
 
 
 def test_a_trained_backbone_is_encoded_up_to_what_is_not_trained(tmp_path: Path):

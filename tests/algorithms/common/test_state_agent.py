@@ -77,6 +77,7 @@ def test_an_evaluation_cannot_change_what_it_has_not(agent: StateFlowAgent, tmp_
         (dict(logprob_level="action"), "scores whole chunks"),
         (dict(critic_detach=False), "has no trunk that policy and critic share"),
         (dict(train_backbone=True), "has no backbone"),
+        (dict(train_vl_self_attention=False), "has no VL self-attention"),
         (dict(lora_rank=4), "has no attention layers to adapt"),
         (dict(compute_dtype="bfloat16"), "computes in float32"),
         (dict(compile=True), "is not compiled"),
