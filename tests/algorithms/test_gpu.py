@@ -1,6 +1,7 @@
 """The trainers on CUDA devices: pinned memory, bfloat16, NCCL, and weights sharded as `accelerate launch` does it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 
 from algorithms.common.features import FeatureStore
 from algorithms.common.presets import SPATIAL_START
+from algorithms.common.resume import checkpoints_in
 from benchmarks.policy import make_observation
 from gr00t_agent import Gr00tAgent
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
+from tests.algorithms.test_launches import TORCHRUN, children_of, ended, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, dict[str, Any]] = {
@@ -32,6 +35,10 @@ def launch(num_processes: int, *launcher_arguments: str, algorithm: str = "ppo",
     program = [sys.executable, *launcher, *command(algorithm, **changes)]
     result = subprocess.run(program, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def environment_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/environ").read_text()
 
 
 @pytest.mark.parametrize("placement", ["device", "host", "mixed"])
@@ -124,3 +131,22 @@ def test_sharded_weights_train_save_and_resume_as_whole_ones(tmp_path: Path):
     agents = [Gr00tAgent.from_pretrained(run / "checkpoints" / "iteration_3") for run in runs]
     for name, value in agents[0].state_dict().items():
         torch.testing.assert_close(value, agents[1].state_dict()[name], atol=1e-3, rtol=1e-3)
+
+
+@two_gpus
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_request_to_stop_one_process_saves_and_ends_both(tmp_path: Path, rank: int):
+    """Under NCCL, whose collective operations a signal does not interrupt."""
+    program = command("ppo", agent="tiny", env="slow", output_dir=str(tmp_path), num_iterations=1000)
+    launcher = subprocess.Popen(
+        [sys.executable, *TORCHRUN, *program], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for(lambda: list(tmp_path.glob("*/metrics.jsonl")), launcher)
+    (worker,) = [pid for pid in children_of(launcher.pid) if f"\0RANK={rank}\0" in environment_of(pid)]
+    os.kill(worker, signal.SIGTERM)
+    output = ended(launcher)
+    assert launcher.returncode == 0, output
+    (run,) = tmp_path.iterdir()
+    done, saved = checkpoints_in(run)[-1]
+    assert done == len(logged(run)) >= 1
+    assert output.count(f"stopped; the state is in {saved}") == 1
