@@ -1,7 +1,9 @@
-r"""The learning curve of LIBERO-Spatial as one SVG: success over environment steps, and by task before and after.
+r"""The learning curve of a suite as one SVG: success over environment steps, and by task before and after.
 
     python -m benchmarks.learning_curve --manifest benchmarks/results/spatial_ppo/curve.json \
         --output docs/media/libero_spatial_ppo.svg
+    python -m benchmarks.learning_curve --manifest benchmarks/results/goal_ppo/curve.json \
+        --output docs/media/libero_goal_ppo.svg
 
 Reads committed files only, prints the numbers that it draws, and draws the same bytes from the same files. The manifest
 is a JSON object; its paths are relative to its own folder:
@@ -17,21 +19,26 @@ is a JSON object; its paths are relative to its own folder:
         name         what evaluations call it
         metrics      the metrics.jsonl of its trainer
         label        under its part of the curve; may be left out
-        tasks_drawn  "evenly" (default), or "unevenly" if some tasks were played more often than others
+        episodes     whose success a line of its metrics tells: those that "ended" in the iteration (default), or those
+                     of the newest iteration whose episodes have all ended by then ("cohorts", as trainers do now)
+        tasks_drawn  "evenly" (default), or "unevenly" if some tasks were played more often than others; not of cohorts,
+                     whose success is a mean over tasks anyway
         iterations   it ends after so many, whatever else the file holds (default: with the file); give it where the
                      next stage went on from an earlier checkpoint than the last
       evaluations               [{"stage", "iteration", and counts; "label", a word or two, may be left out}]; the last
                                 one of the main run that has files is also shown by task
+    legend_at    [part of the width, success rate] of the legend's lower left corner; 0.45 and the start's if not given
     notes        lines of text under the picture
 
     counts       "files": [evaluations by eval_gr00t.py, of different seeds, which are added up], or "successes",
                  "episodes" and "seeds": [...] where there is no file
 
 Points are evaluations with Wilson 95 % intervals. Lines are the episodes of training, which explore, in the middle of
-the steps that they cover. Episodes are cut where an iteration ends, and the environments of a stage begin together: in
-its first iteration only those end that succeed early, and the next ones are biased in turn. So a line is the mean over
-`iterations_per_horizon` successive iterations and leaves out the beginning of a stage, in which no episode can have
-failed. How the mean is taken, `mean_success` says.
+the steps that they cover; cohorts where they began. Where a line tells those that ended, episodes are cut where an
+iteration ends, and the environments of a stage begin together: in its first iteration only those end that succeed
+early, and the next ones are biased in turn. So a line is the mean over `iterations_per_horizon` successive iterations
+and leaves out the beginning of a stage, in which no episode can have failed. How the mean is taken, `mean_success`
+says.
 """
 
 from __future__ import annotations
@@ -104,12 +111,14 @@ class Stage:
         label: what was peculiar to it; empty if nothing.
         start, end: environment steps of the run.
         curve: environment steps and the success of exploring episodes.
+        has_cohorts: the success is that of the episodes that began at these steps.
     """
 
     label: str
     start: float
     end: float
     curve: list[tuple[float, float]]
+    has_cohorts: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +148,7 @@ class Curve:
     reference_label: str
     reference_rate: float
     runs: list[Run]
+    legend_at: tuple[float, float]
     notes: list[str]
 
 
@@ -201,6 +211,20 @@ def exploring_curve(
     return points
 
 
+def cohort_curve(metrics: Sequence[Mapping[str, float]], *, iterations_per_horizon: int) -> list[tuple[float, float]]:
+    """Returns steps and success of a stage's cohorts, in the middle of the steps of the iteration where they began.
+
+    An iteration tells the success of the episodes that began `iterations_per_horizon` iterations before it, if all
+    have ended then and there are any.
+    """
+    ends = [0.0, *(line["global_step"] for line in metrics)]
+    return [
+        ((ends[began] + ends[began + 1]) / 2, line["env/success_once"])
+        for began, line in enumerate(metrics[iterations_per_horizon:])
+        if "env/success_once" in line
+    ]
+
+
 # --- the manifest ---
 
 
@@ -214,17 +238,21 @@ def read_curve(manifest: Path) -> Curve:
     if not manifest.is_file():
         raise FileNotFoundError(f"{manifest} is not there: give the manifest with --manifest")
     content = json.loads(manifest.read_text(encoding="utf-8"))
-    _check_names(content, "the manifest", {"title", "machine", "start", "reference", "runs", "notes"})
+    required = {"title", "machine", "start", "reference", "runs", "notes"}
+    _check_names(content, "the manifest", required, {"legend_at"})
     start, reference = content["start"], content["reference"]
     _check_names(start, "start", {"label"}, COUNTS)
     _check_names(reference, "reference", {"label", "success_rate", "source"})
     if not 1 <= len(content["runs"]) <= len(COLORS):
         raise ValueError(f"{len(content['runs'])} runs are given (1 to {len(COLORS)} have a colour)")
+    began = _read_evaluation(manifest.parent, start, steps=0.0, where="start")
+    across, rate = content.get("legend_at", (0.45, began.rate))
     return Curve(
         title=content["title"],
         machine=content["machine"],
         notes=content["notes"],
-        start=_read_evaluation(manifest.parent, start, steps=0.0, where="start"),
+        start=began,
+        legend_at=(across, rate),
         reference_label=reference["label"],
         reference_rate=reference["success_rate"],
         runs=[_read_run(manifest.parent, run) for run in content["runs"]],
@@ -241,7 +269,8 @@ def _read_run(folder: Path, content: Mapping[str, Any]) -> Run:
     clock = [(0.0, 0.0, 0.0)]
     ends: dict[str, list[float]] = {}  # by stage, the run's steps before its first iteration and after each
     for entry in content["stages"]:
-        _check_names(entry, f"a stage of {label}", {"name", "metrics"}, {"label", "tasks_drawn", "iterations"})
+        optional = {"label", "episodes", "tasks_drawn", "iterations"}
+        _check_names(entry, f"a stage of {label}", {"name", "metrics"}, optional)
         name, metrics = entry["name"], read_metrics(_existing(folder, entry["metrics"], f"stage {entry['name']}"))
         length = entry.get("iterations", len(metrics))
         if name in ends or not 1 <= length <= len(metrics):
@@ -257,13 +286,28 @@ def _read_run(folder: Path, content: Mapping[str, Any]) -> Run:
             steps = start + line["global_step"]
             clock.append((steps, minutes + line["time/total_s"] / 60, episodes + line.get("env/num_episodes", 0)))
         ends[name] = [steps for steps, _, _ in clock[-length - 1 :]]
-        curve = exploring_curve(
-            metrics,
-            iterations_per_horizon=content["iterations_per_horizon"],
-            tasks_drawn=entry.get("tasks_drawn", "evenly"),
-        )
+        horizon = content["iterations_per_horizon"]
+        shown = entry.get("episodes", "ended")
+        match shown:
+            case "ended":
+                drawn = entry.get("tasks_drawn", "evenly")
+                curve = exploring_curve(metrics, iterations_per_horizon=horizon, tasks_drawn=drawn)
+            case "cohorts" if "tasks_drawn" not in entry:
+                curve = cohort_curve(metrics, iterations_per_horizon=horizon)
+            case other:
+                raise ValueError(
+                    f'stage {name} of {label} has episodes={other!r}: give "ended", or "cohorts" without tasks_drawn'
+                )
         shifted = [(start + steps, rate) for steps, rate in curve]
-        stages.append(Stage(label=entry.get("label", ""), start=start, end=clock[-1][0], curve=shifted))
+        stages.append(
+            Stage(
+                label=entry.get("label", ""),
+                start=start,
+                end=clock[-1][0],
+                curve=shifted,
+                has_cohorts=shown == "cohorts",
+            )
+        )
     evaluations: list[Evaluation] = []
     for entry in content["evaluations"]:
         _check_names(entry, f"an evaluation of {label}", {"stage", "iteration"}, {"label", *COUNTS})
@@ -357,8 +401,9 @@ LEFT, RIGHT, TOP, BOTTOM, LABEL_TOP = 76, 852, 112, 452, 78
 BARS_LEFT, BARS_RIGHT, BARS_TOP, ROW_HEIGHT, NOTE_HEIGHT = 300, 740, 604, 25, 17
 LEGEND = (
     "Points and bars: evaluations, successes/episodes, with Wilson 95 % intervals.",
-    "Lines: episodes of training, which explore; each value is the mean over an episode's horizon.",
+    "Lines: episodes of training, which explore; each value is {of_what}.",
 )
+OF_ENDED, OF_COHORTS = "the mean over an episode's horizon", "that of the episodes that began there"
 
 
 def render(curve: Curve) -> str:
@@ -385,8 +430,10 @@ def draw(curve: Curve) -> Figure:
         figure.text(x / WIDTH, 1 - y / height, text, **style)
 
     write(curve.title, MARGIN, 38, size=19, weight="bold")
+    has_cohorts = all(stage.has_cohorts for run in curve.runs for stage in run.stages)
     for row, line in enumerate(LEGEND):
-        write(line, MARGIN, 62 + 18 * row, color=SOFT)
+        text = line.format(of_what=OF_COHORTS if has_cohorts else OF_ENDED)
+        write(text, MARGIN, 62 + 18 * row, color=SOFT)
     draw_curves(place(LEFT, RIGHT, TOP, BOTTOM), curve)
 
     shared = draw_tasks(place(BARS_LEFT, BARS_RIGHT, BARS_TOP, BARS_TOP + num_tasks * ROW_HEIGHT), curve)
@@ -526,7 +573,7 @@ def caption(evaluation: Evaluation) -> str:
 
 
 def draw_legend(axes: Axes, curve: Curve) -> None:
-    """Names the runs above the line of the start, the compared ones with their last evaluation."""
+    """Names the runs, the compared ones with their last evaluation."""
     handles: list[Line2D] = []
     for run, color in zip(curve.runs, COLORS, strict=False):
         name = run.label
@@ -536,7 +583,7 @@ def draw_legend(axes: Axes, curve: Curve) -> None:
         style: dict[str, Any] = dict(color=color, linewidth=2, marker="o", markersize=10, markeredgecolor=PAPER)
         handles.append(Line2D([], [], label=name, **style))
     place: dict[str, Any] = dict(
-        loc="lower left", bbox_to_anchor=(0.45, curve.start.rate), bbox_transform=axes.get_yaxis_transform()
+        loc="lower left", bbox_to_anchor=curve.legend_at, bbox_transform=axes.get_yaxis_transform()
     )
     axes.legend(handles=handles, **place, labelcolor="linecolor", frameon=False, fontsize=12.5)
 
@@ -589,7 +636,7 @@ def draw_tasks(axes: Axes, curve: Curve) -> str:
         handlelength=1.1,
         fontsize=12.5,
     )
-    return f"{prefix} … {suffix}".strip()
+    return f"{prefix} … {suffix}".strip() if prefix or suffix else ""
 
 
 def split_descriptions(descriptions: Sequence[str]) -> tuple[str, list[str], str]:

@@ -12,12 +12,27 @@ import pytest
 from matplotlib.transforms import Bbox
 
 from algorithms.common.episodes import wilson_interval
-from benchmarks.learning_curve import draw, exploring_curve, mean_success, read_curve, render, split_descriptions
+from benchmarks.learning_curve import (
+    cohort_curve,
+    draw,
+    exploring_curve,
+    mean_success,
+    read_curve,
+    render,
+    split_descriptions,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-MANIFEST = ROOT / "benchmarks" / "results" / "spatial_ppo" / "curve.json"
-PICTURE = ROOT / "docs" / "media" / "libero_spatial_ppo.svg"
+# Committed pictures, by suite, and what each one shows besides much else.
+PICTURES = {
+    "spatial": {"start-evaluations", "run-0-stage-2", "run-3-intervals", "task-9-after"},
+    "goal": {"start-evaluations", "run-0-stage-0", "run-1-intervals", "task-9-after"},
+}
 TASKS = ("pick up the bowl on the stove and stop", "pick up the bowl next to the plate and stop")
+
+
+def manifest_of(suite: str) -> Path:
+    return ROOT / "benchmarks" / "results" / f"{suite}_ppo" / "curve.json"
 
 
 def line(iteration: int, rates: tuple[float, float], episodes: int, **more: float) -> dict[str, float]:
@@ -103,6 +118,18 @@ def test_curve_is_over_a_horizon_and_without_the_beginning_in_which_nothing_can_
     assert points == [(0.5e5, 1.0), (1.5e5, pytest.approx(0.3)), (2.5e5, pytest.approx(0.7))]
 
 
+def test_cohorts_are_where_they_began(manifest: Callable[..., Path]):
+    metrics = [line(1, (1.0, 1.0), 5), line(2, (0.2, 0.4), 30), line(3, (0.6, 0.8), 10), line(4, (0.5, 0.7), 10)]
+    del metrics[2]["env/success_once"]  # none began in the first iteration
+    assert cohort_curve(metrics, iterations_per_horizon=2) == [(1.5e5, pytest.approx(0.6))]
+    run, _ = read_curve(manifest(runs__0__stages__0__episodes="cohorts")).runs
+    assert run.stages[0].curve == [(0.5e5, pytest.approx(0.7))]
+    with pytest.raises(ValueError, match=r"stage b .* give .ended., or .cohorts. without tasks_drawn"):
+        read_curve(manifest(runs__0__stages__1__episodes="cohorts"))
+    with pytest.raises(ValueError, match="has episodes='begun'"):
+        read_curve(manifest(runs__0__stages__0__episodes="begun"))
+
+
 def test_stages_go_on_where_the_one_before_ended(manifest: Callable[..., Path]):
     run, compared = read_curve(manifest()).runs
     assert [(stage.start, stage.end) for stage in run.stages] == [(0, 3e5), (3e5, 6e5)]
@@ -170,11 +197,13 @@ def test_picture_shows_the_numbers_where_its_axes_say(manifest: Callable[..., Pa
     }  # fmt: skip
 
 
-def test_labels_are_clear_of_each_other_and_of_points():
-    curves, _ = draw(read_curve(MANIFEST)).axes
+@pytest.mark.parametrize("suite", PICTURES)
+def test_labels_are_clear_of_each_other_and_of_points(suite: str):
+    curve = read_curve(manifest_of(suite))
+    curves, _ = draw(curve).axes
     rates = [t for t in curves.texts if re.fullmatch(r"\d+\.\d %", t.get_text())]
     counts = [t for t in curves.texts if re.fullmatch(r"[\d,]+/[\d,]+(, .*)?", t.get_text())]
-    assert len(rates) == len(counts) == 7
+    assert len(rates) == len(counts) == len(curve.runs[0].evaluations)
     boxes = [text.get_window_extent() for text in (*rates, *counts)]
     (points,) = [line for line in curves.lines if line.get_gid() == "run-0-evaluations"]
     boxes += [Bbox([place, place]).padded(5) for place in curves.transData.transform(points.get_xydata())]
@@ -224,14 +253,16 @@ def test_picture_is_the_same_bytes_every_time(manifest: Callable[..., Path]):
     assert "date" not in first.lower().replace("update", "")
 
 
-def test_committed_picture_is_what_its_manifest_draws():
+@pytest.mark.parametrize("suite", PICTURES)
+def test_committed_picture_is_what_its_manifest_draws(suite: str):
     """What it says and where its data lie; bytes are for one version of matplotlib."""
-    committed, drawn = PICTURE.read_text(encoding="utf-8"), render(read_curve(MANIFEST))
+    committed = (ROOT / "docs" / "media" / f"libero_{suite}_ppo.svg").read_text(encoding="utf-8")
+    drawn = render(read_curve(manifest_of(suite)))
     remedy = "draw it again with python -m benchmarks.learning_curve, see its --help"
     assert sorted(texts_of(committed)) == sorted(texts_of(drawn)), remedy
     data, expected = data_of(committed), data_of(drawn)
     assert data.keys() == expected.keys(), remedy
-    assert {"start-evaluations", "run-0-stage-2", "run-3-intervals", "task-9-after"} <= data.keys()
+    assert PICTURES[suite] <= data.keys()
     for name, numbers in expected.items():
         assert numbers, name
         np.testing.assert_allclose(data[name], numbers, atol=0.1, err_msg=f"{name}: {remedy}")
