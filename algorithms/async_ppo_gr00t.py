@@ -415,7 +415,7 @@ from algorithms.common.resume import (
     missing_evaluation,
     open_run,
 )
-from algorithms.common.roles import LearnerRole, RolloutRole, mean_seconds, merged_states
+from algorithms.common.roles import LearnerRole, RolloutRole, mean_seconds
 from algorithms.common.rollouts import (
     Cut,
     DecisionArrays,
@@ -430,6 +430,7 @@ from algorithms.common.run import RunFolder
 from algorithms.common.state_agent import StateFlowAgent
 from algorithms.common.step_sizes import StepSizes
 from algorithms.common.task_sampling import TaskSampler
+from algorithms.common.vector_envs import merged_states
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
 from gr00t_agent import Gr00tAgent
 from libero_gym import horizon

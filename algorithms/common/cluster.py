@@ -37,9 +37,9 @@ from algorithms.common.placement import Node, Place, Placement, check_shares, ch
 from algorithms.common.processes import check_alone, refuse_sharding
 from algorithms.common.randomness import EPISODES, seed_of
 from algorithms.common.resume import RestoredState, checkpoints_in
-from algorithms.common.roles import LOST, LearnerRole, Report, RolloutRole, merged_states, refuse_unmade, result
+from algorithms.common.roles import LOST, LearnerRole, Report, RolloutRole, refuse_unmade, result
 from algorithms.common.run import RunFolder
-from algorithms.common.vector_envs import EnvState
+from algorithms.common.vector_envs import EnvState, StackedStates, merged_states
 
 # Errors of a task on a node that is gone or does nothing.
 _SILENT = (*LOST, TaskUnschedulableError, GetTimeoutError)
@@ -295,7 +295,7 @@ class _Share:
         self.to_reset: dict[int, tuple[int, ...]] = {}  # env workers that have no episodes yet: what keys theirs
         self.orders: dict[int, _Order] = {}
         self.calls: dict[int, list[Any]] = {}
-        self.states: Mapping[int, EnvState] | None = None  # at the last boundary
+        self.states: StackedStates | None = None  # at the last boundary
         self.task_weights: NDArray[np.float64] | None = None  # of the first rollout
         self.boundary = 0
         self.losses = 0  # since then
@@ -384,7 +384,7 @@ class RolloutGroup:
         iterations: int,
         env_states: Mapping[int, EnvState] | None,
         task_weights: NDArray[np.float64] | None = None,
-    ) -> Mapping[int, EnvState] | None:
+    ) -> StackedStates | None:
         """Puts environments where they were after so many iterations, or begins episodes; drops what was asked for.
 
         Args:
@@ -408,7 +408,7 @@ class RolloutGroup:
                 missing = sorted(set(share.env_ids.tolist()) - env_states.keys())
                 if missing:
                     raise ValueError(f"no states of environments {missing} were saved; resume with the same num_envs")
-                share.states = {env_id: env_states[env_id] for env_id in share.env_ids.tolist()}
+                share.states = StackedStates.of({env_id: env_states[env_id] for env_id in share.env_ids.tolist()})
             self._open(share)
         for share in self._shares:
             while not self._has_opened(share):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from algorithms.common.cluster_process import Bell, ring_on_signals, take_place
 from algorithms.common.placement import Place
-from algorithms.common.vector_envs import EnvState, can_restore, put_back, sampled_tasks
+from algorithms.common.vector_envs import EnvState, StackedStates, can_restore, put_back, sampled_tasks
 
 Step = tuple[dict[str, Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
 
@@ -44,9 +44,11 @@ class EnvWorker:
         self._obs = step[0]
         return step, time.perf_counter() - start
 
-    def states(self) -> list[EnvState] | None:
-        """Returns each environment's state; None if they cannot be taken and put back."""
-        return cast(Any, self._envs.unwrapped).get_states() if can_restore(self._envs) else None
+    def states(self) -> StackedStates | None:
+        """Returns each environment's state, by its number here; None if they cannot be taken and put back."""
+        if not can_restore(self._envs):
+            return None
+        return StackedStates.of(dict(enumerate(cast(Any, self._envs.unwrapped).get_states())))
 
     def restore(self, states: Sequence[EnvState]) -> dict[str, Any]:
         """Puts back what `states` returned, and returns the observation."""

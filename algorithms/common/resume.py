@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -49,6 +48,7 @@ from algorithms.common.args import base_name
 from algorithms.common.cluster_process import exit_status
 from algorithms.common.processes import check_same_args, from_main, leave, over_processes, wait_for_main
 from algorithms.common.run import RunFolder, choose_folder, lock, write_args
+from algorithms.common.vector_envs import EnvState, StackedStates, merged_states
 from algorithms.common.watch import Watch
 from gr00t_agent.files import clean_up, json_ready, remove_folder, whole_folder, write_json
 
@@ -62,7 +62,7 @@ FREE_ARGS = {
 }  # fmt: skip
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
-EnvStates = Mapping[int, Mapping[str, NDArray[Any]]]
+EnvStates = Mapping[int, EnvState]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,12 +289,12 @@ class Checkpoints:
             env_states: states of this process's environments by their number among all; None if they have none.
             tensors: further named tensors, by the name of their file; not changed until `begin_update`.
         """
-        generators, parts = ([generator_states()] if self._generators else [], [env_states])
+        generators = [generator_states()] if self._generators else []
+        states = env_states
         if self._accelerator.num_processes > 1 and self._generators:
-            generators, parts = (cast(Any, gather_object(generators)), cast(Any, gather_object(parts)))
-        states: dict[int, Any] | None = None
-        if all(part is not None for part in parts):
-            states = {env_id: state for part in parts if part is not None for env_id, state in part.items()}
+            generators = cast(Any, gather_object(generators))
+            stacked = None if env_states is None else StackedStates.of(env_states)
+            states = merged_states(cast(Any, gather_object([stacked])))
         self._boundary = _Boundary(
             iteration=iteration,
             global_step=global_step,

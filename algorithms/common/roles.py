@@ -46,7 +46,7 @@ from algorithms.common.resume import Checkpoints, RestoredState, checked_every_s
 from algorithms.common.rollouts import Rollout, from_store, split_rollout, to_store
 from algorithms.common.run import RunFolder
 from algorithms.common.stages import EnvStep
-from algorithms.common.vector_envs import EnvState
+from algorithms.common.vector_envs import StackedStates, merged_states
 from algorithms.common.video import RolloutRecorder
 
 # Errors of a call whose actor, node or object is gone.
@@ -69,16 +69,6 @@ def refuse_unmade(error: Exception, what: str) -> None:
         raise RuntimeError(f"{what} could not be made: {error}") from None
 
 
-def merged_states(parts: Sequence[Mapping[int, EnvState] | None]) -> Mapping[int, EnvState] | None:
-    """Returns the states of all parts; None if one has none."""
-    states: dict[int, EnvState] = {}
-    for part in parts:
-        if part is None:
-            return None
-        states |= part
-    return states
-
-
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What a rollout worker tells the driver of a rollout.
@@ -97,7 +87,7 @@ class Report:
     ended: Sequence[tuple[Episode, int]] = ()
     env_steps: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
-    env_states: Mapping[int, EnvState] | None = None
+    env_states: StackedStates | None = None
 
 
 def mean_seconds(reports: Sequence[Report]) -> dict[str, float]:
@@ -184,12 +174,13 @@ class RemoteStage:
         self.obs = step.obs
         return step
 
-    def states(self) -> dict[int, EnvState] | None:
+    def states(self) -> StackedStates | None:
         """Returns the environments' states by their number among all; None if they cannot give any."""
         parts = self._results([worker.states.remote() for worker in self.workers])
-        if any(part is None for part in parts):
-            return None
-        return dict(zip(self.env_ids.tolist(), [state for part in parts for state in part], strict=True))
+        ids = np.split(self.env_ids, len(self.workers))
+        return merged_states(
+            [None if part is None else part.renumbered(own) for part, own in zip(parts, ids, strict=True)]
+        )
 
     def set_task_weights(self, weights: NDArray[np.float64]) -> None:
         """Says how often the episodes that start from now on are of which task."""

@@ -18,6 +18,7 @@ from algorithms.common.cluster import LearnerGroup, RolloutGroup
 from algorithms.common.placement import Node, Place, place_roles
 from algorithms.common.randomness import EPISODES, seed_of
 from algorithms.common.roles import LearnerRole, Report, RolloutRole
+from algorithms.common.vector_envs import StackedStates
 
 SEED = 7
 NODES = [Node(node_id="a", address="10.0.0.1", cpus=4)]
@@ -64,8 +65,8 @@ class FakeCluster:
         return [[(name, *inputs) for name, inputs in openings] for openings in calls]
 
 
-def states_of(moment: str) -> dict[int, Any]:
-    return {env_id: {"state": f"{moment} {env_id}"} for env_id in range(4)}
+def states_of(moment: str) -> StackedStates:
+    return StackedStates.of({env_id: {"state": np.array(f"{moment} {env_id}")} for env_id in range(4)})
 
 
 def seeds(*key: int, env_ids: range) -> list[int]:
