@@ -169,6 +169,7 @@ def measure(layout: Layout, shared: Sequence[str], folder: Path, timeout_s: floa
         finally:
             if started.poll() is None:
                 os.killpg(started.pid, signal.SIGKILL)  # what it has launched, too
+                started.wait()
     if code != 0:
         end = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{layout.name} ended with code {code}; the end of its output:\n{end}")
