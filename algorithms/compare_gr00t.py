@@ -84,6 +84,7 @@ from algorithms.common.video import (
 )
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.files import write_json
+from gr00t_agent.loading import saved_data_config
 from libero_gym.adapters import ModalityVectorObservation
 
 
@@ -119,6 +120,10 @@ def play(args: Args, checkpoint: str, video_dir: Path) -> tuple[EvalResult, floa
 def main(args: Args) -> dict[str, EvalResult]:
     """Plays, prints the rates, writes comparison.json and comparison.mp4, returns results by checkpoint."""
     check_args(args)
+    for checkpoint in args.checkpoints:
+        saved_data_config(
+            checkpoint
+        )  # whether all can be read, before the first one plays for minutes
     start = time.time() if args.since is None else args.since
     results: dict[str, EvalResult] = {}
     films: list[Iterable[Picture]] = []

@@ -17,6 +17,8 @@ NoiseForm = Literal["executed", "per_step", "repeated"]
 LoraPart = Literal["action_head", "language_model", "vision_model"]
 # A trainer's --model for a small policy on the robot's state, see `algorithms.common.state_agent`.
 STATE_MODEL = "state"
+# Environments that two cores simulate and draw beside a network, for advice.
+CPU_ENVS = 8
 # Where Accelerate reads the number of processes.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -235,8 +237,23 @@ def check_physics(args: Any, cpu_preset: str) -> None:
     if not torch.cuda.is_available():
         raise ValueError(
             f"physics='warp' simulates on a GPU, and PyTorch finds no CUDA device; take --preset {cpu_preset}, which "
-            "fits two cores, or give --physics cpu and sizes that a CPU can simulate, for example --num-envs 8"
+            f"fits two cores, or sizes that a CPU can simulate, for example {_cpu_sizes(args)}"
         )
+
+
+def _cpu_sizes(args: Any) -> str:
+    """Returns flags by which a trainer's other arguments are for a CPU."""
+    sizes = {"num_envs": CPU_ENVS}
+    if hasattr(args, "minibatch_size") and hasattr(args, "micro_batch_size"):  # pieces of a rollout
+        decisions = CPU_ENVS * args.num_steps
+        sizes["minibatch_size"] = _largest_divisor(decisions, args.minibatch_size)
+        sizes["micro_batch_size"] = _largest_divisor(sizes["minibatch_size"], args.micro_batch_size)
+    return " ".join(["--physics cpu", *(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())])
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """Returns the largest divisor of `number` that is at most `limit`; 1 if there is none."""
+    return max((n for n in range(1, min(number, limit) + 1) if number % n == 0), default=1)
 
 
 def check_entropy_bonus(args: Any) -> None:
@@ -263,11 +280,13 @@ def exact_quotient(args: Any, dividend: str, divisor: str) -> int:
     """Returns args.dividend / args.divisor; raises ValueError unless it is a positive whole number."""
     a, b = getattr(args, dividend), getattr(args, divisor)
     if a < 1 or b < 1 or a % b:
-        fitting = max((n for n in range(1, min(max(a, 1), max(b, 1)) + 1) if a % n == 0), default=1)
+        fitting = {divisor: _largest_divisor(a, b)}
+        if divisor == "minibatch_size" and fitting[divisor] % args.micro_batch_size:  # which comes next
+            fitting["micro_batch_size"] = _largest_divisor(fitting[divisor], args.micro_batch_size)
+        hint = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in fitting.items())
         made_of = " (num_envs x num_steps)" if dividend == "num_decisions" else ""
         raise ValueError(
-            f"{dividend}={a} must be a positive multiple of {divisor}={b}{made_of}; give for example "
-            f"--{divisor.replace('_', '-')} {fitting}"
+            f"{dividend}={a} must be a positive multiple of {divisor}={b}{made_of}; give for example {hint}"
         )
     return a // b
 

@@ -166,7 +166,8 @@ def curves(
             axes.set_ylim(0.0, 1.0)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         for (x, y), (color, style) in zip(lines.values(), LINE_STYLES, strict=False):
-            axes.plot(*thin(x, y), color=color, linestyle=style, linewidth=2, clip_on=False, gid="curve")
+            if x:  # what a run has not logged leaves its style unused
+                axes.plot(*thin(x, y), color=color, linestyle=style, linewidth=2, clip_on=False, gid="curve")
         return _inline(figure, label)
 
 

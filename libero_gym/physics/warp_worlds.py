@@ -29,6 +29,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ from libero_gym.rendering.raycast import DevicePoses, default_device, list_devic
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, load_recorded_states
 from libero_gym.tasks.scenes import JointTest, Scene
 from libero_gym.tasks.suites import TaskSpec
+
+logger = logging.getLogger(__name__)
 
 # What an overflow of MuJoCo Warp's buffers loses. Its other reports (iterations spent, a penetration depth given up)
 # cost accuracy for one substep, as they do in MuJoCo, and are no errors there either.
@@ -741,7 +744,7 @@ class WarpWorlds(Uncopied):
 
 
 def choose_device(device: str | None) -> str:
-    """Return Warp's name of a device; None is CUDA if it is there.
+    """Return Warp's name of a device; None is CUDA if it is there, and else the CPU, with a warning.
 
     Raises:
         ValueError: Warp has no such device.
@@ -749,6 +752,11 @@ def choose_device(device: str | None) -> str:
     chosen = default_device() if device is None else device
     if chosen not in list_devices():
         raise ValueError(f"Warp has no device {chosen!r} (valid: {list_devices()})")
+    if device is None and chosen == "cpu":
+        logger.warning(
+            "physics='warp' finds no CUDA device and simulates on the CPU, as tests do: it compiles for a minute or "
+            "more the first time, and is much slower than physics='cpu'"
+        )
     return chosen
 
 

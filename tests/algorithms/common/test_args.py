@@ -4,12 +4,13 @@ import ast
 import itertools
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
-from algorithms import collect_demos, grpo_gr00t, ppo_gr00t, sft_gr00t
+from algorithms import collect_demos, dsrl_gr00t, grpo_gr00t, ppo_gr00t, sft_gr00t
 from algorithms.common.args import RANGES, check_ranges
 
 FOLDER = Path(ppo_gr00t.__file__).parent
@@ -178,3 +179,23 @@ def test_what_is_due_after_an_iteration(trainer: Any):
     assert [i for i in iterations if args.saves(i) or args.evaluates(i)] == [10]
     args.eval_episodes_per_task = 0
     assert not args.evaluates(10)
+
+
+@pytest.mark.parametrize("trainer", [ppo_gr00t, grpo_gr00t, dsrl_gr00t])
+def test_what_is_advised_without_a_gpu_is_enough(trainer: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    presets = [preset for preset in trainer.PRESETS.values() if preset.physics == "warp"]
+    assert presets
+    for preset in presets:
+        with pytest.raises(ValueError, match=r"finds no CUDA device; .*for example --physics cpu") as raised:
+            trainer.check_args(preset)
+        advised = re.findall(r"--([a-z-]+) (\d+)", str(raised.value))
+        sizes = {name.replace("-", "_"): int(size) for name, size in advised}
+        trainer.check_args(replace(preset, physics="cpu", **sizes))
+
+
+def test_a_minibatch_is_advised_with_micro_batches_that_fit_it():
+    args = ppo_gr00t.Args(num_envs=8, num_steps=24, minibatch_size=4096, micro_batch_size=128)
+    with pytest.raises(ValueError, match=r"--minibatch-size 192 --micro-batch-size 96$"):
+        ppo_gr00t.check_args(args)
+    ppo_gr00t.check_args(replace(args, minibatch_size=192, micro_batch_size=96))

@@ -244,6 +244,14 @@ def test_several_runs_are_one_page(run: Path, tmp_path: Path):
     assert labels == ["env/success_once", "actor/loss", "charts/SPS"]  # constant, but not the same
     assert path.read_text().count('<g class="curve">') == 6
 
+    evaluation = tmp_path / "evaluation"
+    evaluation.mkdir()
+    result(8).save(evaluation / "result.json")  # it has no curve
+    (other / "metrics.jsonl").write_text('{"iteration": 1, "global_step": 5, "env/a": 2}\n')
+    path = report.main(report.Args(run=(run, other, evaluation)))
+    labels = [str(picture["aria-label"]) for picture in Page(path.read_text()).named("svg")]
+    assert labels == ["env/success_once", "actor/loss"]
+
     with pytest.raises(ValueError, match="names a folder twice"):
         report.main(report.Args(run=(run, run)))
     with pytest.raises(ValueError, match="is for several runs"):

@@ -14,7 +14,7 @@ from libero_gym.physics import warp_worlds
 from libero_gym.physics.controller import ControllerState, axis_angle_from_quat, control_substep, creation_kinematics
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.simulation import PhysicsError, Simulation, load_task_data
-from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds, axis_angles
+from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds, axis_angles, choose_device
 from libero_gym.rendering import raycast
 from libero_gym.rendering.raycast import WarpRenderer, list_devices
 from libero_gym.tasks.initial_states import EpisodeStart
@@ -523,3 +523,10 @@ def test_bad_calls_are_refused():
     env.close()
     with pytest.raises(ValueError, match="is closed"):
         env.observe()
+
+
+def test_a_cpu_in_place_of_a_gpu_is_told(caplog):
+    assert choose_device("cpu") == "cpu"
+    assert not caplog.records  # as asked for
+    assert choose_device(None) == "cpu"
+    assert "finds no CUDA device and simulates on the CPU" in caplog.text
