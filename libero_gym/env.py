@@ -204,7 +204,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
         Raises:
             ValueError: an argument is not among the allowed ones; the message lists them.
-            TypeError: there is no such argument, or an id is not an integer.
+            TypeError: there is no such argument, an id is not an integer, or what is True or False is neither.
             DependencyNotInstalled: `render_mode="human"` without pygame.
             RuntimeError: `render_mode="human"` without a display.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
@@ -456,6 +456,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
                 another suite, to a task that the environment was not made for, or to other versions. Nothing has been
                 touched.
+            TypeError: `state` is no dictionary.
         """
         self._owner.check()
         if self._is_closed:
