@@ -222,7 +222,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
-            camera_names=check_cameras(camera_names),
+            camera_names=check_cameras(camera_names, self._tasks),
             renderer=renderer,
             observe_images=observe_images,
             observe_depth=observe_depth,

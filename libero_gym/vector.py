@@ -281,7 +281,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
-            camera_names=check_cameras(camera_names),
+            camera_names=check_cameras(camera_names, self._tasks),
             renderer=renderer,
             observe_images=observe_images,
             observe_depth=observe_depth,

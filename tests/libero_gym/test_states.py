@@ -65,7 +65,9 @@ def assert_all_refused(state: State, set_state: Callable[[State], None], look: C
     """Give all kinds of spoiled states to `set_state`: an error each, and `look` sees no change."""
     before, count = look(), 0
     for no_state in (None, [state]):
-        with pytest.raises(TypeError, match="the state is a .*; expected the dictionary of arrays that get_state retu"):
+        with pytest.raises(
+            TypeError, match=r"the state is a .*; expected the dictionary of arrays that get_state retu"
+        ):
             set_state(no_state)  # pyright: ignore[reportArgumentType]
     for message, spoiled in spoil(state):
         with pytest.raises(ValueError, match=message):
