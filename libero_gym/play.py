@@ -34,6 +34,7 @@ from libero_gym.conventions import ACTION_DIM
 from libero_gym.env import LiberoEnv
 from libero_gym.experts import HUMAN_LIKE, make_expert
 from libero_gym.options import DEFAULT_RENDER_SIZE
+from libero_gym.tasks.suites import get_task
 from libero_gym.window import Window, check_usable
 
 Policy = Callable[[dict[str, Any]], npt.ArrayLike]
@@ -192,6 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> list[bool]:
         parser.error(f"--num-episodes {args.num_episodes} is not a positive number of episodes")
     if args.policy == "keyboard" and args.video is not None:
         parser.error("--policy keyboard needs a window; leave --video out")
+    try:
+        get_task(args.suite, args.task_id)
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
     closing = contextlib.ExitStack()
     try:
         if args.video is None:

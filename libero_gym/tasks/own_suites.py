@@ -29,6 +29,7 @@ NUM_STATES = 50
 
 _STATE_SUFFIXES = (".pruned_init.npz", ".pruned_init", ".npz")
 _FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +96,18 @@ def own_suites() -> dict[str, OwnSuite]:
         try:
             suite = _read_suite(*_parse_entry(entry))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{VARIABLE} holds {entry!r}: {error}") from error
+            raise FileNotFoundError(f"{VARIABLE} holds {entry!r}: {error}") from None
         except ValueError as error:
-            raise ValueError(f"{VARIABLE} holds {entry!r}: {error}") from error
+            raise ValueError(f"{VARIABLE} holds {entry!r}: {error}") from None
         if suites.setdefault(suite.name, suite) != suite:
             raise ValueError(f"{VARIABLE} has {suite.name!r} twice, with different folders; give another name")
     return suites
+
+
+def named_suites() -> list[str]:
+    """Return the names in `LIBERO_GYM_SUITES` that can be part of an id, whatever else is wrong with their entries."""
+    names = [entry.partition("=")[0] for entry in _entries()]
+    return [name for name in names if _NAME.fullmatch(name)]
 
 
 def _entries() -> list[str]:
@@ -117,7 +124,7 @@ def _parse_entry(entry: str) -> tuple[str, *tuple[Path, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _read_suite(name: str, folder: Path, states_folder: Path | None = None) -> OwnSuite:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+    if not _NAME.fullmatch(name):
         raise ValueError(f"name={name!r} cannot be part of an id (valid: letters, digits, '_', '-')")
     for place in (folder, states_folder):
         if place is not None and not place.is_dir():

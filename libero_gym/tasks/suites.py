@@ -73,11 +73,21 @@ def list_suites() -> list[str]:
 
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
+        ValueError, FileNotFoundError: as `registered_suites`.
+    """
+    return [*list_liberos_suites(), *registered_suites()]
+
+
+def list_liberos_suites() -> list[str]:
+    """Return what `list_suites` does, without suites of one's own.
+
+    Raises:
+        ModuleNotFoundError: no distribution provides `libero`.
     """
     installed = list(_installed_suites())
     bases = [suite for suite in HORIZONS if suite in installed]
     combined = [suite for suite, members in COMBINED_SUITES.items() if set(members) <= set(installed)]
-    return [*bases, *combined, *installed[len(bases) :], *registered_suites()]
+    return [*bases, *combined, *installed[len(bases) :]]
 
 
 def registered_suites() -> dict[str, OwnSuite]:
@@ -93,7 +103,7 @@ def registered_suites() -> dict[str, OwnSuite]:
         try:
             check_name_is_free(name)
         except ValueError as error:
-            raise ValueError(f"{VARIABLE}: {error}") from error
+            raise ValueError(f"{VARIABLE}: {error}") from None
     return own
 
 

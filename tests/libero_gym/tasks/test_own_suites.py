@@ -1,8 +1,10 @@
 """Suites of one's own: a folder of BDDL files becomes an id that everything takes."""
 
+import functools
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import gymnasium
@@ -17,7 +19,8 @@ from libero_gym.tasks.initial_states import load_recorded_states
 from libero_gym.tasks.suites import load_init_states
 from libero_gym.vector import LiberoVectorEnv
 
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "own_suite"
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "tests" / "data" / "own_suite"
 
 
 @pytest.fixture
@@ -150,9 +153,38 @@ def test_the_environments_entries_are_checked_alike(
     (tmp_path / "._a.bddl").write_bytes(b"\x00\x05\x16\x07\xff")  # as another system leaves beside a file
     folders = value.replace("FOLDER", str(FOLDER)).replace("BINARY", str(tmp_path))
     monkeypatch.setenv(own_suites.VARIABLE, folders)
-    for ask in (libero_gym.list_suites, libero_gym.register_envs, lambda: libero_gym.get_task("libero_spatial", 0)):
-        with pytest.raises(error, match=message):
+    libero_gym.register_envs()
+    asking = [libero_gym.list_suites, lambda: libero_gym.get_task("libero_spatial", 0)]
+    asking += [functools.partial(gymnasium.make, f"libero_gym/{suite}-v0") for suite in ("mine", "libero_spatial")]
+    for ask in asking:
+        with pytest.raises(error, match=message) as refusal:
             ask()
+        assert "direct cause" not in "".join(traceback.format_exception(refusal.value))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "algorithms/ppo_gr00t.py --preset demo",
+        "algorithms/grpo_gr00t.py --preset demo",
+        "algorithms/dsrl_gr00t.py --preset libero_spatial_nano",
+        "algorithms/async_ppo_gr00t.py --preset libero_spatial_nano",
+        "algorithms/sft_gr00t.py --preset nano --dataset a/b",
+        "algorithms/eval_gr00t.py --checkpoint nano",
+        "algorithms/compare_gr00t.py --checkpoints checkpoints/libero_spatial_fewshot checkpoints/libero_spatial_rl",
+        "algorithms/collect_demos.py --output no_such_folder",
+        "-m libero_gym.play --video no_such_folder",
+        "-m libero_gym export --suite libero_spatial --out no_such_folder/suite.tar.xz",
+    ],
+)
+def test_programs_tell_a_bad_entry_in_one_message(command: str):
+    environment = {**os.environ, own_suites.VARIABLE: "mine=/no/such", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert ended.stderr.endswith("error: LIBERO_GYM_SUITES holds 'mine=/no/such': /no/such is not a folder\n")
+    assert not (ROOT / "no_such_folder").exists()
 
 
 def test_any_sentence_is_in_the_observation_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
