@@ -34,8 +34,9 @@ from typing import Literal, get_args
 from algorithms.common.args import check_folder, check_ranges
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import Job, episode_keys, evaluation_jobs, stated_horizon
-from algorithms.common.policy_sources import check_address, policy_file
+from algorithms.common.policy_sources import check_address
 from gr00t_agent.config import PresetName
+from libero_gym.own_policies import policy_file
 from libero_gym.tasks.initial_states import InitStates, check_init_states
 
 

@@ -18,6 +18,7 @@ from libero_gym.fork import Owner, Uncopied
 from libero_gym.options import (
     CLOSED,
     DEFAULT_CAMERAS,
+    DEFAULT_IMAGE_SIZE,
     DEFAULT_RENDER_SIZE,
     METADATA,
     EnvOptions,
@@ -183,7 +184,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         *,
         task_id: int | None = None,
         task_ids: Sequence[int] | None = None,
-        image_size: int = 256,
+        image_size: int = DEFAULT_IMAGE_SIZE,
         camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",

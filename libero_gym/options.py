@@ -28,6 +28,7 @@ RewardKind = Literal["sparse", "relative"]
 Value = TypeVar("Value", float, npt.NDArray[np.float32])
 
 DEFAULT_CAMERAS = ("agentview", "robot0_eye_in_hand")
+DEFAULT_IMAGE_SIZE = 256
 DEFAULT_RENDER_SIZE = 512
 METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_FREQUENCY_HZ}
 CLOSED = "the environment is closed; make a new one"

@@ -24,6 +24,7 @@ from libero_gym.members import Member
 from libero_gym.options import (
     CLOSED,
     DEFAULT_CAMERAS,
+    DEFAULT_IMAGE_SIZE,
     DEFAULT_RENDER_SIZE,
     METADATA,
     EnvOptions,
@@ -218,7 +219,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         task_id: int | None = None,
         task_ids: Sequence[int] | None = None,
         num_action_chunks: int = 1,
-        image_size: int = 256,
+        image_size: int = DEFAULT_IMAGE_SIZE,
         camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",

@@ -128,8 +128,8 @@ def _chosen(presets: Mapping[str, ArgsT]) -> ArgsT | None:
         return None
     if name not in presets:
         nearest = difflib.get_close_matches(name, presets, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"preset={name!r} is unknown; {hint}(valid: {', '.join(presets)})")
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"preset={name!r} is unknown{hint} (valid: {', '.join(presets)})")
     return presets[name]
 
 

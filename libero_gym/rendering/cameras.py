@@ -200,9 +200,9 @@ def _check_scenes_have(names: set[str], tasks: Sequence[TaskSpec]) -> None:
         if absent:
             valid = sorted((*_COMMON_CAMERAS, *(known or ())))
             nearest = difflib.get_close_matches(absent[0], valid, n=1)
-            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(
-                f"camera {absent[0]!r} is not in the scene of {task.suite} task {task.task_id}; {hint}(valid: "
+                f"camera {absent[0]!r} is not in the scene of {task.suite} task {task.task_id}{hint} (valid: "
                 f"{', '.join(valid)}, or a libero_gym.Camera with pos and look_at)"
             )
 

@@ -151,7 +151,7 @@ def test_environments_refuse_a_camera_that_a_scene_has_not(make: type):
         ValueError, match=r"'agentveiw' is not in .* libero_spatial task 0; did you mean 'agentview'\? \("
     ):
         make("libero_spatial", camera_names=["agentveiw"])
-    with pytest.raises(ValueError, match="camera 'wrist' is not in the scene of libero_spatial task 3; "):
+    with pytest.raises(ValueError, match="camera 'wrist' is not in the scene of libero_spatial task 3 "):
         make("libero_spatial", task_id=3, camera_names=[Camera(name="wrist", fovy_deg=60)])
     with pytest.raises(ValueError, match="camera 'paperview' is not in the scene of libero_spatial task 0; "):
         make("libero_40", camera_names=["paperview"], task_ids=[30, 0])
