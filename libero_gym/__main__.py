@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from libero_gym.outputs import check_output_file
 from libero_gym.tasks.scenes import export_suites
 from libero_gym.tasks.suites import list_tasks
 
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     export.add_argument("--out", type=Path, required=True, help="the archive, such as libero_spatial.tar.xz")
     chosen = parser.parse_args(arguments)
     try:
+        check_output_file("out", chosen.out)
         for suite in chosen.suite:
             list_tasks(suite)
     except (ValueError, OSError, ImportError) as error:

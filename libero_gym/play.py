@@ -35,6 +35,7 @@ from libero_gym.conventions import ACTION_DIM
 from libero_gym.env import LiberoEnv
 from libero_gym.experts import HUMAN_LIKE, make_expert
 from libero_gym.options import DEFAULT_IMAGE_SIZE, DEFAULT_RENDER_SIZE
+from libero_gym.outputs import check_output_folder
 from libero_gym.own_policies import EvaluatedPolicy, is_for_evaluations, load_factory
 from libero_gym.tasks.suites import get_task
 from libero_gym.window import Window, check_usable
@@ -198,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> list[bool]:
     if args.policy == "keyboard" and args.video is not None:
         parser.error("--policy keyboard needs a window; leave --video out")
     try:
+        if args.video is not None:
+            check_output_folder("video", args.video)
         get_task(args.suite, args.task_id)
     except (ValueError, OSError, ImportError) as error:
         _tell(parser, error)
