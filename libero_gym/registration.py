@@ -10,14 +10,14 @@ from pathlib import Path
 
 from gymnasium.envs.registration import register, registry
 
-from libero_gym.tasks.own_suites import add_suite, named_suites
+from libero_gym.tasks.own_suites import add_suite, named_suites, read_suite
 from libero_gym.tasks.suites import (
     COMBINED_SUITES,
     HORIZONS,
     TaskSpec,
     check_name_is_free,
     list_liberos_suites,
-    list_tasks,
+    tasks_of,
 )
 
 
@@ -65,10 +65,13 @@ def register_suite(name: str, folder: str | Path, init_states: str | Path | None
         The tasks, as `libero_gym.list_tasks(name)` gives them.
 
     Raises:
-        ValueError: the name is that of another suite, or cannot be part of an id, or a file is no LIBERO task.
+        ValueError: the name is that of another suite, or cannot be part of an id, or a file is no LIBERO task: it names
+            a problem, an object, or a type of objects that there is not. Nothing has been registered.
         FileNotFoundError: a folder is missing, has no BDDL files, or has no states of a task.
     """
     check_name_is_free(name)
-    add_suite(name, Path(folder), None if init_states is None else Path(init_states))
+    suite = read_suite(name, Path(folder), None if init_states is None else Path(init_states))
+    tasks = tasks_of(suite)
+    add_suite(suite)
     register_envs()
-    return list_tasks(name)
+    return list(tasks)

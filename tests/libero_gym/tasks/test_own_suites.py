@@ -15,8 +15,10 @@ import libero_gym
 from libero_gym.env import LiberoEnv
 from libero_gym.experts import make_expert
 from libero_gym.tasks import own_suites
+from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.initial_states import load_recorded_states
-from libero_gym.tasks.suites import load_init_states
+from libero_gym.tasks.suites import libero_root, list_liberos_suites, list_tasks, load_init_states
+from libero_gym.tasks.vocabulary import check_vocabulary, object_types, problem_names
 from libero_gym.vector import LiberoVectorEnv
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -131,6 +133,71 @@ def test_what_cannot_be_registered_is_refused(mine: str, name: str, folder: Path
     with pytest.raises(error, match=message):
         libero_gym.register_suite(name, folder)
     assert libero_gym.list_suites()[-1] == mine
+
+
+@pytest.mark.parametrize(
+    ("word", "other", "message"),
+    [
+        (
+            "- akita_black_bowl",
+            "- akita_black_bowll",
+            "'akita_black_bowll' is no type .*did you mean 'akita_black_bowl'",
+        ),
+        (
+            "- akita_black_bowl",
+            "- zzz",
+            r"'zzz' is no type of LIBERO's objects \(valid: akita_black_bowl, alphabet_soup",
+        ),
+        ("- table", "- kitchen_table", r"'kitchen_table' is no type of fixtures of libero_tabletop_manipulation \("),
+        ("LIBERO_Tabletop", "LIBERO_Table", r"'libero_table_manipulation' is none of LIBERO's problems \(did you mean"),
+        (
+            "(On plate_1 ",
+            "(On plate_2 ",
+            r"'plate_2' is neither an object, a fixture nor a region of the file \(did you",
+        ),
+        ("(And (On cream_cheese_1", "(And (On cheese_1", r"'cheese_1' is neither .*did you mean 'cream_cheese_1'"),
+        (
+            "main_table_plate_region",
+            "main_table_plate",
+            r"'main_table_plate' is neither .*did you mean 'main_table_plat",
+        ),
+    ],
+)
+def test_words_that_there_are_not_are_refused_at_once(
+    word: str, other: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(own_suites.VARIABLE, "")
+    text = (FOLDER / "put_the_cream_cheese_on_the_bowl.bddl").read_text("utf-8")
+    assert word in text
+    (tmp_path / "typo.bddl").write_text(text.replace(word, other), "utf-8")
+    with pytest.raises(ValueError, match=rf"typo.bddl: {message}"):
+        libero_gym.register_suite("typo", tmp_path)
+    assert "typo" not in libero_gym.list_suites()
+    monkeypatch.setenv(own_suites.VARIABLE, f"typo={tmp_path}")
+    with pytest.raises(ValueError, match=rf"typo.bddl: {message}"):
+        libero_gym.get_task("typo", 0)
+
+
+def test_all_of_liberos_files_pass():
+    root = libero_root()
+    tasks = [task for suite in list_liberos_suites() for task in list_tasks(suite)]
+    assert len(tasks) > 800
+    for task in tasks:
+        check_vocabulary(read_problem(task.bddl_file), task.bddl_file, root)
+
+
+LIVE = """
+from libero_gym.tasks.scene_builder import import_libero
+envs = import_libero()
+print(",".join(envs.OBJECTS_DICT), ",".join(envs.bddl_base_domain.TASK_MAPPING))
+"""
+
+
+def test_the_words_are_those_that_libero_registers():
+    ended = subprocess.run([sys.executable, "-c", LIVE], capture_output=True, text=True, check=True)
+    types, problems = ended.stdout.splitlines()[-1].split()
+    assert object_types(libero_root()) == set(types.split(","))
+    assert problem_names(libero_root()) == set(problems.split(","))
 
 
 @pytest.mark.parametrize(
