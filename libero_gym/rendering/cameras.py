@@ -116,7 +116,7 @@ def list_cameras(task: TaskSpec) -> dict[str, Camera]:
     Raises:
         TypeError: `task` is none.
     """
-    if not isinstance(task, TaskSpec):
+    if not isinstance(cast("Any", task), TaskSpec):
         raise TypeError(
             f"list_cameras takes a task, such as libero_gym.get_task('libero_spatial', 0) (given: {task!r})"
         )
