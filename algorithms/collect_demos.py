@@ -23,6 +23,7 @@ from typing import Literal
 from algorithms.common.args import check_ranges
 from algorithms.common.command_line import launch, parse_args
 from libero_gym.experts import ExpertConfig
+from libero_gym.outputs import check_output_folder
 from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks
 
 
@@ -97,7 +98,8 @@ def tasks_of(args: Args) -> list[TaskSpec]:
 
 
 def check_args(args: Args) -> None:
-    """Raises ValueError or FileExistsError for arguments that would otherwise fail late."""
+    """Raises ValueError or OSError for arguments that would otherwise fail late."""
+    check_output_folder("output", args.output)
     if args.output.exists() and any(args.output.iterdir()):
         raise FileExistsError(f"{args.output} exists; give another output, or remove it first")
     check_ranges(args)

@@ -17,6 +17,7 @@ from typing import Literal
 from algorithms.common.args import check_folder, check_ranges
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import evaluation_jobs
+from libero_gym.outputs import check_output_folder
 
 
 @dataclass(kw_only=True)
@@ -46,8 +47,9 @@ class Args:
 
 
 def check_args(args: Args) -> None:
-    """Raises ValueError or FileNotFoundError for arguments that would otherwise fail late."""
+    """Raises ValueError or OSError for arguments that would otherwise fail late."""
     check_ranges(args)
+    check_output_folder("output_dir", args.output_dir)
     if len(args.checkpoints) < 2 or len(set(args.checkpoints)) < len(args.checkpoints):
         raise ValueError(f"checkpoints={args.checkpoints} must be two or more different ones")
     for checkpoint in args.checkpoints:

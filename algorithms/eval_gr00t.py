@@ -34,8 +34,10 @@ from typing import Literal, get_args
 from algorithms.common.args import check_folder, check_ranges
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import Job, episode_keys, evaluation_jobs, stated_horizon
-from algorithms.common.policy_sources import check_address, policy_file
+from algorithms.common.policy_sources import check_address
 from gr00t_agent.config import PresetName
+from libero_gym.outputs import check_output_folder
+from libero_gym.own_policies import policy_file
 from libero_gym.tasks.initial_states import InitStates, check_init_states
 
 
@@ -113,9 +115,10 @@ class Args:
 
 
 def check_args(args: Args) -> None:
-    """Raises ValueError or FileNotFoundError for arguments that would otherwise fail late."""
+    """Raises ValueError or OSError for arguments that would otherwise fail late."""
     check_ranges(args)
     check_source(args)
+    check_output_folder("output_dir", args.output_dir)
     if args.base_model is not None:
         check_folder("base_model", args.base_model, "give that of the policy that is steered")
     check_starts(args)

@@ -18,6 +18,7 @@ from libero_gym.fork import Owner, Uncopied
 from libero_gym.options import (
     CLOSED,
     DEFAULT_CAMERAS,
+    DEFAULT_IMAGE_SIZE,
     DEFAULT_RENDER_SIZE,
     METADATA,
     EnvOptions,
@@ -183,7 +184,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         *,
         task_id: int | None = None,
         task_ids: Sequence[int] | None = None,
-        image_size: int = 256,
+        image_size: int = DEFAULT_IMAGE_SIZE,
         camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
@@ -204,7 +205,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
         Raises:
             ValueError: an argument is not among the allowed ones; the message lists them.
-            TypeError: there is no such argument, or an id is not an integer.
+            TypeError: there is no such argument, an id is not an integer, or what is True or False is neither.
             DependencyNotInstalled: `render_mode="human"` without pygame.
             RuntimeError: `render_mode="human"` without a display.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
@@ -222,7 +223,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
-            camera_names=check_cameras(camera_names),
+            camera_names=check_cameras(camera_names, self._tasks),
             renderer=renderer,
             observe_images=observe_images,
             observe_depth=observe_depth,
@@ -456,6 +457,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
                 another suite, to a task that the environment was not made for, or to other versions. Nothing has been
                 touched.
+            TypeError: `state` is no dictionary.
         """
         self._owner.check()
         if self._is_closed:

@@ -28,9 +28,21 @@ RewardKind = Literal["sparse", "relative"]
 Value = TypeVar("Value", float, npt.NDArray[np.float32])
 
 DEFAULT_CAMERAS = ("agentview", "robot0_eye_in_hand")
+DEFAULT_IMAGE_SIZE = 256
 DEFAULT_RENDER_SIZE = 512
 METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_FREQUENCY_HZ}
 CLOSED = "the environment is closed; make a new one"
+VECTOR_ARGUMENTS = (
+    "num_envs",
+    "num_action_chunks",
+    "images_as_torch",
+    "max_episode_steps",
+    "autoreset_mode",
+    "num_threads",
+    "physics",
+    "warp_options",
+)
+"""What `LiberoVectorEnv` takes and `LiberoEnv` does not."""
 
 # States lie within: eef position (m), axis-angle (rad, |v| <= 2 pi by its definition from w in -1..1), fingers (m).
 _STATE_LIMIT = np.array([10.0] * 3 + [2 * np.pi] * 3 + [1.0] * 2, dtype=np.float32)
@@ -93,7 +105,10 @@ class EnvOptions:
 
         Raises:
             ValueError: one is not among the allowed ones; the message lists them.
+            TypeError: one that is True or False is neither.
         """
+        for name in ("observe_images", "observe_depth", "observe_segmentation", "observe_text"):
+            check_boolean(name, getattr(self, name))
         _check_size("image_size", self.image_size)
         _check_size("render_size", self.render_size)
         if self.reward not in get_args(RewardKind):
@@ -177,10 +192,14 @@ def check_keywords(constructor: Any, keywords: Mapping[str, Any]) -> None:
     valid = [name for name in parameters if name != "self"]
     unknown = [name for name in keywords if name not in valid]
     if unknown:
-        nearest = difflib.get_close_matches(unknown[0], valid, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         # In Python's words, which Gymnasium and TorchRL look for.
-        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}; {hint}(valid: {', '.join(valid)})")
+        problem = f"got an unexpected keyword argument {unknown[0]!r}"
+        nearest = difflib.get_close_matches(unknown[0], valid, n=1)
+        if unknown[0] in VECTOR_ARGUMENTS:
+            problem += ", which vector environments have: make one by gymnasium.make_vec"
+        elif nearest:
+            problem += f"; did you mean {nearest[0]!r}?"
+        raise TypeError(f"{problem} (valid: {', '.join(valid)})")
 
 
 def choose_tasks(suite: str | TaskSpec, task_id: int | None, task_ids: Sequence[int] | None) -> list[TaskSpec]:
@@ -211,6 +230,12 @@ def choose_tasks(suite: str | TaskSpec, task_id: int | None, task_ids: Sequence[
     if not len(task_ids):
         raise ValueError("task_ids is empty; name at least one task, or None for all of the suite")
     return [get_task(suite, number) for number in task_ids]
+
+
+def check_boolean(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False, of Python or NumPy."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}={value!r} is not a boolean (valid: True, False)")
 
 
 def check_render_mode(render_mode: str | None, valid: Sequence[str]) -> None:

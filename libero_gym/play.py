@@ -1,12 +1,14 @@
 """Watch a task, or steer it: `python -m libero_gym.play --suite libero_spatial --task-id 3`.
 
-    python -m libero_gym.play --task-id 3                              # by its scripted expert, in a window
-    python -m libero_gym.play --task-id 3 --policy keyboard            # by you
-    python -m libero_gym.play --task-id 3 --policy my_module:make      # by a policy of your own
-    python -m libero_gym.play --task-id 3 --video runs/films           # without a display: mp4, 20 frames a second
+    python -m libero_gym.play --task-id 3                                  # by its scripted expert, in a window
+    python -m libero_gym.play --task-id 3 --policy keyboard                # by you
+    python -m libero_gym.play --task-id 3 --policy path/to/file.py:make    # by a policy of your own
+    python -m libero_gym.play --task-id 3 --video runs/films               # without a display: mp4, 20 frames a second
 
-`MODULE:FUNCTION` is imported from the current folder or what is installed. The function takes no arguments and returns
-the policy: a function of the environment's observation (see `libero_gym.LiberoEnv`) that returns actions [7] or [C, 7].
+`path/to/file.py:make` names a function in a file, `package.module:make` one of a module in the current folder or what
+is installed. The function takes no arguments and returns the policy: a function of the environment's observation (see
+`libero_gym.LiberoEnv`) that returns actions [7] or [C, 7], or a policy as `algorithms/eval_gr00t.py` evaluates it
+(`gr00t_agent.Policy`), whose noise is drawn from the episode's seed.
 
 Keys: arrows move the hand over the table as the picture shows it, W and S up and down; J and L turn it, I and K tilt
 it forth and back, U and O sideways; space closes the gripper while it is held; backspace starts anew, escape ends. A
@@ -17,12 +19,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
+import difflib
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import gymnasium
 import numpy as np
@@ -33,10 +34,15 @@ from gymnasium.wrappers import RecordVideo
 from libero_gym.conventions import ACTION_DIM
 from libero_gym.env import LiberoEnv
 from libero_gym.experts import HUMAN_LIKE, make_expert
-from libero_gym.options import DEFAULT_RENDER_SIZE
+from libero_gym.options import DEFAULT_IMAGE_SIZE, DEFAULT_RENDER_SIZE
+from libero_gym.outputs import check_output_folder
+from libero_gym.own_policies import EvaluatedPolicy, is_for_evaluations, load_factory
+from libero_gym.tasks.suites import get_task
 from libero_gym.window import Window, check_usable
 
 Policy = Callable[[dict[str, Any]], npt.ArrayLike]
+
+_POLICIES = ("expert", "keyboard", "random")
 
 # Key -> (index of the action, its value). The agent view looks at the robot: x comes towards it, y goes to its right.
 _KEYS = {
@@ -68,43 +74,34 @@ def keyboard_action(keys: Collection[str]) -> npt.NDArray[np.float32]:
 
 
 def load_policy(name: str) -> Policy:
-    """Return the policy of `MODULE:FUNCTION`.
+    """Return the policy of `package.module:make` or `path/to/file.py:make`.
 
     Raises:
-        ValueError: there is no such module or function, or what it returns cannot be called.
+        ValueError: there is no such module or function, or what it returns is no policy.
+        FileNotFoundError: there is no such file.
+        DependencyNotInstalled: it is one for evaluations, and there is no PyTorch.
     """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f"policy={name!r} is unknown (valid: 'expert', 'keyboard', 'random', or 'MODULE:FUNCTION')")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        if not _is_there(module_name):
-            raise ValueError(f"policy={name!r}: there is no module {module_name!r} here or installed")
-        module = importlib.import_module(module_name)
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"policy={name!r}: {module.__file__} has no function {function_name!r}")
-    policy = function()
+    if ":" not in name:
+        nearest = difflib.get_close_matches(name, _POLICIES, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        valid = ", ".join(map(repr, _POLICIES))
+        raise ValueError(
+            f"policy={name!r} is unknown{hint} (valid: {valid}, package.module:make, path/to/file.py:make)"
+        )
+    policy = load_factory(name)()
+    if is_for_evaluations(policy):
+        return EvaluatedPolicy(name, policy)
     if not callable(policy):
-        raise ValueError(f"policy={name!r} returned {policy!r}; expected a function of the observation")
+        raise ValueError(
+            f"policy={name!r} returned {policy!r}; expected a function of the observation that returns actions "
+            f"[{ACTION_DIM}] or [C, {ACTION_DIM}], or a policy for evaluations (gr00t_agent.Policy)"
+        )
     return cast("Policy", policy)
-
-
-def _is_there(module_name: str) -> bool:
-    """Return whether a module can be found; what its packages raise when they are imported is raised."""
-    try:
-        return importlib.util.find_spec(module_name) is not None
-    except ModuleNotFoundError as error:  # no such package, or no package
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        return False
 
 
 def play(
     env: gymnasium.Env[Any, Any],
-    policy: str,
+    policy: str | Policy,
     *,
     num_episodes: int,
     seed: int,
@@ -115,17 +112,16 @@ def play(
 
     Args:
         env: a `LiberoEnv`, wrapped or not.
-        policy: "expert", "keyboard", "random" or "MODULE:FUNCTION".
+        policy: "expert", "keyboard", "random", or what `load_policy` returned.
         num_episodes: how many.
         seed: of the first episode; each further one has the next.
         init_state_id: initial state of all; None samples one for each.
         window: shows each step; None where a film is made.
 
     Raises:
-        ValueError: there is no such policy.
+        ValueError: the policy's actions are of another shape.
     """
     world: LiberoEnv = env.unwrapped  # pyright: ignore[reportAssignmentType]
-    own = None if policy in ("expert", "keyboard", "random") else load_policy(policy)
     successes: list[bool] = []
     while len(successes) < num_episodes:
         episode = len(successes)
@@ -134,6 +130,8 @@ def play(
         print(f"{world.task.suite} task {world.task.task_id}, state {info['init_state_id']}: {world.task.language}")
         expert = make_expert(world.task, HUMAN_LIKE)
         expert.reset(world.simulation, np.random.default_rng(seed + episode))
+        if isinstance(policy, EvaluatedPolicy):
+            policy.begin_episode(seed + episode)
         is_over, actions = False, np.zeros((0, ACTION_DIM), np.float32)
         while not is_over:
             keys: list[str] = []
@@ -147,8 +145,8 @@ def play(
             if "backspace" in keys:
                 break
             if not len(actions):
-                if own is not None:
-                    chosen = own(observation)
+                if not isinstance(policy, str):
+                    chosen = policy(observation)
                 elif policy == "expert":
                     chosen = expert.act(world.simulation)
                 else:
@@ -172,6 +170,13 @@ def _as_chunk(chosen: npt.ArrayLike) -> npt.NDArray[np.float32]:
     return actions.reshape(-1, ACTION_DIM)
 
 
+def _tell(parser: argparse.ArgumentParser, error: Exception) -> NoReturn:
+    """End the program with a message, or, by `python -X dev`, with the traceback."""
+    if sys.flags.dev_mode:
+        raise error
+    parser.error(str(error))
+
+
 def main(arguments: Sequence[str] | None = None) -> list[bool]:
     """Run what the command line asks for; return which episodes succeeded."""
     parser = argparse.ArgumentParser(
@@ -180,18 +185,29 @@ def main(arguments: Sequence[str] | None = None) -> list[bool]:
     parser.add_argument("--suite", default="libero_spatial", help="suite, see libero_gym.list_suites()")
     parser.add_argument("--task-id", type=int, default=0, help="task of the suite")
     parser.add_argument("--init-state-id", type=int, help="initial state; sampled if left out")
-    parser.add_argument("--policy", default="expert", help="expert, keyboard, random, or MODULE:FUNCTION")
+    parser.add_argument(
+        "--policy", default="expert", help="expert, keyboard, random, or FILE.py:FUNCTION or MODULE:FUNCTION"
+    )
     parser.add_argument("--num-episodes", type=int, default=1, help="how many episodes")
     parser.add_argument("--seed", type=int, default=0, help="of the first episode")
     parser.add_argument("--horizon", type=int, help="steps until an episode is cut; the suite's if left out")
     parser.add_argument("--render-size", type=int, default=DEFAULT_RENDER_SIZE, help="height and width, pixels")
     parser.add_argument("--video", type=Path, metavar="FOLDER", help="write films there instead of opening a window")
     args = parser.parse_args(arguments)
-    is_own = args.policy not in ("expert", "keyboard", "random")
     if args.num_episodes < 1:
         parser.error(f"--num-episodes {args.num_episodes} is not a positive number of episodes")
     if args.policy == "keyboard" and args.video is not None:
         parser.error("--policy keyboard needs a window; leave --video out")
+    try:
+        if args.video is not None:
+            check_output_folder("video", args.video)
+        get_task(args.suite, args.task_id)
+    except (ValueError, OSError, ImportError) as error:
+        _tell(parser, error)
+    try:
+        policy = args.policy if args.policy in _POLICIES else load_policy(args.policy)
+    except (ValueError, OSError, DependencyNotInstalled) as error:
+        _tell(parser, error)
     closing = contextlib.ExitStack()
     try:
         if args.video is None:
@@ -200,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> list[bool]:
             f"libero_gym/{args.suite}-v0",
             task_id=args.task_id,
             horizon=args.horizon,
-            observe_images=is_own,
+            observe_images=not isinstance(policy, str),
+            image_size=getattr(policy, "image_size", DEFAULT_IMAGE_SIZE),
             render_mode="rgb_array",
             render_size=args.render_size,
         )
@@ -213,15 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> list[bool]:
             env = RecordVideo(env, str(args.video), episode_trigger=lambda episode: True, name_prefix=name)
         closing.callback(env.close)  # writes the last film
         successes = play(
-            env,
-            args.policy,
-            num_episodes=args.num_episodes,
-            seed=args.seed,
-            init_state_id=args.init_state_id,
-            window=window,
+            env, policy, num_episodes=args.num_episodes, seed=args.seed, init_state_id=args.init_state_id, window=window
         )
     except (ValueError, DependencyNotInstalled, RuntimeError, gymnasium.error.Error) as error:
-        parser.error(str(error))
+        _tell(parser, error)
     finally:
         closing.close()
     if args.video is not None:

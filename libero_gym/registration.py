@@ -10,22 +10,29 @@ from pathlib import Path
 
 from gymnasium.envs.registration import register, registry
 
-from libero_gym.tasks.own_suites import add_suite
-from libero_gym.tasks.suites import COMBINED_SUITES, HORIZONS, TaskSpec, check_name_is_free, list_suites, list_tasks
+from libero_gym.tasks.own_suites import add_suite, named_suites, read_suite
+from libero_gym.tasks.suites import (
+    COMBINED_SUITES,
+    HORIZONS,
+    TaskSpec,
+    check_name_is_free,
+    list_liberos_suites,
+    tasks_of,
+)
 
 
 def register_envs() -> None:
     """Register the ids; a second call changes nothing.
 
-    Where no distribution provides `libero`, or one has written over another, base and combined suites are registered
-    all the same: making one of them then raises the error that says what to install, instead of Gymnasium's "namespace
-    not found".
+    Where no distribution provides `libero`, one has written over another, or the scene archive is none, base and
+    combined suites are registered all the same: making one of them then raises the error that says what to do, instead
+    of Gymnasium's "namespace not found". Nor is it looked whether the suites that `LIBERO_GYM_SUITES` names are there.
     """
     try:
-        suites = list_suites()
-    except ImportError:
+        suites = list_liberos_suites()
+    except (ImportError, OSError, ValueError):
         suites = [*HORIZONS, *COMBINED_SUITES]
-    for suite in suites:
+    for suite in [*suites, *named_suites()]:
         env_id = f"libero_gym/{suite}-v0"
         if env_id not in registry:
             register(
@@ -58,10 +65,13 @@ def register_suite(name: str, folder: str | Path, init_states: str | Path | None
         The tasks, as `libero_gym.list_tasks(name)` gives them.
 
     Raises:
-        ValueError: the name is that of another suite, or cannot be part of an id, or a file is no LIBERO task.
+        ValueError: the name is that of another suite, or cannot be part of an id, or a file is no LIBERO task: it names
+            a problem, an object, or a type of objects that there is not. Nothing has been registered.
         FileNotFoundError: a folder is missing, has no BDDL files, or has no states of a task.
     """
     check_name_is_free(name)
-    add_suite(name, Path(folder), None if init_states is None else Path(init_states))
+    suite = read_suite(name, Path(folder), None if init_states is None else Path(init_states))
+    tasks = tasks_of(suite)
+    add_suite(suite)
     register_envs()
-    return list_tasks(name)
+    return list(tasks)

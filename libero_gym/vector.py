@@ -24,10 +24,12 @@ from libero_gym.members import Member
 from libero_gym.options import (
     CLOSED,
     DEFAULT_CAMERAS,
+    DEFAULT_IMAGE_SIZE,
     DEFAULT_RENDER_SIZE,
     METADATA,
     EnvOptions,
     RewardKind,
+    check_boolean,
     check_horizon,
     check_keywords,
     check_render_mode,
@@ -43,7 +45,7 @@ from libero_gym.physics import inspection
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
-from libero_gym.physics.states import EPISODE, read_episode, read_task, write_generator
+from libero_gym.physics.states import EPISODE, check_is_mapping, read_episode, read_task, write_generator
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
 from libero_gym.rendering.cameras import Camera, check_cameras
 from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
@@ -217,7 +219,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         task_id: int | None = None,
         task_ids: Sequence[int] | None = None,
         num_action_chunks: int = 1,
-        image_size: int = 256,
+        image_size: int = DEFAULT_IMAGE_SIZE,
         camera_names: Sequence[str | Camera] = DEFAULT_CAMERAS,
         renderer: RendererKind | None = None,
         texture_colorspace: TextureColorspace = "linear",
@@ -244,7 +246,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         Raises:
             ValueError: an argument is not among the allowed ones; the message lists them.
-            TypeError: there is no such argument, or an id is not an integer.
+            TypeError: there is no such argument, an id is not an integer, or what is True or False is neither.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
             RendererUnavailableError: the renderer cannot be used on this machine.
             ModuleNotFoundError: LIBERO is not installed.
@@ -255,18 +257,21 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             raise ValueError(f"{warp_options} is for physics='warp'; leave warp_options out with physics='cpu'")
         if physics == "warp" and stepping != "exact":
             raise ValueError(f"stepping={stepping!r} chooses among CPU steppers; leave it out with physics='warp'")
-        has_views = observe_images or observe_depth or observe_segmentation
+        check_boolean("images_as_torch", images_as_torch)
         if physics == "warp" and (action_mode != "delta_pose" or control_freq != CONTROL_FREQUENCY_HZ):
             raise ValueError(
                 f"physics='warp' has action_mode='delta_pose' and control_freq={CONTROL_FREQUENCY_HZ} only (given: "
                 f"{action_mode!r}, {control_freq!r}); take physics='cpu' for others"
             )
-        if images_as_torch and not has_views:
-            raise ValueError("images_as_torch=True needs observe_images=True, or depth or segmentation")
         self.num_envs = _positive("num_envs", num_envs)
         self._num_chunks = _positive("num_action_chunks", num_action_chunks)
         self._tasks = choose_tasks(suite, task_id, task_ids)
         suite = suite.suite if isinstance(suite, TaskSpec) else suite
+        if render_mode == "human":
+            raise ValueError(
+                "render_mode='human' shows one environment in a window, and these are many; take gymnasium.make, or "
+                "watch a task by python -m libero_gym.play (valid: None, 'rgb_array')"
+            )
         check_render_mode(render_mode, METADATA["render_modes"])
         if images_as_torch or physics == "warp":
             asking = "images_as_torch=True" if images_as_torch else "physics='warp'"
@@ -277,7 +282,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self.options = EnvOptions(
             suite=suite,
             image_size=image_size,
-            camera_names=check_cameras(camera_names),
+            camera_names=check_cameras(camera_names, self._tasks),
             renderer=renderer,
             observe_images=observe_images,
             observe_depth=observe_depth,
@@ -293,6 +298,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             render_size=render_size,
             texture_colorspace=texture_colorspace,
         )
+        if images_as_torch and not self.options.view_kinds:
+            raise ValueError("images_as_torch=True needs observe_images=True, or depth or segmentation")
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         fps = max(1, round(control_freq / self._num_chunks))  # a call of `step` shows one frame
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_fps": fps}
@@ -581,8 +588,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             ValueError: `env_id` is no integer or out of range, or an entry of the state is missing, surplus, of
                 another type or shape, or not finite, or the state belongs to another suite or other versions; with
                 `physics="warp"` also where it belongs to a task that these were not made for. Nothing has been touched.
+            TypeError: `state` is no dictionary.
         """
         self._check_env_id(env_id)
+        check_is_mapping(state)
         missing = sorted(set(EPISODE) - set(state))
         if missing:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from gr00t_agent.config import PresetName
 from gr00t_agent.files import is_hub_name
+from libero_gym.outputs import check_output_folder
 
 # How a steered policy's noise is made of what the actor chooses, see `algorithms.common.steering.NoiseSpace`.
 NoiseForm = Literal["executed", "per_step", "repeated"]
@@ -331,11 +332,16 @@ def base_name(args: Any) -> str:
 
 
 def check_folders(args: Any, *other_models: str) -> None:
-    """Raises FileNotFoundError if the model, or the run to go on with, is not there, ValueError for a bad run_name.
+    """Checks where a run comes from and goes to.
 
     Args:
         args: a trainer's.
         other_models: names that its `model` may have besides presets', folders' and hub ids.
+
+    Raises:
+        FileNotFoundError: the model, or the run to go on with, is not there.
+        OSError: `output_dir` cannot be made or written to.
+        ValueError: `run_name` is none of a folder.
     """
     base_name(args)
     model, resume = getattr(args, "model", None), getattr(args, "resume", None)
@@ -347,6 +353,8 @@ def check_folders(args: Any, *other_models: str) -> None:
             f"{resume} holds no checkpoint to go on from; give the folder of a run that has saved one, or start a new "
             "run with --model"
         )
+    if resume is None or str(resume) == "auto":
+        check_output_folder("output_dir", args.output_dir)
 
 
 def check_folder(name: str, value: str, hint: str) -> None:

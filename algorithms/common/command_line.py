@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import gc
 import inspect
 import itertools
@@ -119,10 +120,17 @@ def _groups(args_class: type[Any], presets: Mapping[str, Any]) -> type[Any]:
 
 
 def _chosen(presets: Mapping[str, ArgsT]) -> ArgsT | None:
-    """Returns the preset that the command line names; whether it names one that there is, tyro tells."""
+    """Returns the preset that the command line names, or None; raises ValueError where there is none of this name."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
-    return presets.get(parser.parse_known_args()[0].preset)
+    name = parser.parse_known_args()[0].preset
+    if not presets or name is None:
+        return None
+    if name not in presets:
+        nearest = difflib.get_close_matches(name, presets, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"preset={name!r} is unknown{hint} (valid: {', '.join(presets)})")
+    return presets[name]
 
 
 def _documented_fields(args_class: type[Any]) -> dict[str, tuple[str, str]]:

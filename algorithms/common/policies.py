@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from algorithms.common.evaluation import EpisodicPolicy
-from algorithms.common.policy_sources import load_factory
 from libero_gym.conventions import ACTION_DIM
+from libero_gym.own_policies import check_for_evaluations, load_factory
 
 
 class ChunkSource(Protocol):
@@ -64,7 +64,7 @@ class OwnPolicy:
     """A policy that `--policy` names, see `gr00t_agent.Policy`.
 
     Args:
-        name: where it is, see `algorithms.common.policy_sources`.
+        name: where it is, see `libero_gym.own_policies`.
         num_action_chunks: C; None takes the policy's own.
 
     Attributes:
@@ -78,18 +78,7 @@ class OwnPolicy:
     def __init__(self, name: str, num_action_chunks: int | None) -> None:
         policy = load_factory(name)()
         self._policy, self._name = policy, name
-        for attribute in ("image_size", "num_action_chunks"):
-            value = getattr(policy, attribute, None)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"policy={name!r} made a {type(policy).__name__}, whose {attribute} is {value!r}; give it a "
-                    "positive whole number, see gr00t_agent.Policy"
-                )
-        if not callable(getattr(policy, "predict", None)):
-            raise ValueError(
-                f"policy={name!r} made a {type(policy).__name__}, which has no method predict(obs, *, generator); see "
-                "gr00t_agent.Policy"
-            )
+        check_for_evaluations(name, policy)
         self.image_size = cast(int, policy.image_size)
         self.num_action_chunks = num_action_chunks or cast(int, policy.num_action_chunks)
         self._reset = getattr(policy, "reset", None)

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from algorithms.common.charts import LINE_NAMES, compact, curve, curves, heatmap
 from gr00t_agent.files import write_text
+from libero_gym.outputs import check_output_file
 
 TEMPLATE_NAME = "report.html.jinja"
 MAX_VIDEO_MB = 30.0
@@ -495,13 +496,20 @@ def write_report(run_path: Path, *, max_video_mb: float = MAX_VIDEO_MB) -> Path:
 
 
 def check_args(args: Args) -> None:
-    """Raises ValueError for more runs than a picture can tell apart, or a place for a page that has its own."""
+    """Checks what is shown, and where.
+
+    Raises:
+        ValueError: more runs than a picture can tell apart, one twice, or a place for a page that has its own.
+        OSError: `output` cannot be written.
+    """
     if not 1 <= len(args.run) <= len(LINE_NAMES):
         raise ValueError(f"run names {len(args.run)} folders (valid: 1-{len(LINE_NAMES)})")
     if len({path.resolve() for path in args.run}) < len(args.run):
         raise ValueError(f"run={[str(path) for path in args.run]} names a folder twice")
     if args.output is not None and len(args.run) == 1:
         raise ValueError(f"output={args.output} is for several runs; the report of one is in its folder")
+    if args.output is not None:
+        check_output_file("output", args.output)
 
 
 def main(args: Args) -> Path:

@@ -40,8 +40,22 @@ EPISODE: dict[str, Entry] = {
 """What the state of an environment, single or one of many, holds besides that of its world."""
 
 
+def check_is_mapping(state: Any) -> None:
+    """Raise TypeError unless `state` maps names to values."""
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"the state is a {type(state).__name__}; expected the dictionary of arrays that get_state returned"
+        )
+
+
 def check_keys(state: Mapping[str, Any], keys: Collection[str], *, optional: Collection[str] = ()) -> None:
-    """Raise ValueError unless `state` has all of `keys` and nothing else but `optional` ones."""
+    """Raise unless `state` is a mapping that has all of `keys` and nothing else but `optional` ones.
+
+    Raises:
+        TypeError: it is no mapping.
+        ValueError: it has other keys.
+    """
+    check_is_mapping(state)
     missing, surplus = sorted(set(keys) - set(state)), sorted(set(state) - set(keys) - set(optional))
     if missing:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,32 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.rendering.protocol import ViewKind
+from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import TaskSpec
 
 FloatArray = npt.NDArray[np.float64]
+
+# Cameras of every scene of LIBERO's problems: those of its arenas (assets/scenes/*.xml), of `_setup_camera` in
+# envs/problems, and of robosuite's Panda.
+_COMMON_CAMERAS = (
+    "agentview",
+    "birdview",
+    "frontview",
+    "galleryview",
+    "robot0_eye_in_hand",
+    "robot0_robotview",
+    "sideview",
+)
+# What the scenes of a problem have besides, from the same places.
+_FURTHER_CAMERAS = {
+    "libero_coffee_table_manipulation": ("canonical_agentview",),
+    "libero_floor_manipulation": (),
+    "libero_kitchen_tabletop_manipulation": ("paperview",),
+    "libero_living_room_tabletop_manipulation": ("paperview",),
+    "libero_study_tabletop_manipulation": ("paperview",),
+    "libero_tabletop_manipulation": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +111,15 @@ def view_keys(cameras: Sequence[str | Camera], kind: ViewKind) -> tuple[str, ...
 
 
 def list_cameras(task: TaskSpec) -> dict[str, Camera]:
-    """Return the cameras of a task's scene by name, with their fields of view."""
+    """Return the cameras of a task's scene by name, with their fields of view.
+
+    Raises:
+        TypeError: `task` is none.
+    """
+    if not isinstance(cast("Any", task), TaskSpec):
+        raise TypeError(
+            f"list_cameras takes a task, such as libero_gym.get_task('libero_spatial', 0) (given: {task!r})"
+        )
     model = load_scene(task).physics_model
     cameras = (model.camera(i) for i in range(model.ncam))
     return {camera.name: Camera(name=camera.name, fovy_deg=float(camera.fovy[0])) for camera in cameras}
@@ -123,11 +154,18 @@ def place_camera(model: mujoco.MjModel, camera: str | Camera) -> CameraPlace:
     return CameraPlace(body_id, pos, quat, 45.0 if camera.fovy_deg is None else camera.fovy_deg)
 
 
-def check_cameras(cameras: Sequence[str | Camera]) -> tuple[str | Camera, ...]:
+def check_cameras(cameras: Sequence[str | Camera], tasks: Sequence[TaskSpec]) -> tuple[str | Camera, ...]:
     """Return cameras as a tuple.
 
+    Of tasks whose problem is none of LIBERO's, the scenes tell what cameras they have when they are opened.
+
+    Args:
+        cameras: names of the scenes' cameras, or cameras of one's own.
+        tasks: those whose scenes are looked at.
+
     Raises:
-        ValueError: there is none, or two have one name or would be observed by one key.
+        ValueError: there is none, or two have one name or would be observed by one key, or the scene of a task has no
+            camera of a name.
         TypeError: one is neither a name nor a `Camera`.
     """
     if isinstance(cameras, str):
@@ -149,7 +187,24 @@ def check_cameras(cameras: Sequence[str | Camera]) -> tuple[str | Camera, ...]:
             f"camera {by_key[key]!r} would be observed as {key!r}, as {name!r} is; give it another name, or take it "
             f"in place of {name!r}"
         )
+    of_scenes = [camera_name(camera) for camera in cameras if isinstance(camera, str) or camera.pos is None]
+    _check_scenes_have(set(of_scenes), tasks)
     return tuple(cameras)
+
+
+def _check_scenes_have(names: set[str], tasks: Sequence[TaskSpec]) -> None:
+    further = names.difference(_COMMON_CAMERAS)
+    for task in tasks if further else ():
+        known = _FURTHER_CAMERAS.get(read_problem(task.bddl_file).name)
+        absent = sorted(further.difference(known)) if known is not None else []
+        if absent:
+            valid = sorted((*_COMMON_CAMERAS, *(known or ())))
+            nearest = difflib.get_close_matches(absent[0], valid, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(
+                f"camera {absent[0]!r} is not in the scene of {task.suite} task {task.task_id}{hint} (valid: "
+                f"{', '.join(valid)}, or a libero_gym.Camera with pos and look_at)"
+            )
 
 
 def _find(model: mujoco.MjModel, kind: mujoco.mjtObj, what: str, name: str, count: int) -> int:

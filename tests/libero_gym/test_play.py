@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 
 from libero_gym import play
@@ -37,6 +36,13 @@ def test_a_policy_of_ones_own_is_filmed_every_step(tmp_path: Path, monkeypatch: 
     assert (frames[0] != frames[-1]).any()
 
 
+def test_a_policy_for_evaluations_is_watched(tmp_path: Path):
+    file = Path(__file__).resolve().parents[2] / "examples" / "policy_to_evaluate.py"
+    options = ["--horizon", "6", "--render-size", "32", "--num-episodes", "2", "--video", str(tmp_path / "films")]
+    assert play.main([*options, "--policy", f"{file}:make"]) == [False, False]
+    assert len(list((tmp_path / "films").glob("*.mp4"))) == 2
+
+
 @pytest.mark.slow
 def test_the_expert_solves_what_one_watches(tmp_path: Path):
     options = ["--task-id", "3", "--init-state-id", "0", "--render-size", "32", "--video", str(tmp_path / "films")]
@@ -67,11 +73,13 @@ def test_the_keyboard_steers_in_a_window():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "clever"], "policy='clever' is unknown (valid: 'expert', 'keyboard', 'random', or"),
-        (["--policy", "no_such_module:make"], "there is no module 'no_such_module' here or installed"),
-        (["--policy", "nope.sub:make"], "there is no module 'nope.sub' here or installed"),
-        (["--policy", "math.sub:make"], "there is no module 'math.sub' here or installed"),
-        (["--policy", "math:no_such"], "has no function 'no_such'"),
+        (["--policy", "clever"], "policy='clever' is unknown (valid: 'expert', 'keyboard', 'random', package.module:m"),
+        (["--policy", "expret"], "policy='expret' is unknown; did you mean 'expert'? (valid:"),
+        (["--policy", "./policy.py"], "policy='./policy.py' is unknown (valid: 'expert', 'keyboard', 'random', packa"),
+        (["--policy", "no_such_module:make"], "there is no module no_such_module here or installed"),
+        (["--policy", "./no_such_file.py:make"], "there is no file no_such_file.py; give its path"),
+        (["--policy", "math:no_such"], "defines no function or class 'no_such' (it has: "),
+        (["--policy", "builtins:int"], "policy='builtins:int' returned 0; expected a function of the observation that"),
         (["--num-episodes", "0"], "--num-episodes 0 is not a positive number of episodes"),
         (["--policy", "keyboard"], "--policy keyboard needs a window; leave --video out"),
         (["--task-id", "12"], "task_id=12 is not in libero_spatial (valid: 0-9)"),
@@ -107,10 +115,8 @@ def test_without_a_display_it_says_how_to_film(monkeypatch: pytest.MonkeyPatch, 
     assert message.endswith("task_id=99 is not in libero_spatial (valid: 0-9)")
 
 
-def test_actions_of_another_width_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(play, "load_policy", lambda name: lambda observation: np.zeros(6))
+def test_actions_of_another_width_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "short.py").write_text("make = lambda: lambda observation: [0] * 6")
     with pytest.raises(SystemExit):
-        play.main(["--policy", "a:b", "--horizon", "2", "--video", str(tmp_path / "films")])
+        play.main(["--policy", f"{tmp_path}/short.py:make", "--horizon", "2", "--video", str(tmp_path / "films")])
     assert "the policy's actions have shape (6,); expected (7,) or (C, 7)" in capsys.readouterr().err

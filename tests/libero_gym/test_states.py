@@ -64,6 +64,11 @@ def assert_same(found: Any, expected: Any) -> None:
 def assert_all_refused(state: State, set_state: Callable[[State], None], look: Callable[[], Any]) -> None:
     """Give all kinds of spoiled states to `set_state`: an error each, and `look` sees no change."""
     before, count = look(), 0
+    for no_state in (None, [state]):
+        with pytest.raises(
+            TypeError, match=r"the state is a .*; expected the dictionary of arrays that get_state retu"
+        ):
+            set_state(no_state)  # pyright: ignore[reportArgumentType]
     for message, spoiled in spoil(state):
         with pytest.raises(ValueError, match=message):
             set_state(spoiled)

@@ -739,6 +739,8 @@ def test_one_task_or_several_and_either_name_of_the_horizon():
     assert again.unwrapped.options.horizon == 9
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'num_env'; did you mean 'num_envs'\?"):
         make(num_env=3)
+    with pytest.raises(TypeError, match=r"images_as_torch='no' is not a boolean \(valid: True, False\)"):
+        make(images_as_torch="no")
 
 
 def test_it_takes_what_a_single_one_takes_and_what_the_page_names():
@@ -800,7 +802,8 @@ def test_placement_seeds_are_those_of_single_environments():
         ({"init_states": "fresh"}, r"init_states='fresh' is unknown \(valid: 'settled', 'held_out', 'original'\)"),
         ({"autoreset_mode": "SOMETIMES"}, "autoreset_mode='SOMETIMES' is unknown"),
         ({"camera_names": []}, r"camera_names=\[\] must name at least one camera"),
-        ({"render_mode": "human"}, r"render_mode='human' is unknown \(valid: None, 'rgb_array'\)"),
+        ({"render_mode": "human"}, "'human' shows one environment in a window, and these are many; take gymn"),
+        ({"render_mode": "film"}, r"render_mode='film' is unknown \(valid: None, 'rgb_array'\)"),
         ({"images_as_torch": True}, "images_as_torch=True needs observe_images=True"),
         (
             {"images_as_torch": True, "renderer": "egl", "observe_images": True},

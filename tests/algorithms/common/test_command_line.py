@@ -67,7 +67,7 @@ def test_a_mistake_is_told_at_once(script: str):
 @pytest.mark.parametrize(
     ("script", "given", "message"),
     [
-        ("ppo_gr00t", "--preset demos", "invalid choice 'demos' for argument '--preset'"),
+        ("ppo_gr00t", "--preset demos", "error: preset='demos' is unknown; did you mean 'demo'? (valid: demo, libero_"),
         ("ppo_gr00t", "--preset demo --minibatch-size 7", "num_decisions=256 must be a positive multiple of minibatch"),
         ("ppo_gr00t", "--preset demo --model x/y/z", "model='x/y/z' is no folder and no hub name (owner/name); give a"),
         ("grpo_gr00t", "--task-ids 12", "error: task_id=12 is not in libero_spatial (valid: 0-9)"),

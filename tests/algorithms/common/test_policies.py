@@ -11,12 +11,10 @@ import torch
 
 from algorithms.common.evaluation import EpisodicPolicy, evaluate
 from algorithms.common.policies import FirstSteps, OwnPolicy, TemporalEnsemble, WholeChunks, checked_chunk
-from algorithms.common.policy_sources import check_address, load_factory, policy_file
+from algorithms.common.policy_sources import check_address
 from gr00t_agent.data_config import read_metadata
 from gr00t_agent.loading import NANO_METADATA
-from tests.algorithms import line_env
 from tests.algorithms.common.test_evaluation import JOBS, ManyStatesLine, MemoryLog
-from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.tiny_agent import tiny_agent
 
 W = math.exp(-0.01)
@@ -219,26 +217,9 @@ def test_what_is_no_policy_is_refused(tmp_path: Path, body: str, message: str):
         OwnPolicy(f"{tmp_path}/own.py:make", None)
 
 
-def test_a_policy_is_found_in_a_module_and_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert load_factory("tests.algorithms.line_env:LineVectorEnv") is LineVectorEnv
-    assert policy_file("tests.algorithms.line_env:LineVectorEnv") == Path(line_env.__file__)
+def test_the_policys_own_chunks_may_be_changed(tmp_path: Path):
     assert OwnPolicy(walker_file(tmp_path), None).num_action_chunks == 2
     assert OwnPolicy(walker_file(tmp_path), 3).num_action_chunks == 3
-    for name in ("walker", "walker.py", "walker:", "walker:1", "..:make"):
-        with pytest.raises(ValueError, match=r"names no function; give package.module:make or path/to/file.py:make"):
-            policy_file(name)
-    for name in ("no_such_module:make", "no.such.module:make"):
-        with pytest.raises(
-            ValueError, match=r"there is no module .*; give one that is installed, or path/to/file.py:make"
-        ):
-            policy_file(name)
-    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere.py"):
-        policy_file("nowhere.py:make")
-    (tmp_path / "lacking").mkdir()
-    (tmp_path / "lacking" / "__init__.py").write_text("import what_is_not_installed")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="No module named 'what_is_not_installed'"):
-        policy_file("lacking.policy:make")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 """Any number of cameras, with poses and fields of view of one's own."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import mujoco
 import numpy as np
 import pytest
 
 import libero_gym
 from libero_gym.env import LiberoEnv
-from libero_gym.rendering.cameras import Camera, list_cameras, place_camera
+from libero_gym.rendering.cameras import Camera, check_cameras, list_cameras, place_camera
+from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
 from libero_gym.vector import LiberoVectorEnv
@@ -120,3 +125,42 @@ def test_unknown_cameras_and_bodies_name_the_known_ones():
         place_camera(model, Camera(name="a", pos=(0, 0, 1), look_at=(0, 0, 0), body="hand"))
     with pytest.raises(TypeError, match=r"is not a sequence \(for one camera: \['agentview'\]\)"):
         LiberoEnv(TASK, camera_names="agentview")
+    with pytest.raises(
+        TypeError, match=r"takes a task, such as .*get_task\('libero_spatial', 0\) \(given: 'libero_goal'"
+    ):
+        list_cameras("libero_goal")  # pyright: ignore[reportArgumentType]
+
+
+# One of each of LIBERO's problems: table, floor, kitchen, living room, study.
+PROBLEMS = [("libero_spatial", 0), ("libero_object", 0), ("libero_10", 2), ("libero_10", 0), ("libero_90", 86)]
+
+
+@pytest.mark.parametrize(("suite", "task_id"), PROBLEMS)
+def test_what_scenes_have_is_known_before_they_are_opened(suite: str, task_id: int):
+    task = get_task(suite, task_id)
+    names = list(list_cameras(task))
+    assert check_cameras(names, [task]) == tuple(names)
+    with pytest.raises(ValueError, match="camera 'no_such_view' is not in the scene") as refusal:
+        check_cameras(["no_such_view"], [task])
+    assert f"(valid: {', '.join(sorted(names))}, or a libero_gym.Camera" in str(refusal.value)
+
+
+@pytest.mark.parametrize("make", [LiberoEnv, LiberoVectorEnv])
+def test_environments_refuse_a_camera_that_a_scene_has_not(make: type):
+    with pytest.raises(
+        ValueError, match=r"'agentveiw' is not in .* libero_spatial task 0; did you mean 'agentview'\? \("
+    ):
+        make("libero_spatial", camera_names=["agentveiw"])
+    with pytest.raises(ValueError, match="camera 'wrist' is not in the scene of libero_spatial task 3 "):
+        make("libero_spatial", task_id=3, camera_names=[Camera(name="wrist", fovy_deg=60)])
+    with pytest.raises(ValueError, match="camera 'paperview' is not in the scene of libero_spatial task 0; "):
+        make("libero_40", camera_names=["paperview"], task_ids=[30, 0])
+    make("libero_40", camera_names=["paperview", ABOVE], task_ids=[30], observe_images=False)
+
+
+def test_scenes_of_other_problems_tell_when_they_are_opened(tmp_path: Path):
+    text = TASK.bddl_file.read_text()
+    bddl_file = tmp_path / "own.bddl"
+    bddl_file.write_text(re.sub(r"\(problem \w+\)", "(problem own_manipulation)", text, flags=re.IGNORECASE))
+    assert read_problem(bddl_file).name == "own_manipulation"
+    assert check_cameras(["own_view"], [dataclasses.replace(TASK, bddl_file=bddl_file)]) == ("own_view",)

@@ -330,3 +330,15 @@ def test_a_combined_suite_is_archived_as_its_members(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "write_archive", lambda path, archived, versions: written.update(archived))
     scenes.export_suites(["libero_20", "libero_goal"], tmp_path / "archive.tar")
     assert {suite: len(tasks) for suite, tasks in written.items()} == {"libero_spatial": 10, "libero_goal": 10}
+
+
+def test_programs_tell_in_one_message_that_it_is_missing():
+    ended = subprocess.run(
+        [sys.executable, "-m", "libero_gym", "export", "--suite", "libero_10", "--out", "no_such_folder/suite.tar.xz"],
+        env={**os.environ, "LIBERO_GYM_SCENES": "/no/such.tar.xz"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert "error: LIBERO_GYM_SCENES=/no/such.tar.xz does not exist; make one with" in ended.stderr

@@ -1,8 +1,10 @@
 """Suites of one's own: a folder of BDDL files becomes an id that everything takes."""
 
+import functools
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import gymnasium
@@ -13,11 +15,14 @@ import libero_gym
 from libero_gym.env import LiberoEnv
 from libero_gym.experts import make_expert
 from libero_gym.tasks import own_suites
+from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.initial_states import load_recorded_states
-from libero_gym.tasks.suites import load_init_states
+from libero_gym.tasks.suites import libero_root, list_liberos_suites, list_tasks, load_init_states
+from libero_gym.tasks.vocabulary import check_vocabulary, object_types, problem_names
 from libero_gym.vector import LiberoVectorEnv
 
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "own_suite"
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "tests" / "data" / "own_suite"
 
 
 @pytest.fixture
@@ -131,6 +136,71 @@ def test_what_cannot_be_registered_is_refused(mine: str, name: str, folder: Path
 
 
 @pytest.mark.parametrize(
+    ("word", "other", "message"),
+    [
+        (
+            "- akita_black_bowl",
+            "- akita_black_bowll",
+            "'akita_black_bowll' is no type .*did you mean 'akita_black_bowl'",
+        ),
+        (
+            "- akita_black_bowl",
+            "- zzz",
+            r"'zzz' is no type of LIBERO's objects \(valid: akita_black_bowl, alphabet_soup",
+        ),
+        ("- table", "- kitchen_table", r"'kitchen_table' is no type of fixtures of libero_tabletop_manipulation \("),
+        ("LIBERO_Tabletop", "LIBERO_Table", r"'libero_table_manipulation' is none of LIBERO's problems \(did you mean"),
+        (
+            "(On plate_1 ",
+            "(On plate_2 ",
+            r"'plate_2' is neither an object, a fixture nor a region of the file \(did you",
+        ),
+        ("(And (On cream_cheese_1", "(And (On cheese_1", r"'cheese_1' is neither .*did you mean 'cream_cheese_1'"),
+        (
+            "main_table_plate_region",
+            "main_table_plate",
+            r"'main_table_plate' is neither .*did you mean 'main_table_plat",
+        ),
+    ],
+)
+def test_words_that_there_are_not_are_refused_at_once(
+    word: str, other: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(own_suites.VARIABLE, "")
+    text = (FOLDER / "put_the_cream_cheese_on_the_bowl.bddl").read_text("utf-8")
+    assert word in text
+    (tmp_path / "typo.bddl").write_text(text.replace(word, other), "utf-8")
+    with pytest.raises(ValueError, match=rf"typo.bddl: {message}"):
+        libero_gym.register_suite("typo", tmp_path)
+    assert "typo" not in libero_gym.list_suites()
+    monkeypatch.setenv(own_suites.VARIABLE, f"typo={tmp_path}")
+    with pytest.raises(ValueError, match=rf"typo.bddl: {message}"):
+        libero_gym.get_task("typo", 0)
+
+
+def test_all_of_liberos_files_pass():
+    root = libero_root()
+    tasks = [task for suite in list_liberos_suites() for task in list_tasks(suite)]
+    assert len(tasks) > 800
+    for task in tasks:
+        check_vocabulary(read_problem(task.bddl_file), task.bddl_file, root)
+
+
+LIVE = """
+from libero_gym.tasks.scene_builder import import_libero
+envs = import_libero()
+print(",".join(envs.OBJECTS_DICT), ",".join(envs.bddl_base_domain.TASK_MAPPING))
+"""
+
+
+def test_the_words_are_those_that_libero_registers():
+    ended = subprocess.run([sys.executable, "-c", LIVE], capture_output=True, text=True, check=True)
+    types, problems = ended.stdout.splitlines()[-1].split()
+    assert object_types(libero_root()) == set(types.split(","))
+    assert problem_names(libero_root()) == set(problems.split(","))
+
+
+@pytest.mark.parametrize(
     ("value", "error", "message"),
     [
         ("libero_spatial=FOLDER", ValueError, "SUITES: name='libero_spatial' is a suite of LIBERO's; give another"),
@@ -150,9 +220,38 @@ def test_the_environments_entries_are_checked_alike(
     (tmp_path / "._a.bddl").write_bytes(b"\x00\x05\x16\x07\xff")  # as another system leaves beside a file
     folders = value.replace("FOLDER", str(FOLDER)).replace("BINARY", str(tmp_path))
     monkeypatch.setenv(own_suites.VARIABLE, folders)
-    for ask in (libero_gym.list_suites, libero_gym.register_envs, lambda: libero_gym.get_task("libero_spatial", 0)):
-        with pytest.raises(error, match=message):
+    libero_gym.register_envs()
+    asking = [libero_gym.list_suites, lambda: libero_gym.get_task("libero_spatial", 0)]
+    asking += [functools.partial(gymnasium.make, f"libero_gym/{suite}-v0") for suite in ("mine", "libero_spatial")]
+    for ask in asking:
+        with pytest.raises(error, match=message) as refusal:
             ask()
+        assert "direct cause" not in "".join(traceback.format_exception(refusal.value))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "algorithms/ppo_gr00t.py --preset demo",
+        "algorithms/grpo_gr00t.py --preset demo",
+        "algorithms/dsrl_gr00t.py --preset libero_spatial_nano",
+        "algorithms/async_ppo_gr00t.py --preset libero_spatial_nano",
+        "algorithms/sft_gr00t.py --preset nano --dataset a/b",
+        "algorithms/eval_gr00t.py --checkpoint nano",
+        "algorithms/compare_gr00t.py --checkpoints checkpoints/libero_spatial_fewshot checkpoints/libero_spatial_rl",
+        "algorithms/collect_demos.py --output no_such_folder",
+        "-m libero_gym.play --video no_such_folder",
+        "-m libero_gym export --suite libero_spatial --out no_such_folder/suite.tar.xz",
+    ],
+)
+def test_programs_tell_a_bad_entry_in_one_message(command: str):
+    environment = {**os.environ, own_suites.VARIABLE: "mine=/no/such", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert ended.stderr.endswith("error: LIBERO_GYM_SUITES holds 'mine=/no/such': /no/such is not a folder\n")
+    assert not (ROOT / "no_such_folder").exists()
 
 
 def test_any_sentence_is_in_the_observation_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
