@@ -1,6 +1,6 @@
 """Throughput of the GPU physics, and whether it agrees with the CPU's on what succeeds.
 
-    python -m benchmarks.env_warp --suite libero_spatial --output benchmarks/results/env_warp_h100.json
+    python -m benchmarks.env_warp --suite libero_spatial --output benchmarks/results/env_warp_h200.json
     python -m benchmarks.env_warp --num-worlds 2048 --image-sizes 118 256 --compare libero_object libero_40
     python -m benchmarks.env_warp --num-worlds 2048 --num-chunks 3 --num-episodes 10
 

@@ -27,18 +27,17 @@ from typing import Any, cast
 from unittest import mock
 
 import gymnasium as gym
-import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
 from algorithms import ppo_gr00t
 from algorithms.ppo_gr00t import PRESETS, Args
+from benchmarks import iterations
 from benchmarks.policy import make_agent as make_stand_in
 from benchmarks.publish import Table, judge, make_parser, publish
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.policy import preset_policy
 
-PHASES = ("env_s", "env_wait_s", "policy_s", "update_s", "total_s")
 # Of a nano preset on one H200.
 TARGETS = {"env_steps_per_s": 10_000.0}
 
@@ -95,10 +94,8 @@ def measure(args: Args, make_envs: Any, make_agent: Any) -> dict[str, float | No
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         ppo_gr00t.main(replace(args, output_dir=Path(folder), run_name="run"), make_agent, make_envs)
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][1:]
-    steps = sum(line["charts/SPS"] * line["time/total_s"] for line in lines)
-    times = {phase: float(np.mean([line[f"time/{phase}"] for line in lines])) for phase in PHASES}
     memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
-    return {"env_steps_per_s": steps / sum(line["time/total_s"] for line in lines), "memory_gb": memory} | times
+    return iterations.summarise(lines) | {"memory_gb": memory}
 
 
 def main() -> dict[str, Any]:
@@ -123,6 +120,7 @@ def main() -> dict[str, Any]:
         preset,
         **given,
         num_iterations=options.num_iterations + 1,
+        eval_before=False,
         eval_interval=0,
         eval_episodes_per_task=0,
         save_interval=0,
@@ -148,11 +146,7 @@ def main() -> dict[str, Any]:
             "images, matrices": "<18",
             "env-steps/s": ">12.1f",
             "times first": ">12.2f",
-            "iteration s": ">12.2f",
-            "env s": ">8.2f",
-            "wait s": ">8.2f",
-            "policy s": ">10.2f",
-            "update s": ">10.2f",
+            **iterations.COLUMNS,
             "GPU GB": ">8.1f",
         }
     )
@@ -161,8 +155,7 @@ def main() -> dict[str, Any]:
         row: dict[str, Any] = measure(changed, make_envs, make_agent)
         rows.append({"variant": name, **row})
         speedup = rows[-1]["speedup"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
-        times = (row[phase] for phase in ("total_s", "env_s", "env_wait_s", "policy_s", "update_s"))
-        table.add(name, row["env_steps_per_s"], speedup, *times, row["memory_gb"])
+        table.add(name, row["env_steps_per_s"], speedup, *iterations.cells(row), row["memory_gb"])
 
     settings = {name: getattr(args, name) for name in ("num_envs", "num_steps", "physics", "update_epochs")}
     settings |= dict(preset=options.preset, minibatch_size=size, num_iterations=options.num_iterations)

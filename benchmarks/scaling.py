@@ -26,15 +26,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from algorithms.ppo_gr00t import PRESETS
+from benchmarks import iterations
 from benchmarks.publish import Table, make_parser, publish
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.config import ModelConfig
@@ -55,7 +55,7 @@ fsdp_config:
   fsdp_cpu_ram_efficient_loading: false
   fsdp_state_dict_type: SHARDED_STATE_DICT
 """
-PHASES = ("total_s", "env_s", "env_wait_s", "policy_s", "update_s", "learner_idle_s", "env_idle_s")
+PHASES = (*iterations.PHASES, "learner_idle_s", "env_idle_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,18 +174,7 @@ def measure(layout: Layout, shared: Sequence[str], folder: Path, timeout_s: floa
         end = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{layout.name} ended with code {code}; the end of its output:\n{end}")
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return summarise(lines[layout.uncounted :]) | {"memory_gb": memory.most_gb}
-
-
-def summarise(lines: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
-    """Returns environment steps a second over iterations, and each phase's mean, None where a trainer has it not."""
-    seconds = sum(line["time/total_s"] for line in lines)
-    steps = sum(line["charts/SPS"] * line["time/total_s"] for line in lines)
-    phases = {
-        phase: float(np.mean([line[f"time/{phase}"] for line in lines])) if f"time/{phase}" in lines[0] else None
-        for phase in PHASES
-    }
-    return {"env_steps_per_s": steps / seconds} | phases
+    return iterations.summarise(lines[layout.uncounted :], PHASES) | {"memory_gb": memory.most_gb}
 
 
 def main() -> dict[str, Any]:
@@ -236,11 +225,7 @@ def main() -> dict[str, Any]:
                 "where": "<44",
                 "env-steps/s": ">12.1f",
                 "times first": ">12.2f",
-                "iteration s": ">12.2f",
-                "env s": ">8.2f",
-                "wait s": ">8.2f",
-                "policy s": ">10.2f",
-                "update s": ">10.2f",
+                **iterations.COLUMNS,
                 "idle s": ">8.2f",
                 "GPU GB": ">8.1f",
             }
@@ -248,9 +233,9 @@ def main() -> dict[str, Any]:
         for number, layout in enumerate(layouts):
             run = folder / str(number)
             run.mkdir()
-            iterations = ("--num-iterations", str(layout.uncounted + options.num_iterations))
+            length = ("--num-iterations", str(layout.uncounted + options.num_iterations))
             try:
-                row = measure(layout, [*shared, *iterations], run, options.timeout_s)
+                row = measure(layout, [*shared, *length], run, options.timeout_s)
             except RuntimeError as failure:
                 failures.append(str(failure))
                 print(f"{layout.name:44}failed", flush=True)
@@ -260,11 +245,11 @@ def main() -> dict[str, Any]:
                 break
             finally:
                 shutil.rmtree(run)  # checkpoints of GR00T-N1.5 are of 20 GB
-            row = {"where": layout.name} | row
+            row = {"where": layout.name, **row}
             results.append(row)
             row["speedup"] = row["env_steps_per_s"] / results[0]["env_steps_per_s"]
-            shown = ("env_steps_per_s", "speedup", "total_s", "env_s", "env_wait_s", "policy_s", "update_s")
-            table.add(layout.name, *(row[key] for key in shown), row["learner_idle_s"], row["memory_gb"])
+            rates = (row["env_steps_per_s"], row["speedup"])
+            table.add(layout.name, *rates, *iterations.cells(row), row["learner_idle_s"], row["memory_gb"])
 
     settings = {"num_iterations": options.num_iterations, "random_weights": options.random_weights, **arguments}
     document = publish("scaling", {"layouts": results}, settings=settings, output=options.output)

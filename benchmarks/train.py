@@ -29,11 +29,11 @@ from gymnasium.vector import AutoresetMode
 
 from algorithms import ppo_gr00t
 from algorithms.ppo_gr00t import Args, make_agent
+from benchmarks import iterations
 from benchmarks.publish import Table, judge, make_parser, publish
 from libero_gym.adapters import ModalityVectorObservation
 from libero_gym.vector import LiberoVectorEnv
 
-PHASES = ("env_s", "env_wait_s", "policy_s", "update_s", "total_s")
 TARGETS = {"best_speedup_over_plain": 2.0}
 # Of a rollout's time over the longer of simulating and deciding alone, where a GPU decides.
 OVERLAP_TARGETS = {"overlapped_over_longer_phase": 1.15}
@@ -134,26 +134,13 @@ def main() -> dict[str, Any]:
     for name, (changed, make_envs) in variants.items():
         lines = measure(changed, make_envs)
         losses.append([line["actor/loss"] for line in lines])
-        row: dict[str, Any] = {phase: float(np.mean([line[f"time/{phase}"] for line in lines])) for phase in PHASES}
+        row: dict[str, Any] = {"order": name, **iterations.summarise(lines)}
         row["largest_loss_difference"] = float(np.abs(np.array(losses[-1]) - losses[0]).max())
-        steps = sum(line["charts/SPS"] * line["time/total_s"] for line in lines)
-        results.append({"order": name, "env_steps_per_s": steps / sum(line["time/total_s"] for line in lines)} | row)
-    table = Table(
-        {
-            "order of work": "<14",
-            "env-steps/s": ">12.1f",
-            "times plain": ">12.2f",
-            "iteration s": ">12.2f",
-            "env s": ">8.2f",
-            "wait s": ">8.2f",
-            "policy s": ">10.2f",
-            "update s": ">10.2f",
-        }
-    )
+        results.append(row)
+    table = Table({"order of work": "<14", "env-steps/s": ">12.1f", "times plain": ">12.2f", **iterations.COLUMNS})
     for row in results:
         row["speedup"] = row["env_steps_per_s"] / results[0]["env_steps_per_s"]
-        shown = ("env_steps_per_s", "speedup", "total_s", "env_s", "env_wait_s", "policy_s", "update_s")
-        table.add(row["order"], *(row[name] for name in shown))
+        table.add(row["order"], row["env_steps_per_s"], row["speedup"], *iterations.cells(row))
     print("losses differ from plain by at most", *(f"{row['largest_loss_difference']:.2g}" for row in results[1:]))
     names = ("model", "suite", "num_envs", "num_steps", "update_epochs", "micro_batch_size", "renderer")
     settings = {name: getattr(options, name) for name in names}

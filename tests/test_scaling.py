@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.scaling import Layout, layouts_of, measure, summarise
+from benchmarks.iterations import summarise
+from benchmarks.scaling import Layout, layouts_of, measure
 
 # Writes the metrics of two iterations where a trainer would: after --output-dir FOLDER --run-name run.
 RUN = """
