@@ -259,8 +259,8 @@ class Args:
     """First iterations, in which the policy learns by imitation alone while the critic learns its
     values: a policy that few demonstrations have left half-trained gains most from what it does
     right already. Needs imitation_coef."""
-    imitation_learning_rate: float = 2e-4
-    """AdamW's step size for the policy in them, whatever the schedule."""
+    imitation_learning_rate: float = 4e-4
+    """AdamW's step size for the policy at their beginning; it falls linearly to learning_rate."""
     imitation_epochs: int = 10
     """Passes over the decisions of each of them, in place of update_epochs."""
     kl_coef: float = 0.0
@@ -339,11 +339,12 @@ class Args:
     def policy_step_factor(self, updated: float) -> float:
         """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
 
-        It gives `imitation_learning_rate` while the policy only imitates, is 0 while only the critic
-        learns, and then rises to 1.
+        While the policy only imitates it falls to 1 from `imitation_learning_rate`; then it is 0
+        while only the critic learns, and rises to 1 again.
         """
         if updated <= self.imitation_iterations:
-            return self.imitation_learning_rate / self.learning_rate
+            start = self.imitation_learning_rate / self.learning_rate
+            return start + (1 - start) * updated / self.imitation_iterations
         since = updated - self.imitation_iterations - self.critic_warmup_iterations
         if self.policy_warmup_iterations == 0:
             return float(since > 0)
