@@ -539,8 +539,9 @@ def sample_groups(
         jobs: (task, state) to draw from.
         num_groups: groups.
         group_size: episodes of a group.
-        weights: how often to draw each job, relative to the others; all alike if not given. A job
-            is drawn its expected number of times, rounded up or down (systematic sampling).
+        weights: how often to draw each job, relative to the others; all alike if not given. Each
+            job and each task is drawn its expected number of times, rounded up or down (systematic
+            sampling).
 
     Returns:
         [num_groups * group_size, 3].
@@ -551,6 +552,9 @@ def sample_groups(
         order = np.concatenate([rng.permutation(len(jobs)) for _ in range(rounds)])[:num_groups]
     else:
         shuffled = rng.permutation(len(jobs))
+        shuffled = shuffled[
+            np.argsort([jobs[job][0] for job in shuffled], kind="stable")
+        ]  # by task
         ends = np.cumsum(weights[shuffled]) / weights.sum() * num_groups
         points = rng.random() + np.arange(num_groups)
         drawn = np.searchsorted(ends, points, side="right").clip(max=len(jobs) - 1)  # by rounding

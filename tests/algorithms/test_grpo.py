@@ -113,6 +113,7 @@ def test_weighted_groups_are_drawn_as_often_as_their_weight_says():
         drawn = sample_groups((1, number), jobs, 6, 2, weights)
         assert len({tuple(group) for group in drawn[::2, :2].tolist()}) == 6  # at most 0.75 of each is expected
         assert len(set(drawn[:, 2].tolist())) == 6
+        assert np.bincount(drawn[::2, 0], minlength=3).tolist() == [1, 2, 3]
         for task, state in drawn[::2, :2]:
             counts[4 * task + state] += 1
     assert counts / 400 == pytest.approx(weights / weights.sum() * 6, abs=0.1)
@@ -207,6 +208,24 @@ def test_successful_episodes_are_imitated(tmp_path: Path):
     assert 0 < errors[-1] < 0.8 * errors[0]
     assert [line["actor/loss"] for line in imitating] == [0.0] * 4
     assert [line["actor/num_updates"] for line in plain] == [0.0] * 2
+
+
+def test_the_imitation_loss_is_a_mean_over_what_successful_episodes_did(tmp_path: Path):
+    def make_agent(args: Any) -> Any:
+        agent = make_tiny_agent(args)
+        score = agent.score_with_flow_error
+
+        def score_with_error_of_three(*inputs: Any, **options: Any) -> Any:
+            *scored, error = score(*inputs, **options)
+            return *scored, 0 * error + 3
+
+        agent.score_with_flow_error = score_with_error_of_three
+        return agent
+
+    options: dict[str, Any] = dict(make_agent=make_agent, max_rollouts=1, num_envs=32, num_minibatches=1)
+    metrics = train("grpo", tmp_path, imitation_coef=1.0, num_iterations=1, **options)
+    assert 0 < metrics["env/success_once"] < 1
+    assert metrics["actor/imitation_loss"] == pytest.approx(3)
 
 
 def test_what_is_imitated_only_has_no_part_in_the_rest_of_the_loss(tmp_path: Path):
