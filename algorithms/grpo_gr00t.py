@@ -5,13 +5,25 @@ an episode's return, every decision of it has the advantage (Shao et al. 2024, a
 
     A_i = (R_i - mean(R_1..R_G)) / (std(R_1..R_G) + 1e-6)        (population std)
 
-and the loss is PPO's clipped surrogate on decisions (one decision is one action chunk, its
-log-probability that of the one noised denoising step; see `gr00t_agent.sampler`), minus an entropy
-bonus and plus a divergence from the policy that training started from, both on request; the
-divergence by GRPO's estimator r' - 1 - log r' with r' = start policy / policy. A group whose
-success rate lies outside [min_group_success, max_group_success] says little or nothing: it is
-dropped before any update, and more groups are played until `num_groups` informative ones are there
-or `max_rollouts` are spent (dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
+or, with the baseline "alive", each decision k of it an advantage of its own, in which the mean is
+over the other episodes of the group that are still running at their decision k (0 if none is):
+
+    A_ik = (R_i - mean(R_j: j != i, n_j > k)) / (std(R_1..R_G) + 1e-6)        (n_j: j's decisions)
+
+so that nothing counts any more once a group's last success is over. The loss is PPO's clipped
+surrogate on decisions (one decision is one action chunk, its log-probability that of the one noised
+denoising step; see `gr00t_agent.sampler`), minus an entropy bonus and plus a divergence from the
+policy that training started from, both on request; the divergence by GRPO's estimator
+r' - 1 - log r' with r' = start policy / policy. A group whose success rate lies outside
+[min_group_success, max_group_success] says little or nothing: it is dropped before any update, and
+more groups are played until `num_groups` informative ones are there or `max_rollouts` are spent
+(dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
+
+With `imitation_coef` the loss has `ppo_gr00t.py`'s self-imitation besides: flow matching's error on
+the chunks of successful episodes, with weights of mean 1 over the batch. Episodes are whole, so that
+all successes are imitated, those of dropped groups too: a solved task has no other gradient that
+would keep it from being forgotten. These decisions cost their passes in the update, and have no part
+in the rest of the loss, which stays a mean over the decisions of informative groups.
 
 Launch:
     accelerate launch algorithms/grpo_gr00t.py --preset libero_spatial_nano
@@ -26,7 +38,8 @@ not depend on the number of processes or stages, and a resumed run is the same r
 
 Metrics: those of `ppo_gr00t.py` that need no critic, and `rollout/groups_kept` (fraction of the
 groups played), `rollout/num_rollouts`, `rollout/group_success_std`. An iteration without an
-informative group updates nothing and logs no `actor/*` means.
+informative group updates nothing and logs no `actor/*` means (with imitation, one without any
+success).
 """
 
 from __future__ import annotations
@@ -80,6 +93,9 @@ class Args:
     """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
     task_ids: tuple[int, ...] | None = None
     """Tasks to train on, each drawn as often as it is named; all of the suite if not given."""
+    task_sampling: Literal["uniform", "adaptive"] = "uniform"
+    """`adaptive` plays most the tasks that succeed about half of the time, and solved and hopeless
+    ones now and then."""
     num_envs: int = 64
     """Parallel environments over all processes."""
     num_action_chunks: int = 5
@@ -193,6 +209,9 @@ class Args:
     """Norm to which gradients are clipped."""
 
     # --- loss ---
+    baseline: Literal["group", "alive"] = "group"
+    """What a return is compared with: the mean of its group, or decision by decision that of the
+    group's other episodes that are still running then."""
     loss_weighting: Literal["decision", "trajectory"] = "decision"
     """All decisions weigh the same, or all episodes do, as in RLinf: a decision's weight is one over
     the decisions of its whole episode."""
@@ -205,6 +224,10 @@ class Args:
     ent_coef: float = 0.0
     """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
     follow it."""
+    imitation_coef: float = 0.0
+    """Weight of flow matching on what the rollouts' successful episodes did (self-imitation). A
+    policy whose mean moves by it needs a smaller step size than GRPO alone would bear. Successes of
+    groups that are dropped are imitated too, and cost their passes in the update."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
@@ -312,10 +335,12 @@ from algorithms.common.processes import (
 )
 from algorithms.common.randomness import (
     EPISODES,
+    FLOW,
     GROUPS,
     MINIBATCHES,
     NOISE,
     deal,
+    flow_draws_of,
     generators_of,
     seed_of,
 )
@@ -323,6 +348,7 @@ from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation
 from algorithms.common.stages import EnvStages
 from algorithms.common.state_agent import StateFlowAgent
 from algorithms.common.step_sizes import StepSizes
+from algorithms.common.task_sampling import TaskSampler
 from gr00t_agent import Gr00tAgent
 from libero_gym import horizon
 from libero_gym.adapters import ModalityVectorObservation, load_modality
@@ -407,6 +433,30 @@ def group_advantages(returns: Tensor, group_size: int) -> Tensor:
     return (centred / (groups.std(1, keepdim=True, correction=0) + 1e-6)).flatten()
 
 
+def alive_advantages(returns: Tensor, num_decisions: Tensor, group_size: int) -> Tensor:
+    """Returns the advantage [E, K] of each episode's K decisions, 0 where there is none any more.
+
+    A return is compared with the mean of the group's other episodes that are still running at the
+    same decision; an episode that runs alone has the advantage 0. As in `group_advantages` the scale
+    is the deviation of the whole group, so that only the baseline differs: as long as all episodes
+    run, advantages are G / (G - 1) times those. A deviation of the few that are left at a decision
+    would make the most of the decisions that say the least.
+
+    Args:
+        returns: [E], episodes of a group are adjacent.
+        num_decisions: int [E], decisions of each episode; K is the largest.
+        group_size: G.
+    """
+    groups = returns.unflatten(0, (-1, group_size))
+    times = torch.arange(int(num_decisions.max()))
+    alive = (times < num_decisions[:, None]).float().unflatten(0, (-1, group_size))  # [g, G, K]
+    differences = groups[:, :, None] - groups[:, None, :]  # [g, G, G]
+    num_others = (alive.sum(1, keepdim=True) - 1).clamp(min=1)
+    advantages = alive * (differences @ alive) / num_others  # [g, G, K]
+    deviations = groups.std(1, keepdim=True, correction=0)[..., None]
+    return (advantages / (deviations + 1e-6)).flatten(0, 1)
+
+
 def informative_groups(success: Tensor, group_size: int, lowest: float, highest: float) -> Tensor:
     """Returns a bool mask over groups [E / G], True where success lies in [lowest, highest]."""
     rate = success.float().unflatten(0, (-1, group_size)).mean(1)
@@ -473,19 +523,42 @@ def sum_per_decision(elements: Tensor) -> Tensor:
 
 
 def sample_groups(
-    key: tuple[int, ...], jobs: Sequence[tuple[int, int]], num_groups: int, group_size: int
+    key: tuple[int, ...],
+    jobs: Sequence[tuple[int, int]],
+    num_groups: int,
+    group_size: int,
+    weights: NDArray[np.float64] | None = None,
 ) -> NDArray[np.int64]:
     """Returns task id, initial state id and seed of episodes, those of a group adjacent.
 
     Groups' (task, state) are drawn from `jobs`, without replacement while they last. A group has
     one seed: fixtures stand alike, and only the policy's noise differs.
 
+    Args:
+        key: decides the draw.
+        jobs: (task, state) to draw from.
+        num_groups: groups.
+        group_size: episodes of a group.
+        weights: how often to draw each job, relative to the others; all alike if not given. Each
+            job and each task is drawn its expected number of times, rounded up or down (systematic
+            sampling).
+
     Returns:
         [num_groups * group_size, 3].
     """
     rng = np.random.default_rng(key)
-    rounds = math.ceil(num_groups / len(jobs))
-    order = np.concatenate([rng.permutation(len(jobs)) for _ in range(rounds)])[:num_groups]
+    if weights is None:
+        rounds = math.ceil(num_groups / len(jobs))
+        order = np.concatenate([rng.permutation(len(jobs)) for _ in range(rounds)])[:num_groups]
+    else:
+        shuffled = rng.permutation(len(jobs))
+        shuffled = shuffled[
+            np.argsort([jobs[job][0] for job in shuffled], kind="stable")
+        ]  # by task
+        ends = np.cumsum(weights[shuffled]) / weights.sum() * num_groups
+        points = rng.random() + np.arange(num_groups)
+        drawn = np.searchsorted(ends, points, side="right").clip(max=len(jobs) - 1)  # by rounding
+        order = rng.permutation(shuffled[drawn])
     seeds = [seed_of(*key, EPISODES, group) for group in range(num_groups)]
     groups = [(*jobs[job], seed) for job, seed in zip(order, seeds, strict=True)]
     return np.repeat(np.array(groups, dtype=np.int64), group_size, axis=0)
@@ -614,13 +687,23 @@ def main(
         ) as monitor,
     ):
         # --- start, or go on where a checkpoint was taken ---
+        task_sampler = None
+        if args.task_sampling == "adaptive":
+            task_sampler = TaskSampler([task_id for task_id, _ in all_starts])
         done, global_step = 0, 0
         if checkpoint is not None:
             restored = checkpoints.restore(checkpoint)
             done, global_step = restored.iteration, restored.global_step
+            if task_sampler is not None:
+                task_sampler.load_state_dict(restored.tensors["tasks"])
             if args.evaluates(done) and not evaluation_file(run.path, done).is_file() and is_main:
                 print(missing_evaluation(checkpoint))
-        checkpoints.take(done, global_step)
+
+        def take_boundary(iteration: int) -> None:
+            tensors = {} if task_sampler is None else {"tasks": task_sampler.state_dict()}
+            checkpoints.take(iteration, global_step, tensors=tensors)
+
+        take_boundary(done)
         monitor.start(done)
 
         def evaluate_after(iteration: int) -> float:
@@ -655,7 +738,13 @@ def main(
 
             while num_rollouts < args.max_rollouts and num_kept < args.num_groups:
                 key = (args.seed, GROUPS, iteration, num_rollouts)
-                starts = sample_groups(key, all_starts, groups_per_rollout, args.group_size)
+                starts = sample_groups(
+                    key,
+                    all_starts,
+                    groups_per_rollout,
+                    args.group_size,
+                    None if task_sampler is None else task_sampler.weights,
+                )
                 starts = starts[env_ids]  # this process's
                 generators = generators_of((args.seed, NOISE, iteration, num_rollouts), env_ids)
                 for stage in stages:
@@ -674,6 +763,7 @@ def main(
                 length = np.zeros(num_envs, dtype=np.int64)  # environment steps
                 decisions: list[dict[str, Any]] = []
                 latest: dict[int, dict[str, Any]] = {}  # the last decision of each stage
+                step = 0  # decisions of an episode that runs so far
 
                 while any(len(rows) for rows in live):
                     for i, stage in enumerate(stages):
@@ -709,8 +799,10 @@ def main(
                                 action=action,
                                 logprob=logprob,
                                 episode=episode,
+                                step=np.full(len(rows), step),
                             )
                             decisions.append(latest[i])
+                    step += 1
 
                 stop.check_together()
                 num_rollouts += 1
@@ -721,10 +813,12 @@ def main(
                 played = concatenate(decisions)
                 episode = played["episode"]  # of each decision
                 returns = torch.from_numpy(success).float()
-                advantages = group_advantages(returns, args.group_size)
-                weights = torch.from_numpy(1 / np.bincount(episode)).float()
-                played["advantage"] = advantages[episode].to(device)
-                played["weight"] = weights[episode].to(device)
+                decisions_made = torch.from_numpy(np.bincount(episode))  # of each episode
+                if args.baseline == "alive":
+                    advantages = alive_advantages(returns, decisions_made, args.group_size)
+                    advantages = advantages[episode, played["step"]]
+                else:
+                    advantages = group_advantages(returns, args.group_size)[episode]
 
                 is_informative = informative_groups(
                     returns,
@@ -733,7 +827,14 @@ def main(
                     args.max_group_success,
                 )
                 num_kept += int(over_processes(accelerator, is_informative.sum().to(device), "sum"))
-                is_kept = is_informative.repeat_interleave(args.group_size).numpy()[episode]
+                is_compared = is_informative.repeat_interleave(args.group_size)[episode]
+                is_won = torch.from_numpy(success)[episode]
+                # What is imitated only has no part in the rest of the loss.
+                played["advantage"] = (advantages * is_compared).to(device)
+                played["weight"] = (is_compared / decisions_made[episode]).to(device)
+                played["won"] = is_won.float().to(device)
+
+                is_kept = (is_compared | is_won if args.imitation_coef else is_compared).numpy()
                 kept.append(index(played, np.flatnonzero(is_kept)))
                 if not spare:
                     spare = index(played, np.zeros(1, dtype=np.intp))
@@ -741,11 +842,12 @@ def main(
                 group_returns = returns.unflatten(0, (-1, args.group_size))
                 group_stds.append(group_returns.std(1, correction=0))
 
-            # --- the batch: the decisions of informative groups ---
+            # --- the batch: the decisions of informative groups, and others to imitate ---
             # The last row is a spare decision, which weighs nothing and serves where this process
             # has none in a minibatch.
             spare["advantage"] = torch.zeros(1, device=device)
             spare["weight"] = torch.zeros(1, device=device)
+            spare["won"] = torch.zeros(1, device=device)
             batch = concatenate([*kept, spare])
             b_obs = batch["obs"]  # row numbers in the store
             b_actions = batch["action"]
@@ -759,9 +861,12 @@ def main(
             num_decisions = torch.tensor(float(spare_ind), device=device)
             num_decisions = over_processes(accelerator, num_decisions, "sum")
             if args.loss_weighting == "decision":
-                b_weights[:-1] = 1.0
+                b_weights = (b_weights > 0).float()
             sum_of_weights = over_processes(accelerator, b_weights.sum(), "sum")
             b_weights *= num_decisions / sum_of_weights.clamp(min=1e-9)
+            b_won = batch["won"]
+            num_won = over_processes(accelerator, b_won.sum(), "sum")
+            b_won *= num_decisions / num_won.clamp(min=1)  # with mean 1, if any
 
             b_start_logprobs = b_logprobs
             if start_policy is not None:
@@ -784,6 +889,16 @@ def main(
             kl_exceeded = False
 
             for epoch in range(args.update_epochs):
+                b_flow: list[Tensor] = []  # fresh noise [B, H, A], and times to denoise it at
+                if args.imitation_coef:
+                    draws = flow_draws_of(
+                        (args.seed, FLOW, iteration, epoch),
+                        b_env_ids,
+                        args.denoising_steps,
+                        tuple(b_actions.chain.shape[2:]),
+                    )
+                    # Nothing is drawn for the spare decision, whose error does not count.
+                    b_flow = [torch.cat([x, torch.zeros_like(x[:1])]).to(device) for x in draws]
                 key = (args.seed, MINIBATCHES, iteration, epoch)
                 for mb_inds in deal(b_env_ids, args.num_minibatches, key):
                     mb_size = torch.tensor(float(len(mb_inds)), device=device)
@@ -801,12 +916,19 @@ def main(
                         is_last = micro == num_micro_batches - 1
                         at = torch.from_numpy(inds).to(device)
                         with nullcontext() if is_last else accelerator.no_sync(model):
+                            features = store.get(b_obs[inds])
+                            decided = index(b_actions, inds)
+                            flow_error = None
                             with accelerator.autocast():
-                                _, newlogprob, entropy, _ = model(
-                                    store.get(b_obs[inds]),
-                                    index(b_actions, inds),
-                                    **noise,
-                                )
+                                if args.imitation_coef:
+                                    _, newlogprob, entropy, _, flow_error = model(
+                                        features,
+                                        decided,
+                                        flow_draws=[x[at] for x in b_flow],
+                                        **noise,
+                                    )
+                                else:
+                                    _, newlogprob, entropy, _ = model(features, decided, **noise)
                             executed = b_executed[at]
                             newlogprob = of_executed(newlogprob, executed, args.logprob_level)
                             entropy = of_executed(entropy, executed, args.logprob_level)
@@ -831,11 +953,17 @@ def main(
                             loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
                             loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
                             loss = (b_weights[at] * loss).sum() / mb_size
+
+                            imitation_loss = torch.zeros_like(pg_loss)
+                            if flow_error is not None:
+                                imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
+                                loss = loss + args.imitation_coef * imitation_loss.sum() / mb_size
                             # DDP averages over processes, but the mean is over all decisions.
                             accelerator.backward(loss * num_processes)
 
                         terms = {
                             "actor/loss": pg_loss,
+                            "actor/imitation_loss": imitation_loss,
                             "actor/entropy": sum_per_decision(entropy),
                             "actor/reference_kl": sum_per_decision(start_kl),
                             "actor/approx_kl": sum_per_decision(approx_kl),
@@ -896,7 +1024,10 @@ def main(
             metrics["rollout/returns_mean"] = num_successes / num_episodes
             if history:
                 step_sizes.follow(history[-1]["actor/approx_kl"])
-            checkpoints.take(iteration, global_step)
+            if task_sampler is not None:
+                metrics |= task_sampler.metrics()
+                task_sampler.update(monitor.tallies())
+            take_boundary(iteration)
 
             try:
                 if args.evaluates(iteration):

@@ -386,7 +386,7 @@ GRPO: dict[str, dict[str, Any]] = {
         save_interval=25,
         eval_interval=50,
     ),
-    # Ours, one GPU (docs/LOG.md).
+    # Ours, one GPU (docs/LOG.md, where it imitated nothing); with imitation not run yet.
     "libero_spatial_nano": dict(
         suite="libero_spatial",
         model=SPATIAL_START,
@@ -404,6 +404,7 @@ GRPO: dict[str, dict[str, Any]] = {
         num_minibatches=6,
         micro_batch_size=4096,
         dual_clip=3.0,
+        imitation_coef=10.0,
         save_interval=25,
         eval_interval=50,
     ),
@@ -485,6 +486,7 @@ GRPO: dict[str, dict[str, Any]] = {
         num_minibatches=6,
         micro_batch_size=4096,
         dual_clip=3.0,
+        imitation_coef=10.0,
         save_interval=25,
         eval_interval=50,
     ),
@@ -525,6 +527,7 @@ GRPO: dict[str, dict[str, Any]] = {
         num_minibatches=6,
         micro_batch_size=4096,
         dual_clip=3.0,
+        imitation_coef=10.0,
         save_interval=25,
         eval_interval=50,
     ),
@@ -564,6 +567,7 @@ GRPO: dict[str, dict[str, Any]] = {
         num_minibatches=6,
         micro_batch_size=4096,
         dual_clip=3.0,
+        imitation_coef=10.0,
         save_interval=25,
         eval_interval=50,
     ),

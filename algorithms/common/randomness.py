@@ -45,6 +45,25 @@ def flow_draws(
     return torch.stack(noise, dim=1).flatten(0, 1), torch.stack(steps, dim=1).flatten()
 
 
+def flow_draws_of(
+    key: tuple[int, ...], env_ids: NDArray[np.integer], num_steps: int, chunk_shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `flow_draws` [B, H, A] and [B] for decisions of which environments have different numbers.
+
+    Args:
+        key: decides the draws together with an environment's number.
+        env_ids: [B] the environment of each decision among those of all processes; an environment's in its order.
+        num_steps: denoising steps.
+        chunk_shape: H, A.
+    """
+    noise = torch.empty((len(env_ids), *chunk_shape))
+    steps = torch.empty(len(env_ids), dtype=torch.int64)
+    for env_id in np.unique(env_ids):
+        rows = torch.from_numpy(np.flatnonzero(env_ids == env_id))
+        noise[rows], steps[rows] = flow_draws(key, [env_id], len(rows), num_steps, chunk_shape)
+    return noise, steps
+
+
 def deal(strata: NDArray[np.integer], num_parts: int, key: tuple[int, ...]) -> list[NDArray[np.intp]]:
     """Returns `num_parts` random, disjoint sets of rows [M_i] that together are all rows.
 

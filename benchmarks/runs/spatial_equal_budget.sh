@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 python algorithms/grpo_gr00t.py --preset libero_spatial_nano --run-name spatial_grpo --num-iterations 8 \
-    --eval-interval 0 --eval-episodes-per-task 0
+    --imitation-coef 0 --eval-interval 0 --eval-episodes-per-task 0
 python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_reinflow --num-iterations 11 \
     --noise-method reinflow --eval-interval 0 --eval-episodes-per-task 0
 # Run m: PPO in one go from the few-shot policy, with steps that fall from the start; 16 minutes.

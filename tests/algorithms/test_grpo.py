@@ -1,14 +1,14 @@
 """The GRPO trainer: its formulas by hand, its loop and its options."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from algorithms import grpo_gr00t, ppo_gr00t
-from algorithms.grpo_gr00t import PRESETS, group_advantages, informative_groups, sample_groups
+from algorithms.grpo_gr00t import PRESETS, alive_advantages, group_advantages, informative_groups, sample_groups
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged, make_tiny_agent, train, without_time
 
@@ -34,6 +34,43 @@ def test_group_advantages_by_hand():
     # (1, 0, 0, 0): mean 1/4, population std sqrt(3)/4
     expected = torch.tensor([3.0, -1, -1, -1]) / 3**0.5
     torch.testing.assert_close(group_advantages(torch.tensor([1.0, 0, 0, 0]), 4), expected, atol=1e-5, rtol=0)
+
+
+def test_alive_advantages_by_hand():
+    # Episode 0 succeeds after one decision, 2 after three; 1 and 3 fail after two and four. Deviation 1/2.
+    returns, num_decisions = torch.tensor([1.0, 0, 1, 0]), torch.tensor([1, 2, 3, 4])
+    expected = [
+        [1 - 1 / 3, 0, 0, 0],  # of 1, 2 and 3 one succeeds
+        [0 - 2 / 3, 0 - 1 / 2, 0, 0],  # then 2 and 3 run beside it
+        [1 - 1 / 3, 1 - 0, 1 - 0, 0],
+        [0 - 2 / 3, 0 - 1 / 2, 0 - 1, 0],  # alone in the end
+    ]
+    advantages = alive_advantages(returns, num_decisions, 4)
+    torch.testing.assert_close(advantages, torch.tensor(expected) / 0.5, atol=1e-5, rtol=0)
+    # Of several groups, each by itself.
+    both = alive_advantages(torch.tensor([1.0, 0, 1, 0, 1, 1, 1, 0]), torch.tensor([1, 2, 3, 4, 5, 5, 5, 5]), 4)
+    assert torch.equal(both[:4, :4], advantages)
+    assert torch.equal(both[:4, 4], torch.zeros(4))
+    torch.testing.assert_close(both[7], torch.full((5,), -1 / (3**0.5 / 4)), atol=1e-5, rtol=0)
+
+
+def test_alive_advantages_vanish_where_there_is_nothing_to_compare():
+    for value in (0.0, 1.0, 0.3):
+        equal = alive_advantages(torch.full((3,), value), torch.tensor([5, 2, 3]), 3)
+        assert torch.equal(equal, torch.zeros(3, 5))
+    last = alive_advantages(torch.tensor([0.0, 1, 1]), torch.tensor([5, 2, 3]), 3)[0]  # alone from the fourth on
+    assert (last[:3] < 0).all()
+    assert torch.equal(last[3:], torch.zeros(2))
+    # After the last success all that still run fail alike.
+    failing = alive_advantages(torch.tensor([1.0, 0, 0]), torch.tensor([1, 4, 4]), 3)
+    assert torch.equal(failing[:, 1:], torch.zeros(3, 3))
+
+
+def test_alive_advantages_of_equally_long_episodes_are_those_of_the_group_without_oneself():
+    returns = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1])
+    alive = alive_advantages(returns, torch.full((12,), 3), 4)
+    expected = group_advantages(returns, 4) * 4 / 3
+    torch.testing.assert_close(alive, expected[:, None].expand(12, 3))
 
 
 def test_informative_groups_drop_the_all_equal_ones():
@@ -66,6 +103,26 @@ def test_groups_are_drawn_without_replacement_while_there_are_enough():
     assert len(set(drawn[:, 2].tolist())) == 6
     assert len(sample_groups((1, 2), jobs, 14, 2)) == 28
     assert not np.array_equal(drawn, sample_groups((1, 3), jobs, 6, 4))
+
+
+def test_weighted_groups_are_drawn_as_often_as_their_weight_says():
+    jobs = [(task, state) for task in range(3) for state in range(4)]
+    weights = np.repeat([0.5, 1.0, 1.5], 4)
+    counts = np.zeros(12)
+    for number in range(400):
+        drawn = sample_groups((1, number), jobs, 6, 2, weights)
+        assert len({tuple(group) for group in drawn[::2, :2].tolist()}) == 6  # at most 0.75 of each is expected
+        assert len(set(drawn[:, 2].tolist())) == 6
+        assert np.bincount(drawn[::2, 0], minlength=3).tolist() == [1, 2, 3]
+        for task, state in drawn[::2, :2]:
+            counts[4 * task + state] += 1
+    assert counts / 400 == pytest.approx(weights / weights.sum() * 6, abs=0.1)
+    # More groups than jobs: each as often as expected, rounded up or down.
+    drawn = sample_groups((1, 2), jobs, 30, 2, weights)[::2]
+    times = np.array([((drawn[:, 0] == task) & (drawn[:, 1] == state)).sum() for task, state in jobs])
+    assert (np.abs(times - weights / weights.sum() * 30) < 1).all()
+    assert np.array_equal(drawn, sample_groups((1, 2), jobs, 30, 2, weights)[::2])
+    assert 1 not in sample_groups((1, 2), [(0, 0), (1, 0)], 8, 2, np.array([1.0, 0.0]))[:, 0]
 
 
 @pytest.mark.parametrize(("group_size", "message"), [(1, "must be at least 2"), (3, "must divide the 16 environments")])
@@ -137,6 +194,83 @@ def test_dropped_groups_cost_no_forward_pass_in_the_update(tmp_path: Path):
     assert rows == []
     train("grpo", tmp_path, min_group_success=-1.0, max_group_success=2.0, **options)
     assert sum(rows) > 16
+
+
+def test_successful_episodes_are_imitated(tmp_path: Path):
+    """With nothing else to learn, the flow comes closer to what the episodes that succeeded did."""
+    options: dict[str, Any] = dict(make_agent=make_tiny_agent, max_rollouts=1, num_envs=32, num_minibatches=1)
+    options |= dict(min_group_success=1.1, max_group_success=2.0)  # none is informative
+    much = dict(update_epochs=20, num_iterations=4, learning_rate=1e-3)
+    train("grpo", tmp_path, run_name="imitating", imitation_coef=1.0, **options, **much)
+    train("grpo", tmp_path, run_name="plain", **options)
+    imitating, plain = (logged(tmp_path / name) for name in ("imitating", "plain"))
+    errors = [line["actor/imitation_loss"] for line in imitating]
+    assert 0 < errors[-1] < 0.8 * errors[0]
+    assert [line["actor/loss"] for line in imitating] == [0.0] * 4
+    assert [line["actor/num_updates"] for line in plain] == [0.0] * 2
+
+
+def test_the_imitation_loss_is_a_mean_over_what_successful_episodes_did(tmp_path: Path):
+    def make_agent(args: Any) -> Any:
+        agent = make_tiny_agent(args)
+        score = agent.score_with_flow_error
+
+        def score_with_error_of_three(*inputs: Any, **options: Any) -> Any:
+            *scored, error = score(*inputs, **options)
+            return *scored, 0 * error + 3
+
+        agent.score_with_flow_error = score_with_error_of_three
+        return agent
+
+    options: dict[str, Any] = dict(make_agent=make_agent, max_rollouts=1, num_envs=32, num_minibatches=1)
+    metrics = train("grpo", tmp_path, imitation_coef=1.0, num_iterations=1, **options)
+    assert 0 < metrics["env/success_once"] < 1
+    assert metrics["actor/imitation_loss"] == pytest.approx(3)
+
+
+def test_what_is_imitated_only_has_no_part_in_the_rest_of_the_loss(tmp_path: Path):
+    """A negligible weight, for which all successes are kept, trains as none does."""
+    options: dict[str, Any] = dict(make_agent=make_tiny_agent, max_rollouts=1, num_envs=32, num_minibatches=1)
+    options |= dict(num_iterations=1, update_epochs=1, max_group_success=0.4, loss_weighting="trajectory", kl_coef=0.1)
+    plain = train("grpo", tmp_path, **options)
+    kept = train("grpo", tmp_path, imitation_coef=1e-12, **options)
+    assert 0 < plain["rollout/groups_kept"] == kept["rollout/groups_kept"] < 1
+    assert kept["actor/imitation_loss"] > 0
+    assert plain["actor/imitation_loss"] == 0
+    assert kept["actor/grad_norm"] == pytest.approx(plain["actor/grad_norm"], rel=1e-4)
+
+
+def test_the_baseline_of_those_that_still_run_changes_what_is_learnt(tmp_path: Path):
+    options: dict[str, Any] = dict(num_iterations=1, max_rollouts=1, num_envs=32)
+    group = train("grpo", tmp_path, **options)
+    alive = train("grpo", tmp_path, baseline="alive", **options)
+    assert alive["rollout/groups_kept"] == group["rollout/groups_kept"] > 0
+    assert alive["actor/grad_norm"] != group["actor/grad_norm"]
+    assert alive["actor/ratio_first_minibatch_max_dev"] < 1e-5
+
+
+def test_tasks_are_played_by_what_is_to_be_learnt(tmp_path: Path):
+    class HardTasks(LineVectorEnv):
+        """All tasks but the first two begin out of reach; counts which are played."""
+
+        played: ClassVar[list[np.ndarray]] = []
+
+        def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
+            assert options is not None
+            result = super().reset(seed=seed, options=options)
+            self.x = np.where(options["task_id"] < 2, self.x, 10).astype(np.float32)
+            self.played.append(options["task_id"][::2])
+            return result
+
+    options: dict[str, Any] = dict(num_envs=80, group_size=2, num_groups=40, max_rollouts=1, num_iterations=3)
+    train("grpo", tmp_path, env=HardTasks, task_sampling="adaptive", **options)
+    lines = logged(tmp_path / "grpo_libero_spatial_1")
+    weights = [[line[f"env/weight_task_{task}"] for task in range(10)] for line in lines]
+    assert weights[0] == [1] * 10
+    assert np.mean(weights[2]) == pytest.approx(1)
+    assert min(weights[2][:2]) > max(weights[2][2:])
+    easy = [(played < 2).sum() for played in HardTasks.played]
+    assert easy[2] > easy[0]
 
 
 def test_first_minibatch_ratio_is_one_and_the_seed_decides_everything(tmp_path: Path):

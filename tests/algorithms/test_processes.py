@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = dict(
 )  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     "ppo": dict(num_steps=8, minibatch_size=32, micro_batch_size=16, value_learning_rate=1e-3, pipeline_stage_num=2),
-    "grpo": dict(max_rollouts=2, micro_batch_size=16),
+    "grpo": dict(max_rollouts=2, micro_batch_size=16, imitation_coef=1.0, task_sampling="adaptive", baseline="alive"),
 }
 
 # A process of a group of one, in which no thread gets the interpreter's lock from one that does not wait itself.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms.common.randomness import deal, generators_of, seed_of
+from algorithms.common.randomness import deal, flow_draws, flow_draws_of, generators_of, seed_of
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
 from gr00t_agent.loading import NANO_METADATA
 from tests.algorithms.tiny_agent import tiny_agent
@@ -50,6 +50,19 @@ def test_one_generator_per_row_is_required():
     agent = make_tiny_agent()
     with pytest.raises(ValueError, match="3 generators were given for 4 rows"):
         agent(observation(agent, 4), generator=generators_of((1,), range(3)))
+
+
+def test_flow_draws_of_decisions_depend_on_their_environment_alone():
+    env_ids = np.array([3, 9, 3, 4, 9, 3])
+    noise, steps = flow_draws_of((1, 2), env_ids, 4, (16, 8))
+    assert noise.shape == (6, 16, 8)
+    assert len(torch.unique(noise)) > 700  # of 768 float32, some of which may be equal
+    for env_id in (3, 4, 9):
+        rows = np.flatnonzero(env_ids == env_id)
+        alone = flow_draws((1, 2), [env_id], len(rows), 4, (16, 8))
+        assert torch.equal(noise[rows], alone[0])
+        assert torch.equal(steps[rows], alone[1])
+    assert flow_draws_of((1, 2), env_ids[:0], 4, (16, 8))[0].shape == (0, 16, 8)
 
 
 def test_dealt_parts_are_equal_shares_of_each_stratum():
