@@ -17,7 +17,7 @@ goals, but it is not LIBERO to the last bit, as `libero_gym.physics.simulation` 
   starts and the same samples, not the same trajectory to the last bit. On a CPU it does.
 - Force sensors, which nothing here reads, are not computed.
 
-`libero_gym.physics.warp_stepping` launches a substep's kernels, MuJoCo Warp's but for solver and broad phase. One
+`libero_gym.physics.warp_stepping` launches a substep's kernels; those that find contacts are MuJoCo Warp's. One
 environment step (25 substeps) is one captured graph, and poses go to the ray caster without leaving the device.
 Everything runs on a CPU too, for tests, there with a graph for each kind of substep.
 
