@@ -58,7 +58,7 @@ wp.set_module_options({"enable_backward": False})
 
 @wp.struct
 class Placement:
-    """What `place_bodies` reads and writes: arrays of MuJoCo Warp, and [N, B or G, 2] corners of boxes."""
+    """What `place_bodies` reads and writes: arrays of MuJoCo Warp, and others that `FusedDynamics` has."""
 
     body_parentid: wp.array(dtype=int)
     body_rootid: wp.array(dtype=int)
@@ -113,6 +113,7 @@ class Placement:
     body_bounds: wp.array3d(dtype=wp.vec3)
     ncollision: wp.array(dtype=int)
     nacon: wp.array(dtype=int)
+    num_convex: wp.array(dtype=int)
 
 
 @wp.func
@@ -264,7 +265,7 @@ def _find_motions(p: Placement, world: int, joint: int):
 def place_bodies(p: Placement, rows: ConstraintRows):
     """Everything that follows from positions but contacts; a block for each of N worlds.
 
-    `kinematics` and `com_pos`, the boxes of geoms and bodies, and of `make_constraint` the rows of joints. Counters of
+    `kinematics` and `com_pos`, the boxes of geoms and bodies, and of `make_constraint` the rows of joints. Numbers of
     pairs and contacts begin at 0.
     """
     world, lane = wp.tid()
@@ -275,6 +276,8 @@ def place_bodies(p: Placement, rows: ConstraintRows):
         if world == 0:
             p.ncollision[0] = 0
             p.nacon[0] = 0
+            for i in range(p.num_convex.shape[0]):
+                p.num_convex[i] = 0
     sync_block()
     for branch in range(lane, p.body_branch_start.shape[0] - 1, lanes):
         _place_branch(p, world, branch)
@@ -715,6 +718,7 @@ class FusedDynamics:
     Attributes:
         geom_bounds: [N, G, 2] lower and upper corner of the box that another's must touch for geoms to collide.
         body_bounds: [N, B, 2] those of the boxes around the geoms' boxes of a body.
+        num_convex: numbers of contacts that need memory while they are computed, by kinds of shapes.
     """
 
     def __init__(self, mjm: mujoco.MjModel, model: Any, data: Any, *, device: str) -> None:
@@ -724,7 +728,10 @@ class FusedDynamics:
         with wp.ScopedDevice(device):
             self.geom_bounds = wp.zeros((data.nworld, mjm.ngeom, 2), dtype=wp.vec3)
             self.body_bounds = wp.zeros((data.nworld, mjm.nbody, 2), dtype=wp.vec3)
+            num_types = len(mujoco_warp.GeomType)
+            self.num_convex = wp.zeros(num_types * (num_types + 1) // 2, dtype=int)
             own = {
+                "num_convex": self.num_convex,
                 "geom_bounds": self.geom_bounds,
                 "body_bounds": self.body_bounds,
                 "efc_nnz": wp.zeros(data.nworld, dtype=int),

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Substep:
             self._pairs = _group_pairs(mjm, model, placed_bodies)
         self._convex_pairs, self._primitive_pairs = _pairs_of_shapes(model)
         self._strands = _make_strands(device, 1 + len(self._convex_pairs)) if wp.get_device(device).is_cuda else []
+        self._find_convex_contacts = [_keep_memory(convex_narrowphase, data.naccdmax) for _ in self._convex_pairs]
         self._allocate(model, data)
 
     def for_rows(self, model: Any, data: Any) -> Self:
@@ -113,9 +115,9 @@ class Substep:
         """Find the contacts."""
         model, data, found = self._model, self._data, self._collisions
         self._find_pairs()
-        for index, pair in enumerate(self._convex_pairs, start=1):
-            with self._strand(index):
-                convex_narrowphase(model, data, found, [pair])
+        for index, pair in enumerate(self._convex_pairs):
+            with self._strand(1 + index):
+                self._find_convex_contacts[index](self._dynamics.num_convex, model, data, found, [pair])
         mujoco_warp.primitive_narrowphase(model, data, found, self._primitive_pairs)
         for index in range(1, 1 + len(self._convex_pairs)):
             self._join(index)
@@ -173,6 +175,58 @@ class Substep:
         """Let what follows wait for a strand."""
         if self._strands:
             wp.wait_stream(self._strands[index])
+
+
+def _keep_memory(function: Callable[..., None], num_rows: int) -> Callable[..., None]:
+    """Return a function of MuJoCo Warp that allocates memory when it is first called, and uses the same ever after.
+
+    What a captured step allocates, frees and clears would be nodes of its graph, of which MuJoCo Warp makes dozens for
+    each pair of shapes. Calls may be with fewer worlds.
+
+    Args:
+        function: allocates by `wp.empty` what need not be clear, and one array of counters by `wp.zeros`. What is
+            returned takes that array before the function's arguments, and leaves it to its caller to clear it.
+        num_rows: the most rows that any call will ask for.
+    """
+    original = function.__wrapped__
+    allocator = _Allocator(num_rows)
+    # The same function with another meaning of the name `wp`.
+    keeping = types.FunctionType(
+        original.__code__,
+        {**original.__globals__, "wp": allocator},
+        original.__name__,
+        original.__defaults__,
+        original.__closure__,
+    )
+
+    def call(counters: Any, *args: Any) -> None:
+        allocator.begin(counters)
+        keeping(*args)
+
+    return call
+
+
+class _Allocator:
+    """Stands in for the module `warp` where memory is to be kept."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows, self._kept = num_rows, []
+
+    def begin(self, counters: Any) -> None:
+        """Give out the memory from its beginning."""
+        self._counters, self._num_given = counters, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(wp, name)
+
+    def zeros(self, *args: Any, **kwargs: Any) -> Any:
+        return self._counters
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        if self._num_given == len(self._kept):
+            self._kept.append(wp.empty((self._num_rows, *shape[1:]), dtype=dtype))
+        self._num_given += 1
+        return self._kept[self._num_given - 1]
 
 
 @functools.lru_cache

@@ -13,7 +13,7 @@ import warp as wp
 
 from libero_gym.physics.clearance import find_clear_pairs
 from libero_gym.physics.warp_loading import find_modules
-from libero_gym.physics.warp_stepping import Substep
+from libero_gym.physics.warp_stepping import Substep, _keep_memory
 from libero_gym.physics.warp_worlds import WarpWorlds
 from libero_gym.tasks.initial_states import EpisodeStart
 from libero_gym.tasks.scenes import load_scene
@@ -209,6 +209,40 @@ def test_control_comes_between_velocities_and_actuators():
     scene.data.ctrl.fill_(0.5)
     mujoco_warp.forward(scene.model, scene.data)
     np.testing.assert_array_equal(scene.data.qfrc_actuator.numpy(), expected)
+    restore(scene)
+
+
+def test_memory_is_kept_and_suffices_for_later_calls_with_more_worlds():
+    given = []
+
+    def function(num_rows, scale):
+        given.append(wp.zeros(2, dtype=int))
+        given.append(wp.empty(shape=(num_rows, 3), dtype=float))
+        given.append(wp.empty(shape=(num_rows,), dtype=scale(wp.vec3)))
+
+    function.__wrapped__ = function
+    counters = wp.zeros(4, dtype=int, device="cpu")
+    with wp.ScopedDevice("cpu"):
+        keeping = _keep_memory(function, 8)
+        for num_rows in (2, 8):
+            keeping(counters, num_rows, lambda dtype: dtype)
+    assert given[0] is counters
+    assert given[3] is counters
+    assert given[4] is given[1]
+    assert given[5] is given[2]
+    assert given[1].shape == (8, 3)
+    assert given[2].dtype == wp.vec3
+
+
+def test_a_captured_step_allocates_nothing():
+    scene = make_scene("libero_spatial", 0)
+    assert len(scene.worlds._substep._convex_pairs) > 2
+    restore(scene)
+    scene.worlds._substep.run(lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "zeros", "clone", "empty_like", "zeros_like"):
+            patch.setattr(wp, name, lambda *_, name=name, **__: pytest.fail(f"wp.{name} was called"))
+        scene.worlds._substep.run(lambda: None)
     restore(scene)
 
 
