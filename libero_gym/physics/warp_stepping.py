@@ -111,8 +111,18 @@ class Substep:
             self.solver.solve()
             dynamics.integrate()
 
+    def place_bodies(self) -> None:
+        """Launch what computes poses of all that moves from `qpos`."""
+        self._dynamics.place_bodies()
+
+    def find_contacts(self) -> None:
+        """Launch what computes poses and contacts from `qpos`."""
+        with wp.ScopedDevice(self._device):
+            self.place_bodies()
+            self._collide()
+
     def _collide(self) -> None:
-        """Find the contacts."""
+        """Find the contacts of bodies in their places."""
         model, data, found = self._model, self._data, self._collisions
         self._find_pairs()
         for index, pair in enumerate(self._convex_pairs):

@@ -583,21 +583,20 @@ class WarpWorlds(Uncopied):
 
     def _forward(self) -> None:
         """Compute poses and contacts of the present positions in all worlds."""
-        with wp.ScopedDevice(self.device):
-            mujoco_warp.kinematics(self._model, self._data)
-            geoms, model, data = self._static_geoms, self._model, self._data
-            self._launch(
-                kernels.place_static_geoms,
-                (self.num_worlds, len(geoms)),
-                geoms,
-                model.geom_bodyid,
-                model.geom_pos,
-                self._geom_mat,
-                self._live,
-                data.geom_xpos,
-                data.geom_xmat,
-            )
-            mujoco_warp.fwd_position(model, data, factorize=False)
+        geoms, model, data = self._static_geoms, self._model, self._data
+        self._substep.place_bodies()
+        self._launch(
+            kernels.place_static_geoms,
+            (self.num_worlds, len(geoms)),
+            geoms,
+            model.geom_bodyid,
+            model.geom_pos,
+            self._geom_mat,
+            self._live,
+            data.geom_xpos,
+            data.geom_xmat,
+        )
+        self._substep.find_contacts()
 
     def _prepare(self) -> None:
         """Capture a reset and an environment step as graphs, once.
