@@ -171,6 +171,22 @@ def test_pairs_that_touch_pass_the_broad_phase(suite, task_id):
     restore(scene)
 
 
+def test_threads_of_a_block_find_the_pairs_that_one_finds(monkeypatch):
+    scene = make_scene("libero_spatial", 0)
+    substep, found = scene.worlds._substep, []
+    scatter(scene, np.random.default_rng(0))
+    for with_blocks in (False, True):
+        monkeypatch.setattr(wp.config, "enable_cpu_blocks", with_blocks)
+        substep._num_near.fill_(7)
+        substep.place_bodies()
+        substep._find_pairs()
+        found.append(pairs_of(scene.data, substep._collisions))
+    monkeypatch.undo()
+    assert found[0] == found[1]
+    assert len(found[0]) > 10 * _NUM_WORLDS
+    restore(scene)
+
+
 def test_overflow_of_contacts_is_reported_as_by_mujoco_warp():
     scene = make_scene("libero_spatial", 0)
     count, kind = scene.data.naconmax, int(mujoco_warp.OverflowType.BROADPHASE)
@@ -255,15 +271,27 @@ def test_memory_is_kept_and_suffices_for_later_calls_with_more_worlds():
     assert given[2].dtype == wp.vec3
 
 
-def test_a_captured_step_allocates_nothing():
+def test_a_captured_step_is_a_dozen_kernels_and_nothing_else():
+    """What it allocates, copies and clears would be nodes of the graph too."""
     scene = make_scene("libero_spatial", 0)
-    assert len(scene.worlds._substep._convex_pairs) > 2
     restore(scene)
     scene.worlds._substep.run(lambda: None)
+    num_launches = 0
+
+    def count(launch, *args, **kwargs):
+        nonlocal num_launches
+        num_launches += 1
+        return launch(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("empty", "zeros", "clone", "empty_like", "zeros_like"):
+        for name in ("empty", "zeros", "clone", "copy", "empty_like", "zeros_like"):
             patch.setattr(wp, name, lambda *_, name=name, **__: pytest.fail(f"wp.{name} was called"))
+        for name in ("zero_", "fill_", "assign"):
+            patch.setattr(wp.array, name, lambda *_, name=name, **__: pytest.fail(f"wp.array.{name} was called"))
+        for name in ("launch", "launch_tiled"):
+            patch.setattr(wp, name, functools.partial(count, getattr(wp, name)))
         scene.worlds._substep.run(lambda: None)
+    assert num_launches == 8 + 4  # one for each kind of pairs with a cylinder or a mesh
     restore(scene)
 
 
