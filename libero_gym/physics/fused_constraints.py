@@ -99,44 +99,6 @@ def begin_rows(r: ConstraintRows, world: int):
 
 
 @wp.func
-def add_joint_friction(r: ConstraintRows, world: int, row: int):
-    """Write the row of the degree of freedom `friction_dofs[row]`."""
-    if row >= r.njmax or row >= r.njmax_nnz:
-        return
-    dof = r.friction_dofs[row]
-    r.J_rownnz[world, row] = 1
-    r.J_rowadr[world, row] = row
-    r.J_colind[world, 0, row] = dof
-    r.J[world, 0, row] = 1.0
-    _efc_row(
-        r.disableflags,
-        world,
-        r.timestep[0],
-        row,
-        0.0,
-        0.0,
-        r.dof_invweight0[dof],
-        r.dof_solref[dof],
-        r.dof_solimp[dof],
-        0.0,
-        r.qvel[world, dof],
-        r.dof_frictionloss[dof],
-        wp.static(_FRICTION_DOF),
-        dof,
-        False,
-        0.0,
-        r.type,
-        r.id,
-        r.pos,
-        r.margin,
-        r.D,
-        r.vel,
-        r.aref,
-        r.frictionloss,
-    )
-
-
-@wp.func
 def _reserve_entries(r: ConstraintRows, world: int, num_rows: int, row_size: int) -> int:
     """Return where entries of rows that are to be added have room, -1 if they have none."""
     num_rows = wp.min(num_rows, r.njmax - r.nefc[world])
@@ -149,29 +111,52 @@ def _reserve_entries(r: ConstraintRows, world: int, num_rows: int, row_size: int
 
 
 @wp.func
-def add_joint_limit(r: ConstraintRows, world: int, index: int):
-    """Write a row if the joint `limited_joints[index]` is beyond its range."""
-    joint = r.limited_joints[index]
-    limits = r.jnt_range[joint]
-    margin = r.jnt_margin[joint]
-    value = r.qpos[world, r.jnt_qposadr[joint]]
-    below = value - limits[0]
-    above = limits[1] - value
-    distance = wp.min(below, above) - margin
-    if not distance < 0.0:
-        return
-    address = _reserve_entries(r, world, 1, 1)
-    if address < 0:
-        return
-    wp.atomic_add(r.nl, world, 1)
-    row = wp.atomic_add(r.nefc, world, 1)
-    if row >= r.njmax:
-        return
-    block = wp.atomic_add(r.jtdaj_nblock, world, 1)
-    r.jtdaj_adr[world, block] = row
-    r.jtdaj_nrow[world, block] = 1
-    dof = r.jnt_dofadr[joint]
-    sign = wp.where(below < above, 1.0, -1.0)
+def add_joint_row(r: ConstraintRows, world: int, index: int):
+    """Write the row of the degree of freedom `friction_dofs[index]`.
+
+    An index beyond them is that of a joint of `limited_joints`, which has a row if it is beyond its range.
+    """
+    # What both have in common comes last, so that a GPU has its instructions once.
+    row = index
+    address = index
+    sign = float(1.0)
+    margin = float(0.0)
+    distance = float(0.0)
+    frictionloss = float(0.0)
+    if index < r.friction_dofs.shape[0]:
+        if row >= r.njmax or row >= r.njmax_nnz:
+            return
+        dof = r.friction_dofs[index]
+        id = dof
+        kind = wp.static(_FRICTION_DOF)
+        solref = r.dof_solref[dof]
+        solimp = r.dof_solimp[dof]
+        frictionloss = r.dof_frictionloss[dof]
+    else:
+        id = r.limited_joints[index - r.friction_dofs.shape[0]]
+        kind = wp.static(_LIMIT_JOINT)
+        limits = r.jnt_range[id]
+        margin = r.jnt_margin[id]
+        value = r.qpos[world, r.jnt_qposadr[id]]
+        below = value - limits[0]
+        above = limits[1] - value
+        distance = wp.min(below, above) - margin
+        if not distance < 0.0:
+            return
+        address = _reserve_entries(r, world, 1, 1)
+        if address < 0:
+            return
+        wp.atomic_add(r.nl, world, 1)
+        row = wp.atomic_add(r.nefc, world, 1)
+        if row >= r.njmax:
+            return
+        block = wp.atomic_add(r.jtdaj_nblock, world, 1)
+        r.jtdaj_adr[world, block] = row
+        r.jtdaj_nrow[world, block] = 1
+        sign = wp.where(below < above, 1.0, -1.0)
+        dof = r.jnt_dofadr[id]
+        solref = r.jnt_solref[id]
+        solimp = r.jnt_solimp[id]
     r.J_rownnz[world, row] = 1
     r.J_rowadr[world, row] = address
     r.J_colind[world, 0, address] = dof
@@ -184,13 +169,13 @@ def add_joint_limit(r: ConstraintRows, world: int, index: int):
         distance,
         distance,
         r.dof_invweight0[dof],
-        r.jnt_solref[joint],
-        r.jnt_solimp[joint],
+        solref,
+        solimp,
         margin,
         sign * r.qvel[world, dof],
-        0.0,
-        wp.static(_LIMIT_JOINT),
-        joint,
+        frictionloss,
+        kind,
+        id,
         False,
         0.0,
         r.type,

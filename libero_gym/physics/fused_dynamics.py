@@ -33,8 +33,7 @@ from libero_gym.physics.fused_constraints import (
     ConstraintRows,
     Contacts,
     add_contacts,
-    add_joint_friction,
-    add_joint_limit,
+    add_joint_row,
     begin_rows,
     choose_num_blocks,
     contact_tables,
@@ -282,10 +281,8 @@ def place_bodies(p: Placement, rows: ConstraintRows):
     for branch in range(lane, p.body_branch_start.shape[0] - 1, lanes):
         _place_branch(p, world, branch)
     # The last threads have no branch to follow.
-    for i in range(lanes - 1 - lane, rows.friction_dofs.shape[0], lanes):
-        add_joint_friction(rows, world, i)
-    for i in range(lanes - 1 - lane, rows.limited_joints.shape[0], lanes):
-        add_joint_limit(rows, world, i)
+    for i in range(lanes - 1 - lane, rows.friction_dofs.shape[0] + rows.limited_joints.shape[0], lanes):
+        add_joint_row(rows, world, i)
     sync_block()
     for body in range(lane, num_bodies, lanes):
         quat = p.xquat[world, body]
