@@ -91,7 +91,10 @@ class Substep:
         self._allocate(model, data)
 
     def for_rows(self, model: Any, data: Any) -> Self:
-        """Return the same for some of the worlds, with memory of its own; `model` and `data` are views of theirs."""
+        """Return the same for some of the worlds; `model` and `data` are views of theirs.
+
+        Both share memory for contacts of convex shapes, so that only one of them may be at work at a time.
+        """
         other = copy.copy(self)
         other._allocate(model, data)
         return other
