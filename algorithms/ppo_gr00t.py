@@ -259,8 +259,9 @@ class Args:
     """First iterations, in which the policy learns by imitation alone while the critic learns its
     values: a policy that few demonstrations have left half-trained gains most from what it does
     right already. Needs imitation_coef."""
-    imitation_learning_rate: float = 4e-4
-    """AdamW's step size for the policy at their beginning; it falls linearly to learning_rate."""
+    imitation_learning_rate: float = 2e-4
+    """AdamW's step size for the policy in them: reached within their first tenth, from where it
+    falls linearly to learning_rate."""
     imitation_epochs: int = 10
     """Passes over the decisions of each of them, in place of update_epochs."""
     kl_coef: float = 0.0
@@ -339,12 +340,13 @@ class Args:
     def policy_step_factor(self, updated: float) -> float:
         """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
 
-        While the policy only imitates it falls to 1 from `imitation_learning_rate`; then it is 0
-        while only the critic learns, and rises to 1 again.
+        While the policy only imitates it rises to `imitation_learning_rate` and falls to 1; then it
+        is 0 while only the critic learns, and rises to 1 again.
         """
         if updated <= self.imitation_iterations:
-            start = self.imitation_learning_rate / self.learning_rate
-            return start + (1 - start) * updated / self.imitation_iterations
+            done = updated / self.imitation_iterations
+            largest = self.imitation_learning_rate / self.learning_rate
+            return largest * min(done / 0.1, 1.0) + (1 - largest) * max(done - 0.1, 0.0) / 0.9
         since = updated - self.imitation_iterations - self.critic_warmup_iterations
         if self.policy_warmup_iterations == 0:
             return float(since > 0)

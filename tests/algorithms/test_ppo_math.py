@@ -215,8 +215,8 @@ def test_imitation_comes_before_the_warm_ups():
         critic_warmup_iterations=1,
         policy_warmup_iterations=2,
     )
-    factors = [args.policy_step_factor(updated) for updated in (0.5, 1.0, 1.5, 2.5, 3.5, 4.5)]
-    assert factors == pytest.approx([2.5, 1, 0, 0.25, 0.75, 1])
+    factors = [args.policy_step_factor(updated) for updated in (0.05, 0.1, 0.55, 1.0, 1.5, 2.5, 3.5, 4.5)]
+    assert factors == pytest.approx([2, 4, 2.5, 1, 0, 0.25, 0.75, 1])
     assert [args.epochs(iteration) for iteration in (1, 2)] == [args.imitation_epochs, args.update_epochs]
 
 
