@@ -255,6 +255,15 @@ class Args:
     policy whose mean moves by it needs a smaller step size than PPO alone would bear. Only decisions
     whose episode ends within the rollout are imitated: give num_steps a horizon, or the beginnings
     of long episodes are never among them."""
+    imitation_iterations: int = 0
+    """First iterations, in which the policy learns by imitation alone while the critic learns its
+    values: a policy that few demonstrations have left half-trained gains most from what it does
+    right already. Needs imitation_coef."""
+    imitation_learning_rate: float = 2e-4
+    """AdamW's step size for the policy in them: reached within their first tenth, from where it
+    falls linearly to learning_rate."""
+    imitation_epochs: int = 10
+    """Passes over the decisions of each of them, in place of update_epochs."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
@@ -311,12 +320,34 @@ class Args:
         is_due = self.save_interval > 0 and iteration % self.save_interval == 0
         return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
 
+    @property
+    def num_warmup_iterations(self) -> int:
+        """First iterations, before the policy learns by its whole step size."""
+        return (
+            self.imitation_iterations
+            + self.critic_warmup_iterations
+            + self.policy_warmup_iterations
+        )
+
+    def only_imitates(self, iteration: int) -> bool:
+        """Returns whether the policy learns by imitation alone in `iteration`."""
+        return iteration <= self.imitation_iterations
+
+    def epochs(self, iteration: int) -> int:
+        """Returns the passes over the decisions of `iteration`."""
+        return self.imitation_epochs if self.only_imitates(iteration) else self.update_epochs
+
     def policy_step_factor(self, updated: float) -> float:
         """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
 
-        0 while only the critic learns, then rising to 1.
+        While the policy only imitates it rises to `imitation_learning_rate` and falls to 1; then it
+        is 0 while only the critic learns, and rises to 1 again.
         """
-        since = updated - self.critic_warmup_iterations
+        if updated <= self.imitation_iterations:
+            done = updated / self.imitation_iterations
+            largest = self.imitation_learning_rate / self.learning_rate
+            return largest * min(done / 0.1, 1.0) + (1 - largest) * max(done - 0.1, 0.0) / 0.9
+        since = updated - self.imitation_iterations - self.critic_warmup_iterations
         if self.policy_warmup_iterations == 0:
             return float(since > 0)
         return min(max(since / self.policy_warmup_iterations, 0.0), 1.0)
@@ -345,6 +376,11 @@ def check_args(args: Args) -> None:
     check_state_model(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
+    if args.imitation_iterations and not (args.imitation_coef and args.learning_rate):
+        raise ValueError(
+            f"imitation_iterations={args.imitation_iterations} needs imitation_coef and learning_rate above 0, not "
+            f"{args.imitation_coef:g} and {args.learning_rate:g}: give --imitation-coef 10, or leave it out"
+        )
     if args.eval_before and args.eval_episodes_per_task == 0:
         raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
     if args.eval_episodes_per_task > 0:
@@ -641,7 +677,6 @@ def main(
     num_envs = share_of_process(args, "num_envs", num_processes)
     share_of_process(args, "micro_batch_size", num_processes)
     num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
-    updates_per_iteration = args.update_epochs * num_minibatches
     if args.dry_run:
         set_seed(args.seed)
         agent = make_agent(args).to(device).eval()
@@ -657,7 +692,7 @@ def main(
                 "decisions of an iteration": args.num_decisions,
                 "env-steps of an iteration": args.num_decisions * args.num_action_chunks,
                 "minibatches of an epoch": num_minibatches,
-                "updates of an iteration": updates_per_iteration,
+                "updates of an iteration": args.epochs(args.num_iterations) * num_minibatches,
                 "iterations": args.num_iterations,
             },
             decisions=args.num_decisions,
@@ -738,7 +773,7 @@ def main(
             stages,
             num_iterations=args.num_iterations,
             decisions=args.num_steps,
-            updates=updates_per_iteration,
+            updates=args.update_epochs * num_minibatches,
             longest_episode=horizon_decisions,
             num_action_chunks=args.num_action_chunks,
             recorder=recorder,
@@ -956,8 +991,10 @@ def main(
             ratio_deviation = 0.0
             policy_lr = 0.0
             kl_exceeded = False
+            only_imitates = args.only_imitates(iteration)
+            num_updates = args.epochs(iteration) * num_minibatches
 
-            for epoch in range(args.update_epochs):
+            for epoch in range(args.epochs(iteration)):
                 b_flow: list[Tensor] = []  # fresh noise [K * N, H, A], and times to denoise it at
                 if args.imitation_coef:
                     draws = flow_draws(
@@ -1021,10 +1058,12 @@ def main(
                             if start_policy is not None:
                                 start_kl = divergence(b_start_logprobs[at] - newlogprob)
 
-                            loss = pg_loss + args.vf_coef * v_loss
                             # At every level these weigh against the policy loss alike.
-                            loss = loss - args.ent_coef * mean_of_executed(entropy, executed)
+                            loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
                             loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+                            if only_imitates:
+                                loss = torch.zeros_like(loss)
+                            loss = loss + args.vf_coef * v_loss
                             loss = (b_weights[at] * loss).mean()
 
                             imitation_loss = torch.zeros_like(newvalue)
@@ -1063,7 +1102,7 @@ def main(
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, **dump)
-                    updated = iteration - 1 + (len(history) + 1) / updates_per_iteration
+                    updated = iteration - 1 + (len(history) + 1) / num_updates
                     with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                         optimizer.step()
                         policy_lr = optimizer.param_groups[0]["lr"]
@@ -1072,7 +1111,8 @@ def main(
 
                     means = cast(dict[str, Tensor], accelerator.reduce(mean_of(stats), "mean"))
                     history.append(means | {"actor/grad_norm": grad_norm})
-                    kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
+                    if not only_imitates:
+                        kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
                     if kl_exceeded:
                         break
                 if kl_exceeded:
@@ -1092,7 +1132,7 @@ def main(
                 "rollout/advantages_mean": advantages_mean.item(),
             }
             metrics |= monitor.metrics()
-            if iteration > args.critic_warmup_iterations + args.policy_warmup_iterations:
+            if iteration > args.num_warmup_iterations:
                 step_sizes.follow(history[-1]["actor/approx_kl"])
             if task_sampler is not None:
                 metrics |= task_sampler.metrics()

@@ -1,26 +1,30 @@
 # type: ignore
 # ruff: noqa: SIM110 - Warp has no `all`
-"""A step of MuJoCo Warp's physics in another order of launches: what does not wait for each other runs side by side.
+"""A step of MuJoCo Warp's physics in few launches, of which those that do not wait for each other run side by side.
 
 `mujoco_warp.step` launches some hundred kernels one after another, and most of them are too small for a GPU: they take
-as long as their slowest thread. Here the step falls into strands, which are streams of the captured graph:
+as long as their slowest thread, or as a GPU needs to begin a kernel. Here a step is a dozen kernels, most of which give
+each world a block of threads. They fall into strands, which are streams of the captured graph:
 
     kinematics -> broad phase -> contacts of each pair of shapes (side by side) -> constraints -> solver -> integration
-               -> inertia, velocities, bias, controller, actuators, smooth acceleration ------^
+               -> inertia, velocities, bias -> controller -> actuators, smooth acceleration ---^
 
-The broad phase compares boxes along the world's axes, first those of bodies, then those of their shapes, before MuJoCo
-Warp's own test of a pair, which reads and computes many times as much. Meshes that can be proven never to touch are not
-compared at all; see `libero_gym.physics.clearance`. The solver is `libero_gym.physics.newton`. Results are those of
-`mujoco_warp.step` but for the order in which contacts are found, the rounding of sums, and where within its tolerance
-the solver stops. Energy and sensors are not computed.
+Kinematics, forces and integration are `libero_gym.physics.fused_dynamics`, constraints are
+`libero_gym.physics.fused_constraints`, and the solver is `libero_gym.physics.newton`; contacts of shapes are found by
+MuJoCo Warp. The broad phase compares boxes along the world's axes, first those of bodies, then those of their shapes,
+before MuJoCo Warp's own test of a pair, which reads and computes many times as much. Meshes that can be proven never to
+touch are not compared at all; see `libero_gym.physics.clearance`. Results are those of `mujoco_warp.step` but for the
+order in which contacts are found, the rounding of sums, and where within its tolerance the solver stops. Energy and
+sensors are not computed.
 
-Shape legend: N worlds, B bodies, G geoms, Q pairs of bodies and P pairs of geoms that can collide.
+Shape legend: N worlds, Q pairs of bodies and P pairs of geoms that can collide.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,16 +40,15 @@ from mujoco_warp._src.collision_driver import MJ_COLLISION_TABLE, _add_geom_pair
 from mujoco_warp._src.math import upper_trid_index
 from mujoco_warp._src.types import CollisionType
 
+from libero_gym.physics.blocks import sync_block
 from libero_gym.physics.clearance import find_clear_pairs
+from libero_gym.physics.fused_dynamics import FusedDynamics, find_unsupported
 from libero_gym.physics.newton import NewtonSolver
+from libero_gym.physics.unfused_stepping import UnfusedLaunches
 
 # Threads that go through the pairs of a world on a GPU, a warp for each pair of bodies.
 _PAIR_THREADS = 128
 _WARP_SIZE = 32
-# m; float32 numbers of this size are a centimetre apart.
-_FAR = 1.0e5
-# Lower corner, and minus upper corner, of a box that none touches, m.
-_NOWHERE = 2.0e5
 
 
 class Substep:
@@ -56,7 +59,14 @@ class Substep:
     """
 
     def __init__(
-        self, mjm: mujoco.MjModel, model: Any, data: Any, *, device: str, placed_bodies: Collection[int] = ()
+        self,
+        mjm: mujoco.MjModel,
+        model: Any,
+        data: Any,
+        *,
+        device: str,
+        placed_bodies: Collection[int] = (),
+        is_fused: bool = True,
     ) -> None:
         """Allocate what a step needs.
 
@@ -66,20 +76,25 @@ class Substep:
             data: from `mujoco_warp.make_data`.
             device: Warp's name of the device where they are.
             placed_bodies: bodies whose poses in their parents differ between worlds or will be changed.
+            is_fused: False launches MuJoCo Warp's kernels one after another, as it was before they were fused.
 
         Raises:
             ValueError: the model has what scenes of LIBERO do not have; see also `NewtonSolver.of`.
         """
         _check_model(mjm, model)
-        self._mjm, self._device = mjm, device
+        self._mjm, self._device, self._is_fused = mjm, device, is_fused
         with wp.ScopedDevice(device):
             self._pairs = _group_pairs(mjm, model, placed_bodies)
         self._convex_pairs, self._primitive_pairs = _pairs_of_shapes(model)
         self._strands = _make_strands(device, 1 + len(self._convex_pairs)) if wp.get_device(device).is_cuda else []
+        self._find_convex_contacts = [_keep_memory(convex_narrowphase, data.naccdmax) for _ in self._convex_pairs]
         self._allocate(model, data)
 
     def for_rows(self, model: Any, data: Any) -> Self:
-        """Return the same for some of the worlds, with memory of its own; `model` and `data` are views of theirs."""
+        """Return the same for some of the worlds; `model` and `data` are views of theirs.
+
+        Both share memory for contacts of convex shapes, so that only one of them may be at work at a time.
+        """
         other = copy.copy(self)
         other._allocate(model, data)
         return other
@@ -87,78 +102,59 @@ class Substep:
     def _allocate(self, model: Any, data: Any) -> None:
         self._model, self._data = model, data
         self.solver = NewtonSolver.of(self._mjm, model, data, device=self._device)
+        self._dynamics = FusedDynamics(self._mjm, model, data, device=self._device)
+        self._unfused = None
+        if not self._is_fused:
+            self._unfused = UnfusedLaunches(self._mjm, model, data, device=self._device)
         with wp.ScopedDevice(self._device):
             self._collisions = create_collision_context(data.naconmax)
-            self._geom_bounds = wp.zeros((data.nworld, self._mjm.ngeom, 2), dtype=wp.vec3)
-            self._body_bounds = wp.zeros((data.nworld, self._mjm.nbody, 2), dtype=wp.vec3)
             self._num_near = wp.zeros(data.nworld, dtype=int)
             self._near = wp.zeros((data.nworld, len(self._pairs.bodies)), dtype=int)
 
     def run(self, control: Callable[[], None]) -> None:
         """Launch the kernels of a step; `control` launches those that set `ctrl`, after velocities and bias."""
-        model, data = self._model, self._data
+        if self._unfused is not None:
+            self._unfused.run(self, control)
+            return
+        dynamics = self._dynamics
         with wp.ScopedDevice(self._device):
-            mujoco_warp.kinematics(model, data)
-            mujoco_warp.com_pos(model, data)
+            dynamics.place_bodies()
             with self._strand(0):
-                self._smooth_dynamics(control)
+                dynamics.find_forces()
+                control()
+                dynamics.find_accelerations()
             self._collide()
-            mujoco_warp.make_constraint(model, data)
+            dynamics.add_contacts()
             self._join(0)
             self.solver.solve()
-            mujoco_warp.euler(model, data)
+            dynamics.integrate()
 
-    def _smooth_dynamics(self, control: Callable[[], None]) -> None:
-        """Compute all forces but the constraints'."""
-        model, data = self._model, self._data
-        mujoco_warp.crb(model, data)
-        mujoco_warp.transmission(model, data)
-        mujoco_warp.fwd_velocity(model, data)
-        control()
-        mujoco_warp.fwd_actuation(model, data)
-        mujoco_warp.fwd_acceleration(model, data, factorize=True)
+    def place_bodies(self) -> None:
+        """Launch what computes poses of all that moves from `qpos`."""
+        (self._unfused or self._dynamics).place_bodies()
+
+    def find_contacts(self) -> None:
+        """Launch what computes poses and contacts from `qpos`."""
+        if self._unfused is not None:
+            self._unfused.find_contacts()
+            return
+        with wp.ScopedDevice(self._device):
+            self.place_bodies()
+            self._collide()
 
     def _collide(self) -> None:
-        """Find the contacts."""
+        """Find the contacts of bodies in their places."""
         model, data, found = self._model, self._data, self._collisions
-        data.ncollision.zero_()
-        data.nacon.zero_()
         self._find_pairs()
-        for index, pair in enumerate(self._convex_pairs, start=1):
-            with self._strand(index):
-                convex_narrowphase(model, data, found, [pair])
+        for index, pair in enumerate(self._convex_pairs):
+            with self._strand(1 + index):
+                self._find_convex_contacts[index](self._dynamics.num_convex, model, data, found, [pair])
         mujoco_warp.primitive_narrowphase(model, data, found, self._primitive_pairs)
         for index in range(1, 1 + len(self._convex_pairs)):
             self._join(index)
 
     def _find_pairs(self) -> None:
         model, data, found, pairs = self._model, self._data, self._collisions, self._pairs
-        self._num_near.zero_()
-        wp.launch(
-            _bound_geoms,
-            dim=self._geom_bounds.shape[:2],
-            inputs=[
-                model.geom_type,
-                model.geom_aabb,
-                model.geom_margin,
-                model.geom_gap,
-                data.geom_xpos,
-                data.geom_xmat,
-            ],
-            outputs=[self._geom_bounds],
-        )
-        wp.launch(
-            _bound_bodies,
-            dim=self._body_bounds.shape[:2],
-            inputs=[pairs.body_first_geom, pairs.body_num_geoms, self._geom_bounds],
-            outputs=[self._body_bounds],
-        )
-        wp.launch(
-            _find_near_bodies,
-            dim=self._near.shape,
-            inputs=[pairs.bodies, self._body_bounds],
-            outputs=[self._num_near, self._near],
-        )
         sizes = tuple(
             array.shape[0]
             for array in (
@@ -181,12 +177,14 @@ class Substep:
                 model.geom_gap,
                 model.pair_margin,
                 model.pair_gap,
+                pairs.bodies,
                 pairs.first,
                 pairs.geoms,
                 pairs.ids,
                 self._num_near,
                 self._near,
-                self._geom_bounds,
+                self._dynamics.body_bounds,
+                self._dynamics.geom_bounds,
                 data.geom_xpos,
                 data.geom_xmat,
                 data.naconmax,
@@ -210,6 +208,58 @@ class Substep:
             wp.wait_stream(self._strands[index])
 
 
+def _keep_memory(function: Callable[..., None], num_rows: int) -> Callable[..., None]:
+    """Return a function of MuJoCo Warp that allocates memory when it is first called, and uses the same ever after.
+
+    What a captured step allocates, frees and clears would be nodes of its graph, of which MuJoCo Warp makes dozens for
+    each pair of shapes. Calls may be with fewer worlds.
+
+    Args:
+        function: allocates by `wp.empty` what need not be clear, and one array of counters by `wp.zeros`. What is
+            returned takes that array before the function's arguments, and leaves it to its caller to clear it.
+        num_rows: the most rows that any call will ask for.
+    """
+    original = function.__wrapped__
+    allocator = _Allocator(num_rows)
+    # The same function with another meaning of the name `wp`.
+    keeping = types.FunctionType(
+        original.__code__,
+        {**original.__globals__, "wp": allocator},
+        original.__name__,
+        original.__defaults__,
+        original.__closure__,
+    )
+
+    def call(counters: Any, *args: Any) -> None:
+        allocator.begin(counters)
+        keeping(*args)
+
+    return call
+
+
+class _Allocator:
+    """Stands in for the module `warp` where memory is to be kept."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows, self._kept = num_rows, []
+
+    def begin(self, counters: Any) -> None:
+        """Give out the memory from its beginning."""
+        self._counters, self._num_given = counters, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(wp, name)
+
+    def zeros(self, *args: Any, **kwargs: Any) -> Any:
+        return self._counters
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        if self._num_given == len(self._kept):
+            self._kept.append(wp.empty((self._num_rows, *shape[1:]), dtype=dtype))
+        self._num_given += 1
+        return self._kept[self._num_given - 1]
+
+
 @functools.lru_cache
 def _make_strands(device: str, number: int) -> list[Any]:
     """Return streams that captures of steps go through, one capture at a time."""
@@ -226,11 +276,11 @@ def _check_model(mjm: mujoco.MjModel, model: Any) -> None:
         "signed distance fields": (mjm.geom_type == mujoco.mjtGeom.mjGEOM_SDF).any(),
         "moving surfaces": model.flg_surfacevel,
     }
-    found = [name for name, value in unsupported.items() if value]
+    found = [name for name, value in unsupported.items() if value] + find_unsupported(mjm, model)
     if found:
         raise ValueError(
-            f"GPU physics steps by Euler's method bodies whose shapes collide by what they are made of; this model has "
-            f"{', '.join(found)}"
+            f"GPU physics steps by Euler's method what scenes of LIBERO have: free bodies, damped hinges and slides, "
+            f"motors and position servos; this model has {', '.join(found)}"
         )
 
 
@@ -243,16 +293,12 @@ class _Pairs:
         first: [Q + 1] where the geoms of a pair of bodies begin.
         geoms: [P] pairs of geoms.
         ids: [P] MuJoCo Warp's `nxn_pairid` of them.
-        body_first_geom: [B].
-        body_num_geoms: [B].
     """
 
     bodies: Any
     first: Any
     geoms: Any
     ids: Any
-    body_first_geom: Any
-    body_num_geoms: Any
 
 
 def _group_pairs(mjm: mujoco.MjModel, model: Any, placed_bodies: Collection[int]) -> _Pairs:
@@ -268,8 +314,6 @@ def _group_pairs(mjm: mujoco.MjModel, model: Any, placed_bodies: Collection[int]
         first=wp.array(np.append(first, len(geoms)), dtype=int),
         geoms=wp.array(geoms[order], dtype=wp.vec2i),
         ids=wp.array(ids[order], dtype=wp.vec2i),
-        body_first_geom=wp.array(mjm.body_geomadr, dtype=int),
-        body_num_geoms=wp.array(mjm.body_geomnum, dtype=int),
     )
 
 
@@ -287,59 +331,6 @@ def _pairs_of_shapes(model: Any) -> tuple[list[Any], list[Any]]:
     return convex, [pair for pair in there if table[pair] == CollisionType.PRIMITIVE]
 
 
-@wp.kernel(enable_backward=False)
-def _bound_geoms(
-    geom_type: wp.array(dtype=int),
-    geom_aabb: wp.array3d(dtype=wp.vec3),
-    geom_margin: wp.array2d(dtype=float),
-    geom_gap: wp.array2d(dtype=float),
-    geom_xpos: wp.array2d(dtype=wp.vec3),
-    geom_xmat: wp.array2d(dtype=wp.mat33),
-    bounds: wp.array3d(dtype=wp.vec3),
-):
-    """Write the lower and the upper corner of the box that another's must touch to collide; dim (N, G)."""
-    world, geom = wp.tid()
-    if geom_type[geom] == wp.static(int(mujoco_warp.GeomType.PLANE)):
-        bounds[world, geom, 0] = wp.vec3(-wp.static(_FAR))
-        bounds[world, geom, 1] = wp.vec3(wp.static(_FAR))
-        return
-    mat = geom_xmat[world, geom]
-    center = geom_xpos[world, geom] + mat @ geom_aabb[world % geom_aabb.shape[0], geom, 0]
-    half = geom_aabb[world % geom_aabb.shape[0], geom, 1]
-    margin = geom_margin[world % geom_margin.shape[0], geom] + geom_gap[world % geom_gap.shape[0], geom]
-    reach = wp.vec3(margin)
-    for axis in range(3):
-        for side in range(3):
-            reach[axis] += wp.abs(mat[axis, side]) * half[side]
-    if not wp.length(center) + wp.length(reach) < wp.static(_FAR):
-        # The world has diverged. What is so far away would touch everything there, and take other worlds' space for
-        # contacts.
-        bounds[world, geom, 0] = wp.vec3(wp.static(_NOWHERE))
-        bounds[world, geom, 1] = wp.vec3(-wp.static(_NOWHERE))
-        return
-    bounds[world, geom, 0] = center - reach
-    bounds[world, geom, 1] = center + reach
-
-
-@wp.kernel(enable_backward=False)
-def _bound_bodies(
-    body_first_geom: wp.array(dtype=int),
-    body_num_geoms: wp.array(dtype=int),
-    geom_bounds: wp.array3d(dtype=wp.vec3),
-    bounds: wp.array3d(dtype=wp.vec3),
-):
-    """Write the box around the boxes of a body's geoms; dim (N, B)."""
-    world, body = wp.tid()
-    low = wp.vec3(wp.static(_NOWHERE))
-    high = wp.vec3(-wp.static(_NOWHERE))
-    first = body_first_geom[body]
-    for geom in range(first, first + body_num_geoms[body]):
-        low = wp.min(low, geom_bounds[world, geom, 0])
-        high = wp.max(high, geom_bounds[world, geom, 1])
-    bounds[world, body, 0] = low
-    bounds[world, body, 1] = high
-
-
 @wp.func
 def _overlap(bounds: wp.array2d(dtype=wp.vec3), a: int, b: int) -> bool:
     """Whether two boxes touch."""
@@ -351,19 +342,6 @@ def _overlap(bounds: wp.array2d(dtype=wp.vec3), a: int, b: int) -> bool:
         if not (high_a[axis] >= low_b[axis] and high_b[axis] >= low_a[axis]):
             return False
     return True
-
-
-@wp.kernel(enable_backward=False)
-def _find_near_bodies(
-    pairs: wp.array(dtype=wp.vec2i),
-    bounds: wp.array3d(dtype=wp.vec3),
-    num_near: wp.array(dtype=int),
-    near: wp.array2d(dtype=int),
-):
-    """List the pairs of bodies whose boxes overlap; dim (N, Q)."""
-    world, pair = wp.tid()
-    if _overlap(bounds[world], pairs[pair][0], pairs[pair][1]):
-        near[world, wp.atomic_add(num_near, world, 1)] = pair
 
 
 @functools.lru_cache
@@ -380,11 +358,13 @@ def _make_broad_phase(broadphase_filter: int, *sizes: int) -> Any:
         geom_gap: wp.array2d(dtype=float),
         pair_margin: wp.array2d(dtype=float),
         pair_gap: wp.array2d(dtype=float),
+        body_pairs: wp.array(dtype=wp.vec2i),
         first: wp.array(dtype=int),
         pairs: wp.array(dtype=wp.vec2i),
         pair_ids: wp.array(dtype=wp.vec2i),
         num_near: wp.array(dtype=int),
         near: wp.array2d(dtype=int),
+        body_bounds: wp.array3d(dtype=wp.vec3),
         bounds: wp.array3d(dtype=wp.vec3),
         geom_xpos: wp.array2d(dtype=wp.vec3),
         geom_xmat: wp.array2d(dtype=wp.mat33),
@@ -394,7 +374,15 @@ def _make_broad_phase(broadphase_filter: int, *sizes: int) -> Any:
         collision_pairid: wp.array(dtype=wp.vec2i),
         collision_worldid: wp.array(dtype=int),
     ):
+        """Compare the boxes of bodies, then those of near bodies' geoms; a block for each of N worlds."""
         world, lane = wp.tid()
+        if lane == 0:
+            num_near[world] = 0
+        sync_block()
+        for bodies in range(lane, body_pairs.shape[0], wp.block_dim()):
+            if _overlap(body_bounds[world], body_pairs[bodies][0], body_pairs[bodies][1]):
+                near[world, wp.atomic_add(num_near, world, 1)] = bodies
+        sync_block()
         width = wp.min(wp.block_dim(), wp.static(_WARP_SIZE))
         for index in range(lane / width, num_near[world], wp.block_dim() / width):
             bodies = near[world, index]

@@ -17,7 +17,7 @@ goals, but it is not LIBERO to the last bit, as `libero_gym.physics.simulation` 
   starts and the same samples, not the same trajectory to the last bit. On a CPU it does.
 - Force sensors, which nothing here reads, are not computed.
 
-`libero_gym.physics.warp_stepping` launches a substep's kernels, MuJoCo Warp's but for solver and broad phase. One
+`libero_gym.physics.warp_stepping` launches a substep's kernels; those that find contacts are MuJoCo Warp's. One
 environment step (25 substeps) is one captured graph, and poses go to the ray caster without leaving the device.
 Everything runs on a CPU too, for tests, there with a graph for each kind of substep.
 
@@ -583,21 +583,20 @@ class WarpWorlds(Uncopied):
 
     def _forward(self) -> None:
         """Compute poses and contacts of the present positions in all worlds."""
-        with wp.ScopedDevice(self.device):
-            mujoco_warp.kinematics(self._model, self._data)
-            geoms, model, data = self._static_geoms, self._model, self._data
-            self._launch(
-                kernels.place_static_geoms,
-                (self.num_worlds, len(geoms)),
-                geoms,
-                model.geom_bodyid,
-                model.geom_pos,
-                self._geom_mat,
-                self._live,
-                data.geom_xpos,
-                data.geom_xmat,
-            )
-            mujoco_warp.fwd_position(model, data, factorize=False)
+        geoms, model, data = self._static_geoms, self._model, self._data
+        self._substep.place_bodies()
+        self._launch(
+            kernels.place_static_geoms,
+            (self.num_worlds, len(geoms)),
+            geoms,
+            model.geom_bodyid,
+            model.geom_pos,
+            self._geom_mat,
+            self._live,
+            data.geom_xpos,
+            data.geom_xmat,
+        )
+        self._substep.find_contacts()
 
     def _prepare(self) -> None:
         """Capture a reset and an environment step as graphs, once.

@@ -125,6 +125,31 @@ def test_successful_episodes_are_imitated(tmp_path: Path):
     assert 0 < imitating[-1] < 0.8 * imitating[0]
 
 
+def test_the_policy_begins_by_imitation_alone(tmp_path: Path):
+    """The surrogate moves nothing then; the critic learns, and PPO goes on from there."""
+    options: dict[str, Any] = dict(make_agent=make_tiny_agent, num_steps=12, minibatch_size=96, micro_batch_size=96)
+    options |= dict(update_epochs=2, imitation_coef=1.0, max_ratio_deviation=1.0)
+    options |= dict(max_grad_norm=float("inf"))  # the critic's gradients would shorten the policy's
+    imitation = dict(imitation_iterations=1, imitation_learning_rate=1e-3, imitation_epochs=3)
+
+    def policy_after(name: str, num_iterations: int, **others: Any) -> dict[str, torch.Tensor]:
+        train("ppo", tmp_path, run_name=name, num_iterations=num_iterations, **(options | others))
+        return final_weights(tmp_path / name)
+
+    far, near = (policy_after(f"imitating_{gamma}", 1, gamma=gamma, **imitation) for gamma in (0.99, 0.1))
+    is_value = {name: "value_head" in name for name in far}
+    assert any(is_value.values())
+    assert all(torch.equal(far[name], near[name]) for name in far if not is_value[name])
+    assert any(not torch.equal(far[name], near[name]) for name in far if is_value[name])
+    slow = policy_after("slow", 1, **(imitation | dict(imitation_learning_rate=1e-4)))
+    assert any(not torch.equal(far[name], slow[name]) for name in far if not is_value[name])
+
+    far, near = (policy_after(f"both_{gamma}", 2, gamma=gamma, **imitation) for gamma in (0.99, 0.1))
+    assert any(not torch.equal(far[name], near[name]) for name in far if not is_value[name])
+    lines = logged(tmp_path / "both_0.99")
+    assert [line["actor/num_updates"] for line in lines] == [3, 2]
+
+
 def test_tasks_are_played_by_what_is_to_be_learnt(tmp_path: Path):
     class TwoTasks(LineVectorEnv):
         """Task 1 cannot be solved; tells what it is asked to sample."""

@@ -14,6 +14,7 @@ from algorithms.common.episodes import Episode, finished_episodes, wilson_interv
 from algorithms.common.processes import explained_variance, group_means, mean_and_variance
 from algorithms.ppo_gr00t import (
     Args,
+    check_args,
     compute_gae,
     divergence,
     mean_of_executed,
@@ -203,6 +204,26 @@ def test_won_are_the_decisions_of_episodes_that_succeeded_within_the_rollout():
 def test_the_policy_rests_and_then_warms_up(critic: int, policy: int, factors: tuple[float, ...]):
     args = Args(critic_warmup_iterations=critic, policy_warmup_iterations=policy)
     assert [args.policy_step_factor(updated) for updated in (0.5, 1.5, 2.5, 3.5)] == list(factors)
+
+
+def test_imitation_comes_before_the_warm_ups():
+    args = Args(
+        imitation_iterations=1,
+        imitation_coef=10.0,
+        imitation_learning_rate=4e-4,
+        learning_rate=1e-4,
+        critic_warmup_iterations=1,
+        policy_warmup_iterations=2,
+    )
+    factors = [args.policy_step_factor(updated) for updated in (0.05, 0.1, 0.55, 1.0, 1.5, 2.5, 3.5, 4.5)]
+    assert factors == pytest.approx([2, 4, 2.5, 1, 0, 0.25, 0.75, 1])
+    assert [args.epochs(iteration) for iteration in (1, 2)] == [args.imitation_epochs, args.update_epochs]
+
+
+@pytest.mark.parametrize("lacking", [dict(imitation_coef=0.0), dict(learning_rate=0.0)])
+def test_imitation_alone_needs_imitation(lacking: dict[str, float]):
+    with pytest.raises(ValueError, match=r"imitation_iterations=1 needs .* give --imitation-coef 10"):
+        check_args(Args(**(dict(imitation_iterations=1, imitation_coef=10.0) | lacking)))
 
 
 def test_divergence_estimates_the_divergence_of_gaussians_and_is_never_negative():
