@@ -45,7 +45,7 @@ _PLACE_THREADS = 64
 _FORCE_THREADS = 64
 _TREE_THREADS = 32
 # m; float32 numbers of this size are a centimetre apart.
-FAR = 1.0e5
+_FAR = 1.0e5
 # Lower corner, and minus upper corner, of a box that none touches, m.
 NOWHERE = 2.0e5
 _FREE, _SLIDE = int(mujoco_warp.JointType.FREE), int(mujoco_warp.JointType.SLIDE)
@@ -157,8 +157,8 @@ def _place_branch(p: Placement, world: int, branch: int):
 def _bound_geom(p: Placement, world: int, geom: int):
     """Lower and upper corner of the box that another's must touch to collide."""
     if p.geom_type[geom] == wp.static(_PLANE):
-        p.geom_bounds[world, geom, 0] = wp.vec3(-wp.static(FAR))
-        p.geom_bounds[world, geom, 1] = wp.vec3(wp.static(FAR))
+        p.geom_bounds[world, geom, 0] = wp.vec3(-wp.static(_FAR))
+        p.geom_bounds[world, geom, 1] = wp.vec3(wp.static(_FAR))
         return
     mat = p.geom_xmat[world, geom]
     center = p.geom_xpos[world, geom] + mat @ p.geom_aabb[geom, 0]
@@ -167,7 +167,7 @@ def _bound_geom(p: Placement, world: int, geom: int):
     for axis in range(3):
         for side in range(3):
             reach[axis] += wp.abs(mat[axis, side]) * half[side]
-    if not wp.length(center) + wp.length(reach) < wp.static(FAR):
+    if not wp.length(center) + wp.length(reach) < wp.static(_FAR):
         # The world has diverged. What is so far away would touch everything there, and take other worlds' space for
         # contacts.
         p.geom_bounds[world, geom, 0] = wp.vec3(wp.static(NOWHERE))

@@ -44,7 +44,6 @@ from libero_gym.physics.blocks import sync_block
 from libero_gym.physics.clearance import find_clear_pairs
 from libero_gym.physics.fused_dynamics import FusedDynamics, find_unsupported
 from libero_gym.physics.newton import NewtonSolver
-from libero_gym.physics.unfused_stepping import UnfusedLaunches
 
 # Threads that go through the pairs of a world on a GPU, a warp for each pair of bodies.
 _PAIR_THREADS = 128
@@ -59,14 +58,7 @@ class Substep:
     """
 
     def __init__(
-        self,
-        mjm: mujoco.MjModel,
-        model: Any,
-        data: Any,
-        *,
-        device: str,
-        placed_bodies: Collection[int] = (),
-        is_fused: bool = True,
+        self, mjm: mujoco.MjModel, model: Any, data: Any, *, device: str, placed_bodies: Collection[int] = ()
     ) -> None:
         """Allocate what a step needs.
 
@@ -76,13 +68,12 @@ class Substep:
             data: from `mujoco_warp.make_data`.
             device: Warp's name of the device where they are.
             placed_bodies: bodies whose poses in their parents differ between worlds or will be changed.
-            is_fused: False launches MuJoCo Warp's kernels one after another, as it was before they were fused.
 
         Raises:
             ValueError: the model has what scenes of LIBERO do not have; see also `NewtonSolver.of`.
         """
         _check_model(mjm, model)
-        self._mjm, self._device, self._is_fused = mjm, device, is_fused
+        self._mjm, self._device = mjm, device
         with wp.ScopedDevice(device):
             self._pairs = _group_pairs(mjm, model, placed_bodies)
         self._convex_pairs, self._primitive_pairs = _pairs_of_shapes(model)
@@ -103,9 +94,6 @@ class Substep:
         self._model, self._data = model, data
         self.solver = NewtonSolver.of(self._mjm, model, data, device=self._device)
         self._dynamics = FusedDynamics(self._mjm, model, data, device=self._device)
-        self._unfused = None
-        if not self._is_fused:
-            self._unfused = UnfusedLaunches(self._mjm, model, data, device=self._device)
         with wp.ScopedDevice(self._device):
             self._collisions = create_collision_context(data.naconmax)
             self._num_near = wp.zeros(data.nworld, dtype=int)
@@ -113,9 +101,6 @@ class Substep:
 
     def run(self, control: Callable[[], None]) -> None:
         """Launch the kernels of a step; `control` launches those that set `ctrl`, after velocities and bias."""
-        if self._unfused is not None:
-            self._unfused.run(self, control)
-            return
         dynamics = self._dynamics
         with wp.ScopedDevice(self._device):
             dynamics.place_bodies()
@@ -131,13 +116,10 @@ class Substep:
 
     def place_bodies(self) -> None:
         """Launch what computes poses of all that moves from `qpos`."""
-        (self._unfused or self._dynamics).place_bodies()
+        self._dynamics.place_bodies()
 
     def find_contacts(self) -> None:
         """Launch what computes poses and contacts from `qpos`."""
-        if self._unfused is not None:
-            self._unfused.find_contacts()
-            return
         with wp.ScopedDevice(self._device):
             self.place_bodies()
             self._collide()

@@ -103,27 +103,6 @@ def test_a_step_is_that_of_mujoco_warp(suite, task_id):
     restore(scene)
 
 
-@pytest.mark.parametrize(("suite", "task_id"), _SCENES)
-def test_fused_kernels_step_as_those_of_mujoco_warp(suite, task_id):
-    scene = make_scene(suite, task_id)
-    mjm, fixtures = scene.worlds.scene.physics_model, scene.worlds.scene.fixture_body_ids.tolist()
-    unfused = Substep(mjm, scene.model, scene.data, device="cpu", placed_bodies=fixtures, is_fused=False)
-    unfused.solver = scene.worlds._substep.solver
-    results = []
-    for substep in (unfused, scene.worlds._substep, unfused.for_rows(scene.model, scene.data)):
-        restore(scene)
-        for _ in range(2):
-            substep.run(lambda: None)
-        values = {name: getattr(scene.data, name).numpy().copy() for name in ("qpos", "qvel", "time", "nefc")}
-        results.append((values, contacts_of(scene.data)))
-    (expected, contacts), *others = results
-    for found, found_contacts in others:
-        assert [contact[:3] for contact in found_contacts] == [contact[:3] for contact in contacts]
-        for name, tolerance in (("qpos", 1e-7), ("qvel", 1e-5), ("time", 0), ("nefc", 0)):
-            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance, err_msg=name)
-    restore(scene)
-
-
 def scatter(scene, rng):
     """Put objects anywhere near others and the robot anywhere within its limits: many shapes touch or nearly do."""
     model = scene.worlds.scene.physics_model
