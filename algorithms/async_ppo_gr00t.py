@@ -51,6 +51,7 @@ from algorithms.common.args import (
     LoraPart,
     check_entropy_bonus,
     check_folders,
+    check_imitation,
     check_near_goal,
     check_physics,
     check_ranges,
@@ -233,8 +234,9 @@ class Args:
     """End an iteration's update when a minibatch's approximate KL from the rollout's policy exceeds
     this."""
     critic_warmup_iterations: int = 0
-    """First iterations, in which only the value head moves. The policy's gradients already enter
-    AdamW's moments, so that its first real step is no larger than the next ones."""
+    """First iterations (after imitation_iterations), in which only the value head moves. The
+    policy's gradients already enter AdamW's moments, so that its first real step is no larger than
+    the next ones."""
     policy_warmup_iterations: int = 0
     """Iterations after those over which the policy's step size rises from 0, update by update: while
     weights rest, gradients agree with each other, and AdamW's first steps all go the same way. An
@@ -272,6 +274,16 @@ class Args:
     policy whose mean moves by it needs a smaller step size than PPO alone would bear. Only decisions
     whose episode ends within the rollout are imitated: give num_steps a horizon, or the beginnings
     of long episodes are never among them."""
+    imitation_iterations: int = 0
+    """First iterations, in which the policy learns by imitation alone, and the critic, if there is
+    one, its values: a policy that few demonstrations have left half-trained gains most from what it
+    does right already. target_kl ends none of their updates, and an adaptive step size follows only
+    after them. Needs imitation_coef."""
+    imitation_learning_rate: float = 2e-4
+    """AdamW's step size for the policy in them, on which lr_schedule acts too: reached within their
+    first tenth, from where it falls linearly to learning_rate."""
+    imitation_epochs: int = 10
+    """Passes over the decisions of each of them, in place of update_epochs."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
@@ -316,6 +328,23 @@ class Args:
         """Forward passes per optimiser step."""
         return exact_quotient(self, "minibatch_size", "micro_batch_size")
 
+    @property
+    def num_warmup_iterations(self) -> int:
+        """Iterations before the policy learns by PPO at its whole step size."""
+        return (
+            self.imitation_iterations
+            + self.critic_warmup_iterations
+            + self.policy_warmup_iterations
+        )
+
+    def only_imitates(self, iteration: int) -> bool:
+        """Returns whether the policy learns by imitation alone in `iteration`."""
+        return iteration <= self.imitation_iterations
+
+    def num_epochs(self, iteration: int) -> int:
+        """Returns the passes over the decisions of `iteration`."""
+        return self.imitation_epochs if self.only_imitates(iteration) else self.update_epochs
+
     def evaluates(self, iteration: int) -> bool:
         """Returns whether the policy is evaluated after `iteration`."""
         is_last = iteration == self.num_iterations
@@ -331,9 +360,13 @@ class Args:
     def policy_step_factor(self, updated: float) -> float:
         """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
 
-        0 while only the critic learns, then rising to 1.
+        While the policy only imitates it rises to `imitation_learning_rate` and falls to 1; then it
+        is 0 while only the critic learns, and rises to 1 again.
         """
-        since = updated - self.critic_warmup_iterations
+        if updated <= self.imitation_iterations:
+            largest = self.imitation_learning_rate / self.learning_rate
+            return imitation_step_factor(updated / self.imitation_iterations, largest)
+        since = updated - self.imitation_iterations - self.critic_warmup_iterations
         if self.policy_warmup_iterations == 0:
             return float(since > 0)
         return min(max(since / self.policy_warmup_iterations, 0.0), 1.0)
@@ -364,6 +397,7 @@ def check_args(args: Args) -> None:
     check_state_model(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
+    check_imitation(args)
     if args.eval_before and args.eval_episodes_per_task == 0:
         raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
     if args.eval_episodes_per_task > 0:
@@ -428,7 +462,7 @@ from algorithms.common.rollouts import (
 )
 from algorithms.common.run import RunFolder
 from algorithms.common.state_agent import StateFlowAgent
-from algorithms.common.step_sizes import StepSizes
+from algorithms.common.step_sizes import StepSizes, imitation_step_factor
 from algorithms.common.task_sampling import TaskSampler
 from algorithms.common.vector_envs import merged_states
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
@@ -837,7 +871,6 @@ class Learner(LearnerRole):
         optimizer, step_sizes, store = self.optimizer, self.step_sizes, self.store
         start_policy, device = self.start_policy, accelerator.device
         num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
-        updates_per_iteration = args.update_epochs * num_minibatches
         horizon_decisions = longest_episode(args)
         progress = (iteration - 1) / args.num_iterations
         noise = noise_options(args, iteration)
@@ -943,8 +976,10 @@ class Learner(LearnerRole):
         ratio_deviation = 0.0
         policy_lr = 0.0
         kl_exceeded = False
+        only_imitates = args.only_imitates(iteration)
+        num_epochs = args.num_epochs(iteration)
 
-        for epoch in range(args.update_epochs):
+        for epoch in range(num_epochs):
             b_flow: list[Tensor] = []  # fresh noise [K * N, H, A], and times to denoise it at
             if args.imitation_coef:
                 draws = flow_draws(
@@ -1006,10 +1041,13 @@ class Learner(LearnerRole):
                         if start_policy is not None:
                             start_kl = divergence(b_start_logprobs[at] - newlogprob)
 
-                        loss = pg_loss + args.vf_coef * v_loss
                         # At every level these weigh against the policy loss alike.
-                        loss = loss - args.ent_coef * mean_of_executed(entropy, executed)
+                        loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
                         loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+                        if only_imitates:
+                            # Learned noise stays in the graph, where DDP looks for all weights.
+                            loss = 0 * mean_of_executed(entropy, executed)
+                        loss = loss + args.vf_coef * v_loss
                         loss = (b_weights[at] * loss).mean()
 
                         imitation_loss = torch.zeros_like(newvalue)
@@ -1049,7 +1087,8 @@ class Learner(LearnerRole):
                     self.run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                 grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                 self.run.check_finite(grad_norm, iteration, **dump)
-                updated = iteration - 1 + (len(history) + 1) / updates_per_iteration
+                part = (len(history) + 1) / (num_epochs * num_minibatches)
+                updated = iteration - 1 + part
                 with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                     optimizer.step()
                     policy_lr = optimizer.param_groups[0]["lr"]
@@ -1057,7 +1096,8 @@ class Learner(LearnerRole):
 
                 means = cast(dict[str, Tensor], accelerator.reduce(mean_of(stats), "mean"))
                 history.append(means | {"actor/grad_norm": grad_norm})
-                kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
+                if not only_imitates:
+                    kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
                 if kl_exceeded:
                     break
             if kl_exceeded:
@@ -1077,7 +1117,7 @@ class Learner(LearnerRole):
             "rollout/advantages_mean": advantages_mean.item(),
             "rollout/staleness_mean": staleness_mean.item(),
         }
-        if iteration > args.critic_warmup_iterations + args.policy_warmup_iterations:
+        if iteration > args.num_warmup_iterations:
             step_sizes.follow(history[-1]["actor/approx_kl"])
         return metrics
 
@@ -1102,14 +1142,11 @@ def main(
             free_args=FREE_ARGS | CLUSTER_ARGS,
         )
         print(f"cluster      {placement}", flush=True)
+        iterations = range(1, args.num_iterations + 1)
+        updates = [args.num_epochs(i) * args.num_minibatches for i in iterations]
         with (
             StopSignal(accelerator) as stop,
-            TrainingProgress(
-                args.num_iterations,
-                args.num_steps,
-                args.update_epochs * args.num_minibatches,
-                enabled=True,
-            ) as progress,
+            TrainingProgress(args.num_steps, updates, enabled=True) as progress,
         ):
             cluster.asked_to_stop = lambda: stop.status
             learners = LearnerGroup(

@@ -760,9 +760,8 @@ def main(
         Monitor(
             accelerator,
             stages,
-            num_iterations=args.num_iterations,
             decisions=args.num_steps,
-            updates=args.num_updates,
+            updates=[args.num_updates] * args.num_iterations,
             longest_episode=horizon_decisions,
             num_action_chunks=args.num_action_chunks,
             recorder=recorder,

@@ -23,7 +23,9 @@ With `imitation_coef` the loss has `ppo_gr00t.py`'s self-imitation besides: flow
 the chunks of successful episodes, with weights of mean 1 over the batch. Episodes are whole, so that
 all successes are imitated, those of dropped groups too: a solved task has no other gradient that
 would keep it from being forgotten. These decisions cost their passes in the update, and have no part
-in the rest of the loss, which stays a mean over the decisions of informative groups.
+in the rest of the loss, which stays a mean over the decisions of informative groups. In the first
+`imitation_iterations` nothing else is trained, and only what succeeded passes through the update;
+which groups are played is decided as ever.
 
 Launch:
     accelerate launch algorithms/grpo_gr00t.py --preset libero_spatial_nano
@@ -55,6 +57,7 @@ from algorithms.common.args import (
     LoraPart,
     check_entropy_bonus,
     check_folders,
+    check_imitation,
     check_near_goal,
     check_physics,
     check_ranges,
@@ -228,6 +231,16 @@ class Args:
     """Weight of flow matching on what the rollouts' successful episodes did (self-imitation). A
     policy whose mean moves by it needs a smaller step size than GRPO alone would bear. Successes of
     groups that are dropped are imitated too, and cost their passes in the update."""
+    imitation_iterations: int = 0
+    """First iterations, in which the policy learns by imitation alone, and the critic, if there is
+    one, its values: a policy that few demonstrations have left half-trained gains most from what it
+    does right already. target_kl ends none of their updates, and an adaptive step size follows only
+    after them. Needs imitation_coef."""
+    imitation_learning_rate: float = 2e-4
+    """AdamW's step size for the policy in them, on which lr_schedule acts too: reached within their
+    first tenth, from where it falls linearly to learning_rate."""
+    imitation_epochs: int = 10
+    """Passes over the decisions of each of them, in place of update_epochs."""
     kl_coef: float = 0.0
     """Weight of the divergence from the policy training started from; 0 keeps no copy of it."""
     max_ratio_deviation: float = 0.05
@@ -255,6 +268,14 @@ class Args:
     log_with: tuple[str, ...] = ("tensorboard",)
     """Accelerate trackers that receive the metrics."""
 
+    def only_imitates(self, iteration: int) -> bool:
+        """Returns whether the policy learns by imitation alone in `iteration`."""
+        return iteration <= self.imitation_iterations
+
+    def num_epochs(self, iteration: int) -> int:
+        """Returns the passes over the decisions of `iteration`."""
+        return self.imitation_epochs if self.only_imitates(iteration) else self.update_epochs
+
     def evaluates(self, iteration: int) -> bool:
         """Returns whether the policy is evaluated after `iteration`."""
         is_last = iteration == self.num_iterations
@@ -266,6 +287,16 @@ class Args:
         is_last = iteration == self.num_iterations
         is_due = self.save_interval > 0 and iteration % self.save_interval == 0
         return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
+
+    def policy_step_factor(self, updated: float) -> float:
+        """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
+
+        While the policy only imitates it rises to `imitation_learning_rate` and falls to 1.
+        """
+        if updated > self.imitation_iterations:
+            return 1.0
+        largest = self.imitation_learning_rate / self.learning_rate
+        return imitation_step_factor(updated / self.imitation_iterations, largest)
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Returns what the best checkpoints are chosen by; None where none was evaluated.
@@ -291,6 +322,7 @@ def check_args(args: Args) -> None:
     check_state_model(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
+    check_imitation(args)
     if args.eval_before and args.eval_episodes_per_task == 0:
         raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
     if args.eval_episodes_per_task > 0:
@@ -347,7 +379,7 @@ from algorithms.common.randomness import (
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
 from algorithms.common.state_agent import StateFlowAgent
-from algorithms.common.step_sizes import StepSizes
+from algorithms.common.step_sizes import StepSizes, imitation_step_factor
 from algorithms.common.task_sampling import TaskSampler
 from gr00t_agent import Gr00tAgent
 from libero_gym import horizon
@@ -588,6 +620,7 @@ def main(
         )
     if accelerator.is_fsdp2:
         raise ValueError("FSDP cannot be used: processes end episodes at different times; use DDP")
+    epochs = [args.num_epochs(i) for i in range(1, args.num_iterations + 1)]
     if args.dry_run:
         set_seed(args.seed)
         agent = make_agent(args).to(device).eval()
@@ -605,11 +638,11 @@ def main(
                 "rollouts at most": args.max_rollouts,
                 "decisions at most": most_decisions,
                 "env-steps at most": most_decisions * args.num_action_chunks,
-                "updates of an iteration": args.update_epochs * args.num_minibatches,
                 "iterations": args.num_iterations,
+                "updates of all iterations": sum(epochs) * args.num_minibatches,
             },
             decisions=most_decisions,
-            passes=args.update_epochs,
+            passes=epochs,
         )
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
@@ -681,9 +714,8 @@ def main(
         Monitor(
             accelerator,
             stages,
-            num_iterations=args.num_iterations,
             decisions=args.max_rollouts,
-            updates=args.update_epochs * args.num_minibatches,
+            updates=[num_epochs * args.num_minibatches for num_epochs in epochs],
         ) as monitor,
     ):
         # --- start, or go on where a checkpoint was taken ---
@@ -727,6 +759,8 @@ def main(
             noise: dict[str, float] = {}
             if args.final_noise < 1:
                 noise["noise_anneal"] = 1 - (1 - args.final_noise) * progress
+
+            only_imitates = args.only_imitates(iteration)
 
             # --- rollouts until there are enough informative groups ---
             monitor.begin_rollout(iteration)
@@ -828,6 +862,8 @@ def main(
                 )
                 num_kept += int(over_processes(accelerator, is_informative.sum().to(device), "sum"))
                 is_compared = is_informative.repeat_interleave(args.group_size)[episode]
+                if only_imitates:
+                    is_compared = torch.zeros_like(is_compared)
                 is_won = torch.from_numpy(success)[episode]
                 # What is imitated only has no part in the rest of the loss.
                 played["advantage"] = (advantages * is_compared).to(device)
@@ -886,9 +922,11 @@ def main(
             step_sizes.begin(progress)
             history: list[dict[str, Tensor]] = []  # means of each minibatch
             ratio_deviation = 0.0
+            policy_lr = optimizer.param_groups[0]["lr"]
             kl_exceeded = False
+            num_epochs = args.num_epochs(iteration)
 
-            for epoch in range(args.update_epochs):
+            for epoch in range(num_epochs):
                 b_flow: list[Tensor] = []  # fresh noise [B, H, A], and times to denoise it at
                 if args.imitation_coef:
                     draws = flow_draws_of(
@@ -952,6 +990,9 @@ def main(
                             # At every level these weigh against the policy loss alike.
                             loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
                             loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+                            if only_imitates:
+                                # Learned noise stays in the graph, where DDP looks for all weights.
+                                loss = 0 * mean_of_executed(entropy, executed)
                             loss = (b_weights[at] * loss).sum() / mb_size
 
                             imitation_loss = torch.zeros_like(pg_loss)
@@ -990,13 +1031,18 @@ def main(
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, **dump)
-                    optimizer.step()
+                    part = (len(history) + 1) / (num_epochs * args.num_minibatches)
+                    updated = iteration - 1 + part
+                    with step_sizes.policy_scaled(args.policy_step_factor(updated)):
+                        optimizer.step()
+                        policy_lr = optimizer.param_groups[0]["lr"]
                     optimizer.zero_grad(set_to_none=True)
                     monitor.end_minibatch()
 
                     means = cast(dict[str, Tensor], accelerator.reduce(stats, "sum"))
                     history.append(means | {"actor/grad_norm": grad_norm})
-                    kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
+                    if not only_imitates:
+                        kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
                     if kl_exceeded:
                         break
                 if kl_exceeded:
@@ -1012,7 +1058,7 @@ def main(
             metrics |= {
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation,
                 "actor/num_updates": float(len(history)),
-                "actor/lr": optimizer.param_groups[0]["lr"],
+                "actor/lr": policy_lr,
                 "actor/noise_anneal": noise.get("noise_anneal", 1.0),
                 "rollout/groups_kept": num_kept / (num_rollouts * groups_per_rollout),
                 "rollout/num_rollouts": float(num_rollouts),
@@ -1022,7 +1068,7 @@ def main(
             metrics |= monitor.metrics()
             num_episodes, num_successes, _ = monitor.tallies().sum(axis=0)
             metrics["rollout/returns_mean"] = num_successes / num_episodes
-            if history:
+            if history and not only_imitates:
                 step_sizes.follow(history[-1]["actor/approx_kl"])
             if task_sampler is not None:
                 metrics |= task_sampler.metrics()

@@ -15,10 +15,10 @@ on request (Ye et al. 2020, arXiv:1912.09729), H the entropy of the noised step 
 KL that from the policy training started from, by the estimator r' - 1 - log r' with r' = start
 policy / policy on the rollout's actions ("k3", as in GRPO). L_I is self-imitation: flow matching's
 error on the chunks of episodes that ended in success within the rollout, for which any noise, not
-only the one drawn, is led to what succeeded. A truncated episode bootstraps from the
-value of its own last observation (or counts as a failure, see `truncation`), a terminated one from
-zero, and no advantage crosses an episode's end. E is the mean over decisions, or over trajectories,
-of all processes.
+only the one drawn, is led to what succeeded. In the first `imitation_iterations` nothing but L_V
+and L_I is trained. A truncated episode bootstraps from the value of its own last observation (or
+counts as a failure, see `truncation`), a terminated one from zero, and no advantage crosses an
+episode's end. E is the mean over decisions, or over trajectories, of all processes.
 
 Launch:
     accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_nano
@@ -53,6 +53,7 @@ from algorithms.common.args import (
     LoraPart,
     check_entropy_bonus,
     check_folders,
+    check_imitation,
     check_near_goal,
     check_physics,
     check_ranges,
@@ -216,8 +217,9 @@ class Args:
     """End an iteration's update when a minibatch's approximate KL from the rollout's policy exceeds
     this."""
     critic_warmup_iterations: int = 0
-    """First iterations, in which only the value head moves. The policy's gradients already enter
-    AdamW's moments, so that its first real step is no larger than the next ones."""
+    """First iterations (after imitation_iterations), in which only the value head moves. The
+    policy's gradients already enter AdamW's moments, so that its first real step is no larger than
+    the next ones."""
     policy_warmup_iterations: int = 0
     """Iterations after those over which the policy's step size rises from 0, update by update: while
     weights rest, gradients agree with each other, and AdamW's first steps all go the same way. An
@@ -256,12 +258,13 @@ class Args:
     whose episode ends within the rollout are imitated: give num_steps a horizon, or the beginnings
     of long episodes are never among them."""
     imitation_iterations: int = 0
-    """First iterations, in which the policy learns by imitation alone while the critic learns its
-    values: a policy that few demonstrations have left half-trained gains most from what it does
-    right already. Needs imitation_coef."""
+    """First iterations, in which the policy learns by imitation alone, and the critic, if there is
+    one, its values: a policy that few demonstrations have left half-trained gains most from what it
+    does right already. target_kl ends none of their updates, and an adaptive step size follows only
+    after them. Needs imitation_coef."""
     imitation_learning_rate: float = 2e-4
-    """AdamW's step size for the policy in them: reached within their first tenth, from where it
-    falls linearly to learning_rate."""
+    """AdamW's step size for the policy in them, on which lr_schedule acts too: reached within their
+    first tenth, from where it falls linearly to learning_rate."""
     imitation_epochs: int = 10
     """Passes over the decisions of each of them, in place of update_epochs."""
     kl_coef: float = 0.0
@@ -308,6 +311,23 @@ class Args:
         """Forward passes per optimiser step."""
         return exact_quotient(self, "minibatch_size", "micro_batch_size")
 
+    @property
+    def num_warmup_iterations(self) -> int:
+        """Iterations before the policy learns by PPO at its whole step size."""
+        return (
+            self.imitation_iterations
+            + self.critic_warmup_iterations
+            + self.policy_warmup_iterations
+        )
+
+    def only_imitates(self, iteration: int) -> bool:
+        """Returns whether the policy learns by imitation alone in `iteration`."""
+        return iteration <= self.imitation_iterations
+
+    def num_epochs(self, iteration: int) -> int:
+        """Returns the passes over the decisions of `iteration`."""
+        return self.imitation_epochs if self.only_imitates(iteration) else self.update_epochs
+
     def evaluates(self, iteration: int) -> bool:
         """Returns whether the policy is evaluated after `iteration`."""
         is_last = iteration == self.num_iterations
@@ -320,23 +340,6 @@ class Args:
         is_due = self.save_interval > 0 and iteration % self.save_interval == 0
         return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
 
-    @property
-    def num_warmup_iterations(self) -> int:
-        """First iterations, before the policy learns by its whole step size."""
-        return (
-            self.imitation_iterations
-            + self.critic_warmup_iterations
-            + self.policy_warmup_iterations
-        )
-
-    def only_imitates(self, iteration: int) -> bool:
-        """Returns whether the policy learns by imitation alone in `iteration`."""
-        return iteration <= self.imitation_iterations
-
-    def epochs(self, iteration: int) -> int:
-        """Returns the passes over the decisions of `iteration`."""
-        return self.imitation_epochs if self.only_imitates(iteration) else self.update_epochs
-
     def policy_step_factor(self, updated: float) -> float:
         """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
 
@@ -344,9 +347,8 @@ class Args:
         is 0 while only the critic learns, and rises to 1 again.
         """
         if updated <= self.imitation_iterations:
-            done = updated / self.imitation_iterations
             largest = self.imitation_learning_rate / self.learning_rate
-            return largest * min(done / 0.1, 1.0) + (1 - largest) * max(done - 0.1, 0.0) / 0.9
+            return imitation_step_factor(updated / self.imitation_iterations, largest)
         since = updated - self.imitation_iterations - self.critic_warmup_iterations
         if self.policy_warmup_iterations == 0:
             return float(since > 0)
@@ -376,11 +378,7 @@ def check_args(args: Args) -> None:
     check_state_model(args)
     check_near_goal(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
-    if args.imitation_iterations and not (args.imitation_coef and args.learning_rate):
-        raise ValueError(
-            f"imitation_iterations={args.imitation_iterations} needs imitation_coef and learning_rate above 0, not "
-            f"{args.imitation_coef:g} and {args.learning_rate:g}: give --imitation-coef 10, or leave it out"
-        )
+    check_imitation(args)
     if args.eval_before and args.eval_episodes_per_task == 0:
         raise ValueError("eval_before needs episodes; give --eval-episodes-per-task at least 1")
     if args.eval_episodes_per_task > 0:
@@ -438,7 +436,7 @@ from algorithms.common.randomness import (
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
 from algorithms.common.state_agent import StateFlowAgent
-from algorithms.common.step_sizes import StepSizes
+from algorithms.common.step_sizes import StepSizes, imitation_step_factor
 from algorithms.common.task_sampling import TaskSampler
 from algorithms.common.video import CONTROL_FREQUENCY_HZ, RolloutRecorder
 from gr00t_agent import Gr00tAgent
@@ -677,6 +675,7 @@ def main(
     num_envs = share_of_process(args, "num_envs", num_processes)
     share_of_process(args, "micro_batch_size", num_processes)
     num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
+    epochs = [args.num_epochs(i) for i in range(1, args.num_iterations + 1)]
     if args.dry_run:
         set_seed(args.seed)
         agent = make_agent(args).to(device).eval()
@@ -692,11 +691,11 @@ def main(
                 "decisions of an iteration": args.num_decisions,
                 "env-steps of an iteration": args.num_decisions * args.num_action_chunks,
                 "minibatches of an epoch": num_minibatches,
-                "updates of an iteration": args.epochs(args.num_iterations) * num_minibatches,
                 "iterations": args.num_iterations,
+                "updates of all iterations": sum(epochs) * num_minibatches,
             },
             decisions=args.num_decisions,
-            passes=args.update_epochs,
+            passes=epochs,
         )
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
@@ -771,9 +770,8 @@ def main(
         Monitor(
             accelerator,
             stages,
-            num_iterations=args.num_iterations,
             decisions=args.num_steps,
-            updates=args.update_epochs * num_minibatches,
+            updates=[num_epochs * num_minibatches for num_epochs in epochs],
             longest_episode=horizon_decisions,
             num_action_chunks=args.num_action_chunks,
             recorder=recorder,
@@ -992,9 +990,9 @@ def main(
             policy_lr = 0.0
             kl_exceeded = False
             only_imitates = args.only_imitates(iteration)
-            num_updates = args.epochs(iteration) * num_minibatches
+            num_epochs = args.num_epochs(iteration)
 
-            for epoch in range(args.epochs(iteration)):
+            for epoch in range(num_epochs):
                 b_flow: list[Tensor] = []  # fresh noise [K * N, H, A], and times to denoise it at
                 if args.imitation_coef:
                     draws = flow_draws(
@@ -1062,7 +1060,8 @@ def main(
                             loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
                             loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
                             if only_imitates:
-                                loss = torch.zeros_like(loss)
+                                # Learned noise stays in the graph, where DDP looks for all weights.
+                                loss = 0 * mean_of_executed(entropy, executed)
                             loss = loss + args.vf_coef * v_loss
                             loss = (b_weights[at] * loss).mean()
 
@@ -1102,7 +1101,8 @@ def main(
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, **dump)
-                    updated = iteration - 1 + (len(history) + 1) / num_updates
+                    part = (len(history) + 1) / (num_epochs * num_minibatches)
+                    updated = iteration - 1 + part
                     with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                         optimizer.step()
                         policy_lr = optimizer.param_groups[0]["lr"]

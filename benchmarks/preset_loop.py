@@ -120,6 +120,7 @@ def main() -> dict[str, Any]:
         preset,
         **given,
         num_iterations=options.num_iterations + 1,
+        imitation_iterations=0,  # whose updates are longer than the others
         eval_before=False,
         eval_interval=0,
         eval_episodes_per_task=0,

@@ -209,6 +209,7 @@ def main() -> dict[str, Any]:
             "num-steps": num_steps,
             "minibatch-size": minibatch_size,
             "micro-batch-size": min(options.micro_batch_size or preset.micro_batch_size, minibatch_size),
+            "imitation-iterations": 0,  # whose updates are longer than the others
             "eval-interval": 0,
             "eval-episodes-per-task": 0,
             "save-interval": 0,

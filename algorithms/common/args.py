@@ -60,6 +60,7 @@ _STATE_POLICY_HAS: dict[str, tuple[tuple[Any, ...], str]] = {
     "compute_dtype": ((None, "float32"), "computes in float32"),
     "compile": ((False,), "is not compiled"),
     "imitation_coef": ((0,), "has no flow error to imitate by"),
+    "imitation_iterations": ((0,), "has no flow error to imitate by"),
     "video_interval": ((0,), "sees no images that could be filmed"),
 }
 
@@ -225,6 +226,16 @@ def check_schedule(schedule: str, target_kl: float | None, hold: float) -> None:
         raise ValueError(f"lr_hold={hold} is not in [0, 1): some of training must be left to fall in")
     if hold > 0 and schedule != "linear":
         raise ValueError(f"lr_hold={hold} goes with --lr-schedule linear only (given: {schedule}); leave it at 0")
+
+
+def check_imitation(args: Any) -> None:
+    """Raises ValueError if `args` ask for iterations of imitation alone in which the policy would not move."""
+    for name, example in (("imitation_coef", "10"), ("learning_rate", "5e-6")):
+        if args.imitation_iterations and getattr(args, name) == 0:
+            raise ValueError(
+                f"imitation_iterations={args.imitation_iterations} needs a positive {name} (given: 0); give for "
+                f"example --{name.replace('_', '-')} {example}, or --imitation-iterations 0"
+            )
 
 
 def check_physics(args: Any, cpu_preset: str) -> None:

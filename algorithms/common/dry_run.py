@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -31,7 +31,7 @@ def measure(
     *,
     sizes: Mapping[str, int],
     decisions: int,
-    passes: int,
+    passes: Sequence[int],
 ) -> dict[str, float]:
     """Prints the sizes of a run, its memory and its time, and returns what was measured of the latter two.
 
@@ -48,12 +48,13 @@ def measure(
         make_stage: makes so many environments.
         sizes: what to print, by name.
         decisions: of an iteration over all processes, at most.
-        passes: how often an iteration's decisions go through the network in its update, at most.
+        passes: how often each iteration's decisions go through the network in its update, at most.
 
     Returns:
-        `env_steps_per_s` and `decision_s` of one decision in all environments, `rollout_s`, `update_s` of an iteration,
-        `total_s` of the run; of a process, 10^9 bytes, `memory_gb` of its GPU, and `features_gb` of that for encoded
-        observations, and `host_memory_gb` and `host_features_gb`. Without a GPU the former two are of the host.
+        `env_steps_per_s` and `decision_s` of one decision in all environments, `rollout_s` of an iteration, `update_s`
+        of the last one, `total_s` of the run; of a process, 10^9 bytes, `memory_gb` of its GPU, and `features_gb` of
+        that for encoded observations, and `host_memory_gb` and `host_features_gb`. Without a GPU the former two are of
+        the host.
 
     Raises:
         ValueError: a micro-batch does not fit into the GPU's memory.
@@ -87,9 +88,14 @@ def measure(
     try:
         for _ in range(2):
             start = _now(device)
+            scored = index(action, inds)
+            options: dict[str, Any] = {}
+            if args.imitation_coef:  # any draws take as long
+                steps = torch.zeros(count, dtype=torch.int64, device=device)
+                options["flow_draws"] = [torch.zeros_like(scored.chain[:, -1]), steps]
             with accelerator.autocast():
-                _, logprob, _, value = agent(index(features, inds), index(action, inds))
-            loss = logprob.float().sum() + value.float().sum()
+                _, logprob, _, value, *flow_errors = agent(index(features, inds), scored, **options)
+            loss = torch.stack([x.float().sum() for x in (logprob, value, *flow_errors)]).sum()
             loss.backward()
             agent.zero_grad(set_to_none=True)
             update_s = _now(device) - start
@@ -115,17 +121,18 @@ def measure(
         memory_gb += host_features_gb + host_waiting_gb
         features_gb += host_features_gb
         host_memory_gb, host_features_gb = memory_gb, features_gb
+    pass_s = update_s / count * decisions / num_processes
     measured = {
         "env_steps_per_s": num_processes * env_steps / (decision_s + env_s),
         "decision_s": decision_s,
         "rollout_s": (decision_s + env_s) * math.ceil(decisions / args.num_envs),
-        "update_s": update_s / count * decisions / num_processes * passes,
+        "update_s": passes[-1] * pass_s,
         "features_gb": features_gb,
         "memory_gb": memory_gb,
         "host_features_gb": host_features_gb,
         "host_memory_gb": host_memory_gb,
     }
-    measured["total_s"] = args.num_iterations * (measured["rollout_s"] + measured["update_s"])
+    measured["total_s"] = len(passes) * measured["rollout_s"] + sum(passes) * pass_s
     if accelerator.is_main_process:
         parameters = {"parameters": sum(p.numel() for p in agent.parameters()), "of these trained": trained}
         for name, size in {"processes": num_processes, **sizes, **parameters}.items():
@@ -137,7 +144,11 @@ def measure(
         print(f"{'env-steps/s in a rollout':28} {measured['env_steps_per_s']:>14,.0f}  measured over one decision")
         print(f"{'decision of all environments':28} {1000 * decision_s:>11.0f} ms  and {1000 * env_s:.0f} ms stepping")
         print(f"{'rollout':28} {measured['rollout_s']:>12.3f} s")
-        print(f"{'update':28} {measured['update_s']:>12.3f} s  from the gradient of {count} decisions")
+        updates = {"update": passes[-1]}
+        if passes[0] != passes[-1]:
+            updates = {"first update": passes[0], "last update": passes[-1]}
+        for name, times in updates.items():
+            print(f"{name:28} {times * pass_s:>12.3f} s  from the gradient of {count} decisions")
         print(f"{'time to the end':28} {_clock(measured['total_s']):>14}  without evaluations")
     return measured
 

@@ -37,7 +37,7 @@ TOLD_EVERY_S = 10.0
 class Monitor:
     """Follows the iterations of a run: what happened in the environments, and how long it took.
 
-        with Monitor(accelerator, stages, num_iterations=..., decisions=..., updates=...) as monitor:
+        with Monitor(accelerator, stages, decisions=..., updates=...) as monitor:
             monitor.start(iterations_done)
             for iteration in ...:
                 monitor.begin_rollout(iteration)
@@ -54,9 +54,8 @@ class Monitor:
     Args:
         accelerator: of this process.
         stages: the environments.
-        num_iterations: iterations of the run.
         decisions: decisions per environment in a rollout.
-        updates: optimiser steps in an iteration.
+        updates: optimiser steps in each iteration of the run.
         longest_episode: decisions of the longest episode; 0 if a rollout is whole episodes.
         num_action_chunks: environment steps of a decision.
         recorder: films rollouts; None films none.
@@ -67,15 +66,14 @@ class Monitor:
         accelerator: Accelerator,
         stages: EnvStages,
         *,
-        num_iterations: int,
         decisions: int,
-        updates: int,
+        updates: Sequence[int],
         longest_episode: int = 0,
         num_action_chunks: int = 1,
         recorder: RolloutRecorder | None = None,
     ) -> None:
         self._accelerator, self._stages, self._recorder = accelerator, stages, recorder
-        self._progress = TrainingProgress(num_iterations, decisions, updates, enabled=accelerator.is_main_process)
+        self._progress = TrainingProgress(decisions, updates, enabled=accelerator.is_main_process)
         self._cohorts = Cohorts(decisions, longest_episode)
         self._decisions, self._num_action_chunks = decisions, num_action_chunks
         self._iteration = 0
@@ -195,15 +193,14 @@ class TrainingProgress:
     progress every `TOLD_EVERY_S` seconds in which nothing else does.
 
     Args:
-        num_iterations: iterations of the run.
         decisions: decisions per environment in a rollout.
-        updates: optimiser steps in an iteration.
+        updates: optimiser steps in each iteration of the run.
         enabled: False on every process but the main one.
     """
 
-    def __init__(self, num_iterations: int, decisions: int, updates: int, *, enabled: bool) -> None:
-        self._num_iterations = num_iterations
-        self._units = decisions + updates
+    def __init__(self, decisions: int, updates: Sequence[int], *, enabled: bool) -> None:
+        self._num_iterations = len(updates)
+        self._units = [decisions + of_iteration for of_iteration in updates]
         self._iteration = 0
         self._unit = 0
         self._success = "-"
@@ -221,7 +218,7 @@ class TrainingProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("starting", total=num_iterations * self._units, numbers="")
+        self._task = self._bar.add_task("starting", total=sum(self._units), numbers="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -235,7 +232,7 @@ class TrainingProgress:
     def skip(self, iterations: int) -> None:
         """Counts iterations that were done before the program was started."""
         self._iteration = iterations
-        self._bar.update(self._task, completed=iterations * self._units)
+        self._bar.update(self._task, completed=sum(self._units[:iterations]))
 
     def decision(self, sps: float) -> None:
         """Counts one decision of every environment; `sps` is environment steps per second in this rollout."""
@@ -250,7 +247,7 @@ class TrainingProgress:
         """Prints `line` and success by task, and counts what the iteration left out (an update that ended early)."""
         self._iteration += 1
         self._unit = 0
-        self._bar.update(self._task, completed=self._iteration * self._units)
+        self._bar.update(self._task, completed=sum(self._units[: self._iteration]))
         self.print(f"iteration {self._iteration}/{self._num_iterations}  {line}")
         names = [name for name in metrics if name.startswith(SUCCESS_OF_TASK)]
         rates = {int(name.removeprefix(SUCCESS_OF_TASK)): metrics[name] for name in names}
@@ -272,7 +269,7 @@ class TrainingProgress:
         self._bar.update(self._task, advance=1, description=description, numbers=numbers)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._told_at > TOLD_EVERY_S:
-            self.print(f"  {description} {self._unit}/{self._units}  {self._sps:.0f} env-steps/s")
+            self.print(f"  {description} {self._unit}/{self._units[self._iteration]}  {self._sps:.0f} env-steps/s")
 
 
 class _Bar(Progress):
@@ -301,6 +298,8 @@ def describe_iteration(metrics: Mapping[str, float]) -> str:
     parts.append(f"loss {metrics['actor/loss']:.4f}" if "actor/loss" in metrics else "no update")
     if "actor/value_loss" in metrics:
         parts.append(f"value loss {metrics['actor/value_loss']:.4f}")
+    if metrics.get("actor/imitation_loss"):
+        parts.append(f"imitation loss {metrics['actor/imitation_loss']:.4f}")
     if "critic/loss" in metrics:
         parts.append(f"critic loss {metrics['critic/loss']:.4f}  value {metrics['critic/value']:.3f}")
     if "actor/approx_kl" in metrics:

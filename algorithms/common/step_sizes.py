@@ -14,6 +14,22 @@ Schedule = Literal["constant", "linear", "adaptive"]
 
 # An adaptive step size changes by this factor, and stays within this factor of where it started.
 CHANGE, LARGEST_CHANGE = 1.5, 10.0
+# Part of the updates by imitation alone in which the policy's step size rises.
+IMITATION_WARMUP = 0.1
+
+
+def imitation_step_factor(done: float, largest: float) -> float:
+    """Returns what the policy's step size is multiplied by while it learns by imitation alone.
+
+    It rises from 0 to `largest` and falls to 1, both linearly.
+
+    Args:
+        done: part of the updates by imitation alone that is done, in [0, 1].
+        largest: where it ends to rise, after `IMITATION_WARMUP` of them.
+    """
+    if done <= IMITATION_WARMUP:
+        return largest * done / IMITATION_WARMUP
+    return 1 + (largest - 1) * (1 - done) / (1 - IMITATION_WARMUP)
 
 
 class StepSizes:

@@ -116,11 +116,18 @@ def make_marked_agent(args: Any, kind: type[MLPAgent], folder: Path) -> MLPAgent
 
 
 def train(
-    folder: Path, *, agent: Any = None, env: Any = LineVectorEnv, marks: Path | None = None, **changes: Any
+    folder: Path,
+    *,
+    agent: Any = None,
+    env: Any = LineVectorEnv,
+    marks: Path | None = None,
+    make_agent: Any = make_mlp_agent,
+    **changes: Any,
 ) -> Any:
     """Trains in `folder`; an agent or environment of another class keeps its marks in the folder `marks`."""
     args = async_ppo_gr00t.Args(**(DEFAULTS["ppo"] | dict(output_dir=Path(folder)) | changes))
-    make_agent = make_mlp_agent if agent is None else partial(make_marked_agent, kind=agent, folder=marks)
+    if agent is not None:
+        make_agent = partial(make_marked_agent, kind=agent, folder=marks)
     make_envs = partial(make_line_envs, kind=env, folder=None if env is LineVectorEnv else marks)
     return async_ppo_gr00t.main(args, make_agent, make_envs)
 

@@ -258,6 +258,32 @@ def test_in_turns_it_is_ppo_also_after_a_rollout_worker_and_a_learner_were_kille
 
 
 @pytest.mark.slow
+def test_in_turns_it_begins_by_imitation_as_ppo_does_and_with_old_weights_too(nodes: Nodes, tmp_path: Path):
+    options: dict[str, Any] = dict(make_agent=line_trainer.make_tiny_agent, num_iterations=3, num_steps=12)
+    options |= dict(imitation_coef=1.0, imitation_iterations=1, imitation_epochs=6, critic_warmup_iterations=1)
+    options |= dict(lr_schedule="adaptive", target_kl=1e-3, learning_rate=1e-4, adam_eps=1e-5)
+    line_trainer.train("ppo", tmp_path / "plain", **options)
+    cluster_trainer.train(tmp_path / "turns", **options)
+    plain, run = tmp_path / "plain" / PLAIN_NAME, tmp_path / "turns" / NAME
+    for line, other in zip(logged(plain), logged(run), strict=True):  # up to rounding, as below
+        assert {k: v for k, v in other.items() if k not in ADDED} == pytest.approx(line, rel=1e-4, abs=1e-5)
+    for name, value in final_weights(plain).items():
+        torch.testing.assert_close(final_weights(run)[name], value, rtol=1e-4, atol=1e-6)
+    imitating, resting, _ = logged(plain)
+    assert imitating["actor/num_updates"] == 18
+    assert imitating["actor/imitation_loss"] > 0
+    assert imitating["actor/lr"] > resting["actor/lr"] == 0
+
+    # The second rollout is played by the weights from before imitation.
+    cluster_trainer.train(tmp_path / "old", max_staleness=1, **(options | dict(imitation_iterations=2)))
+    lines = logged(tmp_path / "old" / NAME)
+    assert [line["rollout/staleness_mean"] for line in lines] == [0, 1, 1]
+    assert [line["actor/num_updates"] for line in lines[:2]] == [18, 18]
+    assert lines[1]["actor/importance_weight"] != 1
+    assert all(line["actor/ratio_first_minibatch_max_dev"] < 1e-4 for line in lines)
+
+
+@pytest.mark.slow
 def test_weights_are_as_old_as_allowed_and_a_killed_node_leaves_its_environments_to_the_others(
     nodes: Nodes, tmp_path: Path
 ):

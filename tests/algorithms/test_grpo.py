@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.grpo_gr00t import PRESETS, alive_advantages, group_advantages, informative_groups, sample_groups
@@ -208,6 +209,51 @@ def test_successful_episodes_are_imitated(tmp_path: Path):
     assert 0 < errors[-1] < 0.8 * errors[0]
     assert [line["actor/loss"] for line in imitating] == [0.0] * 4
     assert [line["actor/num_updates"] for line in plain] == [0.0] * 2
+
+
+def test_the_policy_begins_by_imitation_alone(tmp_path: Path):
+    """Advantages, entropy and start policy move nothing then, nor do failures pass through the update."""
+    passed: list[int] = []
+
+    def make_agent(args: Any) -> Any:
+        agent = make_tiny_agent(args)
+        score = agent.score_with_flow_error
+
+        def counted(obs: Any, *inputs: Any, **options: Any) -> Any:
+            passed.append(len(obs["state"]))
+            return score(obs, *inputs, **options)
+
+        agent.score_with_flow_error = counted
+        return agent
+
+    def weights_after(name: str, num_iterations: int, **others: Any) -> dict[str, torch.Tensor]:
+        train("grpo", tmp_path, run_name=name, num_iterations=num_iterations, **(options | others))
+        return load_file(tmp_path / name / "checkpoints" / f"iteration_{num_iterations}" / "model.safetensors")
+
+    options: dict[str, Any] = dict(make_agent=make_agent, max_rollouts=1, num_envs=32, update_epochs=2)
+    options |= dict(num_minibatches=2, imitation_coef=1.0)
+    options |= dict(imitation_iterations=1, imitation_epochs=3, imitation_learning_rate=1e-3)
+    plain = weights_after("plain", 1)
+    (line,) = logged(tmp_path / "plain")
+    assert 0 < line["env/success_once"] < 1
+    assert line["rollout/groups_kept"] > 0
+    assert line["actor/num_updates"] == 6
+    assert line["actor/loss"] == 0
+    assert line["actor/imitation_loss"] > 0
+    assert line["actor/lr"] == pytest.approx(3e-3)  # of the last update
+
+    num_passed = sum(passed)
+    other = weights_after("other", 1, baseline="alive", kl_coef=1.0)
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+    slow = weights_after("slow", 1, imitation_learning_rate=1e-4)
+    assert any(not torch.equal(plain[name], slow[name]) for name in plain)
+    passed.clear()
+    weights_after("both", 1, imitation_iterations=0, update_epochs=3)  # by the same episodes
+    assert sum(passed) > num_passed
+
+    group, alive = (weights_after(f"then_{baseline}", 2, baseline=baseline) for baseline in ("group", "alive"))
+    assert any(not torch.equal(group[name], alive[name]) for name in group)
+    assert [line["actor/num_updates"] for line in logged(tmp_path / "then_group")] == [6, 4]
 
 
 def test_the_imitation_loss_is_a_mean_over_what_successful_episodes_did(tmp_path: Path):

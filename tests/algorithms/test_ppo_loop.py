@@ -150,6 +150,22 @@ def test_the_policy_begins_by_imitation_alone(tmp_path: Path):
     assert [line["actor/num_updates"] for line in lines] == [3, 2]
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_no_target_ends_imitation_alone_or_moves_its_step_size(tmp_path: Path, algorithm: str):
+    options: dict[str, Any] = dict(make_agent=make_tiny_agent, num_iterations=3, learning_rate=1e-3, target_kl=1e-9)
+    options |= dict(lr_schedule="adaptive", imitation_coef=1.0, imitation_iterations=2, imitation_epochs=2)
+    sizes = dict(ppo=dict(num_steps=12), grpo=dict(max_rollouts=1, num_envs=32))
+    train(algorithm, tmp_path, run_name="run", **options, **sizes[algorithm])
+    lines = logged(tmp_path / "run")
+    num_minibatches = dict(ppo=3, grpo=4)[algorithm]
+    assert [line["actor/num_updates"] for line in lines[:2]] == [2 * num_minibatches] * 2
+    assert lines[2]["actor/num_updates"] < 4 * num_minibatches
+    assert min(line["actor/approx_kl"] for line in lines) > 1e-9
+    # It rises to 2e-4 at first, and is back at 1e-3 after the last update by imitation.
+    halfway = 2e-4 + (1e-3 - 2e-4) * (0.5 - 0.1) / 0.9
+    assert [line["actor/lr"] for line in lines] == pytest.approx([halfway, 1e-3, 1e-3])
+
+
 def test_tasks_are_played_by_what_is_to_be_learnt(tmp_path: Path):
     class TwoTasks(LineVectorEnv):
         """Task 1 cannot be solved; tells what it is asked to sample."""

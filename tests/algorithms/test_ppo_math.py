@@ -14,7 +14,6 @@ from algorithms.common.episodes import Episode, finished_episodes, wilson_interv
 from algorithms.common.processes import explained_variance, group_means, mean_and_variance
 from algorithms.ppo_gr00t import (
     Args,
-    check_args,
     compute_gae,
     divergence,
     mean_of_executed,
@@ -217,13 +216,15 @@ def test_imitation_comes_before_the_warm_ups():
     )
     factors = [args.policy_step_factor(updated) for updated in (0.05, 0.1, 0.55, 1.0, 1.5, 2.5, 3.5, 4.5)]
     assert factors == pytest.approx([2, 4, 2.5, 1, 0, 0.25, 0.75, 1])
-    assert [args.epochs(iteration) for iteration in (1, 2)] == [args.imitation_epochs, args.update_epochs]
+    assert [args.num_epochs(iteration) for iteration in (1, 2)] == [args.imitation_epochs, args.update_epochs]
+    assert args.num_warmup_iterations == 4
 
 
-@pytest.mark.parametrize("lacking", [dict(imitation_coef=0.0), dict(learning_rate=0.0)])
-def test_imitation_alone_needs_imitation(lacking: dict[str, float]):
-    with pytest.raises(ValueError, match=r"imitation_iterations=1 needs .* give --imitation-coef 10"):
-        check_args(Args(**(dict(imitation_iterations=1, imitation_coef=10.0) | lacking)))
+def test_imitation_goes_over_into_ppo_at_its_step_size():
+    args = Args(imitation_iterations=4, imitation_coef=10.0, imitation_learning_rate=4e-4, learning_rate=1e-4)
+    factors = [args.policy_step_factor(updated) for updated in (0.2, 0.4, 2.2, 4.0, 4.1)]
+    assert factors == pytest.approx([2, 4, 2.5, 1, 1])
+    assert [args.only_imitates(iteration) for iteration in (1, 4, 5)] == [True, True, False]
 
 
 def test_divergence_estimates_the_divergence_of_gaussians_and_is_never_negative():

@@ -85,6 +85,8 @@ def launch_two(algorithm: str, **changes: Any) -> str:
 @pytest.mark.parametrize(("algorithm", "agent"), [("ppo", "tiny"), ("grpo", "tiny")])
 def test_two_processes_equal_one(tmp_path: Path, algorithm: str, agent: str):
     options = OPTIONS | SIZES[algorithm]
+    # The noise's own weights have no gradient from imitation alone.
+    options |= dict(imitation_coef=1.0, imitation_iterations=1, imitation_epochs=1, noise_method="reinflow")
     train(algorithm, tmp_path / "one", make_agent=make_tiny_agent, **options)
     output = run_two(algorithm, agent=agent, output_dir=str(tmp_path / "two"), **options)
     assert output.count("iteration 2/2") == output.count("checkpoint   ") == 1

@@ -53,7 +53,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, algorithm: st
     if make_agent is not None:
         options |= dict(make_agent=make_agent, kl_coef=0.1, num_envs=8)
         fewer = dict(num_steps=4, minibatch_size=16, micro_batch_size=16)
-        options |= dict(imitation_coef=1.0)
+        options |= dict(imitation_coef=1.0, imitation_iterations=3, imitation_epochs=2)
         options |= fewer if algorithm == "ppo" else dict(max_rollouts=1, task_sampling="adaptive", baseline="alive")
     train(algorithm, tmp_path / "whole", num_iterations=4, **options)
     train(algorithm, tmp_path / "parts", num_iterations=2, **options)

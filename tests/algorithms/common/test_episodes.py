@@ -22,7 +22,7 @@ def make_monitor() -> Monitor:
         num_processes=1, is_main_process=False, device="cpu", reduce=lambda value, how: value
     )
     return Monitor(
-        accelerator, stages, num_iterations=99, decisions=DECISIONS, updates=1, longest_episode=HORIZON // CHUNK,
+        accelerator, stages, decisions=DECISIONS, updates=[1] * 99, longest_episode=HORIZON // CHUNK,
         num_action_chunks=CHUNK,
     )  # fmt: skip
 

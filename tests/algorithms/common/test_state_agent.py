@@ -82,6 +82,7 @@ def test_an_evaluation_cannot_change_what_it_has_not(agent: StateFlowAgent, tmp_
         (dict(compute_dtype="bfloat16"), "computes in float32"),
         (dict(compile=True), "is not compiled"),
         (dict(imitation_coef=1.0), "has no flow error to imitate by"),
+        (dict(imitation_iterations=1), "has no flow error to imitate by"),
         (dict(video_interval=1), "sees no images"),
     ],
 )

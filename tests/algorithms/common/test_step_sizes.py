@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from algorithms.common.step_sizes import StepSizes
+from algorithms.common.step_sizes import IMITATION_WARMUP, StepSizes, imitation_step_factor
 
 
 def make(schedule: Any, target_kl: float | None = None, hold: float = 0.0) -> tuple[StepSizes, list[dict[str, Any]]]:
@@ -61,6 +61,15 @@ def test_updates_end_beyond_the_target_only():
     sizes, _ = make("constant", 0.1)
     assert [sizes.exceeds(torch.tensor(kl, dtype=torch.float64)) for kl in (0.09, 0.1, 0.11)] == [False, False, True]
     assert not make("constant")[0].exceeds(torch.tensor(9.0))
+
+
+@pytest.mark.parametrize("largest", [5.0, 0.5])
+def test_imitation_rises_to_its_step_size_and_falls_to_that_of_what_follows(largest: float):
+    rising = [imitation_step_factor(part * IMITATION_WARMUP, largest) for part in (0, 0.5, 1)]
+    assert rising == pytest.approx([0, largest / 2, largest])
+    halfway = IMITATION_WARMUP + (1 - IMITATION_WARMUP) / 2
+    assert imitation_step_factor(halfway, largest) == pytest.approx((largest + 1) / 2)
+    assert imitation_step_factor(1.0, largest) == 1
 
 
 @pytest.mark.parametrize("target_kl", [None, 0.0])
