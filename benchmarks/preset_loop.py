@@ -4,12 +4,15 @@
     python -m benchmarks.preset_loop --preset libero_goal_nano --num-envs 2048
     python -m benchmarks.preset_loop --num-envs 4 --num-steps 4 --physics cpu     # where there is no GPU
     python -m benchmarks.preset_loop --preset libero_spatial_24gb --random-weights --memory-cap-gb 24
+    python -m benchmarks.preset_loop --preset libero_spatial_rlinf --random-weights --num-steps 24 --recipes
 
-Whole iterations of `algorithms/ppo_gr00t.py`, rollout and update, without evaluations. With the GPU's physics:
+Whole iterations of `algorithms/ppo_gr00t.py`, rollout and update, without evaluations and imitation alone. With the
+GPU's physics:
     * host, float32: images go through host memory from the renderer to the policy;
     * device, float32: they stay on the GPU (what the trainer does with the GPU's physics);
     * device, TF32: and matrices are multiplied in TF32 (what the nano presets do).
-With physics on the CPU, the preset as it is.
+With physics on the CPU, the preset as it is. With --recipes, the preset; what makes the same updates sooner; and what
+makes cheaper ones, see `recipes_of`.
 The first iteration opens scenes and loads kernels and is not counted. Episodes differ from row to row as soon as
 rounding does; the amount of work does not. Ratios are of one run. Memory is what PyTorch has reserved of the GPU, 10^9
 bytes; the simulation's and CUDA's own is not counted.
@@ -87,6 +90,19 @@ def make_random_agent(args: Args) -> Gr00tAgent:
         return cast(Gr00tAgent, ppo_gr00t.make_agent(args))
 
 
+def recipes_of(args: Args) -> dict[str, Args]:
+    """Returns the preset and what could be trained in its place, by what changes."""
+    fast = replace(args, compile=True, pipeline_stage_num=2)
+    return {
+        "as it is": args,
+        "compiled, 2 stages": fast,
+        "and 1 epoch": replace(fast, update_epochs=1),
+        "and VL frozen": replace(fast, train_vl_self_attention=False),
+        "and both": replace(fast, train_vl_self_attention=False, update_epochs=1),
+        "and adapters": replace(fast, lora_rank=32, lora_alpha=32.0),
+    }
+
+
 def measure(args: Args, make_envs: Any, make_agent: Any) -> dict[str, float | None]:
     """Trains and returns means over all iterations but the first, and the largest memory."""
     if torch.cuda.is_available():
@@ -107,6 +123,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--physics", choices=("cpu", "warp"), help="default: the preset's")
     parser.add_argument("--num-iterations", type=int, default=3, help="counted ones; one more comes first")
     parser.add_argument("--random-weights", action="store_true", help="GR00T-N1.5 with them, nothing downloaded")
+    parser.add_argument("--recipes", action="store_true", help="measure what could be trained in its place")
     parser.add_argument("--memory-cap-gb", type=float, help="of the GPU's memory, as if it had no more")
     options = parser.parse_args()
     if options.memory_cap_gb:
@@ -133,7 +150,9 @@ def main() -> dict[str, Any]:
     size = min(args.minibatch_size, args.num_decisions)
     args = replace(args, minibatch_size=size, micro_batch_size=min(args.micro_batch_size, size))
     make_agent = make_random_agent if options.random_weights else ppo_gr00t.make_agent
-    if args.physics == "warp":
+    if options.recipes:
+        variants = {name: (recipe, ppo_gr00t.make_envs) for name, recipe in recipes_of(args).items()}
+    elif args.physics == "warp":
         variants = {
             "host, float32": (replace(args, tf32=False), make_host_envs),
             "device, float32": (replace(args, tf32=False), ppo_gr00t.make_envs),
@@ -143,13 +162,7 @@ def main() -> dict[str, Any]:
         variants = {"as it is": (args, ppo_gr00t.make_envs)}
 
     table = Table(
-        {
-            "images, matrices": "<18",
-            "env-steps/s": ">12.1f",
-            "times first": ">12.2f",
-            **iterations.COLUMNS,
-            "GPU GB": ">8.1f",
-        }
+        {"variant": "<20", "env-steps/s": ">12.1f", "times first": ">12.2f", **iterations.COLUMNS, "GPU GB": ">8.1f"}
     )
     rows: list[dict[str, Any]] = []
     for name, (changed, make_envs) in variants.items():
@@ -161,7 +174,7 @@ def main() -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in ("num_envs", "num_steps", "physics", "update_epochs")}
     settings |= dict(preset=options.preset, minibatch_size=size, num_iterations=options.num_iterations)
     settings |= dict(model=args.model, memory_cap_gb=options.memory_cap_gb)
-    is_nano = options.preset.endswith("_nano")
+    is_nano = options.preset.endswith("_nano") and not options.recipes
     targets = judge({"env_steps_per_s": rows[-1]["env_steps_per_s"]}, at_least=TARGETS) if is_nano else {}
     return publish("preset_loop", {"variants": rows}, settings=settings, targets=targets, output=options.output)
 
