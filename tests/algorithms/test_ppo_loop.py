@@ -390,7 +390,7 @@ def test_presets_have_the_published_settings_and_sizes_that_divide():
             assert (args.num_action_chunks, args.denoising_steps) == (10 if "libero_10" in name else 5, 4)
             intervals = (50, 0) if name in near_goal else (25, 50)
             if args.num_iterations < 50 and name not in near_goal:
-                intervals = (7, 7)  # thirds of a short run
+                intervals = 2 * (args.num_iterations // 3,)  # thirds of a short run
             assert (args.save_interval, args.eval_interval) == intervals
     for args in PRESETS.values():
         assert args.num_minibatches > 0
