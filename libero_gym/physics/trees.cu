@@ -2,7 +2,7 @@
 // thread enters. M is dense within a tree, so that it takes a Cholesky factor of at most SIZE rows, held in registers:
 // all loops have bounds that the compiler knows. Rows that the tree does not have are those of the identity.
 //
-// Names from outside: SIZE; the arguments of `libero_gym.physics.fused_dynamics._solve_tree`.
+// Names from outside: SIZE; the arguments of `solve_tree` in `libero_gym.physics.fused_dynamics`.
 
 #define ENTRY(row, column) factor[(row) * ((row) + 1) / 2 + (column)]
 

@@ -285,7 +285,7 @@ _MODEL = """
   <option cone="elliptic" jacobian="sparse"/>
   <worldbody>
     <geom name="floor" type="plane" size="1 1 1"/>
-    <body pos="0 0 1"><freejoint/><geom size="0.05"/></body>
+    <body pos="0 0 1"><freejoint name="free"/><geom size="0.05"/></body>
     <body name="arm" pos="1 0 1"><joint name="hinge" axis="0 1 0" damping="1"/><geom size="0.05" pos="0.1 0 0"/></body>
   </worldbody>
   <actuator><motor name="motor" joint="hinge"/></actuator>
@@ -296,7 +296,7 @@ _MODEL = """
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("<freejoint/>", '<joint type="ball"/>', "ball joints"),
+        ('<freejoint name="free"/>', '<joint type="ball"/>', "ball joints"),
         ('<body name="arm"', '<body mocap="true"/><body name="arm"', "mocap bodies"),
         ('damping="1"', 'stiffness="1"', "springs"),
         ('name="arm"', 'name="arm" gravcomp="1"', "compensated gravity"),
@@ -311,6 +311,8 @@ _MODEL = """
             "actuators of another gain",
         ),
         ('damping="1"', 'actuatorfrcrange="-1 1"', "limits of actuators' forces at joints"),
+        ('<motor name="motor" joint="hinge"/>', '<motor joint="free" gear="0 0 1 0 0 0"/>', "actuators of other than hinges and slides"),
+        ("<option", '<option actuatorgroupdisable="0"', "groups of actuators switched off"),
     ],
 )
 def test_what_the_kernels_do_not_compute_is_named(old, new, message):
