@@ -332,7 +332,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
                 num_threads=threads,
             )
         else:
-            from libero_gym.physics.warp_groups import make_warp_worlds  # imports Warp and MuJoCo Warp
+            from libero_gym.physics.warp_loading import check_mujoco_warp  # imports Warp
+
+            check_mujoco_warp()
+            from libero_gym.physics.warp_groups import make_warp_worlds  # imports MuJoCo Warp
 
             self._worlds = make_warp_worlds(
                 self._tasks, self.num_envs, num_action_chunks=self._num_chunks, options=warp_options

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import warp as wp
 
-from libero_gym.physics.fused_dynamics import FusedDynamics, find_unsupported
+from libero_gym.physics.blocks import collect_arrays
+from libero_gym.physics.fused_dynamics import FusedDynamics, Placement, find_unsupported
 from libero_gym.physics.warp_stepping import Substep
 from libero_gym.physics.warp_worlds import WarpWorlds
 from libero_gym.tasks.initial_states import load_recorded_states
@@ -272,6 +273,32 @@ def test_rows_without_room_are_dropped_and_reported_as_by_mujoco_warp(name, size
         np.testing.assert_allclose(some, wanted, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.timeout(60)
+def test_a_tree_of_many_degrees_of_freedom_takes_no_minutes_to_compile():
+    num_bodies = 48
+    body = '<body pos="0.1 0 0"><joint axis="0 1 0" armature="0.1"/><geom size="0.02"/>'
+    bodies = body * num_bodies + "</body>" * num_bodies
+    mjm = mujoco.MjModel.from_xml_string(
+        f'<mujoco><option cone="elliptic" jacobian="sparse"/><worldbody>{bodies}</worldbody></mujoco>'
+    )
+    with wp.ScopedDevice("cpu"):
+        model, data = mujoco_warp.put_model(mjm), mujoco_warp.make_data(mjm)
+    reference = mujoco.MjData(mjm)
+    reference.qpos[:] = np.random.default_rng(0).uniform(-1, 1, num_bodies)
+    mujoco.mj_forward(mjm, reference)
+    data.qpos.assign(reference.qpos[None])
+    dynamics = FusedDynamics(mjm, model, data, device="cpu")
+    for launch in (dynamics.place_bodies, dynamics.find_forces, dynamics.find_accelerations):
+        launch()
+    assert_close({"qacc": data.qacc_smooth.numpy()[0]}, {"qacc": reference.qacc_smooth}, 1e-4)
+
+
+def test_an_array_that_is_not_there_is_named():
+    scene = make_scene("libero_spatial", 0)
+    with pytest.raises(AttributeError, match="neither MuJoCo Warp's data nor its model has 'qpos'"):
+        collect_arrays(Placement, vars(scene.model), scene.model)
+
+
 def test_values_that_differ_between_worlds_are_refused():
     scene = make_scene("libero_spatial", 0)
     with wp.ScopedDevice("cpu"):
@@ -311,7 +338,11 @@ _MODEL = """
             "actuators of another gain",
         ),
         ('damping="1"', 'actuatorfrcrange="-1 1"', "limits of actuators' forces at joints"),
-        ('<motor name="motor" joint="hinge"/>', '<motor joint="free" gear="0 0 1 0 0 0"/>', "actuators of other than hinges and slides"),
+        (
+            '<motor name="motor" joint="hinge"/>',
+            '<motor joint="free" gear="0 0 1 0 0 0"/>',
+            "actuators of other than hinges and slides",
+        ),
         ("<option", '<option actuatorgroupdisable="0"', "groups of actuators switched off"),
     ],
 )
