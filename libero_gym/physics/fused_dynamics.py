@@ -59,7 +59,6 @@ wp.set_module_options({"enable_backward": False})
 class Placement:
     """What `place_bodies` reads and writes: arrays of MuJoCo Warp, and others that `FusedDynamics` has."""
 
-    body_parentid: wp.array(dtype=int)
     body_rootid: wp.array(dtype=int)
     body_weldid: wp.array(dtype=int)
     body_jntnum: wp.array(dtype=int)

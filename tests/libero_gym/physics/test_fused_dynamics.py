@@ -240,6 +240,7 @@ def test_integration_is_that_of_mujoco_warp(suite, task_id, with_blocks):
         ("njmax", 60, mujoco_warp.OverflowType.NEFC),
         ("njmax", 5, mujoco_warp.OverflowType.NEFC),
         ("njmax_nnz", 200, mujoco_warp.OverflowType.NJMAX_NNZ),
+        ("njmax_nnz", 5, mujoco_warp.OverflowType.NJMAX_NNZ),
     ],
 )
 def test_rows_without_room_are_dropped_and_reported_as_by_mujoco_warp(name, size, kind):
