@@ -171,18 +171,23 @@ def test_threads_of_a_block_find_the_pairs_that_one_finds(monkeypatch):
     restore(scene)
 
 
-def test_overflow_of_contacts_is_reported_as_by_mujoco_warp():
+@pytest.mark.parametrize(
+    ("name", "size", "kind"),
+    [("naconmax", 20, mujoco_warp.OverflowType.BROADPHASE), ("naccdmax", 0, mujoco_warp.OverflowType.CCD)],
+)
+def test_overflow_of_contacts_is_reported_as_by_mujoco_warp(name, size, kind):
     scene = make_scene("libero_spatial", 0)
-    count, kind = scene.data.naconmax, int(mujoco_warp.OverflowType.BROADPHASE)
+    data, full = scene.data, getattr(scene.data, name)
     reports = []
     for step in (mujoco_warp.step, lambda *args: scene.worlds._substep.for_rows(*args).run(lambda: None)):
         restore(scene)
-        scene.data.naconmax = 20
-        scene.data.overflow.zero_()
-        step(scene.model, scene.data)
-        scene.data.naconmax = count
-        reports.append((scene.data.overflow.numpy() & kind).tolist())
-        scene.data.overflow.zero_()
+        scatter(scene, np.random.default_rng(4))
+        setattr(data, name, size)
+        data.overflow.zero_()
+        step(scene.model, data)
+        setattr(data, name, full)
+        reports.append((data.overflow.numpy() & int(kind)).tolist())
+        data.overflow.zero_()
     assert reports[0] == reports[1]
     assert any(reports[0])
     restore(scene)
