@@ -249,7 +249,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             TypeError: there is no such argument, an id is not an integer, or what is True or False is neither.
             FileNotFoundError: the suite has no initial states of this kind; the message lists those that have.
             RendererUnavailableError: the renderer cannot be used on this machine.
-            ModuleNotFoundError: LIBERO is not installed.
+            ModuleNotFoundError: LIBERO is not installed, or with `physics="warp"` MuJoCo Warp.
+            ImportError: MuJoCo Warp is another version than GPU physics is made for.
         """
         if physics not in ("cpu", "warp"):
             raise ValueError(f"physics={physics!r} is unknown (valid: 'cpu', 'warp')")
@@ -332,7 +333,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
                 num_threads=threads,
             )
         else:
-            from libero_gym.physics.warp_groups import make_warp_worlds  # imports Warp and MuJoCo Warp
+            from libero_gym.physics.warp_loading import check_mujoco_warp  # imports Warp
+
+            check_mujoco_warp()
+            from libero_gym.physics.warp_groups import make_warp_worlds  # imports MuJoCo Warp
 
             self._worlds = make_warp_worlds(
                 self._tasks, self.num_envs, num_action_chunks=self._num_chunks, options=warp_options

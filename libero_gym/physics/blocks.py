@@ -22,6 +22,7 @@ def collect_arrays(struct: Any, own: dict[str, Any], *sources: Any) -> Any:
 
     Raises:
         ValueError: worlds differ in such a value.
+        AttributeError: a member is not there, as in another version of MuJoCo Warp.
     """
     result = struct()
     for name, variable in struct.vars.items():
@@ -39,4 +40,7 @@ def collect_arrays(struct: Any, own: dict[str, Any], *sources: Any) -> Any:
 
 
 def _find(name: str, sources: Any) -> Any:
-    return next(getattr(source, name) for source in sources if hasattr(source, name))
+    for source in sources:
+        if hasattr(source, name):
+            return getattr(source, name)
+    raise AttributeError(f"neither MuJoCo Warp's data nor its model has {name!r}")

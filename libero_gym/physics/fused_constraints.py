@@ -89,13 +89,13 @@ class ConstraintRows:
 
 @wp.func
 def begin_rows(r: ConstraintRows, world: int):
-    """Count the rows of joint friction, which are always there."""
-    count = r.friction_dofs.shape[0]
+    """Count the rows of joint friction, which are always there if their entries have room."""
+    count = wp.min(r.friction_dofs.shape[0], r.njmax_nnz)
     r.nf[world] = count
     r.nl[world] = 0
     r.nefc[world] = count
     r.jtdaj_nblock[world] = 0
-    r.efc_nnz[world] = wp.min(count, r.njmax)
+    r.efc_nnz[world] = wp.min(r.friction_dofs.shape[0], r.njmax)
 
 
 @wp.func

@@ -59,7 +59,6 @@ wp.set_module_options({"enable_backward": False})
 class Placement:
     """What `place_bodies` reads and writes: arrays of MuJoCo Warp, and others that `FusedDynamics` has."""
 
-    body_parentid: wp.array(dtype=int)
     body_rootid: wp.array(dtype=int)
     body_weldid: wp.array(dtype=int)
     body_jntnum: wp.array(dtype=int)
@@ -845,8 +844,12 @@ def find_unsupported(mjm: mujoco.MjModel, model: Any) -> list[str]:
     """Return the names of what a model has that these kernels do not compute."""
     joint, disable = mujoco.mjtJoint, mujoco.mjtDisableBit
     unused = disable.mjDSBL_SENSOR | disable.mjDSBL_NATIVECCD | disable.mjDSBL_CONTACT | disable.mjDSBL_CONSTRAINT
+    moves_joint = mjm.actuator_trntype == mujoco.mjtTrn.mjTRN_JOINT
+    moved = mjm.jnt_type[mjm.actuator_trnid[moves_joint, 0]]
     actuators = {
-        "actuators of other than hinges and slides": (mjm.actuator_trntype != mujoco.mjtTrn.mjTRN_JOINT).any(),
+        "actuators of other than hinges and slides": not moves_joint.all()
+        or not np.isin(moved, (joint.mjJNT_HINGE, joint.mjJNT_SLIDE)).all(),
+        "groups of actuators switched off": mjm.opt.disableactuator,
         "actuators with activations": mjm.na,
         "actuators of another gain than a fixed one": (mjm.actuator_gaintype != mujoco.mjtGain.mjGAIN_FIXED).any(),
         "actuators of another bias than an affine one": (

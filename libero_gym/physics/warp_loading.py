@@ -1,4 +1,4 @@
-"""Warp kernels compiled side by side on first use.
+"""What comes before a physics step: the right version of MuJoCo Warp, and kernels compiled side by side on first use.
 
 Warp compiles a kernel's module when the kernel is first launched, one after another; a physics step launches kernels
 of more than a hundred modules. Which ones does not depend on what they compute, so the launches can be gone through
@@ -7,6 +7,7 @@ once without running anything, and the modules found then compiled by as many th
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 import time
@@ -19,8 +20,32 @@ import warp as wp
 
 from libero_gym.rendering.raycast import note_kernels
 
+# Kernels of `libero_gym.physics` call private functions of MuJoCo Warp and read its arrays, which change from one minor
+# version to the next. Tests compare both for these; pyproject.toml says the same.
+_MAJOR, _MINOR = 4, 0
+MUJOCO_WARP_VERSIONS = f">={_MAJOR}.{_MINOR},<{_MAJOR}.{_MINOR + 1}"
+
 # Seconds after which compiling is said to go on: cached kernels load faster than that.
 _PATIENCE_S = 3.0
+
+
+def check_mujoco_warp() -> None:
+    """Raise unless there is a MuJoCo Warp that GPU physics is made for.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+        ImportError: it is another version.
+    """
+    install = f"pip install 'mujoco-warp{MUJOCO_WARP_VERSIONS}'"
+    try:
+        version = importlib.metadata.version("mujoco-warp")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModuleNotFoundError(f"physics='warp' needs MuJoCo Warp, the extra warp-physics: {install}") from error
+    if version.split(".")[:2] != [str(_MAJOR), str(_MINOR)]:
+        raise ImportError(
+            f"physics='warp' calls private functions of MuJoCo Warp as they are in mujoco-warp{MUJOCO_WARP_VERSIONS}; "
+            f"mujoco-warp=={version} is installed: {install}"
+        )
 
 
 def find_modules(launch: Callable[[], Any]) -> list[tuple[Any, Any, int | None]]:

@@ -44,6 +44,7 @@ from libero_gym.physics.blocks import sync_block
 from libero_gym.physics.clearance import find_clear_pairs
 from libero_gym.physics.fused_dynamics import FusedDynamics, find_unsupported
 from libero_gym.physics.newton import NewtonSolver
+from libero_gym.physics.warp_loading import MUJOCO_WARP_VERSIONS
 
 # Threads that go through the pairs of a world on a GPU, a warp for each pair of bodies.
 _PAIR_THREADS = 128
@@ -197,12 +198,13 @@ def _keep_memory(function: Callable[..., None], num_rows: int) -> Callable[..., 
     each pair of shapes. Calls may be with fewer worlds.
 
     Args:
-        function: allocates by `wp.empty` what need not be clear, and one array of counters by `wp.zeros`. What is
-            returned takes that array before the function's arguments, and leaves it to its caller to clear it.
+        function: allocates by `wp.empty` what need not be clear, always the same but for the number of rows, and one
+            array of counters by `wp.zeros`. What is returned takes that array before the function's arguments, and
+            leaves it to its caller to clear it. It raises RuntimeError where the function allocates anything else.
         num_rows: the most rows that any call will ask for.
     """
     original = function.__wrapped__
-    allocator = _Allocator(num_rows)
+    allocator = _Allocator(function.__name__, num_rows)
     # The same function with another meaning of the name `wp`.
     keeping = types.FunctionType(
         original.__code__,
@@ -222,24 +224,40 @@ def _keep_memory(function: Callable[..., None], num_rows: int) -> Callable[..., 
 class _Allocator:
     """Stands in for the module `warp` where memory is to be kept."""
 
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows, self._kept = num_rows, []
+    def __init__(self, function_name: str, num_rows: int) -> None:
+        self._function_name, self._num_rows = function_name, num_rows
+        self._kept: list[tuple[Any, Any, Any]] = []  # shape of a row, type, array
 
     def begin(self, counters: Any) -> None:
         """Give out the memory from its beginning."""
-        self._counters, self._num_given = counters, 0
+        self._counters, self._num_given, self._has_given_counters = counters, 0, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(wp, name)
 
-    def zeros(self, *args: Any, **kwargs: Any) -> Any:
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        if self._has_given_counters or shape != self._counters.size or dtype is not int:
+            raise self._surprise("zeros", shape, dtype)
+        self._has_given_counters = True
         return self._counters
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        if not isinstance(shape, tuple) or shape[0] > self._num_rows:
+            raise self._surprise("empty", shape, dtype)
+        row = shape[1:]
         if self._num_given == len(self._kept):
-            self._kept.append(wp.empty((self._num_rows, *shape[1:]), dtype=dtype))
+            self._kept.append((row, dtype, wp.empty((self._num_rows, *row), dtype=dtype)))
+        kept_row, kept_dtype, array = self._kept[self._num_given]
+        if (row, dtype) != (kept_row, kept_dtype):
+            raise self._surprise("empty", shape, dtype)
         self._num_given += 1
-        return self._kept[self._num_given - 1]
+        return array
+
+    def _surprise(self, name: str, shape: Any, dtype: Any) -> RuntimeError:
+        return RuntimeError(
+            f"{self._function_name} of MuJoCo Warp asks for memory as no version does that GPU physics knows: "
+            f"wp.{name}(shape={shape}, dtype={dtype.__name__}); install mujoco-warp{MUJOCO_WARP_VERSIONS}"
+        )
 
 
 @functools.lru_cache

@@ -54,7 +54,7 @@ from libero_gym.physics.controller import (
 )
 from libero_gym.physics.simulation import NUM_SETTLING_STEPS, SETTLING_ACTION, PhysicsError, load_task_data
 from libero_gym.physics.states import IDENTITY, Entry, check_entries, check_keys, check_scene
-from libero_gym.physics.warp_loading import find_modules, load_modules
+from libero_gym.physics.warp_loading import check_mujoco_warp, find_modules, load_modules
 from libero_gym.physics.warp_stepping import Substep
 from libero_gym.physics.worlds import BoolArray, FloatArray, IntArray, Steps
 from libero_gym.rendering.protocol import Views
@@ -149,8 +149,10 @@ class WarpWorlds(Uncopied):
             loads_kernels: False leaves it to the caller to load what `find_kernels` returns.
 
         Raises:
-            ValueError: Warp has no such device.
+            ValueError: Warp has no such device, or the scene has what GPU physics does not compute.
+            ImportError: MuJoCo Warp is another version than GPU physics is made for.
         """
+        check_mujoco_warp()
         self.device = choose_device(device)
         self._owner = Owner("the simulated worlds")
         options = options or WarpOptions()

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import warp as wp
 
-from libero_gym.physics.fused_dynamics import FusedDynamics, find_unsupported
+from libero_gym.physics.blocks import collect_arrays
+from libero_gym.physics.fused_dynamics import FusedDynamics, Placement, find_unsupported
 from libero_gym.physics.warp_stepping import Substep
 from libero_gym.physics.warp_worlds import WarpWorlds
 from libero_gym.tasks.initial_states import load_recorded_states
@@ -57,7 +58,10 @@ def make_scene(suite, task_id):
         value[:, scene.fixture_body_ids] = values
         array.assign(value)
     data.qpos.assign(qpos)
-    worlds._forward()  # places what stands still
+    substep = worlds._substep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(substep, "_collide", lambda: None)
+        worlds._forward()  # places what stands still
     state = {
         "qpos": qpos,
         "qvel": rng.normal(size=(_NUM_WORLDS, mjm.nv)),
@@ -67,7 +71,7 @@ def make_scene(suite, task_id):
     }
     dynamics = FusedDynamics(mjm, model, data, device="cpu")
     made = types.SimpleNamespace(
-        mjm=mjm, model=model, data=data, dynamics=dynamics, state=state, solver=worlds._substep.solver
+        mjm=mjm, model=model, data=data, dynamics=dynamics, state=state, substep=substep, solver=substep.solver
     )
     restore(made)
     run_mujoco_warp(made)
@@ -82,13 +86,17 @@ def restore(scene):
 
 
 def run_mujoco_warp(scene):
-    """All of a step before constraints."""
+    """All of a step before constraints; contacts are those of planes, boxes and the like: others compile for long."""
+    model, data, substep = scene.model, scene.data, scene.substep
+    substep.place_bodies()  # boxes of the broad phase
     for launch in (
         *(mujoco_warp.kinematics, mujoco_warp.com_pos, mujoco_warp.crb, mujoco_warp.transmission),
-        *(mujoco_warp.fwd_velocity, mujoco_warp.fwd_actuation, mujoco_warp.collision),
+        *(mujoco_warp.fwd_velocity, mujoco_warp.fwd_actuation),
     ):
-        launch(scene.model, scene.data)
-    mujoco_warp.fwd_acceleration(scene.model, scene.data, factorize=True)
+        launch(model, data)
+    substep._find_pairs()
+    mujoco_warp.primitive_narrowphase(model, data, substep._collisions, substep._primitive_pairs)
+    mujoco_warp.fwd_acceleration(model, data, factorize=True)
 
 
 def read(data, names):
@@ -239,6 +247,7 @@ def test_integration_is_that_of_mujoco_warp(suite, task_id, with_blocks):
         ("njmax", 60, mujoco_warp.OverflowType.NEFC),
         ("njmax", 5, mujoco_warp.OverflowType.NEFC),
         ("njmax_nnz", 200, mujoco_warp.OverflowType.NJMAX_NNZ),
+        ("njmax_nnz", 5, mujoco_warp.OverflowType.NJMAX_NNZ),
     ],
 )
 def test_rows_without_room_are_dropped_and_reported_as_by_mujoco_warp(name, size, kind):
@@ -272,6 +281,32 @@ def test_rows_without_room_are_dropped_and_reported_as_by_mujoco_warp(name, size
         np.testing.assert_allclose(some, wanted, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.timeout(60)
+def test_a_tree_of_many_degrees_of_freedom_takes_no_minutes_to_compile():
+    num_bodies = 48
+    body = '<body pos="0.1 0 0"><joint axis="0 1 0" armature="0.1"/><geom size="0.02"/>'
+    bodies = body * num_bodies + "</body>" * num_bodies
+    mjm = mujoco.MjModel.from_xml_string(
+        f'<mujoco><option cone="elliptic" jacobian="sparse"/><worldbody>{bodies}</worldbody></mujoco>'
+    )
+    with wp.ScopedDevice("cpu"):
+        model, data = mujoco_warp.put_model(mjm), mujoco_warp.make_data(mjm)
+    reference = mujoco.MjData(mjm)
+    reference.qpos[:] = np.random.default_rng(0).uniform(-1, 1, num_bodies)
+    mujoco.mj_forward(mjm, reference)
+    data.qpos.assign(reference.qpos[None])
+    dynamics = FusedDynamics(mjm, model, data, device="cpu")
+    for launch in (dynamics.place_bodies, dynamics.find_forces, dynamics.find_accelerations):
+        launch()
+    assert_close({"qacc": data.qacc_smooth.numpy()[0]}, {"qacc": reference.qacc_smooth}, 1e-4)
+
+
+def test_an_array_that_is_not_there_is_named():
+    scene = make_scene("libero_spatial", 0)
+    with pytest.raises(AttributeError, match="neither MuJoCo Warp's data nor its model has 'qpos'"):
+        collect_arrays(Placement, vars(scene.model), scene.model)
+
+
 def test_values_that_differ_between_worlds_are_refused():
     scene = make_scene("libero_spatial", 0)
     with wp.ScopedDevice("cpu"):
@@ -285,7 +320,7 @@ _MODEL = """
   <option cone="elliptic" jacobian="sparse"/>
   <worldbody>
     <geom name="floor" type="plane" size="1 1 1"/>
-    <body pos="0 0 1"><freejoint/><geom size="0.05"/></body>
+    <body pos="0 0 1"><freejoint name="free"/><geom size="0.05"/></body>
     <body name="arm" pos="1 0 1"><joint name="hinge" axis="0 1 0" damping="1"/><geom size="0.05" pos="0.1 0 0"/></body>
   </worldbody>
   <actuator><motor name="motor" joint="hinge"/></actuator>
@@ -296,7 +331,7 @@ _MODEL = """
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("<freejoint/>", '<joint type="ball"/>', "ball joints"),
+        ('<freejoint name="free"/>', '<joint type="ball"/>', "ball joints"),
         ('<body name="arm"', '<body mocap="true"/><body name="arm"', "mocap bodies"),
         ('damping="1"', 'stiffness="1"', "springs"),
         ('name="arm"', 'name="arm" gravcomp="1"', "compensated gravity"),
@@ -311,6 +346,12 @@ _MODEL = """
             "actuators of another gain",
         ),
         ('damping="1"', 'actuatorfrcrange="-1 1"', "limits of actuators' forces at joints"),
+        (
+            '<motor name="motor" joint="hinge"/>',
+            '<motor joint="free" gear="0 0 1 0 0 0"/>',
+            "actuators of other than hinges and slides",
+        ),
+        ("<option", '<option actuatorgroupdisable="0"', "groups of actuators switched off"),
     ],
 )
 def test_what_the_kernels_do_not_compute_is_named(old, new, message):

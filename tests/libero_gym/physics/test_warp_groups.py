@@ -6,6 +6,7 @@ does its rounding. What is compared to the last bit is therefore in the same row
 
 import functools
 import os
+import weakref
 
 import gymnasium
 import mujoco_warp
@@ -15,6 +16,7 @@ import pytest
 from libero_gym.physics import warp_groups, warp_worlds
 from libero_gym.physics.simulation import PhysicsError
 from libero_gym.physics.warp_groups import GroupedWarpWorlds, make_warp_worlds
+from libero_gym.physics.warp_stepping import Substep
 from libero_gym.physics.warp_worlds import WarpWorlds
 from libero_gym.rendering import raycast
 from libero_gym.rendering.raycast import WarpRenderer
@@ -166,6 +168,16 @@ def test_rows_grow_with_the_worlds_of_a_scene(monkeypatch):
     monkeypatch.setattr(warp_groups, "_RESERVE_STEP", 1)
     monkeypatch.setattr(warp_groups, "_ROWS_STEP", 1)
     monkeypatch.setattr(warp_groups, "_MAX_GRAPHS", 2)
+    for_rows, parts, num_parts = Substep.for_rows, weakref.WeakSet(), 0
+
+    def note_part(*args):
+        nonlocal num_parts
+        num_parts += 1
+        part = for_rows(*args)
+        parts.add(part)
+        return part
+
+    monkeypatch.setattr(Substep, "for_rows", note_part)
     worlds = GroupedWarpWorlds(TASKS, 4, num_action_chunks=2, device="cpu")
     worlds.reset(np.arange(4), [MIXED[0], MIXED[1], MIXED[3], MIXED[3]], init_states="settled")
     assert [group.worlds.num_worlds for group in worlds._groups] == [2, 4]
@@ -178,14 +190,16 @@ def test_rows_grow_with_the_worlds_of_a_scene(monkeypatch):
         assert_same_states(worlds.get_state(world_id), before[world_id])
     assert_moves_as_alone(worlds)
     sizes = []
-    for starts in ([MIXED[1]] * 3 + [MIXED[0]], MIXED):  # graphs are captured anew, and taken again
+    for starts in (MIXED, [MIXED[1]] * 3 + [MIXED[0]], MIXED):  # graphs are captured anew, and taken again
         worlds.reset(np.arange(4), starts, init_states="settled")
         worlds.step(random_actions(2), ALL, MANY)
         sizes.append(worlds.num_rows)
-    assert sizes == [(2, 4), (2, 2)]
+    assert sizes == [(3, 2), (2, 4), (2, 2)]
     assert_moves_as_alone(worlds)
+    assert num_parts > 2 * len(worlds._groups) >= len(parts)  # memory of sizes that are no longer kept has gone
     worlds.close()
     worlds.close()
+    assert not parts
 
 
 def test_rows_are_those_in_use_and_contents_move_along(monkeypatch):

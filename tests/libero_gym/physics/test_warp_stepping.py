@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import re
+import tomllib
 import types
+from pathlib import Path
 
 import mujoco
 import mujoco_warp
@@ -12,16 +15,18 @@ import pytest
 import warp as wp
 
 from libero_gym.physics.clearance import find_clear_pairs
-from libero_gym.physics.warp_loading import find_modules
+from libero_gym.physics.warp_loading import MUJOCO_WARP_VERSIONS, check_mujoco_warp, find_modules
 from libero_gym.physics.warp_stepping import Substep, _keep_memory
 from libero_gym.physics.warp_worlds import WarpWorlds
 from libero_gym.tasks.initial_states import EpisodeStart
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
+from libero_gym.vector import LiberoVectorEnv
 
 # MuJoCo Warp's kernels compile once, for a minute; after that none of these takes ten seconds.
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[3]
 _NUM_WORLDS = 4
 _SCENES = [("libero_spatial", 0), ("libero_object", 3), ("libero_10", 2)]
 # What of a world decides its next step.
@@ -166,18 +171,23 @@ def test_threads_of_a_block_find_the_pairs_that_one_finds(monkeypatch):
     restore(scene)
 
 
-def test_overflow_of_contacts_is_reported_as_by_mujoco_warp():
+@pytest.mark.parametrize(
+    ("name", "size", "kind"),
+    [("naconmax", 20, mujoco_warp.OverflowType.BROADPHASE), ("naccdmax", 0, mujoco_warp.OverflowType.CCD)],
+)
+def test_overflow_of_contacts_is_reported_as_by_mujoco_warp(name, size, kind):
     scene = make_scene("libero_spatial", 0)
-    count, kind = scene.data.naconmax, int(mujoco_warp.OverflowType.BROADPHASE)
+    data, full = scene.data, getattr(scene.data, name)
     reports = []
     for step in (mujoco_warp.step, lambda *args: scene.worlds._substep.for_rows(*args).run(lambda: None)):
         restore(scene)
-        scene.data.naconmax = 20
-        scene.data.overflow.zero_()
-        step(scene.model, scene.data)
-        scene.data.naconmax = count
-        reports.append((scene.data.overflow.numpy() & kind).tolist())
-        scene.data.overflow.zero_()
+        scatter(scene, np.random.default_rng(4))
+        setattr(data, name, size)
+        data.overflow.zero_()
+        step(scene.model, data)
+        setattr(data, name, full)
+        reports.append((data.overflow.numpy() & int(kind)).tolist())
+        data.overflow.zero_()
     assert reports[0] == reports[1]
     assert any(reports[0])
     restore(scene)
@@ -232,7 +242,7 @@ def test_memory_is_kept_and_suffices_for_later_calls_with_more_worlds():
     given = []
 
     def function(num_rows, scale):
-        given.append(wp.zeros(2, dtype=int))
+        given.append(wp.zeros(4, dtype=int))
         given.append(wp.empty(shape=(num_rows, 3), dtype=float))
         given.append(wp.empty(shape=(num_rows,), dtype=scale(wp.vec3)))
 
@@ -248,6 +258,66 @@ def test_memory_is_kept_and_suffices_for_later_calls_with_more_worlds():
     assert given[5] is given[2]
     assert given[1].shape == (8, 3)
     assert given[2].dtype == wp.vec3
+
+
+@pytest.mark.parametrize(
+    ("allocate", "message"),
+    [
+        (lambda wp, rows: (wp.zeros(4, dtype=int), wp.zeros(4, dtype=int)), "wp.zeros(shape=4, dtype=int)"),
+        (lambda wp, rows: wp.zeros(5, dtype=int), "wp.zeros(shape=5, dtype=int)"),
+        (lambda wp, rows: wp.zeros(4, dtype=float), "wp.zeros(shape=4, dtype=float)"),
+        (lambda wp, rows: wp.empty(shape=(9, 3), dtype=float), "wp.empty(shape=(9, 3), dtype=float)"),
+        (lambda wp, rows: wp.empty(shape=8, dtype=float), "wp.empty(shape=8, dtype=float)"),
+        (lambda wp, rows: wp.empty(shape=(rows, rows), dtype=float), "wp.empty(shape=(7, 7), dtype=float)"),
+        (lambda wp, rows: wp.empty(shape=(4,), dtype=float if rows == 8 else int), "wp.empty(shape=(4,), dtype=int)"),
+    ],
+)
+def test_a_function_that_allocates_otherwise_than_known_is_an_error(allocate, message):
+    """One of another version would be given memory of the wrong size, or counters that are not its own."""
+
+    def function(rows):
+        allocate(wp, rows)
+
+    def call_twice():
+        for rows in (8, 7):
+            keeping(counters, rows)
+
+    function.__wrapped__ = function
+    counters, keeping = wp.zeros(4, dtype=int, device="cpu"), _keep_memory(function, 8)
+    with wp.ScopedDevice("cpu"), pytest.raises(RuntimeError, match=re.escape(message)) as raised:
+        call_twice()
+    assert f"install mujoco-warp{MUJOCO_WARP_VERSIONS}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "message"),
+    [
+        ("4.1.0", ImportError, "mujoco-warp==4.1.0 is installed: pip install 'mujoco-warp>=4.0,<4.1'"),
+        ("3.17.0", ImportError, "as they are in mujoco-warp>=4.0,<4.1; mujoco-warp==3.17.0 is installed"),
+        ("40.0", ImportError, "mujoco-warp==40.0 is installed"),
+        (None, ModuleNotFoundError, "the extra warp-physics: pip install 'mujoco-warp>=4.0,<4.1'"),
+    ],
+)
+def test_another_version_of_mujoco_warp_is_refused(monkeypatch, version, error, message):
+    def tell(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", tell)
+    scene, tasks = load_scene(get_task("libero_spatial", 0)), [get_task("libero_spatial", 0)]
+    for make in (
+        lambda: WarpWorlds(scene, tasks, 1, device="cpu"),
+        lambda: LiberoVectorEnv("libero_spatial", 1, physics="warp", observe_images=False),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            make()
+
+
+def test_pyproject_asks_for_the_version_that_is_checked():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["warp-physics"] == [f"mujoco-warp{MUJOCO_WARP_VERSIONS}"]
+    check_mujoco_warp()
 
 
 def test_a_captured_step_is_a_dozen_kernels_and_nothing_else():
