@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How checkpoints/libero_spatial_rl was made: run w of docs/LOG.md, PPO from the few-shot policy, ten minutes on one H200
-# with sixteen cores, and one for each evaluation on its way.
+# Run w of docs/LOG.md: PPO on LIBERO-Spatial from the few-shot policy in one run, ten minutes on one H200 with sixteen
+# cores, and one for each evaluation on its way.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -17,9 +17,9 @@ import torch
 from gr00t_agent import Gr00tAgent
 
 agent = Gr00tAgent.from_pretrained("runs/spatial_ppo/checkpoints/iteration_19", dtype=torch.bfloat16)
-agent.save_pretrained("runs/libero_spatial_rl")
+agent.save_pretrained("runs/libero_spatial_one_run")
 PYTHON
 for seed in 0 1 2; do
-    python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial --episodes-per-task 50 \
-        --seeds "$seed" --videos-per-task 0 --output-dir "runs/eval_spatial_rl_$seed"
+    python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_one_run --suite libero_spatial --episodes-per-task 50 \
+        --seeds "$seed" --videos-per-task 0 --output-dir "runs/eval_spatial_one_run_$seed"
 done

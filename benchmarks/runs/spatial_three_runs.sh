@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs e, h and l of docs/LOG.md (2026-11-25 and 26): PPO on LIBERO-Spatial in three stages, with tasks weighted by hand,
-# on one H100. Some 33 minutes with start-up, and one or two more for each evaluation. One run does as well since:
-# benchmarks/runs/spatial_ppo.sh.
+# How checkpoints/libero_spatial_rl was made: runs e, h and l of docs/LOG.md, PPO from the few-shot policy in three stages
+# with tasks weighted by hand, on one H100. Some 33 minutes with start-up, and one or two more for each evaluation. One
+# run of ten minutes does almost as well since: benchmarks/runs/spatial_ppo.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -27,12 +27,12 @@ import torch
 from gr00t_agent import Gr00tAgent
 
 agent = Gr00tAgent.from_pretrained("runs/spatial_ppo_l/checkpoints/iteration_34", dtype=torch.bfloat16)
-agent.save_pretrained("runs/libero_spatial_three_runs")
+agent.save_pretrained("runs/libero_spatial_rl")
 PYTHON
 for seed in 0 1 2; do
-    python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_three_runs --suite libero_spatial \
-        --episodes-per-task 50 --seeds "$seed" --num-envs 100 --videos-per-task 0 --output-dir "runs/eval_spatial_three_runs_$seed"
+    python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial \
+        --episodes-per-task 50 --seeds "$seed" --num-envs 100 --videos-per-task 0 --output-dir "runs/eval_spatial_rl_$seed"
 done
 # The check in LIBERO's own environment, drawn by OpenGL: five minutes with 20 processes.
-python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_three_runs --suite libero_spatial --episodes-per-task 20 \
-    --seeds 0 --num-envs 20 --videos-per-task 0 --reference-env --renderer egl --output-dir runs/eval_spatial_three_runs_reference
+python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial --episodes-per-task 20 \
+    --seeds 0 --num-envs 20 --videos-per-task 0 --reference-env --renderer egl --output-dir runs/eval_spatial_rl_reference
