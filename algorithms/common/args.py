@@ -263,6 +263,8 @@ def _cpu_sizes(args: Any) -> str:
         decisions = CPU_ENVS * args.num_steps
         sizes["minibatch_size"] = _largest_divisor(decisions, args.minibatch_size)
         sizes["micro_batch_size"] = _largest_divisor(sizes["minibatch_size"], args.micro_batch_size)
+    if getattr(args, "imitation_iterations", 0):  # so few environments have too few successes to learn from alone
+        sizes["imitation_iterations"] = 0
     return " ".join(["--physics cpu", *(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())])
 
 

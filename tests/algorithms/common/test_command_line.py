@@ -257,5 +257,6 @@ def test_a_preset_for_a_gpu_names_the_one_that_fits():
     ended, _ = run("algorithms/ppo_gr00t.py", "--preset", "libero_spatial_nano", CUDA_VISIBLE_DEVICES="")
     assert ended.returncode == 2
     assert "take --preset libero_spatial_laptop, which fits two cores" in ended.stderr
+    assert "--imitation-iterations 0" in ended.stderr
     ended, _ = run("algorithms/ppo_gr00t.py", "--num-envs", "8", "--num-steps", "24")
     assert "--minibatch-size 192 --micro-batch-size 192" in ended.stderr
