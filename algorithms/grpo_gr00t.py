@@ -584,13 +584,12 @@ def sample_groups(
         order = np.concatenate([rng.permutation(len(jobs)) for _ in range(rounds)])[:num_groups]
     else:
         shuffled = rng.permutation(len(jobs))
-        shuffled = shuffled[
-            np.argsort([jobs[job][0] for job in shuffled], kind="stable")
-        ]  # by task
-        ends = np.cumsum(weights[shuffled]) / weights.sum() * num_groups
+        tasks = [jobs[job][0] for job in shuffled]
+        by_task = shuffled[np.argsort(tasks, kind="stable")]
+        ends = np.cumsum(weights[by_task]) / weights.sum() * num_groups
         points = rng.random() + np.arange(num_groups)
         drawn = np.searchsorted(ends, points, side="right").clip(max=len(jobs) - 1)  # by rounding
-        order = rng.permutation(shuffled[drawn])
+        order = rng.permutation(by_task[drawn])
     seeds = [seed_of(*key, EPISODES, group) for group in range(num_groups)]
     groups = [(*jobs[job], seed) for job, seed in zip(order, seeds, strict=True)]
     return np.repeat(np.array(groups, dtype=np.int64), group_size, axis=0)
