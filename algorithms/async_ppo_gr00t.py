@@ -503,7 +503,8 @@ def make_envs(
     )
     options |= dict(image_size=image_size) if image_size else dict(observe_images=False)
     if args.physics == "warp":
-        options |= dict(physics="warp")
+        # Images stay on the GPU, for an agent in the same process.
+        options |= dict(physics="warp", images_as_torch=bool(image_size))
     else:
         options |= dict(stepping=args.stepping, num_threads=num_threads)
     envs = gym.make_vec(
@@ -717,6 +718,11 @@ class RolloutWorker(RolloutRole):
         self.agent = self.make_agent(args).to(self.accelerator.device).eval()
         if args.compile:
             self.agent.compile_network()
+        shape = (args.num_steps, len(self.env_ids))
+        self.features = DecisionArrays(*shape)
+        self.actions = DecisionArrays(*shape)
+        self.logprobs = DecisionArrays(*shape)
+        self.values = DecisionArrays(*shape)
         self.recorder = RolloutRecorder(
             self.run.path / "videos",
             num_envs=4,
@@ -726,7 +732,7 @@ class RolloutWorker(RolloutRole):
 
     @torch.no_grad()
     def play(self, iteration: int, version: int) -> Rollout:
-        """Returns an iteration's decisions, by weights of a version."""
+        """Returns an iteration's decisions, by weights of a version; the next call overwrites them."""
         args, agent, accelerator = self.args, self.agent, self.accelerator
         noise = noise_options(args, iteration)
 
@@ -736,10 +742,6 @@ class RolloutWorker(RolloutRole):
 
         # --- rollout: one stage of environments simulates while another is decided ---
         shape = (args.num_steps, len(self.env_ids))
-        features = DecisionArrays(*shape)
-        actions = DecisionArrays(*shape)
-        logprobs = DecisionArrays(*shape)
-        values = DecisionArrays(*shape)
         rewards = np.zeros(shape, dtype=np.float32)
         terminated = np.zeros(shape, dtype=bool)
         succeeded = np.zeros(shape, dtype=bool)
@@ -789,18 +791,18 @@ class RolloutWorker(RolloutRole):
                     self.run.check_actions(env_action, iteration, logprob=logprob, value=value)
                     stage.send(env_action)
 
-                    features.put(step, stage.rows, next_obs[i])
-                    actions.put(step, stage.rows, action)
-                    logprobs.put(step, stage.rows, logprob)
-                    values.put(step, stage.rows, value)
+                    self.features.put(step, stage.rows, next_obs[i])
+                    self.actions.put(step, stage.rows, action)
+                    self.logprobs.put(step, stage.rows, logprob)
+                    self.values.put(step, stage.rows, value)
 
         return Rollout(
-            features=features.arrays,
+            features=self.features.arrays,
             last_features=to_store(concatenate(next_obs)),
             cut=cut,
-            actions=actions.arrays,
-            logprobs=logprobs.arrays,
-            values=values.arrays,
+            actions=self.actions.arrays,
+            logprobs=self.logprobs.arrays,
+            values=self.values.arrays,
             rewards=rewards,
             terminated=terminated,
             succeeded=succeeded,

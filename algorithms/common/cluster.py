@@ -283,16 +283,24 @@ class _Order(NamedTuple):
 
 
 class _Share:
-    """A rollout worker, its env workers, and the rollouts that it has been asked for."""
+    """A rollout worker, its env workers, and the rollouts that it has been asked for.
 
-    def __init__(self, number: int, place: Place, env_places: Sequence[Place], env_ids: NDArray[np.intp]) -> None:
+    Environments on its own GPU are in its process, in as many parts as it has stages, and it has no env workers.
+    """
+
+    def __init__(
+        self, number: int, place: Place, env_places: Sequence[Place], env_ids: NDArray[np.intp], num_stages: int
+    ) -> None:
         self.number = number
-        self.place, self.env_places, self.env_ids = place, list(env_places), env_ids
+        self.has_own_envs = all(env_place.shares_gpu(place) for env_place in env_places)
+        self.num_parts = num_stages if self.has_own_envs else len(env_places)
+        self.place, self.env_ids = place, env_ids
+        self.env_places = [] if self.has_own_envs else list(env_places)
         self.worker: Any = None
         self.env_workers: list[Any] = []
         self.opening: Any = None  # the call that opens the environments, until they are
         self.has_begun = False  # they were opened, and may have been played with
-        self.to_reset: dict[int, tuple[int, ...]] = {}  # env workers that have no episodes yet: what keys theirs
+        self.to_reset: dict[int, tuple[int, ...]] = {}  # parts that have no episodes yet: what keys theirs
         self.orders: dict[int, _Order] = {}
         self.calls: dict[int, list[Any]] = {}
         self.states: StackedStates | None = None  # at the last boundary
@@ -306,7 +314,8 @@ class RolloutGroup:
 
     The environments of an env worker that was lost begin new episodes, and those that were under way are discarded and
     counted. The others go back to where they were before the rollout, if they can give and take states, and otherwise
-    go on. A rollout worker that was lost leaves nothing behind: its environments go back, and it is the same rollout.
+    go on. A rollout worker that was lost leaves nothing behind: its environments go back, and it is the same rollout;
+    those of its own process that cannot are lost with it.
     Before anything was played no episode is lost with a worker: its environments begin as they would have.
 
     Args:
@@ -340,7 +349,7 @@ class RolloutGroup:
         env_places = np.array_split(np.arange(len(placement.env)), num_workers)
         env_ids = np.split(np.arange(args.num_envs), num_workers)
         self._shares = [
-            _Share(number, place, [placement.env[e] for e in mine], ids)
+            _Share(number, place, [placement.env[e] for e in mine], ids, args.pipeline_stage_num)
             for number, (place, mine, ids) in enumerate(zip(placement.rollout, env_places, env_ids, strict=True))
         ]
         for share in self._shares:
@@ -354,10 +363,11 @@ class RolloutGroup:
             share.env_workers = [self._new_env_worker(share, place) for place in share.env_places]
 
     def _new_worker(self, share: _Share) -> Any:
-        return self._cluster.start(self._role, share.place, *self._inputs, share.number, share.env_ids)
+        make = partial(self._make_envs, self._args, num_threads=share.place.cpus) if share.has_own_envs else None
+        return self._cluster.start(self._role, share.place, *self._inputs, share.number, share.env_ids, make)
 
     def _new_env_worker(self, share: _Share, place: Place) -> Any:
-        num_envs = len(share.env_ids) // len(share.env_places)
+        num_envs = len(share.env_ids) // share.num_parts
         make = partial(self._make_envs, self._args, num_envs, self._observed_size, num_threads=place.cpus)
         return self._cluster.start(EnvWorker, place, make)
 
@@ -365,10 +375,14 @@ class RolloutGroup:
         """Returns the tasks that the environments sample from."""
         first = self._shares[0]
         while self._task_ids is None:
-            self._task_ids = self._answer(first.env_workers[0].task_ids)
+            steps = first.worker if first.has_own_envs else first.env_workers[0]
+            self._task_ids = self._answer(steps.task_ids)
             if self._task_ids is None:
                 self._count_loss(first, 1)
-                self._replace_env_workers(first)
+                if first.has_own_envs:
+                    self._replace_worker(first)
+                else:
+                    self._replace_env_workers(first)
         return self._task_ids
 
     def _answer(self, method: Any) -> Any:
@@ -403,7 +417,7 @@ class RolloutGroup:
             share.orders.clear()
             share.boundary, share.losses, share.states, share.task_weights = iterations, 0, None, task_weights
             share.has_begun = False
-            share.to_reset = dict.fromkeys(range(len(share.env_workers)), ()) if env_states is None else {}
+            share.to_reset = dict.fromkeys(range(share.num_parts), ()) if env_states is None else {}
             if env_states is not None:
                 missing = sorted(set(share.env_ids.tolist()) - env_states.keys())
                 if missing:
@@ -492,12 +506,12 @@ class RolloutGroup:
         share.calls.clear()
 
     def _open(self, share: _Share) -> None:
-        """Begins episodes in the env workers that have none, and puts the others back where they were at the boundary.
+        """Begins episodes where there are none, and puts other environments back where they were at the boundary.
 
         Environments that cannot be put back go on.
         """
         openings: list[tuple[str, tuple[Any, ...]]] = []
-        for i, ids in enumerate(np.split(share.env_ids, len(share.env_workers))):
+        for i, ids in enumerate(np.split(share.env_ids, share.num_parts)):
             if i in share.to_reset:
                 key = (self._args.seed, EPISODES, share.boundary, *share.to_reset[i])
                 openings.append(("reset", ([seed_of(*key, int(env_id)) for env_id in ids],)))
@@ -539,7 +553,7 @@ class RolloutGroup:
             # One that is lost before it was opened takes no episodes with it: its place opens as it would have.
             if share.has_begun and i not in share.to_reset:
                 share.to_reset[i] = (share.losses,)
-                self._episodes_discarded += len(share.env_ids) // len(share.env_workers)
+                self._episodes_discarded += len(share.env_ids) // share.num_parts
         self._workers_replaced += len(lost)
         return bool(lost)
 
@@ -547,6 +561,10 @@ class RolloutGroup:
         share.place = self._cluster.standing(share.place)
         share.worker = self._new_worker(share)
         self._workers_replaced += 1
+        can_go_back = share.states is not None or not share.has_begun or bool(share.to_reset)
+        if share.has_own_envs and not can_go_back:
+            share.to_reset = dict.fromkeys(range(share.num_parts), (share.losses,))
+            self._episodes_discarded += len(share.env_ids)
 
 
 def is_there(worker: Any) -> bool:

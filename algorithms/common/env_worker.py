@@ -17,6 +17,14 @@ from algorithms.common.vector_envs import EnvState, StackedStates, can_restore, 
 Step = tuple[dict[str, Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
 
 
+def on_host(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested arrays, PyTorch's as NumPy's in host memory, which other processes can read."""
+    return {
+        name: on_host(leaf) if isinstance(leaf, dict) else leaf.cpu().numpy() if hasattr(leaf, "cpu") else leaf
+        for name, leaf in tree.items()
+    }
+
+
 class EnvWorker:
     """Some of the environments.
 
@@ -34,14 +42,16 @@ class EnvWorker:
 
     def reset(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Starts episodes, one seed for each environment, and returns the observation."""
-        self._obs, _ = self._envs.reset(seed=cast(Any, list(seeds)))
+        obs, _ = self._envs.reset(seed=cast(Any, list(seeds)))
+        self._obs = on_host(obs)
         return self._obs
 
     def step(self, actions: NDArray[np.float32]) -> tuple[Step, float]:
         """Returns what the environments return, and the seconds that they took."""
         start = time.perf_counter()
-        step = cast(Step, self._envs.step(actions))
-        self._obs = step[0]
+        obs, *rest, infos = self._envs.step(actions)
+        self._obs = on_host(obs)
+        step = cast(Step, (self._obs, *rest, on_host(infos)))
         return step, time.perf_counter() - start
 
     def states(self) -> StackedStates | None:
@@ -52,7 +62,7 @@ class EnvWorker:
 
     def restore(self, states: Sequence[EnvState]) -> dict[str, Any]:
         """Puts back what `states` returned, and returns the observation."""
-        self._obs = put_back(self._envs, states)
+        self._obs = on_host(put_back(self._envs, states))
         return self._obs
 
     def observe(self) -> dict[str, Any]:

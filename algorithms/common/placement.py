@@ -55,6 +55,10 @@ class Place:
     gpu: int | None
     cpus: int
 
+    def shares_gpu(self, other: Place) -> bool:
+        """Returns whether both are on the same GPU."""
+        return self.gpu is not None and (self.node, self.gpu) == (other.node, other.gpu)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -64,8 +68,18 @@ class Placement:
     rollout: tuple[Place, ...]
     actor: tuple[Place, ...]
 
+    @property
+    def has_envs_in_rollout(self) -> bool:
+        """True if each process that decides has its environments on its own GPU, and so in itself."""
+        return len(self.env) == len(self.rollout) and all(
+            env.shares_gpu(rollout) for env, rollout in zip(self.env, self.rollout, strict=True)
+        )
+
     def __str__(self) -> str:
-        return ", ".join(f"{_role_in_words(role, getattr(self, role))}" for role in ROLES)
+        words = {role: _role_in_words(role, getattr(self, role)) for role in ROLES}
+        if self.has_envs_in_rollout:
+            words["env"] = "env in the processes of rollout"
+        return ", ".join(words.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,19 +250,21 @@ def check_shares(args: object, placement: Placement) -> None:
     num_envs, micro = getattr(args, "num_envs"), getattr(args, "micro_batch_size")  # noqa: B009
     stages = getattr(args, "pipeline_stage_num")  # noqa: B009
     envs, rollouts, learners = len(placement.env), len(placement.rollout), len(placement.actor)
+    divided, number = "the number of env workers", envs
+    if placement.has_envs_in_rollout:
+        divided, number = "num_envs", num_envs
     rules = (
-        ("num_envs", num_envs, envs, "env worker(s)"),
-        ("num_envs", num_envs, learners, "learner(s)"),
-        ("micro_batch_size", micro, learners, "learner(s)"),
-        ("the number of env workers", envs, rollouts * stages, f"rollout worker(s) x {stages} stage(s)"),
+        ("num_envs", num_envs, envs, f"{envs} env worker(s)"),
+        ("num_envs", num_envs, learners, f"{learners} learner(s)"),
+        ("micro_batch_size", micro, learners, f"{learners} learner(s)"),
+        (divided, number, rollouts * stages, f"{rollouts} rollout worker(s) x {stages} stage(s)"),
         ("the larger number of rollout workers and learners", max(rollouts, learners), min(rollouts, learners),
-         "of the other"),
+         f"{min(rollouts, learners)} of the other"),
     )  # fmt: skip
     for name, value, parts, what in rules:
         if value < 1 or value % parts:
             raise ValueError(
-                f"{name} ({value}) cannot be shared by {parts} {what}: it must be a positive multiple; the placement "
-                "is "
+                f"{name} ({value}) cannot be shared by {what}: it must be a positive multiple; the placement is "
                 f"{placement}"
             )
 

@@ -45,7 +45,7 @@ from algorithms.common.processes import for_all, make_accelerator, refuse_shardi
 from algorithms.common.resume import Checkpoints, RestoredState, checked_every_step
 from algorithms.common.rollouts import Rollout, from_store, split_rollout, to_store
 from algorithms.common.run import RunFolder
-from algorithms.common.stages import EnvStep
+from algorithms.common.stages import EnvStage, EnvStep
 from algorithms.common.vector_envs import StackedStates, merged_states
 from algorithms.common.video import RolloutRecorder
 
@@ -99,12 +99,30 @@ def mean_seconds(reports: Sequence[Report]) -> dict[str, float]:
 # --- environments, as a rollout worker sees them ---
 
 
+class OwnStage(EnvStage):
+    """Some of a rollout worker's environments, in its own process: what they observe may stay on its GPU."""
+
+    def open(self, openings: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
+        """Observes by one of the methods of `EnvWorker` that do, with its inputs."""
+        ((method, inputs),) = openings
+        if method == "reset":
+            self.reset(*inputs)
+        elif method == "restore":
+            self.restore(dict(zip(self.env_ids.tolist(), *inputs, strict=True)))
+        else:
+            assert method == "observe", method
+
+    def stacked_states(self) -> StackedStates | None:
+        """Returns the environments' states by their number among all; None if they cannot give any."""
+        return StackedStates.of(self.states()) if self.can_restore else None
+
+
 class EnvWorkerLost(Exception):
     """An env worker is gone."""
 
 
 class RemoteStage:
-    """Some of a rollout worker's environments, on one or more env workers, with the methods of `EnvStage`.
+    """Some of a rollout worker's environments, on one or more env workers, with the methods of `OwnStage`.
 
     Args:
         workers: handles of `EnvWorker`s, each with equally many environments.
@@ -174,7 +192,7 @@ class RemoteStage:
         self.obs = step.obs
         return step
 
-    def states(self) -> StackedStates | None:
+    def stacked_states(self) -> StackedStates | None:
         """Returns the environments' states by their number among all; None if they cannot give any."""
         parts = self._results([worker.states.remote() for worker in self.workers])
         ids = np.split(self.env_ids, len(self.workers))
@@ -245,6 +263,7 @@ class RolloutRole:
         run_path: folder of the run.
         number: of this process among those of its role.
         env_ids: [n] numbers of its environments among all.
+        make_envs: makes so many environments with images of a size, for this process; None if env workers step them.
 
     Attributes:
         accelerator: of this process, a group of its own.
@@ -266,14 +285,18 @@ class RolloutRole:
         run_path: Path,
         number: int,
         env_ids: NDArray[np.intp],
+        make_envs: Callable[[int, int], gym.vector.VectorEnv] | None = None,
     ) -> None:
         _begin(place, bell)
         refuse_sharding()
         self.args, self.make_agent, self.number, self.env_ids = args, make_agent, number, env_ids
         self.accelerator = make_accelerator((), args.output_dir)
         self.run = RunFolder(run_path, self.accelerator)
-        self.stages: list[RemoteStage] = []
+        self.stages: list[RemoteStage] | list[OwnStage] = []
         self.build()
+        self._own_stages: list[OwnStage] = []
+        if make_envs is not None:
+            self._own_stages = self._make_stages(make_envs)
         self._trained = dict(self.agent.named_parameters()) | dict(self.agent.named_buffers())
         self._has_lost_envs = True  # none are there yet
         self._ended: list[tuple[Episode, int]] = []
@@ -288,7 +311,7 @@ class RolloutRole:
         """Returns the rollout of an iteration, played by weights of a version; tells `add_step` of each step."""
         raise NotImplementedError
 
-    def add_step(self, step: int, stage: RemoteStage, outcome: EnvStep) -> None:
+    def add_step(self, step: int, stage: RemoteStage | OwnStage, outcome: EnvStep) -> None:
         """Takes in what the decision `step` of an iteration, from 0, has led to in a stage."""
         is_end = outcome.terminated | outcome.truncated
         sizes = dict(num_action_chunks=self.args.num_action_chunks, decisions=self.args.num_steps)
@@ -305,29 +328,31 @@ class RolloutRole:
     def ping(self) -> None:
         """Returns when the calls before it are done."""
 
+    def task_ids(self) -> Sequence[int]:
+        """Returns the tasks that the environments in this process sample from.
+
+        Raises:
+            TypeError: tasks cannot be weighted in these environments.
+        """
+        return self._own_stages[0].task_ids
+
     def open_envs(self, workers: Sequence[Any], openings: Sequence[Any], task_weights: Any = None) -> tuple[bool, Any]:
-        """Takes env workers and observes; returns whether none was lost, and their states.
+        """Takes the environments of env workers, or its own, and observes; returns whether none was lost, and states.
 
         Args:
-            workers: handles of `EnvWorker`s.
-            openings: of each the method that observes, and its inputs.
+            workers: handles of `EnvWorker`s; none if the environments are in this process.
+            openings: of each worker, or of each stage of environments here, the method that observes, and its inputs.
             task_weights: how often tasks are played, from the episodes on that begin here; as before if not given.
         """
-        num_stages = self.args.pipeline_stage_num
-        ids = np.split(self.env_ids, num_stages)
-        of_stage = np.split(np.arange(len(workers)), num_stages)
-        self.stages = []
         self._has_lost_envs = True
+        self.stages = self._own_stages or self._remote_stages(workers)
+        per_stage = np.split(np.arange(len(openings)), len(self.stages))
         try:
-            for stage_ids, mine in zip(ids, of_stage, strict=True):
-                offset = int(stage_ids[0] - self.env_ids[0])
-                handles = [workers[w] for w in mine]
-                stage = RemoteStage(handles, stage_ids, offset, self.args.env_timeout_s)
+            for stage, mine in zip(self.stages, per_stage, strict=True):
                 if task_weights is not None:
                     stage.set_task_weights(task_weights)
-                stage.open([openings[w] for w in mine])
-                self.stages.append(stage)
-            states = merged_states([stage.states() for stage in self.stages])
+                stage.open([openings[i] for i in mine])
+            states = merged_states([stage.stacked_states() for stage in self.stages])
         except EnvWorkerLost:
             return False, None
         self._has_lost_envs = False
@@ -358,7 +383,7 @@ class RolloutRole:
                 for stage in self.stages:
                     stage.set_task_weights(task_weights)
             rollout = self.play(iteration, version)
-            states = merged_states([stage.states() for stage in self.stages])
+            states = merged_states([stage.stacked_states() for stage in self.stages])
         except EnvWorkerLost:
             self._has_lost_envs = True
             return lost
@@ -377,6 +402,24 @@ class RolloutRole:
         self._ended_at = now
         report = Report(ended=self._ended, env_steps=self._env_steps, seconds=seconds, env_states=states)
         return [report, *split_rollout(rollout, num_parts)]
+
+    def _make_stages(self, make_envs: Callable[[int, int], gym.vector.VectorEnv]) -> list[OwnStage]:
+        """Returns stages of environments in this process."""
+        size, timeout_s = self.observed_size(), self.args.env_timeout_s
+        return [
+            OwnStage(lambda num_envs: make_envs(num_envs, size), ids, int(ids[0] - self.env_ids[0]), timeout_s)
+            for ids in np.split(self.env_ids, self.args.pipeline_stage_num)
+        ]
+
+    def _remote_stages(self, workers: Sequence[Any]) -> list[RemoteStage]:
+        """Returns stages of environments that env workers step."""
+        num_stages = self.args.pipeline_stage_num
+        ids_of_stages = np.split(self.env_ids, num_stages)
+        workers_of_stages = np.split(np.arange(len(workers)), num_stages)
+        return [
+            RemoteStage([workers[w] for w in mine], ids, int(ids[0] - self.env_ids[0]), self.args.env_timeout_s)
+            for ids, mine in zip(ids_of_stages, workers_of_stages, strict=True)
+        ]
 
     def _clocks(self) -> tuple[float, float]:
         """Returns seconds of stepping and of waiting for it so far, each summed over stages."""

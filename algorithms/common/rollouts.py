@@ -57,32 +57,43 @@ def map_tree(function: Callable[..., Any], *trees: Any) -> Any:
 
 
 class DecisionArrays:
-    """What K decisions in n environments leave behind, in host memory as soon as each is made.
+    """What K decisions in n environments leave behind, in host memory soon after each is made.
 
-    Devices need no room for it: the features of a rollout may be tens of gigabytes.
+    Devices need no room for it: the features of a rollout may be tens of gigabytes. The memory is made once; what is
+    put for the next rollout is written over what was put for the last. From a GPU it is copied while the host goes on.
 
     Args:
         num_steps: K.
         num_envs: n.
-
-    Attributes:
-        arrays: [K, n, ...], nested and typed as `to_store` returns what was put.
     """
 
     def __init__(self, num_steps: int, num_envs: int) -> None:
         self._shape = (num_steps, num_envs)
-        self.arrays: Any = None
+        self._kept: Any = None
+        self._is_pinned = False
 
     def put(self, step: int, rows: slice, tensors: Any) -> None:
         """Copies what the decision `step` left behind in the environments `rows`, nested tensors [len(rows), ...]."""
-        found = to_store(tensors)
-        if self.arrays is None:
-            self.arrays = map_tree(lambda leaf: np.empty((*self._shape, *leaf.shape[1:]), leaf.dtype), found)
+        tensors = map_tree(torch.as_tensor, tensors)
+        if self._kept is None:
+            self._kept = map_tree(self._room_for, tensors)
 
-        def copy(whole: NDArray[Any], leaf: NDArray[Any]) -> None:
-            whole[step, rows] = leaf
+        def copy(whole: torch.Tensor, leaf: torch.Tensor) -> None:
+            whole[step, rows].copy_(leaf.detach(), non_blocking=leaf.is_cuda)
 
-        map_tree(copy, self.arrays, found)
+        map_tree(copy, self._kept, tensors)
+
+    @property
+    def arrays(self) -> Any:
+        """[K, n, ...], nested and typed as `to_store` returns what was put; valid until something else is put."""
+        if self._is_pinned:
+            torch.cuda.synchronize()  # copies from the device may still be running
+        return to_store(self._kept)
+
+    def _room_for(self, leaf: torch.Tensor) -> torch.Tensor:
+        self._is_pinned |= leaf.is_cuda
+        shape = (*self._shape, *leaf.shape[1:])
+        return torch.empty(shape, dtype=leaf.dtype, pin_memory=leaf.is_cuda)
 
 
 def split_rollout(rollout: Rollout, num_parts: int) -> list[Rollout]:

@@ -62,6 +62,17 @@ class DyingEnv(LineVectorEnv):
         return super().reset(**options)
 
 
+class DyingTwiceEnv(LineVectorEnv):
+    """Dies as it is reset the first and the second time."""
+
+    marks: Marks
+
+    def reset(self, **options: Any) -> Any:
+        self.marks.kill("first reset")
+        self.marks.kill("second reset")
+        return super().reset(**options)
+
+
 class DyingAgent(MLPAgent):
     """Dies while it decides the second rollout, and while it learns from the second."""
 

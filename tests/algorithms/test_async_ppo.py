@@ -34,7 +34,7 @@ from algorithms.common.stages import EnvStep
 from examples.own_agent_in_ppo import MLPAgent
 from tests import preloaded
 from tests.algorithms import cluster_trainer, line_trainer
-from tests.algorithms.cluster_trainer import NAME, DyingAgent, DyingEnv, MarkedAgent, MarkedEnv
+from tests.algorithms.cluster_trainer import NAME, DyingAgent, DyingEnv, DyingTwiceEnv, MarkedAgent, MarkedEnv
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged
 from tests.algorithms.test_launches import ROOT, wait_for
@@ -43,6 +43,7 @@ from tests.test_repository import help_texts
 ADDED = {"rollout/staleness_mean", "rollout/workers_replaced", "rollout/episodes_discarded", "actor/importance_weight"}
 OPTIONS: dict[str, Any] = dict(num_iterations=3, save_interval=1)
 PLAIN_NAME = "ppo_libero_spatial_1"
+OWN_ENVS = "env:0 rollout:0 actor:cpu"
 OF_NODES: dict[str, Any] = dict(setup_worker_path=str(ROOT / "tests" / "ray_worker.py"), include_log_monitor=False)
 
 
@@ -182,6 +183,17 @@ def test_decisions_of_stages_are_put_side_by_side():
         torch.testing.assert_close(leaf, whole[name], rtol=0, atol=0)
 
 
+def test_the_next_rollout_takes_the_memory_of_the_last():
+    kept = DecisionArrays(2, 1)
+    memory: list[np.ndarray] = []
+    for values in ([1.0, 2.0], [3.0, 4.0]):
+        for step, value in enumerate(values):
+            kept.put(step, slice(0, 1), torch.tensor([value]))
+        memory.append(kept.arrays)
+        assert memory[-1][:, 0].tolist() == values
+    assert np.shares_memory(*memory)
+
+
 def test_a_rollout_worker_keeps_no_features_of_past_decisions_on_its_device():
     alive: list[int] = []
     encoded: list[weakref.ref[torch.Tensor]] = []
@@ -214,6 +226,8 @@ def test_a_rollout_worker_keeps_no_features_of_past_decisions_on_its_device():
     worker.run = cast(Any, SimpleNamespace(check_actions=lambda *_, **__: None))
     worker.add_step = lambda *_: None  # type: ignore[method-assign]
     worker.stages = [cast(Any, Stage())]
+    for name in ("features", "actions", "logprobs", "values"):
+        setattr(worker, name, DecisionArrays(12, 4))
     rollout = worker.play(1, 0)
     assert rollout.features["state"].shape == (12, 4, 1)
     assert len(encoded) == 13
@@ -250,6 +264,26 @@ def test_in_turns_it_is_ppo_also_after_a_rollout_worker_and_a_learner_were_kille
     """And after an env worker and a rollout worker were, while environments were opened."""
     cluster_trainer.train(tmp_path / "runs", agent=DyingAgent, env=DyingEnv, marks=tmp_path, **OPTIONS)
     for name in ("env worker", "killed rollout worker", "rollout worker", "learner"):
+        assert (tmp_path / name).exists()
+    run = tmp_path / "runs" / NAME
+    assert_equals_ppo(run, plain)
+    assert logged(run)[0]["rollout/workers_replaced"] == 2
+    assert sum(line["rollout/episodes_discarded"] for line in logged(run)) == 0
+
+
+@pytest.mark.slow
+def test_environments_on_the_gpu_that_decides_are_of_its_process_and_lost_with_it(
+    nodes: Nodes, tmp_path: Path, plain: Path
+):
+    """The GPU is one in name only. The process dies as it opens its environments, once more as it does so again, and
+    in its second rollout.
+    """
+    added = nodes.add_node(num_cpus=2, num_gpus=1, **OF_NODES)
+    inputs: dict[str, Any] = dict(agent=DyingAgent, env=DyingTwiceEnv, marks=tmp_path, placement=OWN_ENVS)
+    cluster_trainer.train(tmp_path / "runs", **inputs, **OPTIONS)
+    kill(nodes, added)
+    wait_for_one_node()
+    for name in ("first reset", "second reset", "rollout worker", "learner"):
         assert (tmp_path / name).exists()
     run = tmp_path / "runs" / NAME
     assert_equals_ppo(run, plain)

@@ -21,7 +21,7 @@ from algorithms.common.roles import LearnerRole, Report, RolloutRole
 from algorithms.common.vector_envs import StackedStates
 
 SEED = 7
-NODES = [Node(node_id="a", address="10.0.0.1", cpus=4)]
+NODES = [Node(node_id="a", address="10.0.0.1", cpus=4, gpus=1)]
 
 
 class FakeWorker:
@@ -73,13 +73,18 @@ def seeds(*key: int, env_ids: range) -> list[int]:
     return [seed_of(SEED, EPISODES, *key, env_id) for env_id in env_ids]
 
 
-def make_group(monkeypatch: pytest.MonkeyPatch, **answers: list[Any]) -> tuple[RolloutGroup, FakeCluster, Any]:
-    """A group of one rollout worker and two env workers with two environments each."""
+def make_group(
+    monkeypatch: pytest.MonkeyPatch,
+    placed: str = "env:cpu*2 rollout:cpu actor:cpu",
+    num_stages: int = 1,
+    **answers: list[Any],
+) -> tuple[RolloutGroup, FakeCluster, Any]:
+    """A group of one rollout worker with four environments, of two env workers unless they are `placed` elsewhere."""
     monkeypatch.setattr(cluster, "is_there", lambda worker: worker.is_there)
     monkeypatch.setattr(cluster.ray, "cancel", lambda call, force: None)
     fake: Any = FakeCluster({"observed_size": [0]} | answers)
-    args = SimpleNamespace(seed=SEED, num_envs=4, max_restarts=3)
-    placement = place_roles(NODES, placement="env:cpu*2 rollout:cpu actor:cpu")
+    args = SimpleNamespace(seed=SEED, num_envs=4, max_restarts=3, pipeline_stage_num=num_stages)
+    placement = place_roles(NODES, placement=placed)
     inputs: Any = (lambda *_, **__: None, lambda *_, **__: None)
     group = RolloutGroup(fake, placement, RolloutRole, args, *inputs, Path("run"))
     return group, fake, group._shares[0]
@@ -122,6 +127,37 @@ def test_one_that_is_lost_again_while_environments_open_leaves_the_boundary_to_t
     kept = ("restore", [states_of("start")[0], states_of("start")[1]]) if can_restore else ("observe",)
     assert fake.openings()[1:] == [[kept, ("reset", seeds(0, 1, env_ids=range(2, 4)))]] * 2
     assert group.losses() == {"rollout/workers_replaced": 2, "rollout/episodes_discarded": 2}
+
+
+@pytest.mark.parametrize("can_restore", [True, False])
+def test_environments_of_a_rollout_worker_s_own_process_are_replaced_with_it(
+    monkeypatch: pytest.MonkeyPatch, can_restore: bool
+):
+    start, again = (states_of(moment) if can_restore else None for moment in ("start", "again"))
+    group, fake, share = make_group(
+        monkeypatch,
+        "env:0 rollout:0 actor:0",
+        num_stages=2,
+        open_envs=[RayActorError(), (True, start), RayActorError(), (True, again)],
+        rollout=[[RayActorError(), None], [RayActorError(), None], [Report(env_steps=3), "part"]],
+        task_ids=[RayActorError(), [0, 3]],
+    )
+    share.worker.is_there = False
+    fake.are_there = [False, False, False]  # what takes its place, twice and once more
+    assert group.task_ids() == [0, 3]
+    group.begin(0, None)
+    group.submit(1, 0, "weights")
+    reports, parts = group.receive(1)
+    assert (reports[0].env_steps, parts) == (3, [["part"]])
+    assert share.env_workers == []
+    both = range(2), range(2, 4)
+    first = [("reset", seeds(0, env_ids=ids)) for ids in both]
+    then = [("reset", seeds(0, 2, env_ids=ids)) for ids in both]  # the second loss since the boundary
+    if can_restore:
+        then = [("restore", [states_of("start")[i] for i in ids]) for ids in both]
+    assert fake.openings() == [first, first, then, then]
+    lost = 0 if can_restore else 4
+    assert group.losses() == {"rollout/workers_replaced": 4, "rollout/episodes_discarded": lost}
 
 
 def test_tasks_are_weighted_before_episodes_begin(monkeypatch: pytest.MonkeyPatch):

@@ -37,6 +37,28 @@ def test_the_first_gpus_decide_and_the_last_ones_learn():
     assert [(place.node, place.gpu) for place in placement.actor] == [(1, 0), (1, 1), (1, 2), (1, 3)]
 
 
+@pytest.mark.parametrize(
+    ("text", "is_in_rollout"),
+    [
+        ("env:0-3 rollout:0-3 actor:4", True),
+        ("env:1-4 rollout:0-3 actor:4", False),
+        ("env:0-3 rollout:0-1 actor:4", False),
+        ("env:cpu rollout:cpu actor:cpu", False),
+    ],
+)
+def test_environments_on_the_gpu_that_decides_are_in_its_process(text: str, is_in_rollout: bool):
+    placement = place_roles(TWO_NODES, placement=text)
+    assert placement.has_envs_in_rollout == is_in_rollout
+    assert ("env in the processes of rollout" in str(placement)) == is_in_rollout
+
+
+def test_stages_of_a_deciding_process_need_no_env_workers_of_their_own():
+    args = SimpleNamespace(num_envs=8, micro_batch_size=8, pipeline_stage_num=2)
+    check_shares(args, place_roles(TWO_NODES, placement="env:0-1 rollout:0-1 actor:0-1"))
+    with pytest.raises(ValueError, match=r"env workers \(2\) cannot be shared by 2 rollout worker\(s\) x 2 stage"):
+        check_shares(args, place_roles(TWO_NODES, placement="env:2-3 rollout:0-1 actor:0-1"))
+
+
 def test_processes_without_a_gpu_are_spread_by_cores():
     placement = place_roles(NO_GPU, placement="env:cpu*4 rollout:cpu actor:cpu*2")
     assert placement.env == (Place(node=0, gpu=None, cpus=2),) * 3 + (Place(node=1, gpu=None, cpus=2),)
@@ -83,7 +105,8 @@ def test_what_the_cluster_has_not_is_refused_with_both_named():
         ("env:cpu*3 rollout:0 actor:0", {}, r"num_envs \(8\) cannot be shared by 3 env worker"),
         ("env:cpu*8 rollout:0 actor:0-2", {}, r"num_envs \(8\) cannot be shared by 3 learner"),
         ("env:cpu*2 rollout:0-3 actor:0", {}, r"env workers \(2\) cannot be shared by 4 rollout"),
-        ("env:cpu*4 rollout:0-3 actor:0", dict(pipeline_stage_num=2), r"8 rollout worker\(s\) x 2 stage"),
+        ("env:cpu*4 rollout:0-3 actor:0", dict(pipeline_stage_num=2), r"4 rollout worker\(s\) x 2 stage"),
+        ("env:0 rollout:0 actor:0", dict(pipeline_stage_num=3), r"num_envs \(8\) .* by 1 rollout.* x 3 stage"),
         ("env:cpu*6 rollout:0-2 actor:0-1", dict(num_envs=12), r"\(3\) cannot be shared by 2 of the other"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'libero-gr00t[cluster]')")
 
@@ -16,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from algorithms.common import processes, roles
 from algorithms.common.env_worker import EnvWorker, Step
 from algorithms.common.placement import Place
-from algorithms.common.roles import EnvWorkerLost, RemoteStage, RolloutRole, join_steps
+from algorithms.common.roles import EnvWorkerLost, OwnStage, RemoteStage, RolloutRole, join_steps
 from algorithms.common.video import RolloutRecorder, read_pictures
 from tests.algorithms.line_env import LineVectorEnv
 
@@ -61,6 +62,14 @@ def calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roles, "result", result)
 
 
+class TensorEnv(LineVectorEnv):
+    """Observes tensors, as environments do whose images stay on a GPU."""
+
+    def observe(self) -> Any:
+        obs = super().observe()
+        return obs | {"state.x": torch.from_numpy(obs["state.x"])}
+
+
 def make_stage(*workers: LocalWorker, timeout_s: float = 5.0) -> RemoteStage:
     stage = RemoteStage(workers, np.arange(4, 4 + 2 * len(workers)), 0, timeout_s)
     stage.open([("reset", ([1, 2],)) for _ in workers])
@@ -69,7 +78,7 @@ def make_stage(*workers: LocalWorker, timeout_s: float = 5.0) -> RemoteStage:
 
 def test_only_a_step_is_limited_in_time_and_says_what_to_do():
     stage = make_stage(LocalWorker(2), LocalWorker(2, slow=("reset", "states", "restore", "step")))
-    states = stage.states()
+    states = stage.stacked_states()
     assert states is not None
     stage.open([("restore", ([states[i], states[i + 1]],)) for i in (4, 6)])
     actions = np.zeros((4, 2, 7), np.float32)
@@ -107,10 +116,10 @@ def test_a_worker_that_is_gone_is_told_from_one_that_could_not_be_made(monkeypat
 
     monkeypatch.setattr(roles, "result", result)
     with pytest.raises(EnvWorkerLost):
-        stage.states()
+        stage.stacked_states()
     error._actor_init_failed = True
     with pytest.raises(RuntimeError, match="environments 4 to 5 could not be made: no renderer"):
-        stage.states()
+        stage.stacked_states()
 
 
 class TwoSteps(RolloutRole):
@@ -149,7 +158,7 @@ def make_role(folder: Path, *stages: RemoteStage) -> TwoSteps:
     role = object.__new__(TwoSteps)
     role.args = SimpleNamespace(num_action_chunks=2, num_steps=2)
     role.stages, role.recorder = list(stages), RolloutRecorder(folder, num_envs=1, interval=1, fps=4)
-    role._trained, role._has_lost_envs, role._ended_at = {}, False, 0.0
+    role._trained, role._has_lost_envs, role._ended_at, role._own_stages = {}, False, 0.0, []
     return role
 
 
@@ -201,3 +210,45 @@ def test_the_film_of_a_rollout_that_is_played_again_is_of_that_alone(tmp_path: P
     report, part = role.rollout(1, 0, {}, None, 1)
     assert (report.env_steps, part) == (8, "rollout")
     assert len(list(read_pictures(tmp_path / "rollout_1.mp4"))) == 2
+
+
+def test_an_env_worker_gives_other_processes_arrays_in_host_memory():
+    worker = TimedWorker(2)
+    plain = TimedWorker(2)
+    worker._envs = TensorEnv(2)
+    assert torch.is_tensor(worker._envs.observe()["state.x"])
+    assert worker.reset([1, 2])["state.x"].tolist() == plain.reset([1, 2])["state.x"].tolist()
+    had_final = False
+    for _ in range(8):
+        (obs, _, _, _, infos), _ = worker.step(np.ones((2, 2, 7), np.float32))
+        assert isinstance(obs["state.x"], np.ndarray)
+        if "final_obs" in infos:
+            had_final = True
+            assert isinstance(infos["final_obs"]["state.x"], np.ndarray)
+    assert had_final
+    assert isinstance(worker.restore(list(worker._envs.get_states()))["state.x"], np.ndarray)
+
+
+def test_a_stage_in_the_process_that_decides_is_as_one_of_an_env_worker():
+    ids = np.arange(4, 6)
+    own = OwnStage(LineVectorEnv, ids, 0, 5.0)
+    remote = RemoteStage([LocalWorker(2)], ids, 0, 5.0)
+    actions = np.ones((2, 2, 7), np.float32)
+
+    def play(stage: Any, *openings: tuple[str, tuple[Any, ...]]) -> list[Any]:
+        stage.open(openings)
+        seen = [stage.obs["state.x"].tolist()]
+        for _ in range(3):
+            stage.send(actions)
+            seen.append(stage.receive().reward.tolist())
+        return seen
+
+    reset = ("reset", ([1, 2],))
+    assert play(own, reset) == play(remote, reset)
+    states = own.stacked_states()
+    assert states is not None
+    assert sorted(states) == [4, 5]
+    after = play(own, ("observe", ()))
+    restore = ("restore", ([states[4], states[5]],))
+    assert play(own, restore) == play(remote, restore) == after
+    own.close()
