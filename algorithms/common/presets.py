@@ -192,7 +192,7 @@ PPO: dict[str, dict[str, Any]] = {
         save_interval=25,
         eval_interval=50,
     ),
-    # Ours, after libero_spatial_nano; not run yet.
+    # Ours, one GPU, as libero_spatial_nano: eight minutes (docs/LOG.md).
     "libero_object_nano": dict(
         suite="libero_object",
         model=OBJECT_START,
