@@ -102,6 +102,17 @@ def mean_seconds(reports: Sequence[Report]) -> dict[str, float]:
 class OwnStage(EnvStage):
     """Some of a rollout worker's environments, in its own process: what they observe may stay on its GPU."""
 
+    def settle(self) -> None:
+        """Forgets a rollout that an error has ended, perhaps in the middle of a step.
+
+        Raises:
+            TimeoutError: the step does not end.
+        """
+        self._drop_step()
+        self.failed_actions = None
+        if self._is_stuck:
+            raise TimeoutError(f"environments {self._names()} are in a step that does not end, and cannot be opened")
+
     def open(self, openings: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
         """Observes by one of the methods of `EnvWorker` that do, with its inputs."""
         ((method, inputs),) = openings
@@ -345,6 +356,8 @@ class RolloutRole:
             task_weights: how often tasks are played, from the episodes on that begin here; as before if not given.
         """
         self._has_lost_envs = True
+        for stage in self._own_stages:
+            stage.settle()
         self.stages = self._own_stages or self._remote_stages(workers)
         per_stage = np.split(np.arange(len(openings)), len(self.stages))
         try:
@@ -388,6 +401,7 @@ class RolloutRole:
             self._has_lost_envs = True
             return lost
         except Exception as error:
+            self._has_lost_envs = True  # what was asked for next would begin in the middle of this rollout
             self._dump_failed_actions(error)
             raise
         self.recorder.write(iteration)

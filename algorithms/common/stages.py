@@ -166,18 +166,22 @@ class EnvStage:
 
     def close(self) -> None:
         """Closes the environments and ends the thread, unless a step never ended; a second call does nothing."""
-        if self.waits:
-            self.waits = False
-            try:
-                self._results.get(timeout=self._timeout_s)
-            except queue.Empty:
-                self._is_stuck = True
+        self._drop_step()
         if self._is_stuck:
             self._tasks.put(None)  # for when the step ends after all
         elif self._thread.is_alive():
             self._call(self.envs.close)
             self._tasks.put(None)
             self._thread.join()
+
+    def _drop_step(self) -> None:
+        """Waits for a step that nobody will receive, if there is one."""
+        if self.waits:
+            self.waits = False
+            try:
+                self._results.get(timeout=self._timeout_s)
+            except queue.Empty:
+                self._is_stuck = True
 
     def _names(self) -> str:
         return f"{self.env_ids[0]} to {self.env_ids[-1]}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -252,3 +253,56 @@ def test_a_stage_in_the_process_that_decides_is_as_one_of_an_env_worker():
     restore = ("restore", ([states[4], states[5]],))
     assert play(own, restore) == play(remote, restore) == after
     own.close()
+
+
+class StepsOfBoth(TwoSteps):
+    """Has both stages step at once, and raises in the middle of it."""
+
+    def play(self, iteration: int, version: int) -> Any:
+        for stage in self.stages:
+            stage.send(np.ones((2, 2, 7), np.float32))
+        self.stages[0].receive()
+        raise FloatingPointError("not finite")
+
+
+def test_an_error_in_the_middle_of_a_step_leaves_stages_that_can_be_opened_again(tmp_path: Path):
+    """As they are where a learner is lost meanwhile: the workers go on with their environments."""
+    stages: Any = [OwnStage(LineVectorEnv, np.arange(i, i + 2), i, 5.0) for i in (0, 2)]
+    role = make_role(tmp_path, *stages)
+    role.__class__, role._own_stages = StepsOfBoth, stages
+    role.env_ids, role.run = np.arange(4), cast(Any, SimpleNamespace(dump=lambda *_: tmp_path))
+    openings = [("reset", ([1, 2],)), ("reset", ([3, 4],))]
+    is_open, states = role.open_envs([], openings)
+    first = [stage.obs["state.x"].tolist() for stage in stages]
+    with pytest.raises(FloatingPointError):
+        role.rollout(1, 0, {}, None, 1)
+    assert role.rollout(2, 0, {}, None, 1)[0].is_lost  # it was asked for before the error was known
+    stages[1].failed_actions = np.zeros(1, np.float32)
+    back = [("restore", ([states[i], states[i + 1]],)) for i in (0, 2)]
+    for again in (back, openings):
+        is_open, there = role.open_envs([], again)
+        assert is_open
+        assert [stage.obs["state.x"].tolist() for stage in stages] == first
+        assert all(np.array_equal(there[i][name], states[i][name]) for i in range(4) for name in states[i])
+    assert stages[1].failed_actions is None
+    for stage in stages:
+        stage.close()
+
+
+def test_stages_whose_step_does_not_end_are_not_opened_again():
+    goes_on = threading.Event()
+
+    class HangingEnv(LineVectorEnv):
+        def step(self, actions: Any) -> Any:
+            goes_on.wait()
+            return super().step(actions)
+
+    stage = OwnStage(HangingEnv, np.arange(2), 0, 0.05)
+    stage.open([("reset", ([1, 2],))])
+    stage.send(np.ones((2, 2, 7), np.float32))
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="environments 0 to 1 are in a step that does not end"):
+            stage.settle()
+    stage.close()
+    goes_on.set()
+    stage._thread.join()
