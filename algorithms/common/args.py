@@ -261,14 +261,14 @@ def _cpu_sizes(args: Any) -> str:
     sizes = {"num_envs": CPU_ENVS}
     if hasattr(args, "minibatch_size") and hasattr(args, "micro_batch_size"):  # pieces of a rollout
         decisions = CPU_ENVS * args.num_steps
-        sizes["minibatch_size"] = _largest_divisor(decisions, args.minibatch_size)
-        sizes["micro_batch_size"] = _largest_divisor(sizes["minibatch_size"], args.micro_batch_size)
+        sizes["minibatch_size"] = largest_divisor(decisions, args.minibatch_size)
+        sizes["micro_batch_size"] = largest_divisor(sizes["minibatch_size"], args.micro_batch_size)
     if getattr(args, "imitation_iterations", 0):  # so few environments have too few successes to learn from alone
         sizes["imitation_iterations"] = 0
     return " ".join(["--physics cpu", *(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())])
 
 
-def _largest_divisor(number: int, limit: int) -> int:
+def largest_divisor(number: int, limit: int) -> int:
     """Returns the largest divisor of `number` that is at most `limit`; 1 if there is none."""
     return max((n for n in range(1, min(number, limit) + 1) if number % n == 0), default=1)
 
@@ -297,9 +297,9 @@ def exact_quotient(args: Any, dividend: str, divisor: str) -> int:
     """Returns args.dividend / args.divisor; raises ValueError unless it is a positive whole number."""
     a, b = getattr(args, dividend), getattr(args, divisor)
     if a < 1 or b < 1 or a % b:
-        fitting = {divisor: _largest_divisor(a, b)}
+        fitting = {divisor: largest_divisor(a, b)}
         if divisor == "minibatch_size" and fitting[divisor] % args.micro_batch_size:  # which comes next
-            fitting["micro_batch_size"] = _largest_divisor(fitting[divisor], args.micro_batch_size)
+            fitting["micro_batch_size"] = largest_divisor(fitting[divisor], args.micro_batch_size)
         hint = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in fitting.items())
         made_of = " (num_envs x num_steps)" if dividend == "num_decisions" else ""
         raise ValueError(
