@@ -635,9 +635,13 @@ def won_decisions(ended: Tensor, success: Tensor) -> Tensor:
 def select_decisions(
     advantages: Tensor, groups: NDArray[np.integer], num_selected: int
 ) -> NDArray[np.intp]:
-    """Returns the rows with the largest advantages in absolute value, equally many of each group.
+    """Returns in order the rows with the largest |advantages|, equally many of each group.
 
-    Of equal ones the first is taken. What is no number comes before all: it is to stop the run.
+    Of equal ones the first are taken. What is no number comes before all: it is to stop the run.
+
+    Probabilistic Chunk Masking (arXiv:2605.16154) updates GRPO by less than a fifth of the chunks,
+    drawn from where successes and failures act differently, since all chunks of its trajectories
+    have the same advantage. Here a critic tells them apart, and nothing is drawn.
 
     Args:
         advantages: [B].
@@ -645,8 +649,8 @@ def select_decisions(
         num_selected: rows of each group to return.
     """
     sizes = advantages.abs().nan_to_num(nan=math.inf, posinf=math.inf).cpu().numpy()
-    by_group = np.lexsort((-sizes, groups))  # stable: equal ones stay in order
-    by_group = by_group.reshape(len(np.unique(groups)), -1)
+    largest_first = np.lexsort((-sizes, groups))  # group by group; equal ones stay in order
+    by_group = largest_first.reshape(len(np.unique(groups)), -1)
     return np.sort(by_group[:, :num_selected], axis=None)
 
 
@@ -1004,7 +1008,7 @@ class Learner(LearnerRole):
                     store,
                     b_obs,
                     b_actions,
-                    inds=selected,
+                    selected,
                     num_passes=num_minibatches * num_micro_batches,
                     **noise,
                 )

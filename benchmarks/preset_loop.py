@@ -12,7 +12,7 @@ GPU's physics:
     * device, float32: they stay on the GPU (what the trainer does with the GPU's physics);
     * device, TF32: and matrices are multiplied in TF32 (what the nano presets do).
 With physics on the CPU, the preset as it is. With --recipes, the preset; what makes the same updates sooner; and what
-makes cheaper ones, see `recipes_of`.
+makes cheaper ones: fewer epochs, fewer weights, or a fifth of the decisions, see `recipes_of`.
 With other sizes than the preset's, minibatches are the largest that fit and are not larger than its own. The first
 iteration opens scenes and loads kernels and is not counted. Episodes differ from row to row as soon as rounding does;
 the amount of work does not. Ratios are to the first row that was measured, of one run each. Memory is what PyTorch has
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import traceback
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from algorithms import ppo_gr00t
+from algorithms.common.args import nearest_fraction
 from algorithms.ppo_gr00t import PRESETS, Args
 from benchmarks import iterations
 from benchmarks.policy import make_agent as make_stand_in
@@ -97,9 +99,13 @@ def make_random_agent(args: Args) -> Gr00tAgent:
 
 
 def recipes_of(args: Args) -> dict[str, Args]:
-    """Returns the preset and what could be trained in its place, by what changes."""
+    """Returns the preset and what could be trained in its place, by what changes.
+
+    The last one updates by a fifth of the decisions, or the nearest part that whole minibatches make, which it is
+    then named by; with a single minibatch there is none.
+    """
     fast = replace(args, compile=True, pipeline_stage_num=2)
-    return {
+    recipes = {
         "as it is": args,
         "compiled, 2 stages": fast,
         "and 1 epoch": replace(fast, update_epochs=1),
@@ -107,6 +113,12 @@ def recipes_of(args: Args) -> dict[str, Args]:
         "and both": replace(fast, train_vl_self_attention=False, update_epochs=1),
         "and adapters": replace(fast, lora_rank=32, lora_alpha=32.0),
     }
+    part = nearest_fraction(args.num_minibatches, 0.2)
+    if part < 1:
+        exact = Fraction(round(part * args.num_minibatches), args.num_minibatches)
+        name = "and a fifth" if exact == Fraction(1, 5) else f"and {exact}"
+        recipes[name] = replace(fast, update_fraction=part)
+    return recipes
 
 
 def variants_of(args: Args, *, with_recipes: bool) -> dict[str, tuple[Args, Any]]:

@@ -66,6 +66,23 @@ def test_rows_before_an_interruption_and_beside_a_failure_are_told(
 
 
 @pytest.mark.parametrize(
+    ("num_steps", "name", "num_kept"),
+    [(5, "and a fifth", 1), (15, "and a fifth", 3), (2, "and 1/2", 1), (8, "and 1/4", 2), (24, "and 5/24", 5)],
+)
+def test_a_recipe_updates_by_a_fifth_or_the_nearest_part_that_there_is(num_steps: int, name: str, num_kept: int):
+    args = Args(num_envs=8, num_steps=num_steps, minibatch_size=8, micro_batch_size=8)
+    *others, last = preset_loop.recipes_of(args).items()
+    assert last[0] == name
+    assert last[1].num_epoch_minibatches(1) == num_kept
+    assert all(recipe.update_fraction == 1 for _, recipe in others)
+
+
+def test_of_a_single_minibatch_no_part_is_a_recipe():
+    args = Args(num_envs=8, num_steps=1, minibatch_size=8, micro_batch_size=8)
+    assert list(preset_loop.recipes_of(args))[-1] == "and adapters"
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--num-envs", "0"), "num_envs=0 must be at least 1"),

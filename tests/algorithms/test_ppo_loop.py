@@ -198,8 +198,24 @@ def test_losses_of_a_fraction_weigh_as_those_of_all_do(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(ppo_gr00t, "mean_and_variance", recorded)
     options: dict[str, Any] = dict(make_agent=make_tiny_agent, num_iterations=1, num_steps=12, imitation_coef=1.0)
-    train("ppo", tmp_path, **options, update_epochs=1, loss_weighting="trajectory", update_fraction=1 / 3)
+    options |= dict(update_epochs=1, loss_weighting="trajectory", kl_coef=0.1, update_fraction=1 / 3)
+    metrics = train("ppo", tmp_path, **options)
     assert [values.numel() for values in seen] == [96, 96, 96, 32, 32]
+    # Before its only step the policy is the one it started from.
+    assert metrics["actor/reference_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["actor/imitation_loss"] > 0
+
+
+def test_a_dry_run_counts_the_updates_of_a_fraction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def told(*_: Any, sizes: dict[str, int], passes: list[float], **others: Any) -> dict[str, float]:
+        return dict(epoch=sizes["minibatches of an epoch"], all=sizes["updates of all iterations"], last=passes[-1])
+
+    monkeypatch.setattr(ppo_gr00t, "measure", told)
+    options: dict[str, Any] = dict(make_agent=make_tiny_agent, dry_run=True, num_iterations=3)
+    assert train("ppo", tmp_path, **options) == dict(epoch=4, all=48, last=4)
+    assert train("ppo", tmp_path, **options, update_fraction=0.25) == dict(epoch=1, all=12, last=1)
+    options |= dict(imitation_coef=1.0, imitation_iterations=2, imitation_epochs=10)
+    assert train("ppo", tmp_path, **options, update_fraction=0.25) == dict(epoch=1, all=84, last=1)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
