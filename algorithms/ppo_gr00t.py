@@ -985,7 +985,7 @@ def main(
                 center, variance = mean_and_variance(accelerator, advantages)
                 advantages = ((advantages - center) / (variance.sqrt() + 1e-5)).float()
 
-            # --- the decisions of the update: all, or those with the largest advantages ---
+            # --- the decisions of the update, over which weights have mean 1 ---
             num_minibatches = args.num_epoch_minibatches(iteration)
             num_selected = num_minibatches * minibatch_share
             selected = select_decisions(advantages.flatten(), b_groups, num_selected)
