@@ -58,6 +58,7 @@ from algorithms.common.args import (
     check_schedule,
     check_state_model,
     exact_quotient,
+    kept_minibatches,
 )
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import jobs_in_training
@@ -243,6 +244,11 @@ class Args:
     adaptive step size follows only after them."""
     update_epochs: int = 4
     """Passes over each iteration's decisions."""
+    update_fraction: float = 1.0
+    """Part of each iteration's decisions, in (0, 1], that its update uses, and of the time that it
+    takes: those whose advantages, as they enter the loss, are largest in absolute value. It has to
+    leave whole minibatches. From the others the critic learns nothing either, and imitation_coef
+    imitates none of them; iterations of imitation alone use all."""
     minibatch_size: int = 1024
     """Decisions per optimiser step over all processes."""
     micro_batch_size: int = 1024
@@ -320,7 +326,7 @@ class Args:
 
     @property
     def num_minibatches(self) -> int:
-        """Optimiser steps per epoch."""
+        """Minibatches of all decisions."""
         return exact_quotient(self, "num_decisions", "minibatch_size")
 
     @property
@@ -344,6 +350,14 @@ class Args:
     def num_epochs(self, iteration: int) -> int:
         """Returns the passes over the decisions of `iteration`."""
         return self.imitation_epochs if self.only_imitates(iteration) else self.update_epochs
+
+    def num_epoch_minibatches(self, iteration: int) -> int:
+        """Returns the minibatches of an epoch of `iteration`, of the decisions that it uses."""
+        return self.num_minibatches if self.only_imitates(iteration) else kept_minibatches(self)
+
+    def num_updates(self, iteration: int) -> int:
+        """Returns the optimiser steps of `iteration`, unless target_kl ends them."""
+        return self.num_epochs(iteration) * self.num_epoch_minibatches(iteration)
 
     def evaluates(self, iteration: int) -> bool:
         """Returns whether the policy is evaluated after `iteration`."""
@@ -393,6 +407,7 @@ def check_args(args: Args) -> None:
         parse_placement(args.placement)
     exact_quotient(args, "num_decisions", "minibatch_size")
     exact_quotient(args, "minibatch_size", "micro_batch_size")
+    kept_minibatches(args)
     check_folders(args, STATE_MODEL)
     check_state_model(args)
     check_near_goal(args)
@@ -618,6 +633,28 @@ def won_decisions(ended: Tensor, success: Tensor) -> Tensor:
     return won
 
 
+def select_decisions(
+    advantages: Tensor, groups: NDArray[np.integer], num_selected: int
+) -> NDArray[np.intp]:
+    """Returns in order the rows with the largest |advantages|, equally many of each group.
+
+    Of equal ones the first are taken. What is no number comes before all: it is to stop the run.
+
+    Probabilistic Chunk Masking (arXiv:2605.16154) updates GRPO by less than a fifth of the chunks,
+    drawn from where successes and failures act differently, since all chunks of its trajectories
+    have the same advantage. Here a critic tells them apart, and nothing is drawn.
+
+    Args:
+        advantages: [B].
+        groups: [B] number of each row's group of environments; all groups have equally many rows.
+        num_selected: rows of each group to return.
+    """
+    sizes = advantages.abs().nan_to_num(nan=math.inf, posinf=math.inf).cpu().numpy()
+    largest_first = np.lexsort((-sizes, groups))  # group by group; equal ones stay in order
+    by_group = largest_first.reshape(len(np.unique(groups)), -1)
+    return np.sort(by_group[:, :num_selected], axis=None)
+
+
 def policy_loss(
     logratio: Tensor,
     advantages: Tensor,
@@ -826,8 +863,9 @@ class Learner(LearnerRole):
         # equally many decisions, and lies on one process: so minibatches do not depend on these.
         num_envs = args.num_envs // accelerator.num_processes
         self.env_ids = accelerator.process_index * num_envs + np.arange(num_envs)
-        envs_per_group = args.num_envs // math.gcd(args.num_envs, args.minibatch_size)
-        self.b_groups = np.tile(self.env_ids // envs_per_group, args.num_steps)
+        num_groups = math.gcd(args.num_envs, args.minibatch_size)
+        self.b_groups = np.tile(self.env_ids // (args.num_envs // num_groups), args.num_steps)
+        self.minibatch_share = args.minibatch_size // num_groups  # decisions of each group
 
         # --- agent and optimiser ---
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
@@ -872,7 +910,7 @@ class Learner(LearnerRole):
         args, accelerator, agent, model = self.args, self.accelerator, self.agent, self.model
         optimizer, step_sizes, store = self.optimizer, self.step_sizes, self.store
         start_policy, device = self.start_policy, accelerator.device
-        num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
+        num_micro_batches = args.num_micro_batches
         horizon_decisions = longest_episode(args)
         progress = (iteration - 1) / args.num_iterations
         noise = noise_options(args, iteration)
@@ -899,7 +937,8 @@ class Learner(LearnerRole):
         proximal_logprobs = behaviour_logprobs
         if staleness.any():  # on all processes alike
             scored: list[tuple[Tensor, Tensor]] = []
-            for inds in np.array_split(np.arange(len(b_obs)), num_minibatches * num_micro_batches):
+            num_passes = args.num_minibatches * num_micro_batches
+            for inds in np.array_split(np.arange(len(b_obs)), num_passes):
                 with torch.no_grad(), accelerator.autocast():
                     _, logprob, _, value = agent(
                         store.get(b_obs[inds]),
@@ -939,11 +978,16 @@ class Learner(LearnerRole):
             center, variance = mean_and_variance(accelerator, advantages)
             advantages = ((advantages - center) / (variance.sqrt() + 1e-5)).float()
 
+        # --- the decisions of the update, over which weights have mean 1 ---
+        num_minibatches = args.num_epoch_minibatches(iteration)
+        num_selected = num_minibatches * self.minibatch_share
+        selected = select_decisions(advantages.flatten(), self.b_groups, num_selected)
+
         weights = torch.ones_like(returns)
         if args.loss_weighting == "trajectory":
             decisions = -(-rollout.episode_lengths // args.num_action_chunks)  # rounded up
             weights = trajectory_weights(ended, decisions, horizon_decisions)
-        weights_mean, _ = mean_and_variance(accelerator, weights)
+        weights_mean, _ = mean_and_variance(accelerator, index(weights.flatten(), selected))
         weights = (weights / weights_mean).float()
 
         # --- the batch: all decisions [K * N], step by step ---
@@ -957,19 +1001,24 @@ class Learner(LearnerRole):
         b_won = torch.zeros_like(b_returns)
         if args.imitation_coef:
             won = won_decisions(ended, rollout.succeeded)
-            won_mean, _ = mean_and_variance(accelerator, won)
+            won_mean, _ = mean_and_variance(accelerator, index(won.flatten(), selected))
             b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
-        b_start_logprobs = b_logprobs
+        b_start_logprobs = torch.zeros_like(b_logprobs)  # of decisions that are not selected
         if start_policy is not None:
             with accelerator.autocast():
-                b_start_logprobs = start_policy.logprobs(
+                start_logprobs = start_policy.logprobs(
                     store,
                     b_obs,
                     b_actions,
+                    selected,
                     num_passes=num_minibatches * num_micro_batches,
                     **noise,
                 )
-            b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
+            b_start_logprobs[torch.from_numpy(selected).to(device)] = of_executed(
+                start_logprobs,
+                index(b_executed, selected),
+                args.logprob_level,
+            )
 
         # --- update ---
         self.checkpoints.begin_update()
@@ -993,7 +1042,8 @@ class Learner(LearnerRole):
                 )
                 b_flow = [x.to(device) for x in draws]
             key = (args.seed, MINIBATCHES, iteration, epoch)
-            for mb_inds in deal(self.b_groups, num_minibatches, key):
+            for part in deal(self.b_groups[selected], num_minibatches, key):
+                mb_inds = selected[part]
                 stats: list[dict[str, Tensor]] = []  # means of each micro-batch
                 dump: dict[str, Tensor] = {}
 
@@ -1089,8 +1139,8 @@ class Learner(LearnerRole):
                     self.run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                 grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                 self.run.check_finite(grad_norm, iteration, **dump)
-                part = (len(history) + 1) / (num_epochs * num_minibatches)
-                updated = iteration - 1 + part
+                part_done = (len(history) + 1) / args.num_updates(iteration)
+                updated = iteration - 1 + part_done
                 with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                     optimizer.step()
                     policy_lr = optimizer.param_groups[0]["lr"]
@@ -1145,7 +1195,7 @@ def main(
         )
         print(f"cluster      {placement}", flush=True)
         iterations = range(1, args.num_iterations + 1)
-        updates = [args.num_epochs(i) * args.num_minibatches for i in iterations]
+        updates = [args.num_updates(i) for i in iterations]
         with (
             StopSignal(accelerator) as stop,
             TrainingProgress(args.num_steps, updates, enabled=True) as progress,

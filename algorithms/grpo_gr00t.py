@@ -910,6 +910,7 @@ def main(
                         store,
                         b_obs,
                         b_actions,
+                        np.arange(len(b_obs)),
                         num_passes=spare_ind // micro_batch_size + 1,
                         **noise,
                     )

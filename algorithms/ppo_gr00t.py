@@ -18,7 +18,9 @@ error on the chunks of episodes that ended in success within the rollout, for wh
 only the one drawn, is led to what succeeded. In the first `imitation_iterations` nothing but L_V
 and L_I is trained. A truncated episode bootstraps from the value of its own last observation (or
 counts as a failure, see `truncation`), a terminated one from zero, and no advantage crosses an
-episode's end. E is the mean over decisions, or over trajectories, of all processes.
+episode's end. E is the mean over decisions, or over trajectories, of all processes. With
+`update_fraction` below 1 it is over those decisions of each group of environments whose |A| is
+largest; advantages and their normalisation are still of all.
 
 Launch:
     accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_nano
@@ -61,6 +63,7 @@ from algorithms.common.args import (
     check_sizes,
     check_state_model,
     exact_quotient,
+    kept_minibatches,
     share_of_process,
 )
 from algorithms.common.command_line import launch, parse_args
@@ -226,6 +229,11 @@ class Args:
     adaptive step size follows only after them."""
     update_epochs: int = 4
     """Passes over each iteration's decisions."""
+    update_fraction: float = 1.0
+    """Part of each iteration's decisions, in (0, 1], that its update uses, and of the time that it
+    takes: those whose advantages, as they enter the loss, are largest in absolute value. It has to
+    leave whole minibatches. From the others the critic learns nothing either, and imitation_coef
+    imitates none of them; iterations of imitation alone use all."""
     minibatch_size: int = 1024
     """Decisions per optimiser step over all processes."""
     micro_batch_size: int = 1024
@@ -303,7 +311,7 @@ class Args:
 
     @property
     def num_minibatches(self) -> int:
-        """Optimiser steps per epoch."""
+        """Minibatches of all decisions."""
         return exact_quotient(self, "num_decisions", "minibatch_size")
 
     @property
@@ -327,6 +335,14 @@ class Args:
     def num_epochs(self, iteration: int) -> int:
         """Returns the passes over the decisions of `iteration`."""
         return self.imitation_epochs if self.only_imitates(iteration) else self.update_epochs
+
+    def num_epoch_minibatches(self, iteration: int) -> int:
+        """Returns the minibatches of an epoch of `iteration`, of the decisions that it uses."""
+        return self.num_minibatches if self.only_imitates(iteration) else kept_minibatches(self)
+
+    def num_updates(self, iteration: int) -> int:
+        """Returns the optimiser steps of `iteration`, unless target_kl ends them."""
+        return self.num_epochs(iteration) * self.num_epoch_minibatches(iteration)
 
     def evaluates(self, iteration: int) -> bool:
         """Returns whether the policy is evaluated after `iteration`."""
@@ -374,6 +390,7 @@ def check_args(args: Args) -> None:
     check_sizes(args, "num_envs", "micro_batch_size")
     exact_quotient(args, "num_decisions", "minibatch_size")
     exact_quotient(args, "minibatch_size", "micro_batch_size")
+    kept_minibatches(args)
     check_folders(args, STATE_MODEL)
     check_state_model(args)
     check_near_goal(args)
@@ -583,6 +600,28 @@ def won_decisions(ended: Tensor, success: Tensor) -> Tensor:
     return won
 
 
+def select_decisions(
+    advantages: Tensor, groups: NDArray[np.integer], num_selected: int
+) -> NDArray[np.intp]:
+    """Returns in order the rows with the largest |advantages|, equally many of each group.
+
+    Of equal ones the first are taken. What is no number comes before all: it is to stop the run.
+
+    Probabilistic Chunk Masking (arXiv:2605.16154) updates GRPO by less than a fifth of the chunks,
+    drawn from where successes and failures act differently, since all chunks of its trajectories
+    have the same advantage. Here a critic tells them apart, and nothing is drawn.
+
+    Args:
+        advantages: [B].
+        groups: [B] number of each row's group of environments; all groups have equally many rows.
+        num_selected: rows of each group to return.
+    """
+    sizes = advantages.abs().nan_to_num(nan=math.inf, posinf=math.inf).cpu().numpy()
+    largest_first = np.lexsort((-sizes, groups))  # group by group; equal ones stay in order
+    by_group = largest_first.reshape(len(np.unique(groups)), -1)
+    return np.sort(by_group[:, :num_selected], axis=None)
+
+
 def policy_loss(
     logratio: Tensor,
     advantages: Tensor,
@@ -674,8 +713,8 @@ def main(
         raise ValueError("FSDP cannot be used with lora_rank: merging adapters needs whole weights")
     num_envs = share_of_process(args, "num_envs", num_processes)
     share_of_process(args, "micro_batch_size", num_processes)
-    num_minibatches, num_micro_batches = args.num_minibatches, args.num_micro_batches
-    epochs = [args.num_epochs(i) for i in range(1, args.num_iterations + 1)]
+    num_micro_batches = args.num_micro_batches
+    updates = [args.num_updates(i) for i in range(1, args.num_iterations + 1)]
     if args.dry_run:
         set_seed(args.seed)
         agent = make_agent(args).to(device).eval()
@@ -690,20 +729,21 @@ def main(
                 "decisions of each": args.num_steps,
                 "decisions of an iteration": args.num_decisions,
                 "env-steps of an iteration": args.num_decisions * args.num_action_chunks,
-                "minibatches of an epoch": num_minibatches,
+                "minibatches of an epoch": args.num_epoch_minibatches(args.num_iterations),
                 "iterations": args.num_iterations,
-                "updates of all iterations": sum(epochs) * num_minibatches,
+                "updates of all iterations": sum(updates),
             },
             decisions=args.num_decisions,
-            passes=epochs,
+            passes=[num_updates / args.num_minibatches for num_updates in updates],
         )
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
     # Environments are numbered over all processes. Each group of them gives every minibatch equally
     # many decisions, and lies on one process: so minibatches do not depend on the processes.
     env_ids = accelerator.process_index * num_envs + np.arange(num_envs)
-    envs_per_group = args.num_envs // math.gcd(args.num_envs, args.minibatch_size)
-    b_groups = np.tile(env_ids // envs_per_group, args.num_steps)
+    num_groups = math.gcd(args.num_envs, args.minibatch_size)
+    b_groups = np.tile(env_ids // (args.num_envs // num_groups), args.num_steps)
+    minibatch_share = args.minibatch_size // num_groups  # decisions of each group
     longest_episode = args.horizon or horizon(args.suite)
     horizon_decisions = -(-longest_episode // args.num_action_chunks)  # rounded up
 
@@ -771,7 +811,7 @@ def main(
             accelerator,
             stages,
             decisions=args.num_steps,
-            updates=[num_epochs * num_minibatches for num_epochs in epochs],
+            updates=updates,
             longest_episode=horizon_decisions,
             num_action_chunks=args.num_action_chunks,
             recorder=recorder,
@@ -945,11 +985,16 @@ def main(
                 center, variance = mean_and_variance(accelerator, advantages)
                 advantages = ((advantages - center) / (variance.sqrt() + 1e-5)).float()
 
+            # --- the decisions of the update, over which weights have mean 1 ---
+            num_minibatches = args.num_epoch_minibatches(iteration)
+            num_selected = num_minibatches * minibatch_share
+            selected = select_decisions(advantages.flatten(), b_groups, num_selected)
+
             weights = torch.ones_like(returns)
             if args.loss_weighting == "trajectory":
                 decisions = -(-episode_lengths // args.num_action_chunks)  # rounded up
                 weights = trajectory_weights(ended, decisions.to(device), horizon_decisions)
-            weights_mean, _ = mean_and_variance(accelerator, weights)
+            weights_mean, _ = mean_and_variance(accelerator, index(weights.flatten(), selected))
             weights = (weights / weights_mean).float()
 
             # --- the batch: all decisions [K * N], step by step ---
@@ -967,19 +1012,24 @@ def main(
             b_won = torch.zeros_like(b_returns)
             if args.imitation_coef:
                 won = won_decisions(ended, succeeded.to(device))
-                won_mean, _ = mean_and_variance(accelerator, won)
+                won_mean, _ = mean_and_variance(accelerator, index(won.flatten(), selected))
                 b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
-            b_start_logprobs = b_logprobs
+            b_start_logprobs = torch.zeros_like(b_logprobs)  # of decisions that are not selected
             if start_policy is not None:
                 with accelerator.autocast():
-                    b_start_logprobs = start_policy.logprobs(
+                    start_logprobs = start_policy.logprobs(
                         store,
                         b_obs,
                         b_actions,
+                        selected,
                         num_passes=num_minibatches * num_micro_batches,
                         **noise,
                     )
-                b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
+                b_start_logprobs[torch.from_numpy(selected).to(device)] = of_executed(
+                    start_logprobs,
+                    index(b_executed, selected),
+                    args.logprob_level,
+                )
 
             # --- update ---
             checkpoints.begin_update()
@@ -1004,7 +1054,8 @@ def main(
                     )
                     b_flow = [x.to(device) for x in draws]
                 key = (args.seed, MINIBATCHES, iteration, epoch)
-                for mb_inds in deal(b_groups, num_minibatches, key):
+                for part in deal(b_groups[selected], num_minibatches, key):
+                    mb_inds = selected[part]
                     stats: list[dict[str, Tensor]] = []  # means of each micro-batch
                     dump: dict[str, Tensor] = {}
 
@@ -1101,8 +1152,8 @@ def main(
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, **dump)
-                    part = (len(history) + 1) / (num_epochs * num_minibatches)
-                    updated = iteration - 1 + part
+                    part_done = (len(history) + 1) / args.num_updates(iteration)
+                    updated = iteration - 1 + part_done
                     with step_sizes.policy_scaled(args.policy_step_factor(updated)):
                         optimizer.step()
                         policy_lr = optimizer.param_groups[0]["lr"]

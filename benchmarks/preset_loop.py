@@ -12,19 +12,26 @@ GPU's physics:
     * device, float32: they stay on the GPU (what the trainer does with the GPU's physics);
     * device, TF32: and matrices are multiplied in TF32 (what the nano presets do).
 With physics on the CPU, the preset as it is. With --recipes, the preset; what makes the same updates sooner; and what
-makes cheaper ones, see `recipes_of`.
-The first iteration opens scenes and loads kernels and is not counted. Episodes differ from row to row as soon as
-rounding does; the amount of work does not. Ratios are of one run. Memory is what PyTorch has reserved of the GPU, 10^9
-bytes; the simulation's and CUDA's own is not counted.
+makes cheaper ones: fewer epochs, fewer weights, or a fifth of the decisions, see `recipes_of`.
+With other sizes than the preset's, minibatches are the largest that fit and are not larger than its own. The first
+iteration opens scenes and loads kernels and is not counted. Episodes differ from row to row as soon as rounding does;
+the amount of work does not. Ratios are to the first row that was measured, of one run each. Memory is what PyTorch has
+reserved of the GPU, 10^9 bytes; the simulation's and CUDA's own is not counted. Interrupted (SIGINT), or if a row
+fails, it tells the rows that it has, and ends with status 1.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
+import sys
 import tempfile
+import traceback
 from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -34,6 +41,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from algorithms import ppo_gr00t
+from algorithms.common.args import nearest_fraction
 from algorithms.ppo_gr00t import PRESETS, Args
 from benchmarks import iterations
 from benchmarks.policy import make_agent as make_stand_in
@@ -91,9 +99,13 @@ def make_random_agent(args: Args) -> Gr00tAgent:
 
 
 def recipes_of(args: Args) -> dict[str, Args]:
-    """Returns the preset and what could be trained in its place, by what changes."""
+    """Returns the preset and what could be trained in its place, by what changes.
+
+    The last one updates by a fifth of the decisions, or the nearest part that whole minibatches make, which it is
+    then named by; with a single minibatch there is none.
+    """
     fast = replace(args, compile=True, pipeline_stage_num=2)
-    return {
+    recipes = {
         "as it is": args,
         "compiled, 2 stages": fast,
         "and 1 epoch": replace(fast, update_epochs=1),
@@ -101,14 +113,43 @@ def recipes_of(args: Args) -> dict[str, Args]:
         "and both": replace(fast, train_vl_self_attention=False, update_epochs=1),
         "and adapters": replace(fast, lora_rank=32, lora_alpha=32.0),
     }
+    part = nearest_fraction(args.num_minibatches, 0.2)
+    if part < 1:
+        exact = Fraction(round(part * args.num_minibatches), args.num_minibatches)
+        name = "and a fifth" if exact == Fraction(1, 5) else f"and {exact}"
+        recipes[name] = replace(fast, update_fraction=part)
+    return recipes
+
+
+def variants_of(args: Args, *, with_recipes: bool) -> dict[str, tuple[Args, Any]]:
+    """Returns what is measured, by the name of its row: arguments, and what makes environments."""
+    if with_recipes:
+        return {name: (recipe, ppo_gr00t.make_envs) for name, recipe in recipes_of(args).items()}
+    if args.physics == "warp":
+        return {
+            "host, float32": (replace(args, tf32=False), make_host_envs),
+            "device, float32": (replace(args, tf32=False), ppo_gr00t.make_envs),
+            "device, TF32": (replace(args, tf32=True), ppo_gr00t.make_envs),
+        }
+    return {"as it is": (args, ppo_gr00t.make_envs)}
 
 
 def measure(args: Args, make_envs: Any, make_agent: Any) -> dict[str, float | None]:
-    """Trains and returns means over all iterations but the first, and the largest memory."""
+    """Trains one iteration more than asked for, and returns means over all but the first, and the largest memory.
+
+    Raises:
+        RuntimeError: training failed; tells where, and why.
+    """
     if torch.cuda.is_available():
+        gc.collect()  # what a row before has left, too, if it failed
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        ppo_gr00t.main(replace(args, output_dir=Path(folder), run_name="run"), make_agent, make_envs)
+        args = replace(args, num_iterations=args.num_iterations + 1, output_dir=Path(folder), run_name="run")
+        try:
+            ppo_gr00t.main(args, make_agent, make_envs)
+        except Exception:  # whatever it is, the rows before it are worth telling
+            raise RuntimeError(traceback.format_exc().rstrip()) from None
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][1:]
     memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
     return iterations.summarise(lines) | {"memory_gb": memory}
@@ -131,12 +172,8 @@ def main() -> dict[str, Any]:
             parser.error("--memory-cap-gb needs a GPU")
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_cap_gb * 1e9 / total))
-    preset = PRESETS[options.preset]
-    given = {name: getattr(options, name) for name in ("num_envs", "num_steps", "physics") if getattr(options, name)}
-    args = replace(
-        preset,
-        **given,
-        num_iterations=options.num_iterations + 1,
+    settings: dict[str, Any] = dict(
+        num_iterations=options.num_iterations,
         imitation_iterations=0,  # whose updates are longer than the others
         eval_before=False,
         eval_interval=0,
@@ -144,39 +181,49 @@ def main() -> dict[str, Any]:
         save_interval=0,
         keep_best=0,
         log_with=(),
+        output_dir=Path(tempfile.gettempdir()),
     )
+    if options.physics:
+        settings |= dict(physics=options.physics)
     if options.random_weights:
-        args = replace(args, model="gr00t_n1d5")
-    size = min(args.minibatch_size, args.num_decisions)
-    args = replace(args, minibatch_size=size, micro_batch_size=min(args.micro_batch_size, size))
-    make_agent = make_random_agent if options.random_weights else ppo_gr00t.make_agent
-    if options.recipes:
-        variants = {name: (recipe, ppo_gr00t.make_envs) for name, recipe in recipes_of(args).items()}
-    elif args.physics == "warp":
-        variants = {
-            "host, float32": (replace(args, tf32=False), make_host_envs),
-            "device, float32": (replace(args, tf32=False), ppo_gr00t.make_envs),
-            "device, TF32": (replace(args, tf32=True), ppo_gr00t.make_envs),
-        }
-    else:
-        variants = {"as it is": (args, ppo_gr00t.make_envs)}
+        settings |= dict(model="gr00t_n1d5")
+    try:
+        preset = replace(PRESETS[options.preset], **settings)
+        args = iterations.resized(preset, num_envs=options.num_envs, num_steps=options.num_steps)
+        variants = variants_of(args, with_recipes=options.recipes)
+        for changed, _ in variants.values():
+            ppo_gr00t.check_args(changed)
+            iterations.check_shares(changed, num_processes=1)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
+    print(iterations.describe_sizes(args))
     table = Table(
         {"variant": "<20", "env-steps/s": ">12.1f", "times first": ">12.2f", **iterations.COLUMNS, "GPU GB": ">8.1f"}
     )
     rows: list[dict[str, Any]] = []
-    for name, (changed, make_envs) in variants.items():
-        row: dict[str, Any] = measure(changed, make_envs, make_agent)
+
+    def add(name: str, row: dict[str, Any]) -> None:
         rows.append({"variant": name, **row})
         speedup = rows[-1]["speedup"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
         table.add(name, row["env_steps_per_s"], speedup, *iterations.cells(row), row["memory_gb"])
 
-    settings = {name: getattr(args, name) for name in ("num_envs", "num_steps", "physics", "update_epochs")}
-    settings |= dict(preset=options.preset, minibatch_size=size, num_iterations=options.num_iterations)
-    settings |= dict(model=args.model, memory_cap_gb=options.memory_cap_gb)
-    is_nano = options.preset.endswith("_nano") and not options.recipes
-    targets = judge({"env_steps_per_s": rows[-1]["env_steps_per_s"]}, at_least=TARGETS) if is_nano else {}
-    return publish("preset_loop", {"variants": rows}, settings=settings, targets=targets, output=options.output)
+    make_agent = make_random_agent if options.random_weights else ppo_gr00t.make_agent
+    failures = iterations.measure_rows(
+        [(name, partial(measure, changed, make_envs, make_agent)) for name, (changed, make_envs) in variants.items()],
+        add,
+    )
+
+    sizes = ("num_envs", "num_steps", "physics", "update_epochs", "minibatch_size", "micro_batch_size", "model")
+    told = {name: getattr(args, name) for name in sizes}
+    told |= dict(preset=options.preset, num_iterations=options.num_iterations, memory_cap_gb=options.memory_cap_gb)
+    targets: dict[str, Any] = {}
+    if options.preset.endswith("_nano") and not options.recipes and not failures:
+        targets = judge({"env_steps_per_s": rows[-1]["env_steps_per_s"]}, at_least=TARGETS)
+    document = publish("preset_loop", {"variants": rows}, settings=told, targets=targets, output=options.output)
+    if failures:
+        sys.exit("\n\n".join(failures))
+    return document
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ Each row is a run of its own, as a user launches it:
     * N processes: `accelerate launch --num_processes N algorithms/ppo_gr00t.py`, all parts on every GPU (DDP);
     * N processes, FSDP2: the same, weights sharded;
     * a placement of `algorithms/async_ppo_gr00t.py`, on a cluster that it makes of this machine, with each staleness.
-All rows have the same sizes, which are global, and no evaluations. Iterations that open scenes, load kernels or play
-with weights ahead of any update are not counted: the first one, and one more for each iteration of staleness. Memory is
-the most that any GPU had in use, of all programs on it, looked at twice a second, in 10^9 bytes. Ratios are to the
-first row, of one run each. Interrupted (SIGINT), it tells the rows that it has.
+Rows stand in the order in which they are asked for. All have the same sizes, which are global, and no evaluations; with
+other sizes than the preset's, minibatches are the largest that fit and are not larger than its own. Iterations that
+open scenes, load kernels or play with weights ahead of any update are not counted: the first one, and one more for each
+iteration of staleness. Memory is the most that any GPU had in use, of all programs on it, looked at twice a second, in
+10^9 bytes. Ratios are to the first row that was measured, of one run each. Interrupted (SIGINT), or if a row fails, it
+tells the rows that it has, and ends with status 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -26,14 +29,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from algorithms.ppo_gr00t import PRESETS
+from algorithms.common import placement
+from algorithms.ppo_gr00t import PRESETS, Args, check_args
 from benchmarks import iterations
 from benchmarks.publish import Table, make_parser, publish
 from gr00t_agent import Gr00tAgent
@@ -75,32 +80,58 @@ class Layout:
     uncounted: int = 1
 
 
+class Asked(argparse.Action):
+    """Adds what an option names to `asked`, as (option, value): rows come in the order of the command line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Takes in the values of one option."""
+        namespace.asked = [*namespace.asked, *((self.dest, value) for value in values)]
+
+
 def layouts_of(options: Any, folder: Path) -> list[Layout]:
     """Returns the layouts that the options ask for, in the order of the table."""
     launch = (sys.executable, "-m", "accelerate.commands.launch")
     collocated = str(TREE / "algorithms" / "ppo_gr00t.py")
     placed = (sys.executable, str(TREE / "algorithms" / "async_ppo_gr00t.py"))
     layouts: list[Layout] = []
-    for number in options.processes:
-        flags = ("--num_processes", str(number)) + (("--multi_gpu",) if number > 1 else ())
-        name = f"{number} process" if number == 1 else f"{number} processes"
-        layouts.append(Layout(name=name, command=(*launch, *flags, collocated)))
-    for number in options.fsdp:
-        config = folder / "fsdp2.yaml"
-        config.write_text(FSDP, encoding="utf-8")
-        flags = ("--config_file", str(config), "--num_processes", str(number))
-        layouts.append(Layout(name=f"{number} processes, FSDP2", command=(*launch, *flags, collocated)))
-    for placement in options.placements:
-        for staleness in options.staleness:
-            layouts.append(
-                Layout(
-                    name=f"{placement}, staleness {staleness}",
-                    command=placed,
-                    arguments=("--placement", placement, "--max-staleness", str(staleness)),
-                    uncounted=1 + staleness,
+    for option, value in options.asked:
+        if option == "processes":
+            flags = ("--num_processes", str(value)) + (("--multi_gpu",) if value > 1 else ())
+            name = f"{value} process" if value == 1 else f"{value} processes"
+            layouts.append(Layout(name=name, command=(*launch, *flags, collocated)))
+        elif option == "fsdp":
+            config = folder / "fsdp2.yaml"
+            config.write_text(FSDP, encoding="utf-8")
+            flags = ("--config_file", str(config), "--num_processes", str(value))
+            layouts.append(Layout(name=f"{value} processes, FSDP2", command=(*launch, *flags, collocated)))
+        else:
+            for staleness in options.staleness:
+                layouts.append(
+                    Layout(
+                        name=f"{value}, staleness {staleness}",
+                        command=placed,
+                        arguments=("--placement", value, "--max-staleness", str(staleness)),
+                        uncounted=1 + staleness,
+                    )
                 )
-            )
     return layouts
+
+
+def check_layouts(asked: Sequence[tuple[str, Any]], args: Args) -> None:
+    """Raises ValueError unless the processes of each layout can have equal shares of the sizes on this machine."""
+    num_gpus = torch.cuda.device_count()
+    machine = placement.Node(node_id="", address="this machine", cpus=os.cpu_count() or 1, gpus=num_gpus)
+    for option, value in asked:
+        if option == "placements":
+            placement.check_installed()
+            placed = placement.place_roles(
+                [machine], placement=value, env_on_gpu=args.physics == "warp", num_stages=args.pipeline_stage_num
+            )
+            placement.check_shares(args, placed)
+        elif num_gpus and value > num_gpus:
+            raise ValueError(f"{option}={value}: there are {num_gpus} GPU(s), and each process needs one")
+        else:
+            iterations.check_shares(args, value)
 
 
 def write_random_weights(folder: Path) -> None:
@@ -149,11 +180,14 @@ class GpuMemory:
 
 
 def measure(layout: Layout, shared: Sequence[str], folder: Path, timeout_s: float) -> dict[str, Any]:
-    """Trains once and returns means over the counted iterations.
+    """Trains once in `folder`, from which a row before is removed, and returns means over the counted iterations.
 
     Raises:
-        RuntimeError: the run failed or took too long; says where its output is.
+        RuntimeError: the run failed or took too long; tells the end of its output.
     """
+    if folder.exists():
+        shutil.rmtree(folder)  # a checkpoint of GR00T-N1.5 has 20 GB
+    folder.mkdir()
     log = folder / "output.txt"
     # `accelerate launch --cpu` would start runs that know nothing of each other.
     environment = os.environ if torch.cuda.is_available() else os.environ | {"ACCELERATE_USE_CPU": "true"}
@@ -172,7 +206,7 @@ def measure(layout: Layout, shared: Sequence[str], folder: Path, timeout_s: floa
                 started.wait()
     if code != 0:
         end = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"{layout.name} ended with code {code}; the end of its output:\n{end}")
+        raise RuntimeError(f"ended with code {code}; the end of its output:\n{end}")
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     return iterations.summarise(lines[layout.uncounted :], PHASES) | {"memory_gb": memory.most_gb}
 
@@ -181,10 +215,11 @@ def main() -> dict[str, Any]:
     """Measures, prints, returns the document."""
     parser = make_parser(__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="libero_spatial_nano")
-    parser.add_argument("--processes", type=int, nargs="*", default=[], help="by Accelerate, DDP")
-    parser.add_argument("--fsdp", type=int, nargs="*", default=[], help="by Accelerate, FSDP2")
-    parser.add_argument("--placements", nargs="*", default=[], help="by Ray")
-    parser.add_argument("--staleness", type=int, nargs="*", default=[0], help="of each placement")
+    parser.add_argument("--processes", action=Asked, type=int, nargs="*", help="by Accelerate, DDP")
+    parser.add_argument("--fsdp", action=Asked, type=int, nargs="*", help="by Accelerate, FSDP2")
+    parser.add_argument("--placements", action=Asked, nargs="*", help="by Ray")
+    parser.set_defaults(asked=[])
+    parser.add_argument("--staleness", type=int, choices=(0, 1, 2), nargs="+", default=[0], help="of each placement")
     parser.add_argument("--num-envs", type=int, help="default: the preset's")
     parser.add_argument("--num-steps", type=int, help="decisions of each, default: the preset's")
     parser.add_argument("--micro-batch-size", type=int, help="over all processes, default: the preset's")
@@ -192,68 +227,72 @@ def main() -> dict[str, Any]:
     parser.add_argument("--random-weights", action="store_true", help="GR00T-N1.5 with them, nothing downloaded")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of a row")
     options = parser.parse_args()
-    preset = PRESETS[options.preset]
-    num_envs, num_steps = options.num_envs or preset.num_envs, options.num_steps or preset.num_steps
-    minibatch_size = min(preset.minibatch_size, num_envs * num_steps)
+    if not options.asked:
+        parser.error("nothing to measure: give --processes, --fsdp or --placements")
+    try:
+        args = iterations.resized(
+            replace(
+                PRESETS[options.preset],
+                num_iterations=options.num_iterations,
+                imitation_iterations=0,  # whose updates are longer than the others
+                output_dir=Path(tempfile.gettempdir()),
+            ),
+            num_envs=options.num_envs,
+            num_steps=options.num_steps,
+            micro_batch_size=options.micro_batch_size,
+        )
+        check_args(args)
+        check_layouts(options.asked, args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    arguments = {
+        "preset": options.preset,
+        "num-envs": args.num_envs,
+        "num-steps": args.num_steps,
+        "minibatch-size": args.minibatch_size,
+        "micro-batch-size": args.micro_batch_size,
+        "imitation-iterations": args.imitation_iterations,
+        "eval-interval": 0,
+        "eval-episodes-per-task": 0,
+        "save-interval": 0,
+        "keep-best": 0,
+    }
+    shared = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    shared += ["--no-eval-before", "--log-with"]
 
-    results: list[dict[str, Any]] = []
-    failures: list[str] = []
+    print(iterations.describe_sizes(args))
+    table = Table(
+        {
+            "where": "<44",
+            "env-steps/s": ">12.1f",
+            "times first": ">12.2f",
+            **iterations.COLUMNS,
+            "idle s": ">8.2f",
+            "GPU GB": ">8.1f",
+        }
+    )
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, row: dict[str, Any]) -> None:
+        rows.append({"where": name, **row})
+        speedup = rows[-1]["speedup"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
+        rates = (row["env_steps_per_s"], speedup)
+        table.add(name, *rates, *iterations.cells(row), row["learner_idle_s"], row["memory_gb"])
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        layouts = layouts_of(options, folder)
-        if not layouts:
-            parser.error("nothing to measure: give --processes, --fsdp or --placements")
-        arguments = {
-            "preset": options.preset,
-            "num-envs": num_envs,
-            "num-steps": num_steps,
-            "minibatch-size": minibatch_size,
-            "micro-batch-size": min(options.micro_batch_size or preset.micro_batch_size, minibatch_size),
-            "imitation-iterations": 0,  # whose updates are longer than the others
-            "eval-interval": 0,
-            "eval-episodes-per-task": 0,
-            "save-interval": 0,
-            "keep-best": 0,
-        }
-        shared = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-        shared += ["--no-eval-before", "--log-with"]
         if options.random_weights:
             write_random_weights(folder / "weights")
             shared += ["--model", str(folder / "weights")]
-
-        table = Table(
-            {
-                "where": "<44",
-                "env-steps/s": ">12.1f",
-                "times first": ">12.2f",
-                **iterations.COLUMNS,
-                "idle s": ">8.2f",
-                "GPU GB": ">8.1f",
-            }
-        )
-        for number, layout in enumerate(layouts):
-            run = folder / str(number)
-            run.mkdir()
+        measures: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+        for layout in layouts_of(options, folder):
             length = ("--num-iterations", str(layout.uncounted + options.num_iterations))
-            try:
-                row = measure(layout, [*shared, *length], run, options.timeout_s)
-            except RuntimeError as failure:
-                failures.append(str(failure))
-                print(f"{layout.name:44}failed", flush=True)
-                continue
-            except KeyboardInterrupt:
-                failures.append(f"interrupted in {layout.name}")
-                break
-            finally:
-                shutil.rmtree(run)  # checkpoints of GR00T-N1.5 are of 20 GB
-            row = {"where": layout.name, **row}
-            results.append(row)
-            row["speedup"] = row["env_steps_per_s"] / results[0]["env_steps_per_s"]
-            rates = (row["env_steps_per_s"], row["speedup"])
-            table.add(layout.name, *rates, *iterations.cells(row), row["learner_idle_s"], row["memory_gb"])
+            run = partial(measure, layout, [*shared, *length], folder / "row", options.timeout_s)
+            measures.append((layout.name, run))
+        failures = iterations.measure_rows(measures, add)
 
     settings = {"num_iterations": options.num_iterations, "random_weights": options.random_weights, **arguments}
-    document = publish("scaling", {"layouts": results}, settings=settings, output=options.output)
+    document = publish("scaling", {"layouts": rows}, settings=settings, output=options.output)
     if failures:
         sys.exit("\n\n".join(failures))
     return document

@@ -1,5 +1,6 @@
 """The benchmark of where PPO's parts run: what it launches, and what it makes of runs that end, fail or hang."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.iterations import summarise
+from benchmarks import scaling
 from benchmarks.scaling import Layout, layouts_of, measure
 
 # Writes the metrics of two iterations where a trainer would: after --output-dir FOLDER --run-name run.
@@ -26,7 +27,8 @@ def python(code: str) -> Layout:
 
 
 def test_layouts_are_launched_as_a_user_does(tmp_path: Path):
-    options: Any = SimpleNamespace(processes=[1, 2], fsdp=[2], placements=["env:0 rollout:0 actor:1"], staleness=[0, 1])
+    asked = [("processes", 1), ("processes", 2), ("fsdp", 2), ("placements", "env:0 rollout:0 actor:1")]
+    options: Any = SimpleNamespace(asked=asked, staleness=[0, 1])
     one, two, sharded, in_turns, ahead = layouts_of(options, tmp_path)
     assert [layout.name for layout in (one, two, sharded)] == ["1 process", "2 processes", "2 processes, FSDP2"]
     assert ("--multi_gpu" in one.command, "--multi_gpu" in two.command) == (False, True)
@@ -37,14 +39,6 @@ def test_layouts_are_launched_as_a_user_does(tmp_path: Path):
     assert (in_turns.uncounted, ahead.uncounted) == (1, 2)
 
 
-def test_rates_are_of_all_counted_steps_and_seconds():
-    lines = [{"time/total_s": 2.0, "charts/SPS": 100.0}, {"time/total_s": 6.0, "charts/SPS": 20.0, "time/env_s": 1.0}]
-    summary = summarise(lines)
-    assert summary["env_steps_per_s"] == (200 + 120) / 8
-    assert summary["total_s"] == 4
-    assert summary["env_s"] is None  # the trainer has it not
-
-
 def test_the_first_iteration_is_not_counted(tmp_path: Path):
     row = measure(python(RUN), ["--preset", "demo"], tmp_path, timeout_s=60)
     assert (row["total_s"], row["env_s"], row["learner_idle_s"]) == (4.0, 2.0, None)
@@ -53,10 +47,85 @@ def test_the_first_iteration_is_not_counted(tmp_path: Path):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("import sys; print('no such preset'); sys.exit(3)", "a run ended with code 3; .*\nno such preset"),
-        ("import time; time.sleep(60)", "a run ended with code none within 2 s; "),
+        ("import sys; print('no such preset'); sys.exit(3)", "^ended with code 3; .*\nno such preset"),
+        ("import time; time.sleep(60)", "^ended with code none within 2 s; "),
     ],
 )
 def test_a_run_that_fails_or_hangs_says_the_end_of_its_output(tmp_path: Path, code: str, message: str):
     with pytest.raises(RuntimeError, match=message):
         measure(python(code), [], tmp_path, timeout_s=2 if "sleep" in code else 60)
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    """What the program returns, on a machine without a GPU; raises SystemExit as it does."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
+    return scaling.main()
+
+
+def test_rows_are_told_in_the_order_asked_for_up_to_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def measured(layout: Layout, shared: list[str], folder: Path, timeout_s: float) -> dict[str, Any]:
+        seen.append(layout.name)
+        given = dict(zip(shared[::2], shared[1::2], strict=False))
+        assert (given["--minibatch-size"], given["--micro-batch-size"]) == ("48", "24")
+        if layout.name == "4 processes":
+            raise RuntimeError("ended with code 1")
+        if layout.name == "1 process":
+            raise KeyboardInterrupt
+        return dict.fromkeys(("total_s", *scaling.PHASES), 1.0) | dict(env_steps_per_s=10.0 * len(seen), memory_gb=None)
+
+    seen: list[str] = []
+    monkeypatch.setattr(scaling, "measure", measured)
+    sizes = ("--preset", "demo", "--num-envs", "12", "--num-steps", "4", "--micro-batch-size", "40")
+    with pytest.raises(SystemExit) as ended:
+        main(monkeypatch, *sizes, "--fsdp", "2", "--processes", "4", "2", "1", "--fsdp", "3")
+    assert seen == ["2 processes, FSDP2", "4 processes", "2 processes", "1 process"]
+    assert ended.value.code == "4 processes: ended with code 1\n\ninterrupted in '1 process'"
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "12 environments x 4 decisions, minibatches of 48, micro-batches of 24"
+    document = json.loads(last)
+    assert (document["settings"]["minibatch-size"], document["settings"]["micro-batch-size"]) == (48, 24)
+    rows = [(row["where"], row["speedup"]) for row in document["results"]["layouts"]]
+    assert rows == [("2 processes, FSDP2", 1.0), ("2 processes", 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--preset demo", "nothing to measure: give --processes, --fsdp or --placements"),
+        ("--preset demo --processes 1 --num-envs 0", "num_envs=0 must be at least 1"),
+        ("--preset demo --processes 1 --num-iterations 0", "num_iterations=0 must be at least 1"),
+        ("--preset demo --processes 1 --micro-batch-size 0", "micro_batch_size=0 must be at least 1"),
+        ("--preset demo --processes 0", "0 processes can do nothing: give at least 1"),
+        ("--preset demo --processes 1 2 --num-envs 9", "num_envs=9 cannot be shared by 2 process(es)"),
+        ("--preset demo --fsdp 3 --num-envs 9 --num-steps 4 --micro-batch-size 4", "micro_batch_size=4 cannot be sha"),
+        ("--preset demo --placements env:cpu*3", "gives rollout and actor no place"),
+        ("--preset demo --placements rollout:cpu*3", "gives actor no place"),
+        ("--processes 1", "physics='warp' simulates on a GPU, and PyTorch finds no CUDA device"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, message: str
+):
+    monkeypatch.setattr(scaling, "measure", None)
+    monkeypatch.setattr("algorithms.common.placement.check_installed", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        main(monkeypatch, *words.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_placement_whose_roles_cannot_share_the_sizes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("algorithms.common.placement.check_installed", lambda: None)
+    for placement, message in (
+        ("env:cpu rollout:cpu actor:cpu*5", "num_envs (16) cannot be shared by 5 learner(s)"),
+        ("env:cpu rollout:0 actor:cpu", "puts rollout on GPU 0, and the cluster has 0 GPU(s)"),
+    ):
+        with pytest.raises(SystemExit):
+            main(monkeypatch, "--preset", "demo", "--placements", placement)
+        assert message in capsys.readouterr().err

@@ -151,6 +151,7 @@ RANGES = {
     "critic_warmup_iterations": "[0, inf)",
     "policy_warmup_iterations": "[0, inf)",
     "update_epochs": "[1, inf)",
+    "update_fraction": "(0, 1]",
     "num_updates": "[1, inf)",
     "num_minibatches": "[1, inf)",
     "batch_size": "[1, inf)",
@@ -258,17 +259,20 @@ def check_physics(args: Any, cpu_preset: str) -> None:
 
 def _cpu_sizes(args: Any) -> str:
     """Returns flags by which a trainer's other arguments are for a CPU."""
-    sizes = {"num_envs": CPU_ENVS}
+    sizes: dict[str, float] = {"num_envs": CPU_ENVS}
     if hasattr(args, "minibatch_size") and hasattr(args, "micro_batch_size"):  # pieces of a rollout
         decisions = CPU_ENVS * args.num_steps
-        sizes["minibatch_size"] = _largest_divisor(decisions, args.minibatch_size)
-        sizes["micro_batch_size"] = _largest_divisor(sizes["minibatch_size"], args.micro_batch_size)
+        minibatch_size = largest_divisor(decisions, args.minibatch_size)
+        sizes["minibatch_size"] = minibatch_size
+        sizes["micro_batch_size"] = largest_divisor(minibatch_size, args.micro_batch_size)
+        if args.update_fraction < 1:
+            sizes["update_fraction"] = nearest_fraction(decisions // minibatch_size, args.update_fraction)
     if getattr(args, "imitation_iterations", 0):  # so few environments have too few successes to learn from alone
         sizes["imitation_iterations"] = 0
-    return " ".join(["--physics cpu", *(f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())])
+    return " ".join(["--physics cpu", *(f"--{name.replace('_', '-')} {size:g}" for name, size in sizes.items())])
 
 
-def _largest_divisor(number: int, limit: int) -> int:
+def largest_divisor(number: int, limit: int) -> int:
     """Returns the largest divisor of `number` that is at most `limit`; 1 if there is none."""
     return max((n for n in range(1, min(number, limit) + 1) if number % n == 0), default=1)
 
@@ -297,15 +301,38 @@ def exact_quotient(args: Any, dividend: str, divisor: str) -> int:
     """Returns args.dividend / args.divisor; raises ValueError unless it is a positive whole number."""
     a, b = getattr(args, dividend), getattr(args, divisor)
     if a < 1 or b < 1 or a % b:
-        fitting = {divisor: _largest_divisor(a, b)}
+        fitting = {divisor: largest_divisor(a, b)}
         if divisor == "minibatch_size" and fitting[divisor] % args.micro_batch_size:  # which comes next
-            fitting["micro_batch_size"] = _largest_divisor(fitting[divisor], args.micro_batch_size)
+            fitting["micro_batch_size"] = largest_divisor(fitting[divisor], args.micro_batch_size)
         hint = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in fitting.items())
         made_of = " (num_envs x num_steps)" if dividend == "num_decisions" else ""
         raise ValueError(
             f"{dividend}={a} must be a positive multiple of {divisor}={b}{made_of}; give for example {hint}"
         )
     return a // b
+
+
+def kept_minibatches(args: Any) -> int:
+    """Returns how many of `args.num_minibatches` are left by `args.update_fraction`.
+
+    Raises:
+        ValueError: none, or not a whole number of them to within a hundredth (0.333 of 3 is 1).
+    """
+    of_all = args.num_minibatches * args.update_fraction
+    kept = round(of_all)
+    if kept < 1 or abs(of_all - kept) > 0.01:
+        fitting = nearest_fraction(args.num_minibatches, args.update_fraction)
+        raise ValueError(
+            f"update_fraction={args.update_fraction} of {args.num_minibatches} minibatch(es) of {args.minibatch_size} "
+            f"must be a positive whole number of them; give for example --update-fraction {fitting:.6g}, or a smaller "
+            "--minibatch-size"
+        )
+    return kept
+
+
+def nearest_fraction(num_minibatches: int, fraction: float) -> float:
+    """Returns the part nearest to `fraction` that is a positive whole number of `num_minibatches`."""
+    return max(1, round(num_minibatches * fraction)) / num_minibatches
 
 
 def check_near_goal(args: Any) -> None:

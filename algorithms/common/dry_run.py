@@ -31,7 +31,7 @@ def measure(
     *,
     sizes: Mapping[str, int],
     decisions: int,
-    passes: Sequence[int],
+    passes: Sequence[float],
 ) -> dict[str, float]:
     """Prints the sizes of a run, its memory and its time, and returns what was measured of the latter two.
 

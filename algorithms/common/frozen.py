@@ -38,19 +38,27 @@ class StartPolicy:
 
     @torch.no_grad()
     def logprobs(
-        self, store: FeatureStore, rows: NDArray[np.intp], actions: Any, *, num_passes: int, **noise: float
+        self,
+        store: FeatureStore,
+        rows: NDArray[np.intp],
+        actions: Any,
+        inds: NDArray[np.intp],
+        *,
+        num_passes: int,
+        **noise: float,
     ) -> Tensor:
-        """Returns its log-probabilities of a rollout's actions.
+        """Returns its log-probabilities [M, ...] of some of a rollout's actions.
 
         Args:
             store: holds the observations.
             rows: [B] where each decision's observation is in the store.
             actions: what was decided, tensors [B, ...].
+            inds: [M] the decisions that are asked for.
             num_passes: forward passes.
             noise: options of the policy's noise.
         """
         logprobs: list[Tensor] = []
-        for part in np.array_split(np.arange(len(rows)), num_passes):
+        for part in np.array_split(inds, num_passes):
             _, logprob, *_ = self._policy(store.get(rows[part]), index(actions, part), **noise)
             logprobs.append(logprob)
         return torch.cat(logprobs)

@@ -118,6 +118,7 @@ def test_the_copies_of_arguments_and_formulas_agree():
         "compute_gae": (a, b, c, x, x | y, 0.9, 0.8),
         "trajectory_weights": (x, torch.full((6, 50), 5), 9),
         "won_decisions": (x, y),
+        "select_decisions": (a.flatten(), np.repeat(np.arange(6), 50), 10),
         "policy_loss": (a.flatten(), b.flatten(), 0.2, 0.28, 3.0),
         "value_loss": (a.flatten(), b.flatten(), c.flatten(), 0.2, 1.0),
         "divergence": (a,),
@@ -295,7 +296,7 @@ def test_environments_on_the_gpu_that_decides_are_of_its_process_and_lost_with_i
 def test_in_turns_it_begins_by_imitation_as_ppo_does_and_with_old_weights_too(nodes: Nodes, tmp_path: Path):
     options: dict[str, Any] = dict(make_agent=line_trainer.make_tiny_agent, num_iterations=3, num_steps=12)
     options |= dict(imitation_coef=1.0, imitation_iterations=1, imitation_epochs=6, critic_warmup_iterations=1)
-    options |= dict(lr_schedule="adaptive", target_kl=1e-3, learning_rate=1e-4, adam_eps=1e-5)
+    options |= dict(lr_schedule="adaptive", target_kl=1e-3, learning_rate=1e-4, adam_eps=1e-5, update_fraction=1 / 3)
     line_trainer.train("ppo", tmp_path / "plain", **options)
     cluster_trainer.train(tmp_path / "turns", **options)
     plain, run = tmp_path / "plain" / PLAIN_NAME, tmp_path / "turns" / NAME
@@ -304,7 +305,7 @@ def test_in_turns_it_begins_by_imitation_as_ppo_does_and_with_old_weights_too(no
     for name, value in final_weights(plain).items():
         torch.testing.assert_close(final_weights(run)[name], value, rtol=1e-4, atol=1e-6)
     imitating, resting, _ = logged(plain)
-    assert imitating["actor/num_updates"] == 18
+    assert (imitating["actor/num_updates"], resting["actor/num_updates"]) == (18, 4)
     assert imitating["actor/imitation_loss"] > 0
     assert imitating["actor/lr"] > resting["actor/lr"] == 0
 

@@ -10,8 +10,8 @@ import torch
 
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.common import presets
-from algorithms.common.processes import group_means
-from algorithms.ppo_gr00t import PRESETS
+from algorithms.common.processes import group_means, mean_and_variance
+from algorithms.ppo_gr00t import PRESETS, policy_loss, select_decisions
 from examples.own_agent_in_ppo import MLPAgent
 from libero_gym.physics.cpu_worlds import CpuWorlds
 from libero_gym.physics.warp_worlds import WarpWorlds
@@ -148,6 +148,74 @@ def test_the_policy_begins_by_imitation_alone(tmp_path: Path):
     assert any(not torch.equal(far[name], near[name]) for name in far if not is_value[name])
     lines = logged(tmp_path / "both_0.99")
     assert [line["actor/num_updates"] for line in lines] == [3, 2]
+
+
+def test_an_update_uses_the_fraction_of_decisions_with_the_largest_advantages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first of three iterations is by imitation alone, and uses all."""
+
+    def recorded(advantages: torch.Tensor, groups: np.ndarray, num_selected: int) -> np.ndarray:
+        rows = select_decisions(advantages, groups, num_selected)
+        selected.append((advantages, rows))
+        return rows
+
+    def recorded_loss(logratio: torch.Tensor, advantages: torch.Tensor, *options: Any) -> Any:
+        used.append(advantages)
+        return policy_loss(logratio, advantages, *options)
+
+    selected: list[tuple[torch.Tensor, np.ndarray]] = []
+    used: list[torch.Tensor] = []
+    monkeypatch.setattr(ppo_gr00t, "select_decisions", recorded)
+    monkeypatch.setattr(ppo_gr00t, "policy_loss", recorded_loss)
+    options: dict[str, Any] = dict(make_agent=make_tiny_agent, num_iterations=3, num_steps=12, update_fraction=0.333333)
+    options |= dict(update_epochs=2, imitation_coef=1.0, imitation_iterations=1, imitation_epochs=2, kl_coef=0.1)
+    train("ppo", tmp_path, **options, loss_weighting="trajectory", policy_warmup_iterations=1)
+    lines = logged(tmp_path / "ppo_libero_spatial_1")
+    assert [line["actor/num_updates"] for line in lines] == [6, 2, 2]
+    assert [len(rows) for _, rows in selected] == [96, 32, 32]
+    assert [len(advantages) for advantages in used] == [32] * 10
+    # The policy's step size rises over the whole of an iteration's updates.
+    assert lines[1]["actor/lr"] == pytest.approx(lines[2]["actor/lr"]) == pytest.approx(3e-3)
+    for (advantages, rows), of_iteration in zip(selected, (used[:6], used[6:8], used[8:]), strict=True):
+        assert (advantages.mean().item(), advantages.std().item()) == pytest.approx((0, 1), abs=0.01)  # of all
+        whole_epochs = torch.cat(of_iteration).reshape(2, -1).sort().values
+        wanted = advantages[torch.from_numpy(rows)].sort().values
+        assert torch.equal(whole_epochs, torch.stack([wanted, wanted]))
+    for advantages, rows in selected[1:]:
+        by_env = advantages.reshape(12, 8)  # a group each
+        largest = by_env.abs().sort(dim=0, descending=True).values[:4]
+        assert torch.equal(advantages[torch.from_numpy(rows)].abs().sort().values, largest.flatten().sort().values)
+
+
+def test_losses_of_a_fraction_weigh_as_those_of_all_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights of trajectories, and of what is imitated, have the mean 1 over the decisions that are used."""
+    seen: list[torch.Tensor] = []
+
+    def recorded(accelerator: Any, values: torch.Tensor) -> Any:
+        seen.append(values)
+        return mean_and_variance(accelerator, values)
+
+    monkeypatch.setattr(ppo_gr00t, "mean_and_variance", recorded)
+    options: dict[str, Any] = dict(make_agent=make_tiny_agent, num_iterations=1, num_steps=12, imitation_coef=1.0)
+    options |= dict(update_epochs=1, loss_weighting="trajectory", kl_coef=0.1, update_fraction=1 / 3)
+    metrics = train("ppo", tmp_path, **options)
+    assert [values.numel() for values in seen] == [96, 96, 96, 32, 32]
+    # Before its only step the policy is the one it started from.
+    assert metrics["actor/reference_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["actor/imitation_loss"] > 0
+
+
+def test_a_dry_run_counts_the_updates_of_a_fraction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def told(*_: Any, sizes: dict[str, int], passes: list[float], **others: Any) -> dict[str, float]:
+        return dict(epoch=sizes["minibatches of an epoch"], all=sizes["updates of all iterations"], last=passes[-1])
+
+    monkeypatch.setattr(ppo_gr00t, "measure", told)
+    options: dict[str, Any] = dict(make_agent=make_tiny_agent, dry_run=True, num_iterations=3)
+    assert train("ppo", tmp_path, **options) == dict(epoch=4, all=48, last=4)
+    assert train("ppo", tmp_path, **options, update_fraction=0.25) == dict(epoch=1, all=12, last=1)
+    options |= dict(imitation_coef=1.0, imitation_iterations=2, imitation_epochs=10)
+    assert train("ppo", tmp_path, **options, update_fraction=0.25) == dict(epoch=1, all=84, last=1)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])

@@ -14,11 +14,13 @@ from algorithms.common.episodes import Episode, finished_episodes, wilson_interv
 from algorithms.common.processes import explained_variance, group_means, mean_and_variance
 from algorithms.ppo_gr00t import (
     Args,
+    check_args,
     compute_gae,
     divergence,
     mean_of_executed,
     of_executed,
     policy_loss,
+    select_decisions,
     sum_per_decision,
     trajectory_weights,
     value_loss,
@@ -194,6 +196,86 @@ def test_won_are_the_decisions_of_episodes_that_succeeded_within_the_rollout():
     success = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
     # The first wins and then fails, the second fails, wins and is cut by the rollout, the third never ends.
     assert won_decisions(ended, success).tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_selected_are_the_largest_advantages_of_each_group_and_of_equal_ones_the_first():
+    advantages = torch.tensor([0.5, -9.0, -3.0, 0.1, 3.0, -0.2, 3.0, 0.2])
+    groups = np.array([4, 7, 4, 7, 4, 7, 4, 7])
+    # Of group 4 rows 2, 4 and 6 are equal; of group 7 row 1 is largest, and rows 5 and 7 are equal.
+    assert select_decisions(advantages, groups, 1).tolist() == [1, 2]
+    assert select_decisions(advantages, groups, 2).tolist() == [1, 2, 4, 5]
+    assert select_decisions(advantages, groups, 3).tolist() == [1, 2, 4, 5, 6, 7]
+    assert select_decisions(advantages, groups, 4).tolist() == list(range(8))
+    assert select_decisions(torch.zeros(8), groups, 2).tolist() == [0, 1, 2, 3]
+
+
+def test_advantages_that_are_no_numbers_are_selected_and_so_stop_the_run():
+    advantages = torch.tensor([5.0, math.nan, -math.inf, 6.0])
+    assert select_decisions(advantages, np.zeros(4, dtype=int), 2).tolist() == [1, 2]
+
+
+def test_what_is_selected_does_not_depend_on_the_number_of_processes():
+    """Four groups of three environments, each with six decisions, of which many have equal advantages."""
+    advantages = torch.randint(-4, 5, (6, 12), generator=torch.Generator().manual_seed(0)).float()
+
+    def selected(num_processes: int) -> set[tuple[int, int]]:
+        """Decision and environment."""
+        found: set[tuple[int, int]] = set()
+        for env_ids in np.split(np.arange(12), num_processes):
+            groups = np.tile(env_ids // 3, 6)
+            rows = select_decisions(advantages[:, torch.from_numpy(env_ids)].flatten(), groups, 7)
+            assert np.bincount(groups[rows]).max() == 7
+            found |= {(int(row) // len(env_ids), int(env_ids[row % len(env_ids)])) for row in rows}
+        return found
+
+    assert len(selected(1)) == 4 * 7
+    assert selected(1) == selected(2) == selected(4)
+
+
+@pytest.mark.parametrize(
+    ("num_minibatches", "fraction", "kept"),
+    [
+        (5, 0.2, 1),
+        (15, 0.2, 3),
+        (35, 0.2, 7),
+        (3, 1 / 3, 1),
+        (3, 0.333, 1),
+        (24, 0.333333, 8),
+        (1, 1.0, 1),
+        (7, 1.0, 7),
+    ],
+)
+def test_a_fraction_leaves_whole_minibatches(num_minibatches: int, fraction: float, kept: int):
+    args = Args(
+        num_envs=num_minibatches,
+        num_steps=8,
+        minibatch_size=8,
+        micro_batch_size=4,
+        update_fraction=fraction,
+        update_epochs=3,
+        imitation_coef=1.0,
+        imitation_iterations=2,
+        imitation_epochs=5,
+    )
+    check_args(args)
+    # Iterations of imitation alone use all decisions.
+    assert [args.num_epoch_minibatches(i) for i in (1, 2, 3)] == [num_minibatches, num_minibatches, kept]
+    assert [args.num_updates(i) for i in (1, 2, 3)] == [5 * num_minibatches, 5 * num_minibatches, 3 * kept]
+
+
+@pytest.mark.parametrize(
+    ("num_minibatches", "fraction", "advised"),
+    [(3, 0.2, "0.333333"), (1, 0.2, "1"), (4, 0.3, "0.25"), (48, 0.2, "0.208333"), (10, 0.01, "0.1"), (3, 0.99, "1")],
+)
+def test_a_fraction_that_leaves_parts_of_minibatches_is_refused(num_minibatches: int, fraction: float, advised: str):
+    args = Args(num_envs=num_minibatches, num_steps=8, minibatch_size=8, micro_batch_size=4, update_fraction=fraction)
+    message = (
+        rf"update_fraction={fraction} of {num_minibatches} minibatch\(es\) of 8 must .* --update-fraction {advised},"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_args(args)
+    args.update_fraction = float(advised)
+    check_args(args)
 
 
 @pytest.mark.parametrize(

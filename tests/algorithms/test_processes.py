@@ -87,6 +87,8 @@ def test_two_processes_equal_one(tmp_path: Path, algorithm: str, agent: str):
     options = OPTIONS | SIZES[algorithm]
     # The noise's own weights have no gradient from imitation alone.
     options |= dict(imitation_coef=1.0, imitation_iterations=1, imitation_epochs=1, noise_method="reinflow")
+    if algorithm == "ppo":  # the second iteration, then, has one minibatch
+        options |= dict(update_fraction=0.5)
     train(algorithm, tmp_path / "one", make_agent=make_tiny_agent, **options)
     output = run_two(algorithm, agent=agent, output_dir=str(tmp_path / "two"), **options)
     assert output.count("iteration 2/2") == output.count("checkpoint   ") == 1

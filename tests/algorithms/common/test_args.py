@@ -146,6 +146,8 @@ def test_every_number_of_a_script_has_a_range_which_its_default_and_presets_are_
         (dict(lr_hold=1.0), r"lr_hold=1.0 is not in \[0, 1\)"),
         (dict(clip_coef=0.0), r"clip_coef=0.0 is not in \(0, 1\]"),
         (dict(dual_clip=1.0), "dual_clip=1.0 must be more than 1$"),
+        (dict(update_fraction=0.0), r"update_fraction=0.0 is not in \(0, 1\]"),
+        (dict(update_fraction=1.5), r"update_fraction=1.5 is not in \(0, 1\]"),
         (dict(seed=-1), r"seed=-1 is not in \[0, 4294967295\]"),
         (dict(reward_scale=math.inf), "reward_scale=inf must be a finite number"),
         (dict(value_bounds=(0.0, math.nan)), r"value_bounds=\(0.0, nan\) must be a finite number"),
@@ -217,6 +219,13 @@ def test_what_is_advised_without_a_gpu_is_enough(trainer: Any, monkeypatch: pyte
         advised = re.findall(r"--([a-z-]+) (\d+)", str(raised.value))
         sizes = {name.replace("-", "_"): int(size) for name, size in advised}
         trainer.check_args(replace(preset, physics="cpu", **sizes))
+
+
+def test_a_fraction_of_the_minibatches_is_advised_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    args = replace(ppo_gr00t.PRESETS["libero_spatial_nano"], minibatch_size=192, micro_batch_size=192)
+    with pytest.raises(ValueError, match=r"--minibatch-size 192 --micro-batch-size 192 --update-fraction 0\.5 --imit"):
+        ppo_gr00t.check_args(replace(args, update_fraction=0.25))
 
 
 def test_a_minibatch_is_advised_with_micro_batches_that_fit_it():

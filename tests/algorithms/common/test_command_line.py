@@ -69,6 +69,7 @@ def test_a_mistake_is_told_at_once(script: str):
     [
         ("ppo_gr00t", "--preset demos", "error: preset='demos' is unknown; did you mean 'demo'? (valid: demo, libero_"),
         ("ppo_gr00t", "--preset demo --minibatch-size 7", "num_decisions=256 must be a positive multiple of minibatch"),
+        ("ppo_gr00t", "--preset demo --dry-run --update-fraction 0.2", "give for example --update-fraction 0.25, or a"),
         ("ppo_gr00t", "--preset demo --model x/y/z", "model='x/y/z' is no folder and no hub name (owner/name); give a"),
         ("grpo_gr00t", "--task-ids 12", "error: task_id=12 is not in libero_spatial (valid: 0-9)"),
         ("grpo_gr00t", "--resume nowhere", "nowhere holds no checkpoint to go on from; give the folder of a run that"),
