@@ -6,7 +6,7 @@
 #     benchmarks/runs/fewshot.sh libero_spatial 1200 400
 #     benchmarks/runs/fewshot.sh libero_goal 600 600 --tf32
 #     benchmarks/runs/fewshot.sh libero_object 600 400 --tf32
-#     benchmarks/runs/fewshot.sh libero_10 1600 1600 --tf32
+#     benchmarks/runs/fewshot.sh libero_10 2400 2400 --tf32 --num-action-chunks 10
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -448,8 +448,9 @@ def test_presets_have_the_published_settings_and_sizes_that_divide():
     assert ten.num_envs * ten.num_steps * 10 == 512 * 480
     assert (ten.learning_rate, ten.value_learning_rate, ten.update_epochs, ten.num_action_chunks) == (2e-5, 2e-5, 1, 10)
     for name in ("spatial", "object", "goal", "10"):
-        start = {"spatial": presets.SPATIAL_START, "object": presets.OBJECT_START, "goal": presets.GOAL_START}
-        assert PRESETS[f"libero_{name}_nano"].model == start.get(name, "nano")
+        start = presets.CHECKPOINTS / f"libero_{name}_fewshot"
+        assert Path(PRESETS[f"libero_{name}_nano"].model) == start
+        assert start.is_dir()
     near_goal = ("demo", "libero_spatial_laptop")
     for trainer, level in ((ppo_gr00t, 1.0), (grpo_gr00t, 1.4)):
         for name, args in trainer.PRESETS.items():
