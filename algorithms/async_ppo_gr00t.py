@@ -34,8 +34,9 @@ worker are discarded. Learners that are lost start again from the last checkpoin
 Metrics: those of `ppo_gr00t.py`, and `rollout/staleness_mean` (iterations by which the weights of a
 decision were older than the learners'), `actor/importance_weight`, `rollout/workers_replaced`,
 `rollout/episodes_discarded`, `time/learner_idle_s` (waiting for rollouts), `time/env_idle_s`
-(environments doing nothing). `time/total_s` is from the end of an iteration to that of the next
-one's update; evaluating and saving are not in it.
+(environments doing nothing), `time/unpack_s` (of the update, bringing rollouts to the device).
+`time/total_s` is from the end of an iteration to that of the next one's update; evaluating and
+saving are not in it.
 """
 
 from __future__ import annotations
@@ -916,6 +917,7 @@ class Learner(LearnerRole):
         noise = noise_options(args, iteration)
 
         # --- the rollouts, side by side ---
+        received_at = time.perf_counter()
         parts = tuple(from_store(part) for part in parts)
         rollout = join_rollouts(parts, device)
         store.clear()
@@ -924,6 +926,7 @@ class Learner(LearnerRole):
             for part in parts:
                 features = {name: leaf[step] for name, leaf in part.features.items()}
                 obs.append(store.put(features, to_device(features, device)))
+        unpack_s = time.perf_counter() - received_at
         b_obs = np.concatenate(obs)
         b_actions = map_tree(lambda leaf: leaf.flatten(0, 1), rollout.actions)
         b_executed = (
@@ -1168,6 +1171,7 @@ class Learner(LearnerRole):
             "rollout/returns_mean": returns_mean.item(),
             "rollout/advantages_mean": advantages_mean.item(),
             "rollout/staleness_mean": staleness_mean.item(),
+            "time/unpack_s": unpack_s,
         }
         if iteration > args.num_warmup_iterations:
             step_sizes.follow(history[-1]["actor/approx_kl"])

@@ -60,7 +60,7 @@ fsdp_config:
   fsdp_cpu_ram_efficient_loading: false
   fsdp_state_dict_type: SHARDED_STATE_DICT
 """
-PHASES = (*iterations.PHASES, "learner_idle_s", "env_idle_s")
+PHASES = (*iterations.PHASES, "learner_idle_s", "env_idle_s", "unpack_s")
 
 
 @dataclass(frozen=True, kw_only=True)
