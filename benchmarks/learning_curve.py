@@ -4,6 +4,8 @@ r"""The learning curve of a suite as one SVG: success over environment steps, an
         --output docs/media/libero_spatial_ppo.svg
     python -m benchmarks.learning_curve --manifest benchmarks/results/goal_ppo/curve.json \
         --output docs/media/libero_goal_ppo.svg
+    python -m benchmarks.learning_curve --manifest benchmarks/results/object_ppo/curve.json \
+        --output docs/media/libero_object_ppo.svg
 
 Reads committed files only, prints the numbers that it draws, and draws the same bytes from the same files. The manifest
 is a JSON object; its paths are relative to its own folder:
