@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Committed pictures, by suite, and what each one shows besides much else.
 PICTURES = {
     "spatial": {"start-evaluations", "run-0-stage-2", "run-3-intervals", "task-9-after"},
+    "object": {"start-evaluations", "run-0-stage-0", "run-0-intervals", "task-9-after"},
     "goal": {"start-evaluations", "run-0-stage-0", "run-1-intervals", "task-9-after"},
 }
 TASKS = ("pick up the bowl on the stove and stop", "pick up the bowl next to the plate and stop")
