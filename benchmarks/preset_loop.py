@@ -42,6 +42,7 @@ from gymnasium.vector import AutoresetMode
 
 from algorithms import ppo_gr00t
 from algorithms.common.args import nearest_fraction
+from algorithms.common.env_worker import on_host
 from algorithms.ppo_gr00t import PRESETS, Args
 from benchmarks import iterations
 from benchmarks.policy import make_agent as make_stand_in
@@ -69,11 +70,6 @@ class ImagesOnHost(gym.vector.VectorWrapper):
     def observe(self) -> dict[str, Any]:
         """Observes without stepping."""
         return on_host(cast(Any, self.env).observe())
-
-
-def on_host(obs: dict[str, Any]) -> dict[str, Any]:
-    """Returns an observation whose images are copied to host memory."""
-    return {key: value.cpu().numpy() if hasattr(value, "cpu") else value for key, value in obs.items()}
 
 
 def make_host_envs(
