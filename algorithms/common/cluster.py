@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayActorError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from algorithms.common.cluster_process import StopBell, versions
+from algorithms.common.cluster_process import StopBell, process_of, versions
 from algorithms.common.env_worker import EnvWorker
 from algorithms.common.placement import Node, Place, Placement, check_shares, check_versions, describe, place_roles
 from algorithms.common.processes import check_alone, refuse_sharding
@@ -147,9 +147,9 @@ class Cluster:
         check_shares(args, placement)
         return placement
 
-    def start(self, actor: type, place: Place, *inputs: Any) -> Any:
-        """Returns the handle of a new actor at `place`, which is given the place, the bell and `inputs`."""
-        return self._start(actor, place, place, self.bell, *inputs)
+    def start(self, role: type, place: Place, *inputs: Any) -> Any:
+        """Returns the handle of a new actor at `place`, a `role` which is given the place, the bell and `inputs`."""
+        return self._start(process_of(role), place, place, self.bell, ray.cloudpickle.dumps((role, inputs)))
 
     def _start(self, actor: type, place: Place, *inputs: Any) -> Any:
         node_id = self.nodes[place.node].node_id

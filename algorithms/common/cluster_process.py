@@ -1,6 +1,7 @@
 """What every process of a cluster does: take its place, say its versions, pass on that it was asked to stop.
 
-Imports neither PyTorch nor Ray, so that processes that need neither start fast and are small.
+Imports neither PyTorch nor Ray, so that processes that need neither start fast and are small, and so that a process
+has taken its place before anything asks for GPUs.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import os
+import pickle
 import platform
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -57,6 +60,37 @@ def ring_on_signals(bell: Bell) -> None:
         threading.Thread(target=bell.ring.remote, args=(exit_status(number),), daemon=True).start()
 
     signal.signal(signal.SIGTERM, request)
+
+
+def process_of(role: type) -> type:
+    """Returns the class of a process that takes its place, and only then imports and makes its role.
+
+    A library that looks for GPUs as it is imported would otherwise see those of the whole node for good: CUDA reads
+    what it is shown when it is first used.
+
+    Args:
+        role: a class that is made of a place, a `Bell`, and what is given besides.
+
+    Returns:
+        A class that is made of a place, a `Bell`, and the pickled role and further inputs. It has the public methods
+        of the role.
+    """
+
+    def __init__(self: Any, place: Place, bell: Bell, pickled: bytes) -> None:
+        take_place(place)
+        ring_on_signals(bell)
+        kind, inputs = pickle.loads(pickled)
+        self._role = kind(place, bell, *inputs)
+
+    names = [name for name in dir(role) if not name.startswith("_") and callable(getattr(role, name))]
+    return type(role.__name__, (), {"__init__": __init__} | {name: _method_of_role(name) for name in names})
+
+
+def _method_of_role(name: str) -> Callable[..., Any]:
+    def method(self: Any, *inputs: Any) -> Any:
+        return getattr(self._role, name)(*inputs)
+
+    return method
 
 
 def take_place(place: Place) -> None:

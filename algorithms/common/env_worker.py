@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from algorithms.common.cluster_process import Bell, ring_on_signals, take_place
+from algorithms.common.cluster_process import Bell
 from algorithms.common.placement import Place
 from algorithms.common.vector_envs import EnvState, StackedStates, can_restore, put_back, sampled_tasks
 
@@ -30,13 +30,11 @@ class EnvWorker:
 
     Args:
         place: where it runs.
-        bell: told of a request to stop that this process gets.
+        bell: of the run.
         make_envs: makes them.
     """
 
     def __init__(self, place: Place, bell: Bell, make_envs: Callable[[], gym.vector.VectorEnv]) -> None:
-        take_place(place)
-        ring_on_signals(bell)
         self._envs = make_envs()
         self._obs: dict[str, Any] = {}
 

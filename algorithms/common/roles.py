@@ -36,7 +36,7 @@ from ray.exceptions import (
 
 from algorithms.common.args import STATE_MODEL
 from algorithms.common.batch import concatenate
-from algorithms.common.cluster_process import Bell, ring_on_signals, take_place
+from algorithms.common.cluster_process import Bell
 from algorithms.common.env_worker import Step
 from algorithms.common.episodes import Episode, finished_episodes, iterations_ago
 from algorithms.common.evaluation import evaluate_into
@@ -268,7 +268,7 @@ class RolloutRole:
 
     Args:
         place: where it runs.
-        bell: told of a request to stop that this process gets.
+        bell: of the run.
         args: the trainer's arguments.
         make_agent: makes the agent from them.
         run_path: folder of the run.
@@ -298,7 +298,7 @@ class RolloutRole:
         env_ids: NDArray[np.intp],
         make_envs: Callable[[int, int], gym.vector.VectorEnv] | None = None,
     ) -> None:
-        _begin(place, bell)
+        _limit_threads(place)
         refuse_sharding()
         self.args, self.make_agent, self.number, self.env_ids = args, make_agent, number, env_ids
         self.accelerator = make_accelerator((), args.output_dir)
@@ -457,7 +457,7 @@ class LearnerRole:
 
     Args:
         place: where it runs.
-        bell: told of a request to stop that this process gets.
+        bell: of the run.
         args: the trainer's arguments.
         make_agent: makes the agent from them.
         make_envs: makes environments for evaluations.
@@ -484,7 +484,7 @@ class LearnerRole:
         make_envs: Callable[..., gym.vector.VectorEnv],
         run_path: Path,
     ) -> None:
-        _begin(place, bell)
+        _limit_threads(place)
         self.args, self.make_agent = args, make_agent
         self._make_envs, self._run_path = make_envs, run_path
         self._rung = bell.wait.remote()
@@ -559,8 +559,6 @@ class LearnerRole:
             raise SystemExit(ray.get(self._rung))
 
 
-def _begin(place: Place, bell: Bell) -> None:
-    take_place(place)
-    ring_on_signals(bell)
+def _limit_threads(place: Place) -> None:
     if place.gpu is None:
         torch.set_num_threads(place.cpus)

@@ -28,6 +28,7 @@ from ray.cluster_utils import Cluster as Nodes
 from algorithms import async_ppo_gr00t, dsrl_gr00t, grpo_gr00t, ppo_gr00t
 from algorithms.common.args import base_name
 from algorithms.common.cluster import connect
+from algorithms.common.placement import Place
 from algorithms.common.resume import checkpoints_in
 from algorithms.common.rollouts import Cut, DecisionArrays, Rollout, from_store, join_rollouts, split_rollout, to_store
 from algorithms.common.stages import EnvStep
@@ -35,6 +36,7 @@ from examples.own_agent_in_ppo import MLPAgent
 from tests import preloaded
 from tests.algorithms import cluster_trainer, line_trainer
 from tests.algorithms.cluster_trainer import NAME, DyingAgent, DyingEnv, DyingTwiceEnv, MarkedAgent, MarkedEnv
+from tests.algorithms.early_role import EarlyRole
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged
 from tests.algorithms.test_launches import ROOT, wait_for
@@ -270,6 +272,17 @@ def test_in_turns_it_is_ppo_also_after_a_rollout_worker_and_a_learner_were_kille
     assert_equals_ppo(run, plain)
     assert logged(run)[0]["rollout/workers_replaced"] == 2
     assert sum(line["rollout/episodes_discarded"] for line in logged(run)) == 0
+
+
+def test_a_process_is_shown_its_gpu_before_its_role_is_imported(nodes: Nodes):
+    added = nodes.add_node(num_cpus=1, num_gpus=2, **OF_NODES)
+    with connect(None) as cluster:
+        (number,) = (i for i, node in enumerate(cluster.nodes) if node.gpus == 2)
+        for gpu in (0, 1):
+            actor = cluster.start(EarlyRole, Place(node=number, gpu=gpu, cpus=1), "role")
+            assert ray.get(actor.shown.remote("of")) == f"of role {gpu}"
+    kill(nodes, added)
+    wait_for_one_node()
 
 
 @pytest.mark.slow

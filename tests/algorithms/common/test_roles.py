@@ -144,7 +144,7 @@ def test_a_launch_that_is_refused_is_refused_to_workers_that_decide_too(monkeypa
     def refuse(accelerator: Any) -> None:
         raise ValueError("mixed_precision=fp16 is not supported")
 
-    monkeypatch.setattr(roles, "_begin", lambda place, bell: None)
+    monkeypatch.setattr(roles, "_limit_threads", lambda place: None)
     inputs: Any = (SimpleNamespace(output_dir=Path("runs")), None, Path("runs"), 0, np.arange(2))
     with monkeypatch.context() as patch:
         patch.setattr(processes, "_check_launch", refuse)
