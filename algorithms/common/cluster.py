@@ -149,7 +149,8 @@ class Cluster:
 
     def start(self, role: type, place: Place, *inputs: Any) -> Any:
         """Returns the handle of a new actor at `place`, a `role` which is given the place, the bell and `inputs`."""
-        return self._start(process_of(role), place, place, self.bell, ray.cloudpickle.dumps((role, inputs)))
+        made_of = [ray.put((role, inputs))]  # Ray fetches what is not in a list before it makes the actor
+        return self._start(process_of(role), place, place, self.bell, made_of)
 
     def _start(self, actor: type, place: Place, *inputs: Any) -> Any:
         node_id = self.nodes[place.node].node_id

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import os
-import pickle
 import platform
 import signal
 import threading
@@ -72,14 +71,16 @@ def process_of(role: type) -> type:
         role: a class that is made of a place, a `Bell`, and what is given besides.
 
     Returns:
-        A class that is made of a place, a `Bell`, and the pickled role and further inputs. It has the public methods
-        of the role.
+        A class that is made of a place, a `Bell`, and a list of one reference to the role and its further inputs. It
+        has the public methods of the role.
     """
 
-    def __init__(self: Any, place: Place, bell: Bell, pickled: bytes) -> None:
+    def __init__(self: Any, place: Place, bell: Bell, made_of: Any) -> None:
+        import ray  # which has started this process
+
         take_place(place)
         ring_on_signals(bell)
-        kind, inputs = pickle.loads(pickled)
+        kind, inputs = ray.get(made_of[0])
         self._role = kind(place, bell, *inputs)
 
     names = [name for name in dir(role) if not name.startswith("_") and callable(getattr(role, name))]
