@@ -36,6 +36,20 @@ def resized(
     )
 
 
+def shared(args: Args, num_processes: int) -> Args:
+    """Returns arguments whose micro-batch, until now that of one process, is the whole of so many.
+
+    Each one's is the largest that is at most `args.micro_batch_size` and divides its share of the minibatch.
+
+    Raises:
+        ValueError: there are no processes, or they cannot share the minibatch.
+    """
+    if num_processes < 1:
+        raise ValueError(f"{num_processes} processes can learn nothing: give at least 1")
+    share = share_of_process(args, "minibatch_size", num_processes)
+    return replace(args, micro_batch_size=num_processes * largest_divisor(share, args.micro_batch_size))
+
+
 def describe_sizes(args: Args) -> str:
     """Returns the sizes of an iteration in a line."""
     return (

@@ -11,7 +11,8 @@ Each row is a run of its own, as a user launches it:
     * N processes, FSDP2: the same, weights sharded;
     * a placement of `algorithms/async_ppo_gr00t.py`, on a cluster that it makes of this machine, with each staleness.
 Rows stand in the order in which they are asked for. All have the same sizes, which are global, and no evaluations; with
-other sizes than the preset's, minibatches are the largest that fit and are not larger than its own. Iterations that
+other sizes than the preset's, minibatches are the largest that fit and are not larger than its own. A minibatch comes
+to the same in any micro-batches: those of one process are the same in all rows, as far as they fit. Iterations that
 open scenes, load kernels or play with weights ahead of any update are not counted: the first one, and one more for each
 iteration of staleness. Memory is the most that any GPU had in use, of all programs on it, looked at twice a second, in
 10^9 bytes. Ratios are to the first row that was measured, of one run each. Interrupted (SIGINT), or if a row fails, it
@@ -21,6 +22,7 @@ tells the rows that it has, and ends with status 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -60,6 +62,8 @@ fsdp_config:
   fsdp_cpu_ram_efficient_loading: false
   fsdp_state_dict_type: SHARDED_STATE_DICT
 """
+# Within this time of a request to stop, a run ends by itself, and a cluster with it.
+STOP_S = 30.0
 PHASES = (*iterations.PHASES, "learner_idle_s", "env_idle_s", "unpack_s")
 
 
@@ -70,12 +74,14 @@ class Layout:
     Attributes:
         name: in the table.
         command: what launches it, without the trainer's arguments.
+        micro_batch_size: over all processes that learn.
         arguments: of the trainer, beside those that all layouts share.
         uncounted: iterations at the beginning that are not counted.
     """
 
     name: str
     command: tuple[str, ...]
+    micro_batch_size: int
     arguments: tuple[str, ...] = ()
     uncounted: int = 1
 
@@ -88,28 +94,40 @@ class Asked(argparse.Action):
         namespace.asked = [*namespace.asked, *((self.dest, value) for value in values)]
 
 
-def layouts_of(options: Any, folder: Path) -> list[Layout]:
-    """Returns the layouts that the options ask for, in the order of the table."""
+def layouts_of(options: Any, args: Args, folder: Path) -> list[Layout]:
+    """Returns the layouts that the options ask for, in the order of the table.
+
+    Raises:
+        ValueError: the processes of a layout cannot have equal shares of the sizes on this machine.
+    """
     launch = (sys.executable, "-m", "accelerate.commands.launch")
     collocated = str(TREE / "algorithms" / "ppo_gr00t.py")
     placed = (sys.executable, str(TREE / "algorithms" / "async_ppo_gr00t.py"))
     layouts: list[Layout] = []
     for option, value in options.asked:
+        micro_batch_size = micro_batch_of(option, value, args)
         if option == "processes":
             flags = ("--num_processes", str(value)) + (("--multi_gpu",) if value > 1 else ())
             name = f"{value} process" if value == 1 else f"{value} processes"
-            layouts.append(Layout(name=name, command=(*launch, *flags, collocated)))
+            layouts.append(Layout(name=name, command=(*launch, *flags, collocated), micro_batch_size=micro_batch_size))
         elif option == "fsdp":
             config = folder / "fsdp2.yaml"
             config.write_text(FSDP, encoding="utf-8")
             flags = ("--config_file", str(config), "--num_processes", str(value))
-            layouts.append(Layout(name=f"{value} processes, FSDP2", command=(*launch, *flags, collocated)))
+            layouts.append(
+                Layout(
+                    name=f"{value} processes, FSDP2",
+                    command=(*launch, *flags, collocated),
+                    micro_batch_size=micro_batch_size,
+                )
+            )
         else:
             for staleness in options.staleness:
                 layouts.append(
                     Layout(
                         name=f"{value}, staleness {staleness}",
                         command=placed,
+                        micro_batch_size=micro_batch_size,
                         arguments=("--placement", value, "--max-staleness", str(staleness)),
                         uncounted=1 + staleness,
                     )
@@ -117,21 +135,27 @@ def layouts_of(options: Any, folder: Path) -> list[Layout]:
     return layouts
 
 
-def check_layouts(asked: Sequence[tuple[str, Any]], args: Args) -> None:
-    """Raises ValueError unless the processes of each layout can have equal shares of the sizes on this machine."""
+def micro_batch_of(option: str, value: Any, args: Args) -> int:
+    """Returns the micro-batch over all processes that learn in a layout, of which the arguments give that of one.
+
+    Raises:
+        ValueError: the processes cannot have equal shares of the sizes on this machine.
+    """
     num_gpus = torch.cuda.device_count()
-    machine = placement.Node(node_id="", address="this machine", cpus=os.cpu_count() or 1, gpus=num_gpus)
-    for option, value in asked:
-        if option == "placements":
-            placement.check_installed()
-            placed = placement.place_roles(
-                [machine], placement=value, env_on_gpu=args.physics == "warp", num_stages=args.pipeline_stage_num
-            )
-            placement.check_shares(args, placed)
-        elif num_gpus and value > num_gpus:
-            raise ValueError(f"{option}={value}: there are {num_gpus} GPU(s), and each process needs one")
-        else:
-            iterations.check_shares(args, value)
+    if option == "placements":
+        machine = placement.Node(node_id="", address="this machine", cpus=os.cpu_count() or 1, gpus=num_gpus)
+        placement.check_installed()
+        placed = placement.place_roles(
+            [machine], placement=value, env_on_gpu=args.physics == "warp", num_stages=args.pipeline_stage_num
+        )
+        sized = iterations.shared(args, len(placed.actor))
+        placement.check_shares(sized, placed)
+        return sized.micro_batch_size
+    if num_gpus and value > num_gpus:
+        raise ValueError(f"{option}={value}: there are {num_gpus} GPU(s), and each process needs one")
+    sized = iterations.shared(args, value)
+    iterations.check_shares(sized, value)
+    return sized.micro_batch_size
 
 
 def write_random_weights(folder: Path) -> None:
@@ -174,7 +198,8 @@ class GpuMemory:
     def _look(self) -> None:
         query = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
         while not self._ended.wait(0.5):
-            shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            # In a session of its own, or an interruption of this program would end it, too.
+            shown = subprocess.run(query, capture_output=True, text=True, check=True, start_new_session=True).stdout
             used_gb = max(float(line) for line in shown.splitlines()) * 2**20 / 1e9
             self.most_gb = max(used_gb, self.most_gb or 0.0)
 
@@ -191,7 +216,8 @@ def measure(layout: Layout, shared: Sequence[str], folder: Path, timeout_s: floa
     log = folder / "output.txt"
     # `accelerate launch --cpu` would start runs that know nothing of each other.
     environment = os.environ if torch.cuda.is_available() else os.environ | {"ACCELERATE_USE_CPU": "true"}
-    command = [*layout.command, *shared, *layout.arguments, "--output-dir", str(folder), "--run-name", "run"]
+    own = ["--micro-batch-size", str(layout.micro_batch_size), *layout.arguments]
+    command = [*layout.command, *shared, *own, "--output-dir", str(folder), "--run-name", "run"]
     with GpuMemory() as memory, log.open("w", encoding="utf-8") as output:
         started = subprocess.Popen(
             command, cwd=TREE, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -201,14 +227,26 @@ def measure(layout: Layout, shared: Sequence[str], folder: Path, timeout_s: floa
         except subprocess.TimeoutExpired:
             code = f"none within {timeout_s:g} s"
         finally:
-            if started.poll() is None:
-                os.killpg(started.pid, signal.SIGKILL)  # what it has launched, too
-                started.wait()
+            stop(started)
     if code != 0:
         end = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"ended with code {code}; the end of its output:\n{end}")
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     return iterations.summarise(lines[layout.uncounted :], PHASES) | {"memory_gb": memory.most_gb}
+
+
+def stop(started: subprocess.Popen[Any]) -> None:
+    """Asks a run that has not ended to do so, and then ends it with what it has launched.
+
+    The processes of a cluster are in sessions of their own, so that only the run itself can end them.
+    """
+    if started.poll() is None:
+        started.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            started.wait(STOP_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
 
 
 def main() -> dict[str, Any]:
@@ -222,7 +260,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--staleness", type=int, choices=(0, 1, 2), nargs="+", default=[0], help="of each placement")
     parser.add_argument("--num-envs", type=int, help="default: the preset's")
     parser.add_argument("--num-steps", type=int, help="decisions of each, default: the preset's")
-    parser.add_argument("--micro-batch-size", type=int, help="over all processes, default: the preset's")
+    parser.add_argument("--micro-batch-size", type=int, help="of a process, default: the preset's")
     parser.add_argument("--num-iterations", type=int, default=2, help="counted ones")
     parser.add_argument("--random-weights", action="store_true", help="GR00T-N1.5 with them, nothing downloaded")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of a row")
@@ -242,7 +280,8 @@ def main() -> dict[str, Any]:
             micro_batch_size=options.micro_batch_size,
         )
         check_args(args)
-        check_layouts(options.asked, args)
+        for option, value in options.asked:
+            micro_batch_of(option, value, args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     arguments = {
@@ -250,7 +289,6 @@ def main() -> dict[str, Any]:
         "num-envs": args.num_envs,
         "num-steps": args.num_steps,
         "minibatch-size": args.minibatch_size,
-        "micro-batch-size": args.micro_batch_size,
         "imitation-iterations": args.imitation_iterations,
         "eval-interval": 0,
         "eval-episodes-per-task": 0,
@@ -260,7 +298,7 @@ def main() -> dict[str, Any]:
     shared = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     shared += ["--no-eval-before", "--log-with"]
 
-    print(iterations.describe_sizes(args))
+    print(f"{iterations.describe_sizes(args)} a process")
     table = Table(
         {
             "where": "<44",
@@ -285,13 +323,18 @@ def main() -> dict[str, Any]:
             write_random_weights(folder / "weights")
             shared += ["--model", str(folder / "weights")]
         measures: list[tuple[str, Callable[[], dict[str, Any]]]] = []
-        for layout in layouts_of(options, folder):
+        for layout in layouts_of(options, args, folder):
             length = ("--num-iterations", str(layout.uncounted + options.num_iterations))
             run = partial(measure, layout, [*shared, *length], folder / "row", options.timeout_s)
             measures.append((layout.name, run))
         failures = iterations.measure_rows(measures, add)
 
-    settings = {"num_iterations": options.num_iterations, "random_weights": options.random_weights, **arguments}
+    settings = {
+        "num_iterations": options.num_iterations,
+        "random_weights": options.random_weights,
+        "micro-batch-size-of-a-process": args.micro_batch_size,
+        **arguments,
+    }
     document = publish("scaling", {"layouts": rows}, settings=settings, output=options.output)
     if failures:
         sys.exit("\n\n".join(failures))

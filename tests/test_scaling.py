@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import scaling
+from algorithms.ppo_gr00t import PRESETS
+from benchmarks import iterations, scaling
 from benchmarks.scaling import Layout, layouts_of, measure
 
 # Writes the metrics of two iterations where a trainer would: after --output-dir FOLDER --run-name run.
@@ -23,13 +24,18 @@ lines = [{"time/total_s": s, "charts/SPS": 100.0, "time/env_s": s / 2} for s in 
 
 
 def python(code: str) -> Layout:
-    return Layout(name="a run", command=(sys.executable, "-c", code))
+    return Layout(name="a run", command=(sys.executable, "-c", code), micro_batch_size=8)
 
 
-def test_layouts_are_launched_as_a_user_does(tmp_path: Path):
+def test_layouts_are_launched_as_a_user_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("algorithms.common.placement.check_installed", lambda: None)
     asked = [("processes", 1), ("processes", 2), ("fsdp", 2), ("placements", "env:0 rollout:0 actor:1")]
     options: Any = SimpleNamespace(asked=asked, staleness=[0, 1])
-    one, two, sharded, in_turns, ahead = layouts_of(options, tmp_path)
+    args = iterations.resized(PRESETS["libero_spatial_nano"], num_envs=64, num_steps=12, micro_batch_size=300)
+    assert (args.minibatch_size, args.micro_batch_size) == (768, 256)
+    one, two, sharded, in_turns, ahead = layouts = layouts_of(options, args, tmp_path)
+    assert [layout.micro_batch_size for layout in layouts] == [256, 2 * 192, 2 * 192, 256, 256]
     assert [layout.name for layout in (one, two, sharded)] == ["1 process", "2 processes", "2 processes, FSDP2"]
     assert ("--multi_gpu" in one.command, "--multi_gpu" in two.command) == (False, True)
     config = yaml.safe_load(Path(sharded.command[sharded.command.index("--config_file") + 1]).read_text())
@@ -70,7 +76,8 @@ def test_rows_are_told_in_the_order_asked_for_up_to_an_interruption(
     def measured(layout: Layout, shared: list[str], folder: Path, timeout_s: float) -> dict[str, Any]:
         seen.append(layout.name)
         given = dict(zip(shared[::2], shared[1::2], strict=False))
-        assert (given["--minibatch-size"], given["--micro-batch-size"]) == ("48", "24")
+        assert given["--minibatch-size"] == "48"
+        assert layout.micro_batch_size == {"1 process": 16, "2 processes": 24}.get(layout.name.split(",")[0], 48)
         if layout.name == "4 processes":
             raise RuntimeError("ended with code 1")
         if layout.name == "1 process":
@@ -79,15 +86,16 @@ def test_rows_are_told_in_the_order_asked_for_up_to_an_interruption(
 
     seen: list[str] = []
     monkeypatch.setattr(scaling, "measure", measured)
-    sizes = ("--preset", "demo", "--num-envs", "12", "--num-steps", "4", "--micro-batch-size", "40")
+    sizes = ("--preset", "demo", "--num-envs", "12", "--num-steps", "4", "--micro-batch-size", "20")
     with pytest.raises(SystemExit) as ended:
         main(monkeypatch, *sizes, "--fsdp", "2", "--processes", "4", "2", "1", "--fsdp", "3")
     assert seen == ["2 processes, FSDP2", "4 processes", "2 processes", "1 process"]
     assert ended.value.code == "4 processes: ended with code 1\n\ninterrupted in '1 process'"
     first, *_, last = capsys.readouterr().out.splitlines()
-    assert first == "12 environments x 4 decisions, minibatches of 48, micro-batches of 24"
+    assert first == "12 environments x 4 decisions, minibatches of 48, micro-batches of 16 a process"
     document = json.loads(last)
-    assert (document["settings"]["minibatch-size"], document["settings"]["micro-batch-size"]) == (48, 24)
+    assert document["settings"]["minibatch-size"] == 48
+    assert document["settings"]["micro-batch-size-of-a-process"] == 16
     rows = [(row["where"], row["speedup"]) for row in document["results"]["layouts"]]
     assert rows == [("2 processes, FSDP2", 1.0), ("2 processes", 3.0)]
 
@@ -99,9 +107,9 @@ def test_rows_are_told_in_the_order_asked_for_up_to_an_interruption(
         ("--preset demo --processes 1 --num-envs 0", "num_envs=0 must be at least 1"),
         ("--preset demo --processes 1 --num-iterations 0", "num_iterations=0 must be at least 1"),
         ("--preset demo --processes 1 --micro-batch-size 0", "micro_batch_size=0 must be at least 1"),
-        ("--preset demo --processes 0", "0 processes can do nothing: give at least 1"),
+        ("--preset demo --processes 0", "0 processes can learn nothing: give at least 1"),
         ("--preset demo --processes 1 2 --num-envs 9", "num_envs=9 cannot be shared by 2 process(es)"),
-        ("--preset demo --fsdp 3 --num-envs 9 --num-steps 4 --micro-batch-size 4", "micro_batch_size=4 cannot be sha"),
+        ("--preset demo --fsdp 4 --num-envs 12 --num-steps 7", "minibatch_size=42 cannot be shared by 4 process(es)"),
         ("--preset demo --placements env:cpu*3", "gives rollout and actor no place"),
         ("--preset demo --placements rollout:cpu*3", "gives actor no place"),
         ("--processes 1", "physics='warp' simulates on a GPU, and PyTorch finds no CUDA device"),
@@ -123,7 +131,7 @@ def test_a_placement_whose_roles_cannot_share_the_sizes_is_refused(
 ):
     monkeypatch.setattr("algorithms.common.placement.check_installed", lambda: None)
     for placement, message in (
-        ("env:cpu rollout:cpu actor:cpu*5", "num_envs (16) cannot be shared by 5 learner(s)"),
+        ("env:cpu rollout:cpu actor:cpu*5", "minibatch_size=64 cannot be shared by 5 process(es)"),
         ("env:cpu rollout:0 actor:cpu", "puts rollout on GPU 0, and the cluster has 0 GPU(s)"),
     ):
         with pytest.raises(SystemExit):
