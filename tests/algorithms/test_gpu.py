@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from algorithms.common.features import FeatureStore
+from algorithms.common.placement import Place
 from algorithms.common.presets import SPATIAL_START
 from algorithms.common.resume import checkpoints_in
 from benchmarks.policy import make_observation
@@ -26,6 +27,16 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+class GpuRole:
+    """A process of a cluster that says on which GPU it computes."""
+
+    def __init__(self, place: Place, bell: Any) -> None:
+        self.sum = torch.ones(2, device="cuda").sum()
+
+    def uuid(self) -> str:
+        return str(torch.cuda.get_device_properties(self.sum.device).uuid)
 
 
 def launch(num_processes: int, *launcher_arguments: str, algorithm: str = "ppo", **changes: Any) -> None:
@@ -132,6 +143,16 @@ def test_sharded_weights_train_save_and_resume_as_whole_ones(tmp_path: Path):
     agents = [Gr00tAgent.from_pretrained(run / "checkpoints" / "iteration_3") for run in runs]
     for name, value in agents[0].state_dict().items():
         torch.testing.assert_close(value, agents[1].state_dict()[name], atol=1e-3, rtol=1e-3)
+
+
+@two_gpus
+def test_each_process_of_a_cluster_computes_on_its_own_gpu():
+    cluster = pytest.importorskip("algorithms.common.cluster", reason="needs Ray")
+    with cluster.connect(None) as connected:
+        places = [Place(node=0, gpu=gpu, cpus=1) for gpu in (0, 1)]
+        actors = [connected.start(GpuRole, place) for place in places]
+        found = [connected.get(actor.uuid.remote()) for actor in actors]
+    assert found == [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in (0, 1)]
 
 
 @two_gpus
