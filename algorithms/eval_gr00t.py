@@ -102,6 +102,9 @@ class Args:
     the installed version; settled if not given, where the suite has them."""
     renderer: Literal["egl", "osmesa", "warp"] | None = None
     """Renderer; if not given, the best that the machine has (egl for the reference environment)."""
+    texture_colorspace: Literal["linear", "auto"] | None = None
+    """Colours of textures: linear, as in public data sets, if not given, or auto, as the installed
+    MuJoCo draws them, which is how LIBERO's own environment looks."""
     reference_env: bool = False
     """Run the policy in LIBERO's own environment, one process per environment, instead of ours."""
 
@@ -122,6 +125,7 @@ def check_args(args: Args) -> None:
     if args.base_model is not None:
         check_folder("base_model", args.base_model, "give that of the policy that is steered")
     check_starts(args)
+    check_look(args)
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
     episode_keys(args.seeds, jobs)
 
@@ -132,6 +136,16 @@ def check_starts(args: Args) -> None:
         raise ValueError(
             "steps_before_success sets the state of our environment, and reference_env=True is "
             "LIBERO's own; leave one of them out"
+        )
+
+
+def check_look(args: Args) -> None:
+    """Raises ValueError for colours that the environment cannot have."""
+    if args.texture_colorspace is not None and args.reference_env:
+        raise ValueError(
+            f"texture_colorspace={args.texture_colorspace!r} is a choice of our environment, and "
+            "reference_env=True is LIBERO's own, which looks as the installed MuJoCo draws; leave "
+            "one of them out"
         )
 
 
@@ -393,6 +407,7 @@ def make_envs(
         num_envs=num_envs,
         vectorization_mode="vector_entry_point",
         autoreset_mode=AutoresetMode.DISABLED,
+        texture_colorspace=args.texture_colorspace or "linear",
         **options,
     )
     if args.steps_before_success:

@@ -21,6 +21,7 @@ from gr00t_agent.data_config import read_metadata
 from gr00t_agent.loading import NANO_METADATA
 from gr00t_agent.policy_server import ServedPolicy, make_server
 from libero_gym.experts import ExpertConfig
+from libero_gym.rendering.textures import installed_colorspace
 from libero_gym.tasks.suites import get_task
 from tests.algorithms.tiny_agent import tiny_agent
 
@@ -211,3 +212,20 @@ def test_the_reference_environment_is_chosen(checkpoint: Path, tmp_path: Path):
     envs.close()
     with pytest.raises(ValueError, match="renderer='warp' is none that LIBERO has"):
         eval_gr00t.make_envs(replace(args, renderer="warp"), 1, 3, 32)
+    with pytest.raises(ValueError, match="texture_colorspace='auto' is a choice of our environment"):
+        eval_gr00t.check_args(replace(args, texture_colorspace="auto"))
+
+
+@pytest.mark.skipif(installed_colorspace() == "linear", reason="this MuJoCo knows one look only")
+def test_textures_look_as_asked_for(checkpoint: Path, tmp_path: Path):
+    images = {}
+    for look in (None, "linear", "auto"):
+        args = small_args(checkpoint, tmp_path, suite="libero_object", texture_colorspace=look)
+        envs = eval_gr00t.make_envs(args, 1, 3, 64)
+        candidate = eval_gr00t.Candidate(agent=None, num_action_chunks=3, image_size=64, protocol={})
+        protocol = eval_gr00t.make_protocol(args, candidate, envs, [(0, 0)])
+        assert protocol["texture_colorspace"] == (look or "linear")
+        images[look] = envs.reset(seed=0)[0]["video.image"]
+        envs.close()
+    assert np.array_equal(images[None], images["linear"])
+    assert not np.array_equal(images[None], images["auto"])
