@@ -17,23 +17,28 @@ COLUMNS = {"iteration s": ">12.2f", "env s": ">8.2f", "wait s": ">8.2f", "policy
 
 
 def resized(
-    preset: Args, *, num_envs: int | None = None, num_steps: int | None = None, micro_batch_size: int | None = None
+    preset: Args,
+    *,
+    num_envs: int | None = None,
+    num_steps: int | None = None,
+    minibatch_size: int | None = None,
+    micro_batch_size: int | None = None,
 ) -> Args:
     """Returns a preset's arguments in other sizes, None for its own, with batches that fit these.
 
-    The minibatch is the largest that is at most the preset's and divides the decisions of an iteration. The micro-batch
-    is the largest that is at most `micro_batch_size` and divides the minibatch.
+    The minibatch is the largest that is at most `minibatch_size` and divides the decisions of an iteration. The
+    micro-batch is the largest that is at most `micro_batch_size` and divides the minibatch.
 
     Raises:
         ValueError: a size is less than 1.
     """
-    given = dict(num_envs=num_envs, num_steps=num_steps, micro_batch_size=micro_batch_size)
+    given = dict(
+        num_envs=num_envs, num_steps=num_steps, minibatch_size=minibatch_size, micro_batch_size=micro_batch_size
+    )
     args = replace(preset, **{name: size for name, size in given.items() if size is not None})
     check_ranges(args)
-    minibatch_size = largest_divisor(args.num_decisions, args.minibatch_size)
-    return replace(
-        args, minibatch_size=minibatch_size, micro_batch_size=largest_divisor(minibatch_size, args.micro_batch_size)
-    )
+    fitting = largest_divisor(args.num_decisions, args.minibatch_size)
+    return replace(args, minibatch_size=fitting, micro_batch_size=largest_divisor(fitting, args.micro_batch_size))
 
 
 def shared(args: Args, num_processes: int) -> Args:

@@ -12,8 +12,8 @@ GPU's physics:
     * device, float32: they stay on the GPU (what the trainer does with the GPU's physics);
     * device, TF32: and matrices are multiplied in TF32 (what the nano presets do).
 With physics on the CPU, the preset as it is. With --recipes, the preset; what makes the same updates sooner; and what
-makes cheaper ones: fewer epochs, fewer weights, or a fifth of the decisions, see `recipes_of`.
-With other sizes than the preset's, minibatches are the largest that fit and are not larger than its own. The first
+makes cheaper ones: fewer epochs, fewer weights, or a fifth of the decisions, see `recipes_of`. With other sizes than
+the preset's, minibatches are the largest that fit and are not larger than its own or what is asked for. The first
 iteration opens scenes and loads kernels and is not counted. Episodes differ from row to row as soon as rounding does;
 the amount of work does not. Ratios are to the first row that was measured, of one run each. Memory is what PyTorch has
 reserved of the GPU, 10^9 bytes; the simulation's and CUDA's own is not counted. Interrupted (SIGINT), or if a row
@@ -97,24 +97,24 @@ def make_random_agent(args: Args) -> Gr00tAgent:
 def recipes_of(args: Args) -> dict[str, Args]:
     """Returns the preset and what could be trained in its place, by what changes.
 
-    The last one updates by a fifth of the decisions, or the nearest part that whole minibatches make, which it is
-    then named by; with a single minibatch there is none.
+    One updates by a fifth of the decisions, or the nearest part that whole minibatches make, which it is then named
+    by; with a single minibatch there is none. The last one is compiled, which takes minutes before its first iteration.
     """
-    fast = replace(args, compile=True, pipeline_stage_num=2)
+    overlapped = replace(args, pipeline_stage_num=2)
     recipes = {
         "as it is": args,
-        "compiled, 2 stages": fast,
-        "and 1 epoch": replace(fast, update_epochs=1),
-        "and VL frozen": replace(fast, train_vl_self_attention=False),
-        "and both": replace(fast, train_vl_self_attention=False, update_epochs=1),
-        "and adapters": replace(fast, lora_rank=32, lora_alpha=32.0),
+        "2 stages": overlapped,
+        "and 1 epoch": replace(overlapped, update_epochs=1),
+        "and VL frozen": replace(overlapped, train_vl_self_attention=False),
+        "and both": replace(overlapped, train_vl_self_attention=False, update_epochs=1),
+        "and adapters": replace(overlapped, lora_rank=32, lora_alpha=32.0),
     }
     part = nearest_fraction(args.num_minibatches, 0.2)
     if part < 1:
         exact = Fraction(round(part * args.num_minibatches), args.num_minibatches)
         name = "and a fifth" if exact == Fraction(1, 5) else f"and {exact}"
-        recipes[name] = replace(fast, update_fraction=part)
-    return recipes
+        recipes[name] = replace(overlapped, update_fraction=part)
+    return recipes | {"and compiled": replace(overlapped, compile=True)}
 
 
 def variants_of(args: Args, *, with_recipes: bool) -> dict[str, tuple[Args, Any]]:
@@ -157,6 +157,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="libero_spatial_nano")
     parser.add_argument("--num-envs", type=int, help="default: the preset's")
     parser.add_argument("--num-steps", type=int, help="decisions of each, default: the preset's")
+    parser.add_argument("--minibatch-size", type=int, help="at most, default: the preset's")
     parser.add_argument("--physics", choices=("cpu", "warp"), help="default: the preset's")
     parser.add_argument("--num-iterations", type=int, default=3, help="counted ones; one more comes first")
     parser.add_argument("--random-weights", action="store_true", help="GR00T-N1.5 with them, nothing downloaded")
@@ -185,7 +186,9 @@ def main() -> dict[str, Any]:
         settings |= dict(model="gr00t_n1d5")
     try:
         preset = replace(PRESETS[options.preset], **settings)
-        args = iterations.resized(preset, num_envs=options.num_envs, num_steps=options.num_steps)
+        args = iterations.resized(
+            preset, num_envs=options.num_envs, num_steps=options.num_steps, minibatch_size=options.minibatch_size
+        )
         variants = variants_of(args, with_recipes=options.recipes)
         for changed, _ in variants.values():
             ppo_gr00t.check_args(changed)

@@ -16,6 +16,7 @@ from benchmarks.iterations import check_shares, describe_sizes, measure_rows, re
         ("libero_spatial_rlinf", dict(num_steps=8), 512, 64),
         ("libero_spatial_rlinf", dict(), 1024, 64),
         ("libero_spatial_rlinf", dict(num_steps=24, micro_batch_size=100), 768, 96),
+        ("libero_spatial_rlinf", dict(num_envs=128, num_steps=10, minibatch_size=300), 256, 64),
         ("libero_spatial_rlinf", dict(num_envs=9, num_steps=25), 225, 45),
         ("libero_spatial_nano", dict(num_envs=2048, num_steps=12), 4096, 4096),
         ("libero_spatial_nano", dict(num_envs=1024, num_steps=5), 2560, 2560),

@@ -54,7 +54,7 @@ def test_rows_before_an_interruption_and_beside_a_failure_are_told(
     with pytest.raises(SystemExit) as ended:
         main(monkeypatch, *SMALL, "--num-iterations", "2", "--output", str(output))
     failed, interrupted = str(ended.value.code).split("\n\n")
-    assert failed.startswith("compiled, 2 stages: Traceback")
+    assert failed.startswith("2 stages: Traceback")
     assert "FloatingPointError: not finite" in failed
     assert interrupted == "interrupted in 'and VL frozen'"
     *_, last = capsys.readouterr().out.splitlines()
@@ -71,15 +71,15 @@ def test_rows_before_an_interruption_and_beside_a_failure_are_told(
 )
 def test_a_recipe_updates_by_a_fifth_or_the_nearest_part_that_there_is(num_steps: int, name: str, num_kept: int):
     args = Args(num_envs=8, num_steps=num_steps, minibatch_size=8, micro_batch_size=8)
-    *others, last = preset_loop.recipes_of(args).items()
-    assert last[0] == name
-    assert last[1].num_epoch_minibatches(1) == num_kept
-    assert all(recipe.update_fraction == 1 for _, recipe in others)
+    recipes = preset_loop.recipes_of(args)
+    assert list(recipes)[-1] == "and compiled"
+    assert recipes.pop(name).num_epoch_minibatches(1) == num_kept
+    assert all(recipe.update_fraction == 1 for recipe in recipes.values())
 
 
 def test_of_a_single_minibatch_no_part_is_a_recipe():
     args = Args(num_envs=8, num_steps=1, minibatch_size=8, micro_batch_size=8)
-    assert list(preset_loop.recipes_of(args))[-1] == "and adapters"
+    assert all(recipe.update_fraction == 1 for recipe in preset_loop.recipes_of(args).values())
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,7 @@ def test_of_a_single_minibatch_no_part_is_a_recipe():
     [
         (("--num-envs", "0"), "num_envs=0 must be at least 1"),
         (("--num-iterations", "0"), "num_iterations=0 must be at least 1"),
+        (("--minibatch-size", "0"), "minibatch_size=0 must be at least 1"),
         (("--num-envs", "5"), "num_envs=5 cannot be shared by 1 process(es) of 2 stages: give a multiple of 2"),
         (("--physics", "warp"), "physics='warp' simulates on a GPU, and PyTorch finds no CUDA device"),
     ],
