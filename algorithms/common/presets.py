@@ -65,6 +65,33 @@ NEAR_GOAL_GRPO: dict[str, Any] = dict(
     noise_level=1.4,
 )
 
+# Twelve iterations of 128 groups of 8, of which the first two learn by imitation alone.
+NANO_GRPO: dict[str, Any] = dict(
+    num_iterations=12,
+    num_envs=1024,
+    physics="warp",
+    task_sampling="adaptive",
+    tf32=True,
+    logprob_level="action",
+    group_size=8,
+    num_groups=64,
+    max_rollouts=1,  # 128 groups at most
+    baseline="alive",
+    learning_rate=4e-5,
+    lr_schedule="linear",
+    lr_hold=0.6,
+    update_epochs=3,
+    num_minibatches=6,
+    micro_batch_size=4096,
+    dual_clip=3.0,
+    imitation_coef=10.0,
+    imitation_iterations=2,
+    imitation_learning_rate=2e-4,
+    imitation_epochs=10,
+    save_interval=6,
+    eval_interval=6,
+)
+
 PPO: dict[str, dict[str, Any]] = {
     # A first look: two minutes on a CPU, from random weights to a drawer that is opened.
     "demo": NEAR_GOAL | NEAR_GOAL_PPO | dict(run_name="demo"),
@@ -411,28 +438,8 @@ GRPO: dict[str, dict[str, Any]] = {
         save_interval=25,
         eval_interval=50,
     ),
-    # Ours, one GPU (docs/LOG.md, where it imitated nothing); with imitation not run yet.
-    "libero_spatial_nano": dict(
-        suite="libero_spatial",
-        model=SPATIAL_START,
-        num_iterations=300,
-        num_envs=1024,
-        physics="warp",
-        tf32=True,
-        num_action_chunks=5,
-        logprob_level="action",
-        group_size=8,
-        num_groups=64,
-        max_rollouts=1,  # 128 groups at most
-        learning_rate=4e-5,
-        update_epochs=3,
-        num_minibatches=6,
-        micro_batch_size=4096,
-        dual_clip=3.0,
-        imitation_coef=10.0,
-        save_interval=25,
-        eval_interval=50,
-    ),
+    # Ours, one GPU: eight minutes, a fine-tuning beside it (docs/LOG.md).
+    "libero_spatial_nano": NANO_GRPO | dict(suite="libero_spatial", model=SPATIAL_START, num_action_chunks=5),
     # GR00T-N1.5 on GPUs of 24 and 80 GB, see PPO's. Not run yet.
     "libero_spatial_24gb": dict(
         suite="libero_spatial",
@@ -494,27 +501,7 @@ GRPO: dict[str, dict[str, Any]] = {
         eval_interval=50,
     ),
     # Ours, after libero_spatial_nano; not run yet.
-    "libero_object_nano": dict(
-        suite="libero_object",
-        model=OBJECT_START,
-        num_iterations=300,
-        num_envs=1024,
-        physics="warp",
-        tf32=True,
-        num_action_chunks=5,
-        logprob_level="action",
-        group_size=8,
-        num_groups=64,
-        max_rollouts=1,  # 128 groups at most
-        learning_rate=4e-5,
-        update_epochs=3,
-        num_minibatches=6,
-        micro_batch_size=4096,
-        dual_clip=3.0,
-        imitation_coef=10.0,
-        save_interval=25,
-        eval_interval=50,
-    ),
+    "libero_object_nano": NANO_GRPO | dict(suite="libero_object", model=OBJECT_START, num_action_chunks=5),
     # RLinf: examples/embodiment/config/libero_goal_grpo_openpi.yaml (pi0)
     "libero_goal_rlinf": dict(
         suite="libero_goal",
@@ -535,27 +522,7 @@ GRPO: dict[str, dict[str, Any]] = {
         eval_interval=50,
     ),
     # Ours, after libero_spatial_nano; not run yet.
-    "libero_goal_nano": dict(
-        suite="libero_goal",
-        model=GOAL_START,
-        num_iterations=300,
-        num_envs=1024,
-        physics="warp",
-        tf32=True,
-        num_action_chunks=5,
-        logprob_level="action",
-        group_size=8,
-        num_groups=64,
-        max_rollouts=1,  # 128 groups at most
-        learning_rate=4e-5,
-        update_epochs=3,
-        num_minibatches=6,
-        micro_batch_size=4096,
-        dual_clip=3.0,
-        imitation_coef=10.0,
-        save_interval=25,
-        eval_interval=50,
-    ),
+    "libero_goal_nano": NANO_GRPO | dict(suite="libero_goal", model=GOAL_START, num_action_chunks=5),
     # RLinf: examples/embodiment/config/libero_10_grpo_openpi.yaml (pi0)
     "libero_10_rlinf": dict(
         suite="libero_10",
@@ -576,25 +543,5 @@ GRPO: dict[str, dict[str, Any]] = {
         eval_interval=50,
     ),
     # Ours, after libero_spatial_nano; not run yet.
-    "libero_10_nano": dict(
-        suite="libero_10",
-        model=LONG_START,
-        num_iterations=300,
-        num_envs=1024,
-        physics="warp",
-        tf32=True,
-        num_action_chunks=10,
-        logprob_level="action",
-        group_size=8,
-        num_groups=64,
-        max_rollouts=1,  # 128 groups at most
-        learning_rate=4e-5,
-        update_epochs=3,
-        num_minibatches=6,
-        micro_batch_size=4096,
-        dual_clip=3.0,
-        imitation_coef=10.0,
-        save_interval=25,
-        eval_interval=50,
-    ),
+    "libero_10_nano": NANO_GRPO | dict(suite="libero_10", model=LONG_START, num_action_chunks=10),
 }

@@ -25,16 +25,5 @@ python algorithms/sft_gr00t.py --preset nano --dataset "runs/data/${suite}_20" -
     --augmentation.brightness 0.1 --augmentation.contrast 0.1 --augmentation.saturation 0.1 --augmentation.hue 0.02 \
     --eval-episodes-per-task 0 "${options[@]}"
 
-python - "runs/${suite}_fewshot/checkpoints/step_$kept_step" "runs/kept/${suite}_fewshot" <<'PYTHON'
-import sys
-
-import torch
-
-from gr00t_agent import Gr00tAgent
-
-source, target = sys.argv[1:]
-Gr00tAgent.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(target)
-PYTHON
-
-python algorithms/eval_gr00t.py --checkpoint "runs/kept/${suite}_fewshot" --suite "$suite" \
-    --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 --output-dir "runs/eval_${suite}_fewshot"
+benchmarks/runs/round_and_evaluate.sh "runs/${suite}_fewshot/checkpoints/step_$kept_step" "runs/kept/${suite}_fewshot" \
+    "$suite" 0 --num-envs 100

@@ -19,13 +19,4 @@ python algorithms/ppo_gr00t.py "${settings[@]}" "${short_rollouts[@]}" --model r
 # It was stopped after the 20th iteration of 21.
 python algorithms/ppo_gr00t.py "${settings[@]}" --run-name goal_third
 
-# Rounded to bfloat16, and evaluated like that.
-python - <<'PYTHON'
-import torch
-from gr00t_agent import Gr00tAgent
-
-agent = Gr00tAgent.from_pretrained("runs/goal_third/checkpoints/iteration_21", dtype=torch.bfloat16)
-agent.save_pretrained("runs/libero_goal_rl")
-PYTHON
-python algorithms/eval_gr00t.py --checkpoint runs/libero_goal_rl --suite libero_goal --episodes-per-task 50 --seeds 0 \
-    --videos-per-task 0 --output-dir runs/eval_goal_rl
+benchmarks/runs/round_and_evaluate.sh runs/goal_third/checkpoints/iteration_21 runs/libero_goal_rl libero_goal 0

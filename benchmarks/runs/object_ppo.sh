@@ -7,15 +7,5 @@ cd "$(dirname "$0")/../.."
 python algorithms/ppo_gr00t.py --preset libero_object_nano --run-name object_ppo --seed 1 --save-interval 4 \
     --keep-last 9 --keep-best 0 --eval-interval 0 --eval-episodes-per-task 0
 
-# Rounded to bfloat16, and evaluated like that.
-python - <<'PYTHON'
-import torch
-from gr00t_agent import Gr00tAgent
-
-agent = Gr00tAgent.from_pretrained("runs/object_ppo/checkpoints/iteration_19", dtype=torch.bfloat16)
-agent.save_pretrained("runs/libero_object_rl")
-PYTHON
-for seed in 0 1 2; do
-    python algorithms/eval_gr00t.py --checkpoint runs/libero_object_rl --suite libero_object --episodes-per-task 50 \
-        --seeds "$seed" --num-envs 20 --videos-per-task 0 --output-dir "runs/eval_object_rl_$seed"
-done
+benchmarks/runs/round_and_evaluate.sh runs/object_ppo/checkpoints/iteration_19 runs/libero_object_rl \
+    libero_object "0 1 2" --num-envs 20

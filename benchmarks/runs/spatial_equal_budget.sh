@@ -9,14 +9,16 @@ settings=(--preset libero_spatial_nano --no-tf32 --adam-eps 1e-5 --imitation-coe
     --eval-episodes-per-task 0)
 ppo_settings=("${settings[@]}" --num-steps 24 --task-sampling uniform --no-center-adv-by-task --lr-hold 0
     --critic-warmup-iterations 2 --policy-warmup-iterations 0 --imitation-iterations 0)
+grpo_settings=("${settings[@]}" --task-sampling uniform --baseline group --lr-schedule constant --lr-hold 0
+    --imitation-iterations 0)
 
-python algorithms/grpo_gr00t.py "${settings[@]}" --run-name spatial_grpo --num-iterations 8
+python algorithms/grpo_gr00t.py "${grpo_settings[@]}" --run-name spatial_plain_grpo --num-iterations 8
 python algorithms/ppo_gr00t.py "${ppo_settings[@]}" --run-name spatial_reinflow --num-iterations 11 \
     --lr-schedule constant --noise-method reinflow
 # Run m: PPO in one go from the few-shot policy, with steps that fall from the start; 16 minutes.
 python algorithms/ppo_gr00t.py "${ppo_settings[@]}" --run-name spatial_falling --num-iterations 34 --seed 4 \
     --learning-rate 5e-5 --lr-schedule linear
-for run in spatial_grpo/checkpoints/iteration_8 spatial_reinflow/checkpoints/iteration_11 \
+for run in spatial_plain_grpo/checkpoints/iteration_8 spatial_reinflow/checkpoints/iteration_11 \
     spatial_falling/checkpoints/iteration_34; do
     python algorithms/eval_gr00t.py --checkpoint "runs/$run" --suite libero_spatial --episodes-per-task 50 --seeds 0 \
         --num-envs 100 --videos-per-task 0 --output-dir "runs/eval_${run%%/*}"

@@ -11,15 +11,5 @@ for iteration in 4 6 12 19; do
         --suite libero_spatial --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 \
         --output-dir "runs/eval_spatial_ppo_$iteration"
 done
-# Rounded to bfloat16, and evaluated like that: half an hour on two cores.
-python - <<'PYTHON'
-import torch
-from gr00t_agent import Gr00tAgent
-
-agent = Gr00tAgent.from_pretrained("runs/spatial_ppo/checkpoints/iteration_19", dtype=torch.bfloat16)
-agent.save_pretrained("runs/libero_spatial_one_run")
-PYTHON
-for seed in 0 1 2; do
-    python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_one_run --suite libero_spatial --episodes-per-task 50 \
-        --seeds "$seed" --videos-per-task 0 --output-dir "runs/eval_spatial_one_run_$seed"
-done
+benchmarks/runs/round_and_evaluate.sh runs/spatial_ppo/checkpoints/iteration_19 runs/libero_spatial_one_run \
+    libero_spatial "0 1 2"
