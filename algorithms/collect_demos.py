@@ -9,7 +9,8 @@ Episode k of a task is decided by (seed, task, k) alone: neither the number of p
 batch size changes the data. A task's dataset is its first `episodes_per_task` successful attempts.
 Every frame holds what the policy observes before an action, and that action, gripper 1 open /
 0 close; an episode ends with the action that succeeds. Its `task_id`, `init_state_id`, `seed` and
-`object_shift` are kept in `meta/`, so it can be simulated again.
+`object_shift` are kept in `meta/`, so it can be simulated again. With `--expert.mistakes` some
+episodes begin after `first_step` steps, in which the expert has missed an object on purpose.
 
     python algorithms/collect_demos.py --output runs/data/libero_spatial --suite libero_spatial
 """
@@ -185,6 +186,9 @@ class Demonstrator(Protocol):
         """Returns the next environment action, float32 [7], gripper -1 open, +1 close."""
         ...
 
+    # One that makes mistakes on purpose has a property `is_mistaken`: whether the last action, and all
+    # before it, led to one that is not noticed yet. What is recorded begins after it.
+
 
 MakeDemonstrator = Callable[[TaskSpec, ExpertConfig], Demonstrator]
 
@@ -216,6 +220,7 @@ class Trajectory:
         failure: why it is of no use; None after success.
         states: float32 [T, 8], before each action.
         actions: float32 [T, 7], environment convention.
+        first_step: actions before the first one, up to the end of a mistake that was made on purpose.
         views: what a renderer needs for the image before each action.
     """
 
@@ -224,6 +229,7 @@ class Trajectory:
     states: NDArray[np.float32]
     actions: NDArray[np.float32]
     views: Sequence[RenderState]
+    first_step: int = 0
 
 
 def make_attempt(args: Args, task: TaskSpec, attempt_id: int) -> Attempt:
@@ -289,12 +295,16 @@ def record(
     config: ExpertConfig,
     make_demonstrator: MakeDemonstrator = make_expert,
 ) -> Trajectory:
-    """Simulates an attempt until it succeeds or its horizon is reached."""
+    """Simulates an attempt until it succeeds or its horizon is reached.
+
+    What leads to a mistake that the demonstrator makes on purpose, and the mistake, are played and not recorded.
+    """
     task = get_task(attempt.suite, attempt.task_id)
     sim = simulation_of(load_scene(task))
     states: list[NDArray[np.float32]] = []
     actions: list[NDArray[np.float32]] = []
     views: list[RenderState] = []
+    first_step = 0
     failure: str | None = None
     try:
         start_episode(sim, task, attempt)
@@ -304,14 +314,19 @@ def record(
             demonstrator = make_demonstrator(task, config)
             rng = np.random.default_rng((attempt.seed, task.task_id, attempt.init_state_id))
             demonstrator.reset(sim, rng)
-            while not sim.success() and len(actions) < attempt.horizon:
+            while not sim.success() and first_step + len(actions) < attempt.horizon:
                 states.append(sim.states())
                 views.append(sim.render_state())
                 # What is recorded is exactly what is executed.
                 actions.append(np.clip(demonstrator.act(sim), -1.0, 1.0).astype(np.float32))
                 sim.step(actions[-1])
+                if getattr(demonstrator, "is_mistaken", False):
+                    first_step += len(actions)
+                    states, actions, views = [], [], []
             if not sim.success():
                 failure = f"not solved within {attempt.horizon} steps"
+            elif not actions:
+                failure = "solved by a mistake"
     except PhysicsError as error:
         failure = f"physics: {error}"
     if failure is not None:
@@ -322,6 +337,7 @@ def record(
         states=np.array(states, np.float32).reshape(-1, STATE_DIM),
         actions=np.array(actions, np.float32).reshape(-1, ACTION_DIM),
         views=views,
+        first_step=first_step,
     )
 
 
@@ -373,6 +389,7 @@ def to_episode(
             "seed": attempt.seed,
             "object_shift": attempt.object_shift,
             "suite": attempt.suite,
+            "first_step": trajectory.first_step,
         },
     )
 

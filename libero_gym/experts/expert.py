@@ -39,12 +39,16 @@ class ExpertConfig:
         speed_spread: the speed of an episode is sampled uniformly from `speed * (1 -+ speed_spread)`.
         noise: standard deviation of the (correlated) noise on the six motion actions, in units of actions.
         via_noise: standard deviation in metres of points passed on the way.
+        mistakes: part of the episodes in which the expert grasps 3 to 7 cm beside one of the objects. If it does not
+            hold it then, it notices that at once or on the way to the object's goal, and goes back;
+            `Expert.is_mistaken` says up to which action there is nothing to learn from.
     """
 
     speed: float = 1.0
     speed_spread: float = 0.0
     noise: float = 0.0
     via_noise: float = 0.0
+    mistakes: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -57,6 +61,7 @@ class ExpertConfig:
             ("speed_spread", 0.0, 0.5),
             ("noise", 0.0, 0.3),
             ("via_noise", 0.0, 0.1),
+            ("mistakes", 0.0, 1.0),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -106,6 +111,9 @@ class Expert:
         self._random = rng
         self._speed = self.config.speed * (1.0 + self.config.speed_spread * rng.uniform(-1.0, 1.0))
         self._world = World(sim, rng, self.config.via_noise)
+        if self.config.mistakes > 0 and rng.random() < self.config.mistakes:
+            num_grasped = len({atom[1] for atom in self._goal if atom[0] in {"on", "in"}})
+            self._world.missed_grasp = int(rng.integers(max(1, num_grasped)))
         self._commands = solve(self._world, self._goal)
         self._previous = np.zeros(6)
         self._noise = np.zeros(6)
@@ -123,6 +131,11 @@ class Expert:
         action[:6] = self._motion(command, self._world)
         action[6] = command.gripper
         return action
+
+    @property
+    def is_mistaken(self) -> bool:
+        """Whether the last action, and all before it, led to a mistake that has not been noticed yet."""
+        return self._world is not None and self._world.is_mistaken
 
     def _motion(self, command: Command, world: World) -> FloatArray:
         robot = world.scene.robot

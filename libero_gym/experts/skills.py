@@ -45,6 +45,7 @@ _PRECISE = 0.01
 _PARTLY = 1.0
 _MAX_RISE = 0.1
 _FREE, _WIDE_OPEN, _EVASION = 0.02, 0.08, 0.015
+_MISS = (0.03, 0.07)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,6 +81,8 @@ class World:
         shapes: clouds of its bodies.
         random: source of via points.
         via_noise: standard deviation in metres of via points; 0 for none.
+        missed_grasp: which of the objects that are grasped is missed at first, from 0; None for none.
+        is_mistaken: whether a grasp that was missed on purpose has not been noticed yet.
         posture: float64 [3, 3], the rotation last commanded, before leaning.
     """
 
@@ -91,6 +94,9 @@ class World:
         self.shapes = Shapes(sim.model, sim.data)
         self.random = random
         self.via_noise = via_noise
+        self.missed_grasp: int | None = None
+        self.is_mistaken = False
+        self._grasped: list[str] = []
         self.posture = gripper_rotation(0.0)
         parents = sim.model.body_parentid
         hand = int(sim.model.body_parentid[sim.model.site_bodyid[sim.scene.robot.eef_site_id]])
@@ -155,6 +161,13 @@ class World:
     def is_held(self, thing: SceneObject) -> bool:
         """Return whether both fingers touch the object."""
         return len(self.touching_fingers(thing)) == 2
+
+    def shall_miss(self, thing: SceneObject) -> bool:
+        """Return whether the object, which is to be grasped now, is one to be missed, and is for the first time."""
+        if thing.name in self._grasped:
+            return False
+        self._grasped.append(thing.name)
+        return len(self._grasped) - 1 == self.missed_grasp
 
 
 def reach(
@@ -296,6 +309,8 @@ def pick(world: World, thing: SceneObject, *, attempt: int = 0, goals: Sequence[
         attempt: how many attempts failed before.
         goals: where the object's base may be put at last, each [3]; it is grasped so that the hand fits at one of them.
     """
+    if world.shall_miss(thing) and (yield from miss(world, thing, goals)):
+        return True
     for _ in range(3):
         before = _orientation(world, thing)
         carries = [goal - world.base(thing) for goal in goals]
@@ -319,6 +334,35 @@ def pick(world: World, thing: SceneObject, *, attempt: int = 0, goals: Sequence[
     lifted = world.eef_pos + np.array([0.0, 0.0, _LIFT])
     yield from reach(world, lambda: (lifted, grasp.rotation), gripper=CLOSED, tolerance=0.03, timeout=25)
     return world.is_held(thing)
+
+
+def miss(world: World, thing: SceneObject, goals: Sequence[FloatArray] = ()) -> Skill:
+    """Grasp beside an object, and notice it at once or on the way to its goal; True if it is held all the same.
+
+    Args:
+        world: state.
+        thing: the object.
+        goals: see `pick`.
+    """
+    carries = [goal - world.base(thing) for goal in goals]
+    grasp = choose_grasp(world.shapes, thing.body_id, ignored_body_ids=(world.robot_body_id,), carries=carries)
+    angle, distance = world.random.uniform(0.0, 2.0 * np.pi), world.random.uniform(*_MISS)
+    aside = grasp.position + distance * np.array([np.cos(angle), np.sin(angle), 0.0])
+    above = aside + np.array([0.0, 0.0, _HOVER])
+    yield from travel(world, lambda: (above, grasp.rotation), gripper=OPEN, thing=thing)
+    yield from reach(world, lambda: _funnel(world, aside, grasp.rotation), gripper=OPEN, speed=0.8, timeout=40)
+    yield from grip(world)
+    yield from reach(world, lambda: (above, grasp.rotation), gripper=CLOSED, tolerance=0.03, timeout=25)
+    if world.is_held(thing):
+        return True
+    world.is_mistaken = True
+    yield Command(position=world.eef_pos, rotation=world.eef_rotation, gripper=CLOSED)
+    unnoticed = world.random.uniform(-1.0, 1.0)
+    if unnoticed > 0 and carries:
+        halfway = above + unnoticed * carries[0]
+        yield from travel(world, lambda: (halfway, grasp.rotation), gripper=CLOSED)
+    world.is_mistaken = False
+    return False
 
 
 def _funnel(world: World, position: FloatArray, rotation: FloatArray) -> Pose:

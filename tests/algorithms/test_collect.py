@@ -175,6 +175,28 @@ def test_an_experts_episode_is_rendered_recorded_and_replays(tmp_path):
     assert len(failed.actions) == 0
 
 
+@pytest.mark.slow
+def test_what_is_recorded_begins_after_a_mistake():
+    task = get_task("libero_object", 0)
+    args = Args(output=Path("unused"), suite="libero_object")
+    attempts = [make_attempt(args, task, number) for number in range(4)]
+    careless = ExpertConfig(mistakes=1.0)
+    records = [record(attempt, careless) for attempt in attempts]
+    attempt, mended = next(pair for pair in zip(attempts, records, strict=True) if pair[1].first_step > 0)
+    whole = record(attempt, ExpertConfig())
+    assert (whole.first_step, whole.failure, mended.failure) == (0, None, None)
+    assert mended.first_step > 20
+    assert len(mended.states) == len(mended.actions) == len(mended.views) > 20
+    assert mended.actions[0, 6] == -1.0
+    assert mended.states[0, 6] - mended.states[0, 7] < 0.02 < whole.states[0, 6] - whole.states[0, 7]
+    again = record(attempt, careless)
+    np.testing.assert_array_equal(again.actions, mended.actions)
+    late = record(replace(attempt, horizon=mended.first_step + 5), careless)
+    assert late.failure == f"not solved within {mended.first_step + 5} steps"
+    images, cameras = np.zeros((1, len(mended.actions), 8, 8, 3), np.uint8), ["camera"]
+    assert collect_demos.to_episode(mended, images, cameras, "language").info["first_step"] == mended.first_step
+
+
 def test_a_dataset_is_shown(faked, tmp_path):
     collect_demos.main(small_args(tmp_path))
     options = dict(dataset=str(tmp_path / "data"), output=tmp_path / "shown", moments=3, view_size=20, videos=True)

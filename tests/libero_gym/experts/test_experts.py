@@ -21,7 +21,7 @@ from libero_gym.experts.skills import World
 from libero_gym.experts.solver import order
 from libero_gym.physics.simulation import SETTLING_ACTION, Simulation
 from libero_gym.tasks.scene_builder import reference_env
-from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.scenes import SceneObject, load_scene
 from libero_gym.tasks.suites import get_task, load_init_states
 
 
@@ -102,6 +102,44 @@ def test_same_seed_same_actions_and_variety_on_request():
     assert np.abs(human[0] - human[2]).max() > 0.02
 
 
+def test_a_missed_grasp_is_noticed_and_made_good():
+    """At most one in an episode, of either object; a grasp that holds in spite of it is none."""
+    task = get_task("libero_10", 0)
+    sim = Simulation(load_scene(task))
+    outcomes: set[str] = set()
+    for seed in range(8):
+        sim.reset(task, 0, np.random.RandomState(0))
+        expert = make_expert(task, ExpertConfig(mistakes=1.0))
+        expert.reset(sim, np.random.default_rng(seed))
+        things = [sim.scene.objects[name] for name in ("alphabet_soup_1", "tomato_sauce_1")]
+        moments: list[bool] = []
+        outcome = "none"
+        while not sim.success() and len(moments) < 480:
+            was_mistaken = expert.is_mistaken
+            action = expert.act(sim)
+            moments.append(expert.is_mistaken)
+            if was_mistaken and not expert.is_mistaken:
+                assert action[6] == -1.0
+                opening = sim.states()[6] - sim.states()[7]
+                assert opening < 0.02  # closed on nothing
+                outcome = f"{sum(_is_in_basket(sim, thing) for thing in things)} was put away before"
+            sim.step(action)
+        assert sim.success()
+        assert np.count_nonzero(np.diff(moments)) == (0 if outcome == "none" else 2)
+        outcomes.add(outcome)
+    assert outcomes >= {"0 was put away before", "1 was put away before"}
+    plain = make_expert(task)
+    sim.reset(task, 0, np.random.RandomState(0))
+    plain.reset(sim, np.random.default_rng(0))
+    sim.step(plain.act(sim))
+    assert not plain.is_mistaken
+
+
+def _is_in_basket(sim: Simulation, thing: SceneObject) -> bool:
+    basket = sim.scene.objects["basket_1"]
+    return float(np.linalg.norm(sim.data.xpos[thing.body_id, :2] - sim.data.xpos[basket.body_id, :2])) < 0.1
+
+
 def test_expert_leaves_the_simulation_to_its_actions(goal_simulation: Simulation):
     """`act` reads: it changes neither positions nor velocities, nor what the next step computes."""
     expert = make_expert(get_task("libero_goal", 1))
@@ -120,7 +158,9 @@ def test_refuses_another_task_and_use_before_reset(goal_simulation: Simulation):
         expert.act(goal_simulation)
 
 
-@pytest.mark.parametrize("values", [{"speed": 0.0}, {"noise": 0.5}, {"via_noise": -0.01}, {"speed_spread": 1.0}])
+@pytest.mark.parametrize(
+    "values", [{"speed": 0.0}, {"noise": 0.5}, {"via_noise": -0.01}, {"speed_spread": 1.0}, {"mistakes": 1.1}]
+)
 def test_config_names_the_valid_range(values: dict[str, float]):
     with pytest.raises(ValueError, match=r"is out of range \(valid: "):
         ExpertConfig(**values)
