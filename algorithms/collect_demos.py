@@ -312,6 +312,12 @@ def record(
             failure = "solved before the first action"
         else:
             demonstrator = make_demonstrator(task, config)
+            if config.mistakes > 0 and not hasattr(demonstrator, "is_mistaken"):
+                raise ValueError(
+                    f"expert.mistakes={config.mistakes} is for a demonstrator that says which actions "
+                    f"were mistakes by its property is_mistaken, and {type(demonstrator).__name__} "
+                    "has none; leave it out"
+                )
             rng = np.random.default_rng((attempt.seed, task.task_id, attempt.init_state_id))
             demonstrator.reset(sim, rng)
             while not sim.success() and first_step + len(actions) < attempt.horizon:
@@ -428,6 +434,8 @@ class Staging:
             write_json(path, settings)
             return
         found = json.loads(path.read_text("utf-8"))
+        # Of a folder that was begun before there were some of them: how they were then.
+        found["expert"] = json_ready(dataclasses.asdict(ExpertConfig())) | found["expert"]
         changed = [
             f"{name} was {found.get(name)!r}, now {value!r}"
             for name, value in settings.items()

@@ -62,8 +62,9 @@ fsdp_config:
   fsdp_cpu_ram_efficient_loading: false
   fsdp_state_dict_type: SHARDED_STATE_DICT
 """
-# Within this time of a request to stop, a run ends by itself, and a cluster with it.
-STOP_S = 30.0
+# Within this time of a request to stop, a run ends by itself, and a cluster with it. Accelerate's launcher gives its
+# processes 30 seconds before it ends them.
+STOP_S = 60.0
 PHASES = (*iterations.PHASES, "learner_idle_s", "env_idle_s", "unpack_s")
 
 
@@ -238,15 +239,18 @@ def measure(layout: Layout, shared: Sequence[str], folder: Path, timeout_s: floa
 def stop(started: subprocess.Popen[Any]) -> None:
     """Asks a run that has not ended to do so, and then ends it with what it has launched.
 
-    The processes of a cluster are in sessions of their own, so that only the run itself can end them.
+    The processes of a cluster, and those that Accelerate launches, are in sessions of their own, so that only the run
+    itself can end them.
     """
-    if started.poll() is None:
-        started.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            started.wait(STOP_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
+    try:
+        if started.poll() is None:
+            started.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started.wait(STOP_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
 def main() -> dict[str, Any]:

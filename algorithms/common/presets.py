@@ -88,8 +88,8 @@ NANO_GRPO: dict[str, Any] = dict(
     imitation_iterations=2,
     imitation_learning_rate=2e-4,
     imitation_epochs=10,
-    save_interval=6,
-    eval_interval=6,
+    save_interval=4,
+    eval_interval=4,
 )
 
 PPO: dict[str, dict[str, Any]] = {

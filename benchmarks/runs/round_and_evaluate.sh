@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rounds the policy of a checkpoint to bfloat16, as policies are shipped, and evaluates it like that, 500 episodes of a
-# suite for each seed: ten minutes each on two cores.
+# suite for each seed: a quarter of an hour each on two cores, twice that for LIBERO-Long.
 #
 #     benchmarks/runs/round_and_evaluate.sh runs/object_ppo/checkpoints/iteration_19 runs/libero_object_rl \
 #         libero_object "0 1 2" --num-envs 20

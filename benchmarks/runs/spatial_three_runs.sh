@@ -21,18 +21,8 @@ python algorithms/ppo_gr00t.py "${settings[@]}" "${hard_tasks_more_often[@]}" --
 python algorithms/ppo_gr00t.py "${settings[@]}" "${hard_tasks_more_often[@]}" --run-name spatial_ppo_l \
     --num-iterations 34 --seed 3 --save-interval 12 --keep-last 3 --critic-warmup-iterations 1 --lr-schedule linear \
     --model runs/spatial_ppo_h/checkpoints/iteration_25
-# Rounded to bfloat16, and evaluated like that.
-python - <<'PYTHON'
-import torch
-from gr00t_agent import Gr00tAgent
-
-agent = Gr00tAgent.from_pretrained("runs/spatial_ppo_l/checkpoints/iteration_34", dtype=torch.bfloat16)
-agent.save_pretrained("runs/libero_spatial_rl")
-PYTHON
-for seed in 0 1 2; do
-    python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial \
-        --episodes-per-task 50 --seeds "$seed" --num-envs 100 --videos-per-task 0 --output-dir "runs/eval_spatial_rl_$seed"
-done
+benchmarks/runs/round_and_evaluate.sh runs/spatial_ppo_l/checkpoints/iteration_34 runs/libero_spatial_rl \
+    libero_spatial "0 1 2" --num-envs 100
 # The check in LIBERO's own environment, drawn by OpenGL: five minutes with 20 processes.
 python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial --episodes-per-task 20 \
     --seeds 0 --num-envs 20 --videos-per-task 0 --reference-env --renderer egl --output-dir runs/eval_spatial_rl_reference

@@ -355,14 +355,24 @@ def miss(world: World, thing: SceneObject, goals: Sequence[FloatArray] = ()) -> 
     yield from reach(world, lambda: (above, grasp.rotation), gripper=CLOSED, tolerance=0.03, timeout=25)
     if world.is_held(thing):
         return True
-    world.is_mistaken = True
-    yield Command(position=world.eef_pos, rotation=world.eef_rotation, gripper=CLOSED)
     unnoticed = world.random.uniform(-1.0, 1.0)
-    if unnoticed > 0 and carries:
-        halfway = above + unnoticed * carries[0]
-        yield from travel(world, lambda: (halfway, grasp.rotation), gripper=CLOSED)
+    halfway = above + max(0.0, unnoticed) * (carries[0] if carries else np.zeros(3))
+    has_slipped = _slip_detector(world, thing)
+    world.is_mistaken = True
+    for command in _hold_then_carry(world, (halfway, grasp.rotation), has_slipped):
+        yield command
+        if world.is_held(thing):
+            break
     world.is_mistaken = False
-    return False
+    return world.is_held(thing)
+
+
+def _hold_then_carry(world: World, goal: Pose, has_slipped: Callable[[], bool]) -> Iterator[Command]:
+    """Close on what may be in the hand until it is known that there is nothing, then go on as if there were."""
+    position, rotation = world.eef_pos, world.eef_rotation
+    while not has_slipped():
+        yield Command(position=position, rotation=rotation, gripper=CLOSED)
+    yield from travel(world, lambda: goal, gripper=CLOSED)
 
 
 def _funnel(world: World, position: FloatArray, rotation: FloatArray) -> Pose:

@@ -175,6 +175,34 @@ def test_an_experts_episode_is_rendered_recorded_and_replays(tmp_path):
     assert len(failed.actions) == 0
 
 
+class Resting:
+    """A demonstrator that knows of no mistakes."""
+
+    def reset(self, sim: Simulation, rng: np.random.Generator) -> None: ...
+
+    def act(self, sim: Simulation) -> np.ndarray:
+        return np.zeros(7, np.float32)
+
+
+def test_who_makes_no_mistakes_is_not_asked_for_them():
+    attempt = make_attempt(Args(output=Path("unused"), horizon=2), get_task("libero_spatial", 0), 0)
+    assert record(attempt, ExpertConfig(), lambda task, config: Resting()).failure == "not solved within 2 steps"
+    with pytest.raises(ValueError, match=r"expert.mistakes=0.5 is for a demonstrator .* and Resting has none"):
+        record(attempt, ExpertConfig(mistakes=0.5), lambda task, config: Resting())
+
+
+def test_a_collection_begun_before_a_setting_of_experts_was_there_goes_on(tmp_path):
+    args = small_args(tmp_path)
+    folder = tmp_path / "data.staged"
+    collect_demos.Staging(folder, args)
+    settings = json.loads((folder / collect_demos.SETTINGS_FILE).read_text())
+    del settings["expert"]["mistakes"]
+    (folder / collect_demos.SETTINGS_FILE).write_text(json.dumps(settings))
+    collect_demos.Staging(folder, args)
+    with pytest.raises(ValueError, match=r"expert was .*'mistakes': 0.0.*, now .*'mistakes': 0.5"):
+        collect_demos.Staging(folder, replace(args, expert=ExpertConfig(mistakes=0.5)))
+
+
 @pytest.mark.slow
 def test_what_is_recorded_begins_after_a_mistake():
     task = get_task("libero_object", 0)

@@ -20,6 +20,7 @@ from libero_gym.experts.insertion import find_opening, tilted
 from libero_gym.experts.skills import World
 from libero_gym.experts.solver import order
 from libero_gym.physics.simulation import SETTLING_ACTION, Simulation
+from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scene_builder import reference_env
 from libero_gym.tasks.scenes import SceneObject, load_scene
 from libero_gym.tasks.suites import get_task, load_init_states
@@ -133,6 +134,28 @@ def test_a_missed_grasp_is_noticed_and_made_good():
     plain.reset(sim, np.random.default_rng(0))
     sim.step(plain.act(sim))
     assert not plain.is_mistaken
+
+
+@pytest.mark.parametrize(("task_id", "init_state_id"), [(6, 0), (9, 3), (0, 0)])
+def test_what_is_held_in_spite_of_a_mistake_is_not_let_go(task_id: int, init_state_id: int):
+    """A bowl that is held by its rim loses contact for some steps when it swings."""
+    task = get_task("libero_spatial", task_id)
+    sim = Simulation(load_scene(task))
+    (bowl,) = {sim.scene.objects[atom[1]] for atom in read_problem(task.bddl_file).goal}
+    for seed in range(3):
+        sim.reset(task, init_state_id, np.random.RandomState(0))
+        expert = make_expert(task, ExpertConfig(mistakes=1.0))
+        expert.reset(sim, np.random.default_rng(seed))
+        was_mistaken = False
+        for _ in range(240):
+            action = expert.act(sim)
+            if was_mistaken and not expert.is_mistaken:
+                is_held = World(sim, np.random.default_rng(0), 0.0).is_held(bowl)
+                assert action[6] == (1.0 if is_held else -1.0)
+            was_mistaken = expert.is_mistaken
+            if sim.step(action):
+                break
+        assert sim.success()
 
 
 def _is_in_basket(sim: Simulation, thing: SceneObject) -> bool:
