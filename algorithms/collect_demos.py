@@ -435,7 +435,7 @@ class Staging:
             return
         found = json.loads(path.read_text("utf-8"))
         # Of a folder that was begun before there were some of them: how they were then.
-        found["expert"] = json_ready(dataclasses.asdict(ExpertConfig())) | found["expert"]
+        found["expert"] = json_ready(dataclasses.asdict(ExpertConfig())) | found.get("expert", {})
         changed = [
             f"{name} was {found.get(name)!r}, now {value!r}"
             for name, value in settings.items()
