@@ -65,31 +65,49 @@ NEAR_GOAL_GRPO: dict[str, Any] = dict(
     noise_level=1.4,
 )
 
-# Twelve iterations of 128 groups of 8, of which the first two learn by imitation alone.
-NANO_GRPO: dict[str, Any] = dict(
-    num_iterations=12,
+# Nano policies on one GPU, which simulates too.
+NANO: dict[str, Any] = dict(
     num_envs=1024,
     physics="warp",
     task_sampling="adaptive",
     tf32=True,
     logprob_level="action",
-    group_size=8,
-    num_groups=64,
-    max_rollouts=1,  # 128 groups at most
-    baseline="alive",
     learning_rate=4e-5,
     lr_schedule="linear",
     lr_hold=0.6,
     update_epochs=3,
-    num_minibatches=6,
     micro_batch_size=4096,
     dual_clip=3.0,
     imitation_coef=10.0,
-    imitation_iterations=2,
-    imitation_learning_rate=2e-4,
-    imitation_epochs=10,
-    save_interval=4,
-    eval_interval=4,
+)
+# At first by imitation alone.
+IMITATION_FIRST: dict[str, Any] = dict(imitation_iterations=2, imitation_learning_rate=2e-4, imitation_epochs=10)
+NANO_PPO: dict[str, Any] = NANO | dict(
+    num_iterations=19,
+    reward="relative",
+    num_steps=48,
+    truncation="failure",
+    value_bounds=(0.0, 1.0),
+    center_adv_by_task=True,
+    value_learning_rate=1e-3,
+    policy_warmup_iterations=1,
+    minibatch_size=4096,
+    save_interval=6,
+    eval_interval=6,
+)
+NANO_GRPO: dict[str, Any] = (
+    NANO
+    | IMITATION_FIRST
+    | dict(
+        num_iterations=12,
+        group_size=8,
+        num_groups=64,
+        max_rollouts=1,  # 128 groups at most
+        baseline="alive",
+        num_minibatches=6,
+        save_interval=4,
+        eval_interval=4,
+    )
 )
 
 PPO: dict[str, dict[str, Any]] = {
@@ -119,37 +137,9 @@ PPO: dict[str, dict[str, Any]] = {
     ),
     # Ours, one GPU: ten minutes (docs/LOG.md). A rollout is a whole horizon, since nothing is imitated of an episode
     # that ends in a later rollout.
-    "libero_spatial_nano": dict(
-        suite="libero_spatial",
-        model=SPATIAL_START,
-        num_iterations=19,
-        num_envs=1024,
-        physics="warp",
-        task_sampling="adaptive",
-        tf32=True,
-        num_action_chunks=5,
-        reward="relative",
-        logprob_level="action",
-        num_steps=48,
-        truncation="failure",
-        value_bounds=(0.0, 1.0),
-        center_adv_by_task=True,
-        learning_rate=4e-5,
-        value_learning_rate=1e-3,
-        lr_schedule="linear",
-        lr_hold=0.6,
-        policy_warmup_iterations=1,
-        update_epochs=3,
-        minibatch_size=4096,
-        micro_batch_size=4096,
-        dual_clip=3.0,
-        imitation_coef=10.0,
-        imitation_iterations=2,
-        imitation_learning_rate=2e-4,
-        imitation_epochs=10,
-        save_interval=6,
-        eval_interval=6,
-    ),
+    "libero_spatial_nano": NANO_PPO
+    | IMITATION_FIRST
+    | dict(suite="libero_spatial", model=SPATIAL_START, num_action_chunks=5),
     # GR00T-N1.5 on a GPU of 24 GB: adapters in the DiT and the VL self-attention. Of 2.4 billion weights 0.33 billion
     # are trained (5 GB with moments), and the others are bfloat16 (4 GB). Run with random weights (docs/machines.md).
     "libero_spatial_24gb": dict(
@@ -221,37 +211,9 @@ PPO: dict[str, dict[str, Any]] = {
         eval_interval=50,
     ),
     # Ours, one GPU, as libero_spatial_nano: eight minutes (docs/LOG.md).
-    "libero_object_nano": dict(
-        suite="libero_object",
-        model=OBJECT_START,
-        num_iterations=19,
-        num_envs=1024,
-        physics="warp",
-        task_sampling="adaptive",
-        tf32=True,
-        num_action_chunks=5,
-        reward="relative",
-        logprob_level="action",
-        num_steps=48,
-        truncation="failure",
-        value_bounds=(0.0, 1.0),
-        center_adv_by_task=True,
-        learning_rate=4e-5,
-        value_learning_rate=1e-3,
-        lr_schedule="linear",
-        lr_hold=0.6,
-        policy_warmup_iterations=1,
-        update_epochs=3,
-        minibatch_size=4096,
-        micro_batch_size=4096,
-        dual_clip=3.0,
-        imitation_coef=10.0,
-        imitation_iterations=2,
-        imitation_learning_rate=2e-4,
-        imitation_epochs=10,
-        save_interval=6,
-        eval_interval=6,
-    ),
+    "libero_object_nano": NANO_PPO
+    | IMITATION_FIRST
+    | dict(suite="libero_object", model=OBJECT_START, num_action_chunks=5),
     # RLinf: examples/embodiment/config/libero_goal_ppo_gr00t.yaml
     "libero_goal_rlinf": dict(
         suite="libero_goal",
@@ -274,32 +236,14 @@ PPO: dict[str, dict[str, Any]] = {
     ),
     # Ours, one GPU (docs/LOG.md). A rollout is a whole horizon: two tasks take 260 steps and more, and nothing is
     # imitated of an episode that ends in a later rollout.
-    "libero_goal_nano": dict(
+    "libero_goal_nano": NANO_PPO
+    | dict(
         suite="libero_goal",
         model=GOAL_START,
         num_iterations=21,
-        num_envs=1024,
-        physics="warp",
-        task_sampling="adaptive",
-        tf32=True,
         num_action_chunks=5,
-        reward="relative",
-        logprob_level="action",
         num_steps=64,
-        truncation="failure",
-        value_bounds=(0.0, 1.0),
-        center_adv_by_task=True,
-        learning_rate=4e-5,
-        value_learning_rate=1e-3,
-        lr_schedule="linear",
-        lr_hold=0.6,
         critic_warmup_iterations=2,
-        policy_warmup_iterations=1,
-        update_epochs=3,
-        minibatch_size=4096,
-        micro_batch_size=4096,
-        dual_clip=3.0,
-        imitation_coef=10.0,
         save_interval=7,
         eval_interval=7,
     ),
@@ -324,37 +268,7 @@ PPO: dict[str, dict[str, Any]] = {
         eval_interval=50,
     ),
     # Ours, one GPU, after libero_spatial_nano; 16 iterations came to 60 % (docs/LOG.md).
-    "libero_10_nano": dict(
-        suite="libero_10",
-        model=LONG_START,
-        num_iterations=19,
-        num_envs=1024,
-        physics="warp",
-        task_sampling="adaptive",
-        tf32=True,
-        num_action_chunks=10,
-        reward="relative",
-        logprob_level="action",
-        num_steps=48,
-        truncation="failure",
-        value_bounds=(0.0, 1.0),
-        center_adv_by_task=True,
-        learning_rate=4e-5,
-        value_learning_rate=1e-3,
-        lr_schedule="linear",
-        lr_hold=0.6,
-        policy_warmup_iterations=1,
-        update_epochs=3,
-        minibatch_size=4096,
-        micro_batch_size=4096,
-        dual_clip=3.0,
-        imitation_coef=10.0,
-        imitation_iterations=2,
-        imitation_learning_rate=2e-4,
-        imitation_epochs=10,
-        save_interval=6,
-        eval_interval=6,
-    ),
+    "libero_10_nano": NANO_PPO | IMITATION_FIRST | dict(suite="libero_10", model=LONG_START, num_action_chunks=10),
 }
 
 # The same over a cluster, in run folders of its own.
