@@ -96,7 +96,7 @@ def measure_rows(
                 row = measure()
             except RuntimeError as failure:
                 failures.append(f"{name}: {failure}")
-                print(f"{name}: failed", flush=True)
+                print(f"{name}: failed; {failure}", flush=True)
             else:
                 add(name, row)
     except (KeyboardInterrupt, SystemExit):  # a trainer that runs in this process makes the latter of a signal

@@ -17,7 +17,7 @@ the preset's, minibatches are the largest that fit and are not larger than its o
 iteration opens scenes and loads kernels and is not counted. Episodes differ from row to row as soon as rounding does;
 the amount of work does not. Ratios are to the first row that was measured, of one run each. Memory is what PyTorch has
 reserved of the GPU, 10^9 bytes; the simulation's and CUDA's own is not counted. Interrupted (SIGINT), or if a row
-fails, it tells the rows that it has, and ends with status 1.
+fails, it tells the rows that it has, and ends with status 1; --output has each row as soon as it was measured.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from algorithms.common.env_worker import on_host
 from algorithms.ppo_gr00t import PRESETS, Args
 from benchmarks import iterations
 from benchmarks.policy import make_agent as make_stand_in
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.publish import Table, judge, make_parser, publish, write
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.policy import preset_policy
 
@@ -201,12 +201,16 @@ def main() -> dict[str, Any]:
     table = Table(
         {"variant": "<20", "env-steps/s": ">12.1f", "times first": ">12.2f", **iterations.COLUMNS, "GPU GB": ">8.1f"}
     )
+    sizes = ("num_envs", "num_steps", "physics", "update_epochs", "minibatch_size", "micro_batch_size", "model")
+    told = {name: getattr(args, name) for name in sizes}
+    told |= dict(preset=options.preset, num_iterations=options.num_iterations, memory_cap_gb=options.memory_cap_gb)
     rows: list[dict[str, Any]] = []
 
     def add(name: str, row: dict[str, Any]) -> None:
         rows.append({"variant": name, **row})
         speedup = rows[-1]["speedup"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
         table.add(name, row["env_steps_per_s"], speedup, *iterations.cells(row), row["memory_gb"])
+        write("preset_loop", {"variants": rows}, settings=told, output=options.output)
 
     make_agent = make_random_agent if options.random_weights else ppo_gr00t.make_agent
     failures = iterations.measure_rows(
@@ -214,9 +218,6 @@ def main() -> dict[str, Any]:
         add,
     )
 
-    sizes = ("num_envs", "num_steps", "physics", "update_epochs", "minibatch_size", "micro_batch_size", "model")
-    told = {name: getattr(args, name) for name in sizes}
-    told |= dict(preset=options.preset, num_iterations=options.num_iterations, memory_cap_gb=options.memory_cap_gb)
     targets: dict[str, Any] = {}
     if options.preset.endswith("_nano") and not options.recipes and not failures:
         targets = judge({"env_steps_per_s": rows[-1]["env_steps_per_s"]}, at_least=TARGETS)

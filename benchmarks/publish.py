@@ -2,6 +2,7 @@
 
 Rows of a table as they come (`Table`), the targets and whether they hold (`judge`), and at the end, on the last line,
 one JSON document with the commit, the versions and the hardware, which `--output` also writes to a file (`publish`).
+A benchmark whose rows take minutes writes that file after each of them (`write`).
 """
 
 from __future__ import annotations
@@ -95,6 +96,23 @@ def publish(
     for name, target in (targets or {}).items():
         verdict = "holds" if target["holds"] else "missed"
         print(f"target {name}: {target['value']:.6g}, aimed at {target['target']:g}: {verdict}")
+    document = write(benchmark, results, settings=settings, targets=targets, output=output)
+    print(json.dumps(document), flush=True)
+    return document
+
+
+def write(
+    benchmark: str,
+    results: Any,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    targets: Mapping[str, Mapping[str, Any]] | None = None,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Writes the JSON document to `output` and returns it: for `publish`, and for rows that others are to follow.
+
+    Args: as of `publish`.
+    """
     document = {
         "benchmark": benchmark,
         **describe_environment(),
@@ -102,9 +120,7 @@ def publish(
         "results": results,
         "targets": dict(targets or {}),
     }
-    line = json.dumps(document)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(line + "\n", encoding="utf-8")
-    print(line, flush=True)
+        output.write_text(json.dumps(document) + "\n", encoding="utf-8")
     return document

@@ -16,7 +16,7 @@ to the same in any micro-batches: those of one process are the same in all rows,
 open scenes, load kernels or play with weights ahead of any update are not counted: the first one, and one more for each
 iteration of staleness. Memory is the most that any GPU had in use, of all programs on it, looked at twice a second, in
 10^9 bytes. Ratios are to the first row that was measured, of one run each. Interrupted (SIGINT), or if a row fails, it
-tells the rows that it has, and ends with status 1.
+tells the rows that it has, and ends with status 1; --output has each row as soon as it was measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ import torch
 from algorithms.common import placement
 from algorithms.ppo_gr00t import PRESETS, Args, check_args
 from benchmarks import iterations
-from benchmarks.publish import Table, make_parser, publish
+from benchmarks.publish import Table, make_parser, publish, write
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.config import ModelConfig
 from gr00t_agent.data_config import LiberoFrankaDataConfig, read_metadata
@@ -313,6 +313,12 @@ def main() -> dict[str, Any]:
             "GPU GB": ">8.1f",
         }
     )
+    settings = {
+        "num_iterations": options.num_iterations,
+        "random_weights": options.random_weights,
+        "micro-batch-size-of-a-process": args.micro_batch_size,
+        **arguments,
+    }
     rows: list[dict[str, Any]] = []
 
     def add(name: str, row: dict[str, Any]) -> None:
@@ -320,6 +326,7 @@ def main() -> dict[str, Any]:
         speedup = rows[-1]["speedup"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
         rates = (row["env_steps_per_s"], speedup)
         table.add(name, *rates, *iterations.cells(row), row["learner_idle_s"], row["memory_gb"])
+        write("scaling", {"layouts": rows}, settings=settings, output=options.output)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -333,12 +340,6 @@ def main() -> dict[str, Any]:
             measures.append((layout.name, run))
         failures = iterations.measure_rows(measures, add)
 
-    settings = {
-        "num_iterations": options.num_iterations,
-        "random_weights": options.random_weights,
-        "micro-batch-size-of-a-process": args.micro_batch_size,
-        **arguments,
-    }
     document = publish("scaling", {"layouts": rows}, settings=settings, output=options.output)
     if failures:
         sys.exit("\n\n".join(failures))

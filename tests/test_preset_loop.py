@@ -40,6 +40,9 @@ def test_rows_before_an_interruption_and_beside_a_failure_are_told(
 
     def train(args: Args, make_agent: Any, make_envs: Any) -> None:
         trained.append(args)
+        if len(trained) > 1:  # the rows before are in the file, whatever becomes of this one
+            written = json.loads(output.read_text())["results"]["variants"]
+            assert [row["variant"] for row in written] == ["as it is", "and 1 epoch"][: 1 + (len(trained) > 3)]
         if len(trained) == 2:
             raise FloatingPointError("not finite")
         if len(trained) == 4:
@@ -57,7 +60,10 @@ def test_rows_before_an_interruption_and_beside_a_failure_are_told(
     assert failed.startswith("2 stages: Traceback")
     assert "FloatingPointError: not finite" in failed
     assert interrupted == "interrupted in 'and VL frozen'"
-    *_, last = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    assert "\n2 stages: failed; Traceback" in printed
+    assert "\nFloatingPointError: not finite\n" in printed
+    *_, last = printed.splitlines()
     document = json.loads(last)
     assert document == json.loads(output.read_text())
     rows = [(row["variant"], row["env_steps_per_s"], row["speedup"]) for row in document["results"]["variants"]]

@@ -71,13 +71,17 @@ def main(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
 
 
 def test_rows_are_told_in_the_order_asked_for_up_to_an_interruption(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
+    output = tmp_path / "result.json"
+
     def measured(layout: Layout, shared: list[str], folder: Path, timeout_s: float) -> dict[str, Any]:
         seen.append(layout.name)
         given = dict(zip(shared[::2], shared[1::2], strict=False))
         assert given["--minibatch-size"] == "48"
         assert layout.micro_batch_size == {"1 process": 16, "2 processes": 24}.get(layout.name.split(",")[0], 48)
+        if len(seen) > 1:  # the row before is in the file, whatever becomes of this one
+            assert json.loads(output.read_text())["results"]["layouts"][0]["where"] == "2 processes, FSDP2"
         if layout.name == "4 processes":
             raise RuntimeError("ended with code 1")
         if layout.name == "1 process":
@@ -86,7 +90,18 @@ def test_rows_are_told_in_the_order_asked_for_up_to_an_interruption(
 
     seen: list[str] = []
     monkeypatch.setattr(scaling, "measure", measured)
-    sizes = ("--preset", "demo", "--num-envs", "12", "--num-steps", "4", "--micro-batch-size", "20")
+    sizes = (
+        "--preset",
+        "demo",
+        "--num-envs",
+        "12",
+        "--num-steps",
+        "4",
+        "--micro-batch-size",
+        "20",
+        "--output",
+        str(output),
+    )
     with pytest.raises(SystemExit) as ended:
         main(monkeypatch, *sizes, "--fsdp", "2", "--processes", "4", "2", "1", "--fsdp", "3")
     assert seen == ["2 processes, FSDP2", "4 processes", "2 processes", "1 process"]
