@@ -75,7 +75,7 @@ def test_rows_are_kept_where_others_fail_or_are_interrupted(stop: BaseException,
     )
     assert rows == [("a", 1), ("c", 3)]
     assert failures == ["b: out of memory", "interrupted in 'd'"]
-    assert capsys.readouterr().out == "b: failed\n"
+    assert capsys.readouterr().out == "b: failed; out of memory\n"
 
 
 def test_rates_are_of_all_counted_steps_and_seconds():

@@ -99,14 +99,15 @@ NANO_GRPO: dict[str, Any] = (
     NANO
     | IMITATION_FIRST
     | dict(
-        num_iterations=12,
+        num_iterations=10,
+        update_epochs=4,
         group_size=8,
         num_groups=64,
         max_rollouts=1,  # 128 groups at most
         baseline="alive",
         num_minibatches=6,
-        save_interval=4,
-        eval_interval=4,
+        save_interval=3,
+        eval_interval=3,
     )
 )
 
@@ -352,7 +353,7 @@ GRPO: dict[str, dict[str, Any]] = {
         save_interval=25,
         eval_interval=50,
     ),
-    # Ours, one GPU: eight minutes, a fine-tuning beside it (docs/LOG.md).
+    # Ours, one H200: four minutes (docs/LOG.md).
     "libero_spatial_nano": NANO_GRPO | dict(suite="libero_spatial", model=SPATIAL_START, num_action_chunks=5),
     # GR00T-N1.5 on GPUs of 24 and 80 GB, see PPO's. Not run yet.
     "libero_spatial_24gb": dict(
@@ -456,6 +457,6 @@ GRPO: dict[str, dict[str, Any]] = {
         save_interval=25,
         eval_interval=50,
     ),
-    # Ours, after libero_spatial_nano; not run yet.
+    # Ours, after libero_spatial_nano; not run yet as it is.
     "libero_10_nano": NANO_GRPO | dict(suite="libero_10", model=LONG_START, num_action_chunks=10),
 }
