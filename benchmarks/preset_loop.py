@@ -46,7 +46,7 @@ from algorithms.common.env_worker import on_host
 from algorithms.ppo_gr00t import PRESETS, Args
 from benchmarks import iterations
 from benchmarks.policy import make_agent as make_stand_in
-from benchmarks.publish import Table, judge, make_parser, publish, write
+from benchmarks.publish import Table, judge, make_parser, publish
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.policy import preset_policy
 
@@ -210,7 +210,7 @@ def main() -> dict[str, Any]:
         rows.append({"variant": name, **row})
         speedup = rows[-1]["speedup"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
         table.add(name, row["env_steps_per_s"], speedup, *iterations.cells(row), row["memory_gb"])
-        write("preset_loop", {"variants": rows}, settings=told, output=options.output)
+        publish("preset_loop", {"variants": rows}, settings=told, output=options.output, is_last=False)
 
     make_agent = make_random_agent if options.random_weights else ppo_gr00t.make_agent
     failures = iterations.measure_rows(

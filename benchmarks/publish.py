@@ -2,7 +2,7 @@
 
 Rows of a table as they come (`Table`), the targets and whether they hold (`judge`), and at the end, on the last line,
 one JSON document with the commit, the versions and the hardware, which `--output` also writes to a file (`publish`).
-A benchmark whose rows take minutes writes that file after each of them (`write`).
+A benchmark whose rows take minutes writes that file after each of them.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def publish(
     settings: Mapping[str, Any] | None = None,
     targets: Mapping[str, Mapping[str, Any]] | None = None,
     output: Path | None = None,
+    is_last: bool = True,
 ) -> dict[str, Any]:
-    """Prints the targets and, as the last line, the JSON document; writes it to `output`; returns it.
+    """Writes the JSON document to `output`, prints the targets and, as the last line, the document; returns it.
 
     Args:
         benchmark: its name.
@@ -92,26 +93,7 @@ def publish(
         settings: what it was measured with; JSON values.
         targets: from `judge`; None or empty where there are none, or they do not speak of these settings.
         output: file that gets the document too; its folder is made.
-    """
-    for name, target in (targets or {}).items():
-        verdict = "holds" if target["holds"] else "missed"
-        print(f"target {name}: {target['value']:.6g}, aimed at {target['target']:g}: {verdict}")
-    document = write(benchmark, results, settings=settings, targets=targets, output=output)
-    print(json.dumps(document), flush=True)
-    return document
-
-
-def write(
-    benchmark: str,
-    results: Any,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    targets: Mapping[str, Mapping[str, Any]] | None = None,
-    output: Path | None = None,
-) -> dict[str, Any]:
-    """Writes the JSON document to `output` and returns it: for `publish`, and for rows that others are to follow.
-
-    Args: as of `publish`.
+        is_last: nothing is measured after this; otherwise nothing is printed.
     """
     document = {
         "benchmark": benchmark,
@@ -120,7 +102,13 @@ def write(
         "results": results,
         "targets": dict(targets or {}),
     }
+    line = json.dumps(document)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(document) + "\n", encoding="utf-8")
+        output.write_text(line + "\n", encoding="utf-8")
+    if is_last:
+        for name, target in (targets or {}).items():
+            verdict = "holds" if target["holds"] else "missed"
+            print(f"target {name}: {target['value']:.6g}, aimed at {target['target']:g}: {verdict}")
+        print(line, flush=True)
     return document

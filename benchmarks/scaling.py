@@ -42,7 +42,7 @@ import torch
 from algorithms.common import placement
 from algorithms.ppo_gr00t import PRESETS, Args, check_args
 from benchmarks import iterations
-from benchmarks.publish import Table, make_parser, publish, write
+from benchmarks.publish import Table, make_parser, publish
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.config import ModelConfig
 from gr00t_agent.data_config import LiberoFrankaDataConfig, read_metadata
@@ -326,7 +326,7 @@ def main() -> dict[str, Any]:
         speedup = rows[-1]["speedup"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
         rates = (row["env_steps_per_s"], speedup)
         table.add(name, *rates, *iterations.cells(row), row["learner_idle_s"], row["memory_gb"])
-        write("scaling", {"layouts": rows}, settings=settings, output=options.output)
+        publish("scaling", {"layouts": rows}, settings=settings, output=options.output, is_last=False)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
