@@ -113,7 +113,7 @@ def check_args(args: Args) -> None:
 
 
 # Before the rest is imported, which takes seconds: a mistake on the command line is told at once.
-ARGS = parse_args(Args, __doc__, check=check_args) if __name__ == "__main__" else None
+ARGS = parse_args(Args, __doc__, None, check_args) if __name__ == "__main__" else None
 
 import dataclasses
 import functools

@@ -58,7 +58,7 @@ def check_args(args: Args) -> None:
 
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
-ARGS = parse_args(Args, __doc__, check=check_args) if __name__ == "__main__" else None
+ARGS = parse_args(Args, __doc__, None, check_args) if __name__ == "__main__" else None
 
 import time
 from collections.abc import Iterable

@@ -60,10 +60,12 @@ from algorithms.common.args import (
     check_physics,
     check_ranges,
     check_sizes,
+    check_stages,
+    check_value_bounds,
     share_of_process,
 )
 from algorithms.common.command_line import launch, parse_args
-from algorithms.common.jobs import jobs_in_training
+from algorithms.common.jobs import check_starts, jobs_in_training
 from gr00t_agent.config import PresetName
 
 
@@ -225,10 +227,11 @@ class Args:
         return iteration >= self.warmup_iterations
 
     def evaluates(self, iteration: int) -> bool:
-        """Returns whether the policy is evaluated after `iteration`."""
+        """Returns whether the policy is evaluated after `iteration`: not before it has learnt."""
         is_last = iteration == self.num_iterations
         is_due = self.eval_interval > 0 and iteration % self.eval_interval == 0
-        return (is_last or is_due) and self.eval_episodes_per_task > 0
+        is_wanted = (is_last or is_due) and self.eval_episodes_per_task > 0
+        return is_wanted and self.updates(iteration)
 
     def saves(self, iteration: int) -> bool:
         """Returns whether a checkpoint is saved after `iteration`."""
@@ -257,9 +260,12 @@ def check_args(args: Args) -> None:
             f"replay_capacity={args.replay_capacity} does not hold the {args.num_decisions} "
             "decisions of an iteration; give at least as many"
         )
-    if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
-        low, high = args.value_bounds
-        raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
+    if args.num_iterations < args.warmup_iterations:
+        raise ValueError(
+            f"num_iterations={args.num_iterations} end before warmup_iterations="
+            f"{args.warmup_iterations} do, and nothing would be learnt; give at least as many"
+        )
+    check_value_bounds(args)
     if args.truncation == "failure" and args.reward_shift < 0:
         raise ValueError(
             f"truncation='failure' gives a late episode the value 0 for its end, and with "
@@ -267,6 +273,8 @@ def check_args(args: Args) -> None:
             "or --reward-shift 0"
         )
     check_sizes(args, "num_envs", "minibatch_size")
+    check_stages(args)
+    check_starts(args)
     check_folders(args)
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
@@ -908,7 +916,7 @@ def main(
                     accelerator, optimizer, q_loss, critic_parameters, args.max_grad_norm
                 )
                 dump = dict(batch._asdict(), loss=q_loss, values=values, target=target)
-                run.check_finite(critic_norm, iteration, **dump)
+                run.check_finite(critic_norm, iteration, [dump])
 
                 # The actor, towards what the critics value, and the temperature.
                 decision, logprob = actor.sample(z, eps)
@@ -923,7 +931,7 @@ def main(
                     args.max_grad_norm,
                 )
                 dump |= dict(loss=pi_loss, logprob=logprob, decided_values=decided_values)
-                run.check_finite(actor_norm, iteration, **dump)
+                run.check_finite(actor_norm, iteration, [dump])
 
                 follow(targets, critics, args.polyak)
                 monitor.end_minibatch()

@@ -55,7 +55,7 @@ from algorithms.common import presets
 from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
-    check_entropy_bonus,
+    check_agent,
     check_folders,
     check_imitation,
     check_near_goal,
@@ -63,11 +63,13 @@ from algorithms.common.args import (
     check_ranges,
     check_schedule,
     check_sizes,
+    check_stages,
     check_state_model,
+    launched_processes,
     share_of_process,
 )
 from algorithms.common.command_line import launch, parse_args
-from algorithms.common.jobs import jobs_in_training, stored_starts
+from algorithms.common.jobs import check_starts, jobs_in_training, stored_starts
 
 
 @dataclass(kw_only=True)
@@ -318,9 +320,18 @@ def check_args(args: Args) -> None:
             f"max_group_success={args.max_group_success}: no group would be informative"
         )
     check_sizes(args, "num_envs", "micro_batch_size")
+    check_stages(args)
+    num_processes = launched_processes()
+    num_envs = share_of_process(args, "num_envs", num_processes)
+    if num_envs % args.group_size:
+        raise ValueError(
+            f"group_size={args.group_size} must divide the {num_envs} environments of a process "
+            f"(num_envs={args.num_envs} over {num_processes} process(es))"
+        )
     check_folders(args, STATE_MODEL)
     check_state_model(args)
     check_near_goal(args)
+    check_starts(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     check_imitation(args)
     if args.eval_before and args.eval_episodes_per_task == 0:
@@ -331,7 +342,9 @@ def check_args(args: Args) -> None:
 
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
-ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
+ARGS = (
+    parse_args(Args, __doc__, PRESETS, check_args, check_agent) if __name__ == "__main__" else None
+)
 
 import math
 import os
@@ -426,7 +439,7 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
 
 def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     """Returns the agent that `args` ask for, on the CPU."""
-    check_entropy_bonus(args)
+    check_agent(args)
     if args.model == STATE_MODEL:
         return StateFlowAgent.from_args(args)
     agent = Gr00tAgent.load(
@@ -512,9 +525,12 @@ def policy_loss(
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(unclipped, clipped)
+    is_clipped = clipped > unclipped
     if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
-    return loss, clipped > unclipped
+        largest = torch.where(advantages < 0, -advantages * dual_clip, math.inf)
+        is_clipped |= loss > largest
+        loss = torch.minimum(loss, largest)
+    return loss, is_clipped
 
 
 def divergence(logratio: Tensor) -> Tensor:
@@ -612,11 +628,6 @@ def main(
     is_main = accelerator.is_main_process
     num_envs = share_of_process(args, "num_envs", num_processes)
     micro_batch_size = share_of_process(args, "micro_batch_size", num_processes)
-    if num_envs % args.group_size:
-        raise ValueError(
-            f"group_size={args.group_size} must divide the {num_envs} "
-            f"environments of a process (num_envs={args.num_envs} over {num_processes} process(es))"
-        )
     if accelerator.is_fsdp2:
         raise ValueError("FSDP cannot be used: processes end episodes at different times; use DDP")
     epochs = [args.num_epochs(i) for i in range(1, args.num_iterations + 1)]
@@ -668,7 +679,7 @@ def main(
 
     optimizer = torch.optim.AdamW(
         param_groups,
-        betas=(0.9, 0.95),
+        betas=(0.9, 0.95),  # as RLinf
         eps=args.adam_eps,
         weight_decay=args.weight_decay,
     )
@@ -751,6 +762,7 @@ def main(
                 )
 
         if args.eval_before and done == 0:
+            run.forget_after(-1)  # if all starts again
             run.log({"eval/success_once": evaluate_after(0)}, global_step, 0)
 
         for iteration in range(done + 1, args.num_iterations + 1):
@@ -902,6 +914,8 @@ def main(
             b_won = batch["won"]
             num_won = over_processes(accelerator, b_won.sum(), "sum")
             b_won *= num_decisions / num_won.clamp(min=1)  # with mean 1, if any
+            # What is logged of the update, and what the step size follows, is of these decisions.
+            b_measured = (b_won if only_imitates else b_weights) > 0
 
             b_start_logprobs = b_logprobs
             if start_policy is not None:
@@ -945,9 +959,11 @@ def main(
                         continue
                     if len(mb_inds) == 0:
                         mb_inds = np.array([spare_ind])
+                    is_measured = b_measured[torch.from_numpy(mb_inds).to(device)]
+                    num_measured = over_processes(accelerator, is_measured.sum(), "sum")
                     num_micro_batches = math.ceil(len(mb_inds) / micro_batch_size)
                     stats: dict[str, Tensor] = {}  # this process's part of the minibatch's means
-                    dump: dict[str, Tensor] = {}
+                    micro_batches: list[dict[str, Tensor]] = []  # for a dump
 
                     for micro, inds in enumerate(np.array_split(mb_inds, num_micro_batches)):
                         # Processes exchange gradients with the last micro-batch.
@@ -1004,22 +1020,26 @@ def main(
 
                         terms = {
                             "actor/loss": pg_loss,
-                            "actor/imitation_loss": imitation_loss,
                             "actor/entropy": sum_per_decision(entropy),
                             "actor/reference_kl": sum_per_decision(start_kl),
                             "actor/approx_kl": sum_per_decision(approx_kl),
                             "actor/pg_clipfrac": pg_clipped,
                         }
-                        is_counted = (at != spare_ind).float()
-                        for name, x in terms.items():
-                            part = (is_counted * x.detach()).sum() / mb_size
-                            stats[name] = stats.get(name, 0.0) + part
-                        dump = dict(
-                            loss=loss,
-                            logratio=logratio,
-                            logprob=b_logprobs[at],
-                            advantage=b_advantages[at],
-                            weight=b_weights[at],
+                        sums = {
+                            name: (b_measured[at] * x.detach()).sum() / num_measured.clamp(min=1)
+                            for name, x in terms.items()
+                        }
+                        sums["actor/imitation_loss"] = imitation_loss.detach().sum() / mb_size
+                        for name, x in sums.items():
+                            stats[name] = stats.get(name, 0.0) + x
+                        micro_batches.append(
+                            dict(
+                                loss=loss.detach(),
+                                logratio=logratio.detach(),
+                                logprob=b_logprobs[at],
+                                advantage=b_advantages[at],
+                                weight=b_weights[at],
+                            )
                         )
                         if not history:  # nothing was updated since the rollout: ratios are 1
                             deviation = (logratio.detach().exp() - 1).abs().max()
@@ -1030,7 +1050,7 @@ def main(
                         ratio_deviation = over_processes(accelerator, deviation, "max").item()
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
-                    run.check_finite(grad_norm, iteration, **dump)
+                    run.check_finite(grad_norm, iteration, micro_batches)
                     part = (len(history) + 1) / (num_epochs * args.num_minibatches)
                     updated = iteration - 1 + part
                     with step_sizes.policy_scaled(args.policy_step_factor(updated)):
@@ -1051,7 +1071,9 @@ def main(
             # --- log, evaluate, save ---
             global_step += monitor.end_update()
             success_std, _ = mean_and_variance(accelerator, torch.cat(group_stds).to(device))
+            compared = b_weights > 0
             advantages_sum = over_processes(accelerator, b_advantages.sum(), "sum")
+            num_compared = over_processes(accelerator, compared.sum(), "sum")
             metrics = {}
             if history:
                 metrics |= {name: x.item() for name, x in mean_of(history).items()}
@@ -1063,7 +1085,7 @@ def main(
                 "rollout/groups_kept": num_kept / (num_rollouts * groups_per_rollout),
                 "rollout/num_rollouts": float(num_rollouts),
                 "rollout/group_success_std": success_std.item(),
-                "rollout/advantages_mean": (advantages_sum / num_decisions.clamp(min=1)).item(),
+                "rollout/advantages_mean": (advantages_sum / num_compared.clamp(min=1)).item(),
             }
             metrics |= monitor.metrics()
             num_episodes, num_successes, _ = monitor.tallies().sum(axis=0)

@@ -53,7 +53,8 @@ from algorithms.common import presets
 from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
-    check_entropy_bonus,
+    check_agent,
+    check_critic_warmup,
     check_folders,
     check_imitation,
     check_near_goal,
@@ -61,13 +62,15 @@ from algorithms.common.args import (
     check_ranges,
     check_schedule,
     check_sizes,
+    check_stages,
     check_state_model,
+    check_value_bounds,
     exact_quotient,
     kept_minibatches,
     share_of_process,
 )
 from algorithms.common.command_line import launch, parse_args
-from algorithms.common.jobs import jobs_in_training
+from algorithms.common.jobs import check_starts, jobs_in_training
 
 
 @dataclass(kw_only=True)
@@ -384,16 +387,17 @@ PRESETS = {name: Args(**settings) for name, settings in presets.PPO.items()}
 def check_args(args: Args) -> None:
     """Raises ValueError for arguments that would otherwise fail late."""
     check_ranges(args)
-    if args.value_bounds is not None and args.value_bounds[0] >= args.value_bounds[1]:
-        low, high = args.value_bounds
-        raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
+    check_value_bounds(args)
+    check_critic_warmup(args)
     check_sizes(args, "num_envs", "micro_batch_size")
+    check_stages(args)
     exact_quotient(args, "num_decisions", "minibatch_size")
     exact_quotient(args, "minibatch_size", "micro_batch_size")
     kept_minibatches(args)
     check_folders(args, STATE_MODEL)
     check_state_model(args)
     check_near_goal(args)
+    check_starts(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     check_imitation(args)
     if args.eval_before and args.eval_episodes_per_task == 0:
@@ -404,7 +408,9 @@ def check_args(args: Args) -> None:
 
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
-ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
+ARGS = (
+    parse_args(Args, __doc__, PRESETS, check_args, check_agent) if __name__ == "__main__" else None
+)
 
 import math
 import os
@@ -507,7 +513,7 @@ def make_envs(
 
 def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     """Returns the agent that `args` ask for, on the CPU."""
-    check_entropy_bonus(args)
+    check_agent(args)
     if args.model == STATE_MODEL:
         return StateFlowAgent.from_args(args)
     agent = Gr00tAgent.load(
@@ -639,9 +645,12 @@ def policy_loss(
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(unclipped, clipped)
+    is_clipped = clipped > unclipped
     if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
-    return loss, clipped > unclipped
+        largest = torch.where(advantages < 0, -advantages * dual_clip, math.inf)
+        is_clipped |= loss > largest
+        loss = torch.minimum(loss, largest)
+    return loss, is_clipped
 
 
 def value_loss(
@@ -759,7 +768,7 @@ def main(
     param_groups = agent.param_groups(args.learning_rate, args.value_learning_rate)
     optimizer = torch.optim.AdamW(
         param_groups,
-        betas=(0.9, 0.95),
+        betas=(0.9, 0.95),  # as RLinf
         eps=args.adam_eps,
         weight_decay=args.weight_decay,
     )
@@ -868,6 +877,7 @@ def main(
                 )
 
         if args.eval_before and done == 0:
+            run.forget_after(-1)  # if all starts again
             run.log({"eval/success_once": evaluate_after(0)}, global_step, 0)
 
         for iteration in range(done + 1, args.num_iterations + 1):
@@ -1057,7 +1067,7 @@ def main(
                 for part in deal(b_groups[selected], num_minibatches, key):
                     mb_inds = selected[part]
                     stats: list[dict[str, Tensor]] = []  # means of each micro-batch
-                    dump: dict[str, Tensor] = {}
+                    micro_batches: list[dict[str, Tensor]] = []  # for a dump
 
                     for micro, inds in enumerate(np.split(mb_inds, num_micro_batches)):
                         # Processes exchange gradients with the last micro-batch.
@@ -1133,15 +1143,17 @@ def main(
                             "actor/value_clip_ratio": v_clipped.float(),
                         }
                         stats.append({name: x.detach().mean() for name, x in terms.items()})
-                        dump = dict(
-                            loss=loss,
-                            logratio=logratio,
-                            logprob=b_logprobs[at],
-                            new_value=newvalue,
-                            value=b_values[at],
-                            advantage=b_advantages[at],
-                            ret=b_returns[at],
-                            weight=b_weights[at],
+                        micro_batches.append(
+                            dict(
+                                loss=loss.detach(),
+                                logratio=logratio.detach(),
+                                logprob=b_logprobs[at],
+                                new_value=newvalue.detach(),
+                                value=b_values[at],
+                                advantage=b_advantages[at],
+                                ret=b_returns[at],
+                                weight=b_weights[at],
+                            )
                         )
                         if not history:  # nothing was updated since the rollout: ratios are 1
                             deviation = (logratio.detach().exp() - 1).abs().max()
@@ -1151,7 +1163,7 @@ def main(
                     if not history:
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
-                    run.check_finite(grad_norm, iteration, **dump)
+                    run.check_finite(grad_norm, iteration, micro_batches)
                     part_done = (len(history) + 1) / args.num_updates(iteration)
                     updated = iteration - 1 + part_done
                     with step_sizes.policy_scaled(args.policy_step_factor(updated)):

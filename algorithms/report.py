@@ -8,4 +8,4 @@ from algorithms.common.command_line import launch, parse_args
 from algorithms.common.report import Args, check_args, main
 
 if __name__ == "__main__":
-    launch(main, parse_args(Args, __doc__, check=check_args))
+    launch(main, parse_args(Args, __doc__, None, check_args))

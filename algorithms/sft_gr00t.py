@@ -658,7 +658,9 @@ def main(
                 Tensor,
                 accelerator.clip_grad_norm_(trained.values(), args.max_grad_norm),
             )
-            run.check_finite(grad_norm, step, losses=torch.stack(losses), actions=batch.actions)
+            run.check_finite(
+                grad_norm, step, [dict(losses=torch.stack(losses), actions=batch.actions)]
+            )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if average is not None:

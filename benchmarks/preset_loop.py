@@ -173,6 +173,7 @@ def main() -> dict[str, Any]:
     settings: dict[str, Any] = dict(
         num_iterations=options.num_iterations,
         imitation_iterations=0,  # whose updates are longer than the others
+        critic_warmup_iterations=0,
         eval_before=False,
         eval_interval=0,
         eval_episodes_per_task=0,

@@ -277,6 +277,7 @@ def main() -> dict[str, Any]:
                 PRESETS[options.preset],
                 num_iterations=options.num_iterations,
                 imitation_iterations=0,  # whose updates are longer than the others
+                critic_warmup_iterations=0,
                 output_dir=Path(tempfile.gettempdir()),
             ),
             num_envs=options.num_envs,
@@ -294,6 +295,7 @@ def main() -> dict[str, Any]:
         "num-steps": args.num_steps,
         "minibatch-size": args.minibatch_size,
         "imitation-iterations": args.imitation_iterations,
+        "critic-warmup-iterations": args.critic_warmup_iterations,
         "eval-interval": 0,
         "eval-episodes-per-task": 0,
         "save-interval": 0,

@@ -94,7 +94,7 @@ def test_of_a_single_minibatch_no_part_is_a_recipe():
         (("--num-envs", "0"), "num_envs=0 must be at least 1"),
         (("--num-iterations", "0"), "num_iterations=0 must be at least 1"),
         (("--minibatch-size", "0"), "minibatch_size=0 must be at least 1"),
-        (("--num-envs", "5"), "num_envs=5 cannot be shared by 1 process(es) of 2 stages: give a multiple of 2"),
+        (("--num-envs", "5"), "pipeline_stage_num=2 must divide the 5 environments of a process"),
         (("--physics", "warp"), "physics='warp' simulates on a GPU, and PyTorch finds no CUDA device"),
     ],
 )

@@ -239,6 +239,32 @@ def check_imitation(args: Any) -> None:
             )
 
 
+def check_value_bounds(args: Any) -> None:
+    """Raises ValueError if `args.value_bounds` are no range, or shut out what a decision can be worth."""
+    if args.value_bounds is None:
+        return
+    low, high = args.value_bounds
+    if low >= high:
+        raise ValueError(f"value_bounds={low} {high} is no range: give the smaller number first")
+    shift = getattr(args, "reward_shift", 0.0)
+    worst, best = sorted((shift, args.reward_scale + shift))
+    if worst < low or best > high:
+        raise ValueError(
+            f"value_bounds={low} {high} do not hold the rewards of a decision, {worst:g} to {best:g} "
+            f"(reward_scale={args.reward_scale}, reward_shift={shift}), so that values could not be learnt: give the "
+            "range of possible returns, or --value-bounds None"
+        )
+
+
+def check_critic_warmup(args: Any) -> None:
+    """Raises ValueError if `args` leave no iteration in which the policy learns."""
+    if args.imitation_iterations == 0 and args.critic_warmup_iterations >= args.num_iterations:
+        raise ValueError(
+            f"critic_warmup_iterations={args.critic_warmup_iterations} of num_iterations={args.num_iterations} leave "
+            f"none in which the policy learns; give for example --critic-warmup-iterations {args.num_iterations - 1}"
+        )
+
+
 def check_physics(args: Any, cpu_preset: str) -> None:
     """Raises ValueError if `args.physics` is to run on a GPU and there is none.
 
@@ -277,8 +303,16 @@ def largest_divisor(number: int, limit: int) -> int:
     return max((n for n in range(1, min(number, limit) + 1) if number % n == 0), default=1)
 
 
-def check_entropy_bonus(args: Any) -> None:
-    """Raises ValueError if `args.ent_coef` would have no effect: only the noise of reinflow is learned."""
+def check_agent(args: Any) -> None:
+    """Raises ValueError for what the trainers' own agents have not; others may have it."""
+    _check_noise(args)
+    _check_lora(args)
+
+
+def _check_noise(args: Any) -> None:
+    """Raises ValueError for a level that the noise cannot have, and for a bonus on noise that is not learned."""
+    if args.noise_method == "flow_cps" and args.noise_level > 1:
+        raise ValueError(f"noise_level={args.noise_level} is more than noise_method='flow_cps' has (valid: (0, 1])")
     if args.ent_coef and not args.noise_method.startswith("reinflow"):
         raise ValueError(
             f"ent_coef={args.ent_coef} has no effect with noise_method={args.noise_method!r}, whose noise is fixed; "
@@ -333,6 +367,26 @@ def kept_minibatches(args: Any) -> int:
 def nearest_fraction(num_minibatches: int, fraction: float) -> float:
     """Returns the part nearest to `fraction` that is a positive whole number of `num_minibatches`."""
     return max(1, round(num_minibatches * fraction)) / num_minibatches
+
+
+def _check_lora(args: Any) -> None:
+    """Raises ValueError if `args.lora_parts` name a part of the backbone, and the backbone is frozen."""
+    frozen = [part for part in args.lora_parts if part != "action_head"]
+    if args.lora_rank and frozen and not args.train_backbone:
+        raise ValueError(
+            f"lora_parts={args.lora_parts} hold {frozen[0]}, which is frozen and computed without gradients; give "
+            "--train-backbone too, or --lora-parts action_head"
+        )
+
+
+def check_stages(args: Any) -> None:
+    """Raises ValueError unless the environments of a process can be split into `args.pipeline_stage_num` stages."""
+    num_envs = share_of_process(args, "num_envs", launched_processes())
+    if num_envs % args.pipeline_stage_num:
+        raise ValueError(
+            f"pipeline_stage_num={args.pipeline_stage_num} must divide the {num_envs} environments of a process; give "
+            f"for example --pipeline-stage-num {largest_divisor(num_envs, args.pipeline_stage_num)}"
+        )
 
 
 def check_near_goal(args: Any) -> None:

@@ -53,7 +53,7 @@ def parse_args(
     args_class: type[ArgsT],
     description: str | None,
     presets: Mapping[str, ArgsT] | None = None,
-    check: Callable[[ArgsT], None] = lambda args: None,
+    *checks: Callable[[ArgsT], None],
 ) -> ArgsT:
     """Parses the command line into `args_class`; a mistake ends the program with a message and status 2.
 
@@ -62,7 +62,7 @@ def parse_args(
             field is its help.
         description: of the program.
         presets: defaults by the name that `--preset` gives.
-        check: raises ValueError or OSError for arguments that cannot be.
+        checks: raise ValueError or OSError for arguments that cannot be.
     """
     with _told(status=2):
         groups = _groups(args_class, presets or {})
@@ -77,7 +77,8 @@ def parse_args(
             _let_the_first_speak()
             given = tyro.cli(groups, description="")
         args = args_class(**{name: value for group in vars(given).values() for name, value in vars(group).items()})
-        check(args)
+        for check in checks:
+            check(args)
         return args
 
 

@@ -44,6 +44,30 @@ def stored_starts(suite: str, task_ids: Sequence[int] | None) -> list[Job]:
     return [(task_id, state) for task_id, task in tasks for state in range(count_init_states(task, kind))]
 
 
+def check_starts(args: Any) -> None:
+    """Checks which tasks a trainer plays, and from where.
+
+    Args:
+        args: a trainer's.
+
+    Raises:
+        ValueError: the suite, or a task of it, does not exist, or has fewer initial states than there are starts near
+            the goal.
+    """
+    named = None if args.task_ids is None else tuple(dict.fromkeys(args.task_ids))
+    num_states = Counter(task_id for task_id, _ in stored_starts(args.suite, named))
+    times = getattr(args, "steps_before_success", None)
+    if not times:
+        return
+    task_id, fewest = min(num_states.items(), key=lambda item: item[1])
+    if args.num_near_goal_states * len(times) > fewest:
+        raise ValueError(
+            f"num_near_goal_states={args.num_near_goal_states} times {len(times)} steps_before_success are more starts "
+            f"than the {fewest} initial states of task {task_id} of {args.suite}; give --num-near-goal-states "
+            f"{fewest // len(times)} at most, or fewer steps"
+        )
+
+
 def _chosen_tasks(suite: str, task_ids: Sequence[int] | None) -> list[tuple[int, TaskSpec]]:
     """Returns tasks with their numbers in `suite`; None chooses all."""
     tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)

@@ -24,7 +24,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -142,15 +142,20 @@ class RunFolder:
                 error.add_note(f"the actions of the step that failed are in {path}")
             raise
 
-    def check_finite(self, grad_norm: Tensor, iteration: int, **batch: Tensor) -> None:
-        """Raises FloatingPointError, and dumps `batch`, if the gradient's norm or a loss in `batch` is not finite.
+    def check_finite(self, grad_norm: Tensor, iteration: int, micro_batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Raises FloatingPointError, and dumps the minibatch, if the gradient's norm or a loss in it is not finite.
 
         Args:
             grad_norm: scalar.
             iteration: names the file.
-            batch: the minibatch; `loss`, if there, must be finite as well.
+            micro_batches: the minibatch; they are joined along the rows, and scalars of each to a vector. `loss`, if
+                there, must be finite as well.
         """
-        if not torch.isfinite(grad_norm) or ("loss" in batch and not torch.isfinite(batch["loss"]).all()):
+        losses = [part["loss"] for part in micro_batches if "loss" in part]
+        if not all(torch.isfinite(values).all() for values in (grad_norm, *losses)):
+            batch = {
+                name: torch.cat([torch.atleast_1d(part[name]) for part in micro_batches]) for name in micro_batches[0]
+            }
             dump = self.dump(f"non_finite_iteration_{iteration}", batch)
             culprits = [name for name, value in batch.items() if not torch.isfinite(value).all()]
             raise FloatingPointError(

@@ -47,7 +47,9 @@ class TaskSampler:
 
     def metrics(self) -> dict[str, float]:
         """Returns how often each task is played, relative to all alike."""
-        return {f"env/weight_task_{task}": float(w) for task, w in zip(self._task_ids, self.weights, strict=True)}
+        tasks, inverse = np.unique(self._task_ids, return_inverse=True)
+        of_task = np.bincount(inverse, weights=self.weights) * (len(tasks) / len(self._task_ids))
+        return {f"env/weight_task_{task}": float(w) for task, w in zip(tasks, of_task, strict=True)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns what `load_state_dict` takes."""

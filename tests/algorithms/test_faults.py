@@ -46,6 +46,28 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, algorithm: str, bad: float):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_whole_minibatch_is_dumped_wherever_in_it_the_fault_is(tmp_path: Path, algorithm: str):
+    passes = 0
+
+    def alter(outputs: Any, scoring: bool) -> Any:
+        nonlocal passes
+        passes += scoring
+        action, logprob, entropy, value = outputs
+        return action, logprob * (float("nan") if scoring and passes == 2 else 1.0), entropy, value
+
+    with pytest.raises(FloatingPointError, match=r"not finite in the minibatch are \['loss', 'logratio'\]"):
+        train(algorithm, tmp_path, make_agent=faulty(alter), micro_batch_size=8)
+    dump = dump_of(tmp_path)
+    bad = ~torch.isfinite(dump["logratio"])
+    micro_batches = np.array_split(bad.numpy(), len(dump["loss"]))
+    assert len(micro_batches) > 2
+    assert len(bad) == len(dump["logprob"])
+    for number, rows in enumerate(micro_batches):
+        assert (rows == (number == 1)).all()
+        assert torch.isfinite(dump["loss"][number]) == (number != 1)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_gradient_that_is_not_finite_though_the_loss_is(tmp_path: Path, algorithm: str):
     class Poison(torch.autograd.Function):
         @staticmethod

@@ -275,15 +275,19 @@ def test_the_imitation_loss_is_a_mean_over_what_successful_episodes_did(tmp_path
 
 
 def test_what_is_imitated_only_has_no_part_in_the_rest_of_the_loss(tmp_path: Path):
-    """A negligible weight, for which all successes are kept, trains as none does."""
+    """A negligible weight, for which all successes are kept, trains as none does, and leaves what is logged alone."""
     options: dict[str, Any] = dict(make_agent=make_tiny_agent, max_rollouts=1, num_envs=32, num_minibatches=1)
-    options |= dict(num_iterations=1, update_epochs=1, max_group_success=0.4, loss_weighting="trajectory", kl_coef=0.1)
+    options |= dict(num_iterations=1, update_epochs=3, max_group_success=0.4, loss_weighting="trajectory", kl_coef=0.1)
     plain = train("grpo", tmp_path, **options)
     kept = train("grpo", tmp_path, imitation_coef=1e-12, **options)
     assert 0 < plain["rollout/groups_kept"] == kept["rollout/groups_kept"] < 1
     assert kept["actor/imitation_loss"] > 0
     assert plain["actor/imitation_loss"] == 0
-    assert kept["actor/grad_norm"] == pytest.approx(plain["actor/grad_norm"], rel=1e-4)
+    compared = ("actor/grad_norm", "actor/loss", "actor/approx_kl", "actor/reference_kl", "actor/pg_clipfrac",
+                "actor/entropy", "rollout/advantages_mean")  # fmt: skip
+    for name in compared:
+        assert kept[name] == pytest.approx(plain[name], rel=1e-3), name
+        assert plain[name] != 0, name
 
 
 def test_the_baseline_of_those_that_still_run_changes_what_is_learnt(tmp_path: Path):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file
 
 from algorithms import ppo_gr00t
@@ -336,10 +338,13 @@ def test_two_processes_do_not_work_on_one_run(tmp_path: Path):
 
 def test_a_critic_that_warms_up_is_resumed(tmp_path: Path):
     """The policy has not moved yet, and its moments go on where they were."""
-    options = dict(critic_warmup_iterations=2)
+    options: dict[str, Any] = dict(critic_warmup_iterations=2)
     train("ppo", tmp_path / "whole", num_iterations=4, **options)
-    train("ppo", tmp_path / "parts", num_iterations=1, **options)
-    state = run_folder(tmp_path / "parts") / "checkpoints" / "iteration_1" / resume.STATE_FOLDER
+    train("ppo", tmp_path / "parts", num_iterations=4, save_interval=1, keep_last=4, **options)
+    checkpoints = run_folder(tmp_path / "parts") / "checkpoints"
+    for iteration in (2, 3, 4):
+        shutil.rmtree(checkpoints / f"iteration_{iteration}")
+    state = checkpoints / "iteration_1" / resume.STATE_FOLDER
     saved = load_file(state / "optimizer.safetensors")
     assert {name.partition(".")[0].partition("/")[0] for name in saved} == {"actor", "critic", "log_std"}
     assert saved["log_std/exp_avg"].abs().max() > 0
@@ -352,13 +357,17 @@ def test_stopped_before_the_first_update_it_is_the_same_run(tmp_path: Path):
 
     class Breaks(LineVectorEnv):
         def step(self, actions: Any) -> Any:
-            raise ZeroDivisionError
+            if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:  # not in an evaluation
+                raise ZeroDivisionError
+            return super().step(actions)
 
+    options: dict[str, Any] = dict(task_ids=(0,), eval_before=True, eval_episodes_per_task=1)
     with pytest.raises(ZeroDivisionError):
-        train("ppo", tmp_path / "parts", env=Breaks)
+        train("ppo", tmp_path / "parts", env=Breaks, **options)
     assert [done for done, _ in checkpoints_in(run_folder(tmp_path / "parts"))] == [0]
-    train("ppo", tmp_path / "parts", resume="auto")
-    train("ppo", tmp_path / "whole")
+    train("ppo", tmp_path / "parts", resume="auto", **options)
+    train("ppo", tmp_path / "whole", **options)
+    assert [line["iteration"] for line in logged(run_folder(tmp_path / "parts"))] == [0, 1, 2]
     assert logged(run_folder(tmp_path / "parts")) == logged(run_folder(tmp_path / "whole"))
 
 

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from algorithms import collect_demos, dsrl_gr00t, grpo_gr00t, ppo_gr00t, sft_gr00t
-from algorithms.common.args import RANGES, check_ranges
+from algorithms.common.args import RANGES, check_agent, check_ranges
 
 FOLDER = Path(ppo_gr00t.__file__).parent
 # What differs between the two on purpose.
@@ -92,6 +92,13 @@ def test_a_function_of_ppo_is_the_same_in_the_asynchronous_trainer():
         (dict(eval_interval=-1), "eval_interval=-1 must be at least 0"),
         (dict(final_noise=1.5), r"final_noise=1.5 is not in \(0, 1\]"),
         (dict(suite="libero_spatial", eval_episodes_per_task=51), "episodes_per_task=51 is not possible"),
+        (dict(suite="nope", eval_episodes_per_task=0), "suite='nope' is not installed"),
+        (dict(task_ids=(12,), eval_episodes_per_task=0), "12"),
+        (
+            dict(num_near_goal_states=17, steps_before_success=(3, 6, 9)),
+            "17 times 3 .* 50 .* --num-near-goal-states 16",
+        ),
+        (dict(pipeline_stage_num=48), "pipeline_stage_num=48 must divide the 64 .* --pipeline-stage-num 32"),
     ],
 )
 def test_arguments_that_would_fail_late_are_refused(trainer: Any, changes: dict[str, Any], message: str):
@@ -115,6 +122,44 @@ def test_imitation_alone_needs_something_to_move_by(trainer: str, lacking: dict[
     module.check_args(module.Args(**(imitating | lacking | dict(imitation_iterations=0))))
     with pytest.raises(ValueError, match=f"imitation_iterations=1 needs {message}"):
         module.check_args(module.Args(**(imitating | lacking)))
+
+
+@pytest.mark.parametrize("trainer", ["ppo_gr00t", "grpo_gr00t", "async_ppo_gr00t"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(noise_method="flow_cps", noise_level=1.5), r"noise_level=1.5 is more than .*\(0, 1\]"),
+        (dict(ent_coef=0.1), "ent_coef=0.1 has no effect with noise_method='flow_sde'"),
+        (dict(lora_rank=4, lora_parts=("action_head", "language_model")), "language_model, .* --train-backbone too"),
+    ],
+)
+def test_what_our_agents_have_not_is_refused_on_the_command_line(trainer: str, changes: dict[str, Any], message: str):
+    module = pytest.importorskip(f"algorithms.{trainer}")  # the last one needs Ray
+    args = module.Args(**changes)
+    module.check_args(args)  # another agent may have it
+    with pytest.raises(ValueError, match=message):
+        check_agent(args)
+    with pytest.raises(ValueError, match=message):
+        module.make_agent(args)
+
+
+@pytest.mark.parametrize("trainer", ["ppo_gr00t", "async_ppo_gr00t"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(critic_warmup_iterations=3, num_iterations=3), "leave none .* --critic-warmup-iterations 2"),
+        (dict(value_bounds=(0.0, 1.0), reward_scale=5.0), "do not hold the rewards of a decision, 0 to 5"),
+    ],
+)
+def test_runs_that_would_teach_nothing_are_refused(trainer: str, changes: dict[str, Any], message: str):
+    module = pytest.importorskip(f"algorithms.{trainer}")  # the last one needs Ray
+    with pytest.raises(ValueError, match=message):
+        module.check_args(module.Args(**changes))
+
+
+def test_groups_that_a_process_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match="group_size=6 must divide the 64 environments of a process"):
+        grpo_gr00t.check_args(grpo_gr00t.Args(group_size=6))
 
 
 SCRIPTS = ("ppo", "async_ppo", "grpo", "dsrl", "sft", "eval", "compare")

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -167,9 +167,9 @@ class Args:
     """Augmentation."""
 
 
-def parse(monkeypatch: pytest.MonkeyPatch, *given: str, **options: object) -> Args:
+def parse(monkeypatch: pytest.MonkeyPatch, *given: str, presets: Any = None, checks: Any = ()) -> Args:
     monkeypatch.setattr(sys, "argv", ["program.py", *given])
-    return parse_args(Args, "Text.", **options)  # pyright: ignore[reportArgumentType]
+    return parse_args(Args, "Text.", presets, *checks)
 
 
 def test_arguments_override_a_preset_which_overrides_defaults(monkeypatch: pytest.MonkeyPatch):
@@ -194,7 +194,7 @@ def no_such_task(args: Args) -> None:
 
 def test_a_check_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
-        parse(monkeypatch, "--name", "x", check=no_such_task)
+        parse(monkeypatch, "--name", "x", checks=[no_such_task])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "program.py: error: task_id=12 is not in libero_spatial (valid: 0-9)\n"
 
@@ -226,7 +226,7 @@ def test_another_process_of_the_host_speaks_only_if_its_launcher_lets_it_live(
     monkeypatch.setattr(time, "sleep", lambda seconds: waited.append(seconds))
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
-        parse(monkeypatch, "--name", "x", check=no_such_task)
+        parse(monkeypatch, "--name", "x", checks=[no_such_task])
     assert waited == [command_line._GRACE_S]  # pyright: ignore[reportPrivateUsage]
     assert "task_id=12" in capsys.readouterr().err
     with pytest.raises(SystemExit):

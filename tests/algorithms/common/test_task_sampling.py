@@ -35,6 +35,8 @@ def test_a_task_named_twice_weighs_twice():
     sampler = TaskSampler([0, 0, 1])
     sampler.update(tallies(t0=(10, 5), t1=(10, 5)))
     assert sampler.weights.tolist() == [1, 1, 1]
+    # Of three episodes two are of task 0: 4/3 of what it would have if both were played alike.
+    assert sampler.metrics() == pytest.approx({"env/weight_task_0": 4 / 3, "env/weight_task_1": 2 / 3})
 
 
 def test_a_continued_run_goes_on_with_the_same_weights():
