@@ -55,7 +55,7 @@ from algorithms.common import presets
 from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
-    check_agent,
+    check_agent_options,
     check_folders,
     check_imitation,
     check_near_goal,
@@ -343,7 +343,9 @@ def check_args(args: Args) -> None:
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
 ARGS = (
-    parse_args(Args, __doc__, PRESETS, check_args, check_agent) if __name__ == "__main__" else None
+    parse_args(Args, __doc__, PRESETS, check_args, check_agent_options)
+    if __name__ == "__main__"
+    else None
 )
 
 import math
@@ -439,7 +441,7 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
 
 def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     """Returns the agent that `args` ask for, on the CPU."""
-    check_agent(args)
+    check_agent_options(args)
     if args.model == STATE_MODEL:
         return StateFlowAgent.from_args(args)
     agent = Gr00tAgent.load(
@@ -548,9 +550,18 @@ def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
         elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
         executed: [B, C] bool, True where an action was executed.
         level: "chunk" sums over all actions to [B], "action" and "token" keep the shape.
+
+    Raises:
+        ValueError: `elements` have another shape.
     """
     if elements.ndim == 1:
         return elements
+    if elements.shape[:2] != executed.shape:
+        num_rows, num_steps = executed.shape
+        raise ValueError(
+            f"the agent's log-probabilities or entropies have shape {list(elements.shape)}; make it "
+            f"[{num_rows}], or [{num_rows}, {num_steps}] or [{num_rows}, {num_steps}, a] by step or element"
+        )
     mask = executed.reshape(*executed.shape, *[1] * (elements.ndim - 2))
     elements = torch.where(mask, elements, 0.0)
     return elements.flatten(1).sum(dim=1) if level == "chunk" else elements

@@ -57,10 +57,10 @@ class Agent(Protocol[ActionT]):
             generator: One CPU generator per row, the only source of what a decision draws.
 
         Returns:
-            action; log-probability and entropy (nats), both float32 [B], or [B, ...] where they are told by step or
-            element; value, float32 [B]. Scoring with unchanged weights gives the decision's log-probability. Gradients
-            of the sum of the last three reach every parameter that is trained (except those that the module names in
-            `_ddp_params_and_buffers_to_ignore`, as DistributedDataParallel wants them).
+            action; log-probability and entropy (nats), both float32 [B], or [B, C] or [B, C, a] where they are told by
+            step or element of `env_action`; value, float32 [B]. Scoring with unchanged weights gives the decision's
+            log-probability. Gradients of the sum of the last three reach every parameter that is trained (except those
+            that the module names in `_ddp_params_and_buffers_to_ignore`, as DistributedDataParallel wants them).
         """
         ...
 
@@ -346,6 +346,12 @@ def _check_decisions(agent: Any, obs: Observation, action_dim: int) -> Any:
     result = _call(decide, _MEMBERS["forward"], agent, obs, generator=_generators(num_rows, 0))
     action, logprob, entropy, value = _check_scores(decide, result, num_rows)
     _check_action(action, num_rows, action_dim)
+    steps, elements = action.env_action.shape[1:]
+    if tuple(logprob.shape[1:]) not in ((), (steps,), (steps, elements)):
+        raise ValueError(
+            f"the log-probability of {decide} has shape {list(logprob.shape)}; make it [{num_rows}], or "
+            f"[{num_rows}, {steps}] or [{num_rows}, {steps}, {elements}] by step or element"
+        )
     again, other = (
         _call(decide, _MEMBERS["forward"], agent, obs, generator=_generators(num_rows, seed))[0] for seed in (0, 1)
     )

@@ -303,7 +303,7 @@ def largest_divisor(number: int, limit: int) -> int:
     return max((n for n in range(1, min(number, limit) + 1) if number % n == 0), default=1)
 
 
-def check_agent(args: Any) -> None:
+def check_agent_options(args: Any) -> None:
     """Raises ValueError for what the trainers' own agents have not; others may have it."""
     _check_noise(args)
     _check_lora(args)

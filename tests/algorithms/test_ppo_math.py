@@ -1,13 +1,14 @@
 """The PPO trainer's formulas against cases worked out by hand."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
+from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.common.args import share_of_process
 from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.episodes import Episode, finished_episodes, wilson_interval
@@ -333,6 +334,13 @@ def test_actions_that_were_not_executed_count_for_nothing():
     assert of_executed(chunks, executed, "chunk").tolist() == [3, 4]
     assert mean_of_executed(chunks, executed).tolist() == [3, 4]
     assert sum_per_decision(tokens).tolist() == [15, 51]
+
+
+@pytest.mark.parametrize("module", [ppo_gr00t, grpo_gr00t])
+@pytest.mark.parametrize("shape", [(2, 1), (2, 1, 7), (1, 3)])
+def test_scores_of_another_shape_are_not_spread_over_the_chunk(module: Any, shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"shape .*; make it \[2\], or \[2, 3\] or \[2, 3, a\] by step or element"):
+        module.of_executed(torch.zeros(shape), torch.ones(2, 3, dtype=torch.bool), "chunk")
 
 
 def test_an_action_that_was_not_executed_gets_no_gradient():

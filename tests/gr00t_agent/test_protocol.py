@@ -286,6 +286,11 @@ CASES = {
         "name the value head's `value`",
     ),
     "critic's step size": (lambda: groups(lambda f: f[1].update(lr=f[0]["lr"])), ValueError, "step size value_lr"),
+    "logprob in a column": (
+        lambda: forward_with(lambda *a: (a[3][0], a[3][1][:, None], a[3][2][:, None], a[3][3])),
+        ValueError,
+        r"log-probability .* has shape \[3, 1\]; make it \[3\], or \[3, 2\] or \[3, 2, 7\] by step or element",
+    ),
     "constant logprob": (
         lambda: forward_with(lambda *a: replaced(a[3], 1, a[3][1].detach())),
         ValueError,

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from algorithms import collect_demos, dsrl_gr00t, grpo_gr00t, ppo_gr00t, sft_gr00t
-from algorithms.common.args import RANGES, check_agent, check_ranges
+from algorithms.common.args import RANGES, check_agent_options, check_ranges
 
 FOLDER = Path(ppo_gr00t.__file__).parent
 # What differs between the two on purpose.
@@ -138,7 +138,7 @@ def test_what_our_agents_have_not_is_refused_on_the_command_line(trainer: str, c
     args = module.Args(**changes)
     module.check_args(args)  # another agent may have it
     with pytest.raises(ValueError, match=message):
-        check_agent(args)
+        check_agent_options(args)
     with pytest.raises(ValueError, match=message):
         module.make_agent(args)
 
