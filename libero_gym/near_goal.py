@@ -32,26 +32,26 @@ class NearGoalVectorEnv(gymnasium.vector.VectorWrapper):
     """A `LiberoVectorEnv` whose episodes begin some steps before a scripted expert succeeds.
 
     An expert (`libero_gym.experts`, without noise) solves the task from an initial state. An episode begins with the
-    simulation, the robot's controller included, as it was so many steps before the goal first held; an expert that
-    needs fewer steps gives its own start. Each initial state i that is asked for or sampled stands for one of
-    n * k starts, where n is `num_init_states` and k the number of `steps_before_success`: number i modulo n * k, of
-    which each k in a row are of one initial state. `init_state_id` in the infos is that initial state. The fixtures of
-    "original" states are those of the expert's episode, always the same.
+    simulation, the robot's controller included, as it was so many steps before the goal first held. Each initial
+    state i that is asked for or sampled stands for one of n * k starts, where n is `num_init_states` and k the number
+    of `steps_before_success`: number i modulo n * k, of which each k in a row are of one initial state.
+    `init_state_id` in the infos is that initial state. The fixtures of "original" states are those of the expert's
+    episode, always the same.
 
     Spaces, rewards, horizon, autoreset and the other infos are those of the environments, counted from the new start.
     It is the environments themselves that begin there (`LiberoVectorEnv.set_start_states`), however they are reset.
 
     Args:
         envs: a `LiberoVectorEnv` with physics on the CPU.
-        steps_before_success: environment steps of the expert from an episode's beginning to its success; several are
-            used in turn.
+        steps_before_success: environment steps of the expert from an episode's beginning to its success, at most those
+            of its whole episode; several are used in turn.
         num_init_states: how many of a task's initial states experts start from, the first ones. An expert takes a
             tenth to half a second of a core, once for each task and initial state.
 
     Raises:
         TypeError: `envs` is no `LiberoVectorEnv`, or `steps_before_success` is no sequence.
-        ValueError: a number is not a positive integer, there are no steps, a task has fewer initial states than there
-            would be starts, or physics are not on the CPU.
+        ValueError: a number is not a positive integer, there are no steps, or more than an episode of a task may have,
+            a task has fewer initial states than there would be starts, or physics are not on the CPU.
     """
 
     def __init__(
@@ -78,13 +78,15 @@ class NearGoalVectorEnv(gymnasium.vector.VectorWrapper):
         self._steps_before_success = tuple(int(steps) for steps in steps_before_success)
         self._num_init_states = int(num_init_states)
         self._check_number_of_starts()
+        self._check_horizons()
         envs.set_start_states(self._start_state)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin episodes; see `LiberoVectorEnv.reset`.
 
         Raises:
-            ValueError: as there, or a `placement_seed` is given.
+            ValueError: as there, a `placement_seed` is given, or the expert succeeds in fewer steps than are asked for
+                (which `step` raises as well, where it begins an episode). No environment has been touched.
             RuntimeError: the expert does not succeed from an initial state. No environment has been touched.
         """
         if (options or {}).get("placement_seed") is not None:
@@ -112,12 +114,36 @@ class NearGoalVectorEnv(gymnasium.vector.VectorWrapper):
                     f"{num_states // num_steps}, or fewer steps"
                 )
 
+    def _check_horizons(self) -> None:
+        """Raise ValueError where an episode is truncated before even the expert would succeed."""
+        longest, options = max(self._steps_before_success), self._envs.options
+        for task_id in self._envs.task_ids:
+            task = get_task(options.suite, task_id)
+            if longest > (allowed := options.horizon_of(task)):
+                raise ValueError(
+                    f"steps_before_success has {longest}, but episodes of {task.suite} task {task.task_id} are "
+                    f"truncated after horizon={allowed} steps, before the expert itself would succeed: give steps of "
+                    "at most the horizon, or make the environments with a longer one"
+                )
+
     def _start_state(self, start: EpisodeStart) -> SimulationState:
-        """Return the state in which the episode that an initial state stands for begins."""
+        """Return the state in which the episode that an initial state stands for begins.
+
+        Raises:
+            ValueError: the expert's episode is shorter than the steps that are asked for.
+            RuntimeError: the expert does not succeed.
+        """
         number = start.init_state_id % (self._num_init_states * len(self._steps_before_success))
         init_state_id, which = divmod(number, len(self._steps_before_success))
-        passed = states_of_expert(start.task, init_state_id, self._envs.options.init_states)
-        return passed[max(0, len(passed) - self._steps_before_success[which])]
+        steps, task = self._steps_before_success[which], start.task
+        passed = states_of_expert(task, init_state_id, self._envs.options.init_states)
+        if steps > len(passed):
+            raise ValueError(
+                f"steps_before_success has {steps}, but from initial state {init_state_id} of {task.suite} task "
+                f"{task.task_id} the expert succeeds after {len(passed)} steps: give at most so many, or leave this "
+                "task or initial state out (task_ids, num_init_states)"
+            )
+        return passed[-steps]
 
 
 @lru_cache(maxsize=_MAX_KEPT)

@@ -47,10 +47,11 @@ def test_episodes_begin_where_the_expert_stood_and_end_where_it_ended():
 
 
 def test_a_new_episode_begins_near_the_goal_too_and_the_last_observation_is_its_own():
-    envs = make(num_envs=1, horizon=2)
+    envs = make(num_envs=1, horizon=6)
     envs.reset(seed=0)
     still = np.zeros((1, 7), np.float32)
-    envs.step(still)
+    for _ in range(5):
+        envs.step(still)
     obs, _, _, truncated, infos = envs.step(still)
     assert truncated.all()
     assert infos["init_state_id"][0] == number_of_start(envs, 0) // 2
@@ -59,7 +60,7 @@ def test_a_new_episode_begins_near_the_goal_too_and_the_last_observation_is_its_
 
 @pytest.mark.parametrize("autoreset_mode", ["SAME_STEP", "NEXT_STEP"])
 def test_an_environment_that_was_left_finished_begins_near_the_goal_too(autoreset_mode: str):
-    envs = make(autoreset_mode=autoreset_mode, horizon=5)
+    envs = make(autoreset_mode=autoreset_mode, horizon=6)
     envs.reset(seed=0, options={"init_state_id": 3, "reset_mask": None})  # None is all of them
     assert [number_of_start(envs, i) for i in range(2)] == [3, 3]
     still = np.zeros((2, 7), np.float32)
@@ -100,6 +101,20 @@ def test_an_expert_that_fails_leaves_the_environments_as_they_were(monkeypatch: 
             np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
+def test_more_steps_than_the_expert_needs_are_refused():
+    length = len(states_of_expert(get_task("libero_goal", 0), 0, "settled"))
+    envs = make(num_envs=1, steps=(length, length + 1), num_init_states=1)
+    envs.reset(seed=0, options={"init_state_id": 0})  # the expert's own start
+    before = envs.unwrapped.get_state(0)
+    message = (
+        f"steps_before_success has {length + 1}, but from initial state 0 of libero_goal task 0 the expert succeeds "
+        f"after {length} steps: give at most so many, or leave this task or initial state out"
+    )
+    with pytest.raises(ValueError, match=message):
+        envs.reset(options={"init_state_id": 1})
+    np.testing.assert_array_equal(envs.unwrapped.get_state(0)["physics"], before["physics"])
+
+
 def test_steps_may_be_an_array():
     envs = make(steps=np.array([3, 6]), num_init_states=np.int64(2))
     envs.reset(seed=0, options={"init_state_id": np.array([6, 9])})
@@ -118,6 +133,13 @@ def test_what_cannot_begin_near_the_goal_is_refused(monkeypatch: pytest.MonkeyPa
     message = r"num_init_states=26 times 2 .* 52 starts, more than the 50 .* task 0.*: give num_init_states .* most 25"
     with pytest.raises(ValueError, match=message):
         make(steps=(3, 6), num_init_states=26)
+    message = (
+        r"steps_before_success has 6, but episodes of libero_goal task 0 are truncated after horizon=5 steps, .*"
+        "give steps of at most the horizon, or make the environments with a longer one"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(horizon=5)
+    make(horizon=6)
     envs = make(init_states="original")
     with pytest.raises(ValueError, match="placement_seed chooses where fixtures stand, which near the goal"):
         envs.reset(options={"placement_seed": 5})
