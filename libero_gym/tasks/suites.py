@@ -338,6 +338,6 @@ def _sentence(name: str) -> str:
 
 
 def _unknown_suite(suite: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(suite, known, n=1, cutoff=0.0)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"suite={suite!r} is not installed; {hint}(valid: {', '.join(known)})"
+    nearest = difflib.get_close_matches(suite, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"suite={suite!r} is not installed{hint} (valid: {', '.join(known)})"

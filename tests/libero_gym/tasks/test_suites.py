@@ -100,6 +100,11 @@ def test_unknown_suite_names_the_nearest():
         list_tasks("libero_spatail")
 
 
+def test_an_unknown_suite_that_is_near_none_gets_no_suggestion():
+    with pytest.raises(ValueError, match=r"^suite='nope' is not installed \(valid: libero_spatial, "):
+        list_tasks("nope")
+
+
 @pytest.mark.parametrize("task_id", [-1, 10])
 def test_task_id_out_of_range(task_id: int):
     with pytest.raises(ValueError, match=rf"task_id={task_id} is not in libero_spatial \(valid: 0-9\)"):
