@@ -193,12 +193,15 @@ def recorded_file(suite: str, kind: RecordedKind) -> Path:
     """Return the file that holds the states of `kind` of `suite`.
 
     Raises:
-        FileNotFoundError: none are recorded for the suite; the message names the suites that have them.
+        FileNotFoundError: none are recorded for the suite; the message names the kinds that it has, its default first,
+            and the suites that have them.
     """
     if not has_recorded_states(suite, kind):
         suites = ", ".join(sorted(path.stem for path in (_DATA / kind).glob("*.npz")))
+        kinds = [other for other in get_args(RecordedKind) if has_recorded_states(suite, other)]
+        others = " or ".join(repr(other) for other in (*kinds, "original"))
         raise FileNotFoundError(
-            f"no {kind} states are recorded for {suite}; use init_states='original' (recorded for: {suites})"
+            f"no {kind} states are recorded for {suite}; use init_states={others} (recorded for: {suites})"
         )
     return _DATA / kind / f"{suite}.npz"
 

@@ -174,7 +174,10 @@ def test_suites_without_recorded_states():
     assert not has_recorded_states(task.suite, "settled")
     with pytest.raises(FileNotFoundError, match="recorded for libero_spatial_swap; use init_states='original'"):
         load_recorded_states(task, "settled")
-    message = r"no held_out states are recorded for libero_goal; .* \(recorded for: libero_spatial\)"
+    message = (
+        "no held_out states are recorded for libero_goal; use init_states='settled' or 'original' "
+        r"\(recorded for: libero_spatial\)"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         LiberoEnv("libero_goal", observe_images=False, init_states="held_out")
 
