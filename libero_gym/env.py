@@ -454,9 +454,9 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         Those of `physics="warp"` are of another kind, and refused.
 
         Raises:
-            ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
-                another suite, to a task that the environment was not made for, or to other versions. Nothing has been
-                touched.
+            ValueError: an entry is missing, surplus, of another type or shape, not finite or out of its range, or the
+                state belongs to another suite, to a task that the environment was not made for, or to other versions.
+                Nothing has been touched.
             TypeError: `state` is no dictionary.
         """
         self._owner.check()

@@ -590,8 +590,9 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         Raises:
             ValueError: `env_id` is no integer or out of range, or an entry of the state is missing, surplus, of
-                another type or shape, or not finite, or the state belongs to another suite or other versions; with
-                `physics="warp"` also where it belongs to a task that these were not made for. Nothing has been touched.
+                another type or shape, not finite or out of its range, or the state belongs to another suite or other
+                versions; with `physics="warp"` also where it belongs to a task that these were not made for. Nothing
+                has been touched.
             TypeError: `state` is no dictionary.
         """
         self._check_env_id(env_id)

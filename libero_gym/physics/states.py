@@ -96,12 +96,18 @@ def read_episode(state: Mapping[str, Any]) -> tuple[dict[str, npt.NDArray[Any]],
     """Return the entries of `state` that `EPISODE` names, and the generator among them.
 
     Raises:
-        ValueError: one is missing, of another type or shape, or not finite, or the length is negative.
+        ValueError: one is missing, of another type or shape, or not finite, the length is negative, or the last value
+            neither 0 nor 1.
     """
     check_keys(state, EPISODE, optional=state)
     episode = check_entries(state, EPISODE)
     if episode["episode_length"] < 0:
         raise ValueError(f"episode_length={episode['episode_length']} of the state is negative: it counts steps")
+    if episode["last_value"] not in (0.0, 1.0):
+        raise ValueError(
+            f"last_value={episode['last_value']} of the state is neither 0 nor 1: it says whether the goal held at the "
+            "end of the last step; give what get_state returned"
+        )
     return episode, read_generator(str(episode["rng"]))
 
 

@@ -48,6 +48,8 @@ def spoil(state: State) -> Generator[tuple[str, State]]:
         negative = str(state["rng"]).replace('"inc": ', '"inc": -')
         yield "rng of the state is", state | {"rng": np.array(negative)}
         yield "episode_length=-1 of the state is negative", state | {"episode_length": np.array(-1)}
+        for value in (7.0, 0.5, -1.0):
+            yield f"last_value={value} of the state is neither 0 nor 1", state | {"last_value": np.array(value)}
 
 
 def assert_same(found: Any, expected: Any) -> None:
