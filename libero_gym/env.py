@@ -141,7 +141,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
       (`libero_gym.tasks.suites.COMBINED_SUITES`).
     - `task_id`: fixes the task; None samples one at each reset.
     - `task_ids`: sequence of tasks to sample from, instead of `task_id`; None takes all of the suite.
-    - `image_size`: height and width in pixels.
+    - `image_size`: height and width in pixels, 1 to 4096.
     - `camera_names`: cameras of `images`, `wrist_images`, and `<name>_images` for further ones, as many as wanted:
       names among `libero_gym.list_cameras(task)`, or a `libero_gym.Camera` of one's own with pose and field of view.
     - `renderer`: "egl", "osmesa" or "warp"; None takes the best that the machine has.
@@ -161,7 +161,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     - `render_mode`: "rgb_array": `render()` returns what the first camera sees, as it sees it: upright and not
       mirrored; "human" shows it in a window at 20 frames a second, at each reset and step. That needs pygame and a
       display; the metadata of an environment made without them do not list it.
-    - `render_size`: height and width of that picture, pixels. It has a renderer of its own, opened when first needed.
+    - `render_size`: height and width of that picture, 1 to 4096 pixels. It has a renderer of its own, opened when first
+      needed.
 
     ## Version history
     - v0: initial version.
@@ -354,6 +355,10 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], SupportsFloat, bool, bool, dict[str, Any]]:
         """Advance by 50 ms, or as `control_freq` says.
+
+        Gymnasium leaves open what a step after the episode's end does. Here the simulation goes on as if there had been
+        no end: rewards are paid as before, `episode_length` counts on, `terminated` says whether the goal holds at this
+        step's end, and `truncated` stays True once `horizon` steps are over. Only `reset` or `set_state` begins anew.
 
         Raises:
             ValueError: `action` has another width, `reset` was not called, or the environment is closed.

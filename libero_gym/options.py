@@ -6,9 +6,9 @@ import copy
 import difflib
 import inspect
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,8 @@ Value = TypeVar("Value", float, npt.NDArray[np.float32])
 DEFAULT_CAMERAS = ("agentview", "robot0_eye_in_hand")
 DEFAULT_IMAGE_SIZE = 256
 DEFAULT_RENDER_SIZE = 512
+# Sixteen times the default in height and width: a picture of 50 MB. A number beyond is a slip, which takes all memory.
+MAX_IMAGE_SIZE = 4096
 METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_FREQUENCY_HZ}
 CLOSED = "the environment is closed; make a new one"
 VECTOR_ARGUMENTS = (
@@ -64,7 +66,7 @@ class EnvOptions:
 
     Attributes:
         suite: suite of the tasks.
-        image_size: height and width of the cameras' pictures, pixels.
+        image_size: height and width of the cameras' pictures, pixels, at most `MAX_IMAGE_SIZE`.
         camera_names: cameras, from `libero_gym.rendering.cameras.check_cameras`.
         renderer: kind of renderer, None for the best one; checked where no pictures are observed, too.
         observe_images: whether there are images.
@@ -78,7 +80,7 @@ class EnvOptions:
         action_mode: what the numbers of an action mean.
         control_freq: environment steps a second.
         render_mode: None or one of `render_modes`.
-        render_size: height and width of what `render` returns, pixels.
+        render_size: height and width of what `render` returns, pixels, at most `MAX_IMAGE_SIZE`.
         texture_colorspace: "linear" or "auto", see `libero_gym.rendering.textures`.
     """
 
@@ -227,6 +229,11 @@ def choose_tasks(suite: str | TaskSpec, task_id: int | None, task_ids: Sequence[
         return [get_task(suite, task_id)]
     if task_ids is None:
         return list_tasks(suite)
+    if not isinstance(cast(Any, task_ids), Collection):
+        raise ValueError(
+            f"task_ids={task_ids!r} is a {type(task_ids).__name__}, not a sequence of tasks: give a list, such as "
+            "[0, 3]"
+        )
     if not len(task_ids):
         raise ValueError("task_ids is empty; name at least one task, or None for all of the suite")
     return [get_task(suite, number) for number in task_ids]
@@ -301,7 +308,7 @@ def make_observation_space(
         tasks: those whose instructions the space holds, besides all of LIBERO's.
 
     Raises:
-        ValueError: `image_size` is not a positive integer.
+        ValueError: `image_size` is not an integer from 1 to `MAX_IMAGE_SIZE`.
     """
     _check_size("image_size", image_size)
     size = int(image_size)
@@ -341,3 +348,5 @@ def make_action_space(action_mode: ActionMode = "delta_pose", *, num_action_chun
 def _check_size(name: str, size: int) -> None:
     if not is_integer(size) or size <= 0:
         raise ValueError(f"{name}={size!r} is not a positive number of pixels (usual: 128, 224, 256)")
+    if size > MAX_IMAGE_SIZE:
+        raise ValueError(f"{name}={size} is too many pixels a side (valid: 1-{MAX_IMAGE_SIZE}, usual: 128, 224, 256)")

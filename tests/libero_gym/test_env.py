@@ -146,6 +146,17 @@ def test_one_task_or_several():
         env.reset(options={"task_id": 3})
     with pytest.raises(ValueError, match=r"task_id=1 and task_ids=\[2\] are both given; leave one of them out"):
         _make(task_id=1, task_ids=[2])
+    message = r"task_ids=<gen.* is a generator, not a sequence of tasks: give a list, such as \[0, 3\]"
+    with pytest.raises(ValueError, match=message):
+        _make(task_ids=(task_id for task_id in range(3)))  # pyright: ignore[reportArgumentType]
+
+
+def test_steps_after_the_end_go_on():
+    env = _make(task_id=0, horizon=2)
+    env.reset(seed=0)
+    steps = [env.step(np.zeros(7, np.float32)) for _ in range(3)]
+    assert [step[2:4] for step in steps] == [(False, False), (False, True), (False, True)]
+    assert [step[4]["episode_length"] for step in steps] == [1, 2, 3]
 
 
 def test_unknown_arguments_name_the_valid_ones():
@@ -364,6 +375,11 @@ def test_nan_action():
         ({"image_size": -5}, r"image_size=-5 is not"),
         ({"image_size": 2.5}, r"image_size=2.5 is not"),
         ({"reward": "dense"}, r"reward='dense' is unknown \(valid: 'sparse', 'relative'\)"),
+        (
+            {"image_size": 100_000},
+            r"image_size=100000 is too many pixels a side \(valid: 1-4096, usual: 128, 224, 256\)",
+        ),
+        ({"render_size": 4097}, r"render_size=4097 is too many pixels a side \(valid: 1-4096"),
         ({"horizon": 0}, r"horizon=0 is not a positive number of steps \(default: 320\)"),
         ({"task_id": 10}, r"task_id=10 is not in libero_goal \(valid: 0-9\)"),
         ({"render_mode": "film"}, r"render_mode='film' is unknown \(valid: None, 'rgb_array', 'human'\)"),
