@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Mapping
 from importlib import resources
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -26,6 +27,14 @@ from libero_gym.conventions import ACTION_DIM, STATE_DIM, gripper_from_data
 
 Observation = dict[str, Any]
 LeRobotConvention = Literal["demonstrations", "lerobot"]
+
+# The sections of a modality.json, and an example of each.
+_SECTIONS = {
+    "video": '{"image": {"original_key": "observation.images.image"}}',
+    "state": '{"x": {"start": 0, "end": 1}}',
+    "action": '{"x": {"start": 0, "end": 1}}',
+    "annotation": '{"human.action.task_description": {}}',
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +68,15 @@ def load_modality(path: str | Path | None = None) -> Modality:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no JSON, lacks a section, or a slice does not fit the 8 states or 7 actions.
+        TypeError: `path` is no path.
+        ValueError: The file is no JSON, lacks a section, has one of another form, or a slice does not fit the 8 states
+            or 7 actions.
     """
+    if path is not None and not isinstance(cast(Any, path), str | PathLike):
+        raise TypeError(
+            f"modality={path!r} is a {type(path).__name__} (valid: a path to a modality.json, a Modality, or None for "
+            "LIBERO's); write a dictionary to a file as JSON, or make a Modality of it"
+        )
     if path is None:
         source, text = ("modality.json", (resources.files("libero_gym") / "data" / "modality.json").read_text("utf-8"))
     else:
@@ -72,26 +88,48 @@ def load_modality(path: str | Path | None = None) -> Modality:
     missing = {"video", "state", "action"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(f"{source} lacks {sorted(missing)} (needed: video, state, action; optional: annotation)")
+    sections = {name: _entries(source, name, content.get(name, {})) for name in _SECTIONS}
     return Modality(
-        video={name: _observation_key(name, entry) for name, entry in content["video"].items()},
-        state=_slices(source, "state", content["state"], STATE_DIM),
-        action=_slices(source, "action", content["action"], ACTION_DIM),
-        annotation=tuple(content.get("annotation", {})),
+        video={name: _observation_key(source, name, entry) for name, entry in sections["video"].items()},
+        state=_slices(source, "state", sections["state"], STATE_DIM),
+        action=_slices(source, "action", sections["action"], ACTION_DIM),
+        annotation=tuple(sections["annotation"]),
     )
 
 
-def _observation_key(name: str, entry: Mapping[str, str]) -> str:
-    key = entry.get("original_key", name).rsplit(".", 1)[-1]
+def _entries(source: str, section: str, content: Any) -> dict[str, dict[str, Any]]:
+    """Returns a section of the file, an object of objects."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: {section} is {content!r}; it must be an object, such as {_SECTIONS[section]}")
+    for name, entry in cast("dict[str, Any]", content).items():
+        if not isinstance(entry, dict):
+            raise ValueError(
+                f"{source}: {section}.{name} is {entry!r}; it must be an object, as in {_SECTIONS[section]}"
+            )
+    return cast("dict[str, dict[str, Any]]", content)
+
+
+def _observation_key(source: str, name: str, entry: Mapping[str, Any]) -> str:
+    original_key = entry.get("original_key", name)
+    if not isinstance(original_key, str):
+        raise ValueError(f"{source}: video.{name} has original_key {original_key!r}; it must name a camera's column")
+    key = original_key.rsplit(".", 1)[-1]
     return key if key.endswith("s") else f"{key}s"
 
 
 def _slices(
-    source: str, section: str, entries: Mapping[str, Mapping[str, int]], width: int
+    source: str, section: str, entries: Mapping[str, Mapping[str, Any]], width: int
 ) -> dict[str, tuple[int, int]]:
     slices: dict[str, tuple[int, int]] = {}
     for name, entry in entries.items():
         if "start" not in entry or "end" not in entry:
             raise ValueError(f"{source}: {section}.{name} needs `start` and `end`, got {dict(entry)}")
+        for bound in ("start", "end"):
+            number = entry[bound]
+            if isinstance(number, bool) or not isinstance(number, int | float) or number % 1:
+                raise ValueError(
+                    f"{source}: {section}.{name} has {bound} {number!r}; it must be a whole number from 0 to {width}"
+                )
         start, end = int(entry["start"]), int(entry["end"])
         if not 0 <= start < end <= width:
             raise ValueError(f"{source}: {section}.{name} is [{start}, {end}), which is not within [0, {width})")
@@ -215,7 +253,9 @@ class ModalityVectorObservation(gymnasium.vector.VectorWrapper):
         modality: A `Modality`, a path to a `modality.json`, or None for LIBERO's.
 
     Raises:
-        ValueError: The modality names a camera that the environment does not observe.
+        TypeError: The modality is none of these.
+        ValueError: The file is not such a description (see `load_modality`), or the modality names a camera that the
+            environment does not observe.
     """
 
     def __init__(self, env: gymnasium.vector.VectorEnv, modality: Modality | str | Path | None = None):
@@ -252,7 +292,9 @@ class ModalityObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
         modality: A `Modality`, a path to a `modality.json`, or None for LIBERO's.
 
     Raises:
-        ValueError: The modality names a camera that the environment does not observe.
+        TypeError: The modality is none of these.
+        ValueError: The file is not such a description (see `load_modality`), or the modality names a camera that the
+            environment does not observe.
     """
 
     def __new__(cls, env: Any, modality: Modality | str | Path | None = None) -> Any:

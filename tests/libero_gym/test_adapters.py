@@ -1,6 +1,7 @@
 """Modality keys and the gripper's convention, on hand-made observations."""
 
 import json
+import re
 from typing import ClassVar
 
 import gymnasium
@@ -149,6 +150,35 @@ def test_bad_modality_files_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_modality(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "content", "message"),
+    [
+        ("state", [1], r'state is \[1\]; it must be an object, such as {"x": {"start": 0, "end": 1}}'),
+        ("state", {"x": None}, r'state.x is None; it must be an object, as in {"x": {"start": 0, "end": 1}}'),
+        ("state", {"x": {"start": "a", "end": 1}}, "state.x has start 'a'; it must be a whole number from 0 to 8"),
+        ("state", {"x": {"start": 0.5, "end": 1}}, "state.x has start 0.5; it must be a whole number from 0 to 8"),
+        ("action", {"x": {"start": 0, "end": True}}, "action.x has end True; it must be a whole number from 0 to 7"),
+        ("video", ["image"], r"video is \['image'\]; it must be an object, such as {\"image\": {\"original_key\": "),
+        ("video", {"image": "images"}, "video.image is 'images'; it must be an object, as in"),
+        ("video", {"image": {"original_key": 3}}, "video.image has original_key 3; it must name a camera's column"),
+        ("annotation", "foo", "annotation is 'foo'; it must be an object, such as {\"human.action.task_description\""),
+    ],
+)
+def test_sections_of_another_form_are_refused_by_file_and_key(tmp_path, section, content, message):
+    path = tmp_path / "modality.json"
+    path.write_text(json.dumps({"video": {}, "state": {}, "action": {}} | {section: content}))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: {message}"):
+        load_modality(path)
+
+
+@pytest.mark.parametrize("wrap", [load_modality, lambda given: ModalityVectorObservation(VectorEnv(), given)])
+def test_a_modality_is_a_path_and_no_dictionary(wrap):
+    with pytest.raises(
+        TypeError, match=r"modality={'video': {}} is a dict \(valid: a path to a modality.json, a Modality"
+    ):
+        wrap({"video": {}})
 
 
 def test_single_wrapper_space_holds_its_observations():
