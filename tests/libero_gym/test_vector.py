@@ -776,6 +776,15 @@ def test_gymnasiums_wrappers_of_observations_take_the_default():
     assert env.observation_space.contains(observation.astype(np.float32))
 
 
+def test_observations_are_normalised_once_they_are_one_array():
+    with_text = FlattenObservation(make(2))
+    assert with_text.reset(seed=0)[0].shape == (2, 512 + 8)
+    without = make(2, observe_text=False)
+    assert NormalizeObservation(FlattenObservation(without)).reset(seed=0)[0].shape == (2, 8)
+    with pytest.raises(np.exceptions.AxisError):
+        NormalizeObservation(make(2, observe_text=False)).reset(seed=0)  # a dict
+
+
 def test_placement_seeds_are_those_of_single_environments():
     env = make(2, init_states="original", task_id=3)
     env.reset(seed=1, options={"init_state_id": 7, "placement_seed": np.array([5, 6])})
