@@ -12,7 +12,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from gr00t_agent.files import dataclass_from_json, has_file, is_number, naming, read_json, require, typed, write_json
+from gr00t_agent.files import (
+    dataclass_from_json,
+    has_file,
+    is_number,
+    is_whole,
+    naming,
+    read_json,
+    require,
+    typed,
+    write_json,
+)
 
 NormalisationMode = Literal["min_max", "mean_std", "q99", "binary"]
 NORMALISATION_MODES: tuple[str, ...] = get_args(NormalisationMode)
@@ -88,6 +98,11 @@ class DataConfig:
     action_horizon: int = 16
 
     def __post_init__(self) -> None:
+        if not isinstance(cast(Any, self.embodiment_tag), str) or not self.embodiment_tag:
+            raise ValueError(
+                f"embodiment_tag={self.embodiment_tag!r} is no name; give the one that the statistics file has, such "
+                "as 'libero_franka'"
+            )
         for name, keys in (("video", self.video_keys), ("state", self.state_keys), ("action", self.action_keys)):
             if not keys:
                 raise ValueError(f"{name}_keys is empty; a policy needs at least one {name} key")
@@ -106,6 +121,8 @@ class DataConfig:
             raise ValueError(f"gripper_key={self.gripper_key!r} is not among {', '.join(self.action_keys)}")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"crop_scale={self.crop_scale} is not in (0, 1]")
+        if not is_whole(self.action_horizon):
+            raise ValueError(f"action_horizon={self.action_horizon!r} is not an int; give a whole number")
         if self.action_horizon < 1:
             raise ValueError(f"action_horizon={self.action_horizon} is below 1")
 

@@ -273,6 +273,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
 
 
+def is_whole(value: Any) -> bool:
+    """Returns whether a value is an integer, and no boolean."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def typed(value: Any, hint: Any, where: str) -> Any:
     """Return a value from JSON as a field of this type takes it: lists become tuples.
 

@@ -6,7 +6,7 @@ Shape legend: B batch, N denoising steps, H action horizon, A padded action widt
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gr00t_agent.config import PresetName
 from gr00t_agent.data_config import EMBODIMENT_IDS
-from gr00t_agent.files import dataclass_from_json
+from gr00t_agent.files import dataclass_from_json, is_whole
 from gr00t_agent.sampler import FlowSampler, NoiseMethod
 from gr00t_agent.transforms import PaddingMode
 
@@ -113,6 +113,8 @@ class PolicyConfig:
             "embodiment_table": tuple(EMBODIMENT_IDS),
             "compute_dtype": ("float32", "bfloat16"),
         }
+        for entry in fields(self):
+            _check_plain_type(entry.name, getattr(self, entry.name), entry.type)
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown (valid: {', '.join(values)})")
@@ -158,6 +160,14 @@ class PolicyConfig:
             ValueError: Something is unknown, of another type, or not allowed.
         """
         return dataclass_from_json(PolicyConfig, data, "policy")
+
+
+def _check_plain_type(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError unless a setting that is a whole number, or True or False, is one."""
+    if hint is bool and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is neither True nor False")
+    if hint in (int, int | None) and not (is_whole(value) or (value is None and hint is not int)):
+        raise ValueError(f"{name}={value!r} is not an int; give a whole number")
 
 
 # The settings of each preset of network sizes; change some with `dataclasses.replace`.

@@ -507,6 +507,11 @@ def test_policy_without_value_head():
         ({"embodiment_id": 5}, "embodiment_id=5 is not in 0-0"),
         ({"value_pooling": "last_token"}, "goes with padding='left' or 'right'"),
         ({"noise_std_range": (0.2, 0.1)}, "must be positive and ascending"),
+        ({"num_action_chunks": 2.5}, "num_action_chunks=2.5 is not an int; give a whole number"),
+        ({"denoising_steps": True}, "denoising_steps=True is not an int; give a whole number"),
+        ({"prompt_length": 64.0}, "prompt_length=64.0 is not an int; give a whole number"),
+        ({"value_head": "yes"}, "value_head='yes' is neither True nor False"),
+        ({"critic_detach": 1}, "critic_detach=1 is neither True nor False"),
     ],
 )
 def test_wrong_settings_are_refused(changes, message):
