@@ -1,8 +1,9 @@
 """Building a `Gr00tAgent` from sizes, from a preset or from a checkpoint's folder, and saving it to one."""
 
+import difflib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, get_args
 
@@ -230,10 +231,11 @@ class Pretrained(nn.Module):
             changes: Fields of `PolicyConfig`; None leaves a field as it is.
 
         Raises:
-            TypeError: A field that `PolicyConfig` does not have.
+            TypeError: A field that `PolicyConfig` does not have; the message lists those that it has.
         """
         given = {name: value for name, value in changes.items() if value is not None}
         preset = _preset_name(source)
+        _check_changes(changes)
         if preset is not None:
             agent = cls.from_preset(preset, policy=replace(preset_policy(preset), **given))
         else:
@@ -362,6 +364,16 @@ def _preset_name(source: str | Path) -> PresetName | None:
 
 def make_preprocessor(
     config: ModelConfig,
+def _check_changes(changes: Mapping[str, Any]) -> None:
+    """Raise TypeError unless all are fields of `PolicyConfig`."""
+    valid = ["train_backbone", "train_vl_self_attention", *(field.name for field in fields(PolicyConfig))]
+    for name in changes:
+        if name not in valid:
+            nearest = difflib.get_close_matches(name, valid, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise TypeError(f"load() got an unexpected keyword argument {name!r}{hint} (valid: {', '.join(valid)})")
+
+
     policy: PolicyConfig,
     data_config: DataConfig,
     metadata: DatasetMetadata,

@@ -414,8 +414,14 @@ def test_load_changes_settings(tmp_path):
     assert frozen.context_is_frozen
     frozen.save_pretrained(tmp_path / "frozen")
     assert Gr00tAgent.from_pretrained(tmp_path / "frozen").context_is_frozen
-    with pytest.raises(TypeError, match="chunks"):
-        Gr00tAgent.load("nano", chunks=3)
+    message = (
+        r"keyword argument 'denoise_steps'; did you mean 'denoising_steps'\? "
+        r"\(valid: train_backbone, train_vl_self_attention, num_action_chunks, denoising_steps, "
+    )
+    with pytest.raises(TypeError, match=message):
+        Gr00tAgent.load(tmp_path, denoise_steps=3)
+    with pytest.raises(TypeError, match=r"keyword argument 'film' \(valid: "):
+        Gr00tAgent.load("nano", film=None)
 
 
 def test_forward_dispatches():
