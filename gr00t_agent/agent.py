@@ -37,6 +37,14 @@ class _Inputs(NamedTuple):
     state: Tensor
 
 
+def _check_is_flow_action(action: Any) -> None:
+    if not isinstance(action, FlowAction):
+        raise TypeError(
+            f"the action is a {type(action).__name__}, which does not tell how it was denoised; pass the FlowAction "
+            "that was returned with it"
+        )
+
+
 class Gr00tAgent(Pretrained):
     """A GR00T-N1.5 policy with a value function.
 
@@ -304,9 +312,12 @@ class Gr00tAgent(Pretrained):
             [B, C] or [B, C, a] by `logprob_level`, float32.
 
         Raises:
+            TypeError: `action` is no `FlowAction`.
             ValueError: The policy has no value head, a stored chain has another number of steps or noise at others,
                 or both a generator for each row and `draws` are given.
         """
+        if action is not None:
+            _check_is_flow_action(action)
         with self._without_dropout():
             context = self._context(obs)
             return self._decide_or_score(context, action, generator, noise_anneal, draws)
@@ -328,7 +339,11 @@ class Gr00tAgent(Pretrained):
 
         Returns:
             What `get_action_and_value` returns, and the error, float32 [B, C, a].
+
+        Raises:
+            TypeError: `action` is no `FlowAction`.
         """
+        _check_is_flow_action(action)
         noise, step = flow_draws
         target = action.chain[:, -1]
         tau = (step.float() / self.policy.denoising_steps)[:, None, None]

@@ -433,6 +433,16 @@ def test_forward_dispatches():
     assert torch.equal(loss, agent.sft_loss(obs, torch.zeros(2, 16, 7), generator=seeded()))
 
 
+@pytest.mark.parametrize("given", [torch.zeros(1, 5, 7), (torch.zeros(1), torch.zeros(1), torch.zeros(1))])
+def test_what_scores_an_action_takes_only_flow_actions(nano_agent, given):
+    obs = nano_agent.encode(make_observation(1))
+    draws = [noise_of(nano_agent, 1), torch.zeros(1, dtype=torch.long)]
+    message = rf"the action is a {type(given).__name__}, .*; pass the FlowAction that was returned with it"
+    for score in (nano_agent, nano_agent.get_action_and_value, lambda *args: nano_agent(*args, flow_draws=draws)):
+        with pytest.raises(TypeError, match=message):
+            score(obs, given)
+
+
 def test_sft_masks():
     agent = build().eval()
     obs = make_observation(2)
