@@ -27,6 +27,14 @@ MODEL_TYPE = "gr00t_n1_5"
 # `model_type` and architecture in config.json: gr00t_n1 and GR00T_N1 of N1, gr00t_n1_5 and GR00T_N1_5, Gr00tN1d6 ...
 GENERATION = re.compile(r"gr00t_?n(\d+)(?:[_d.](\d+))?", re.IGNORECASE)
 
+# Files by which the checkpoints of trainers' other policies are known.
+OTHER_POLICIES = {
+    "state_agent.json": "a small policy on the robot's state",
+    "noise_actor.json": "a noise actor of DSRL, which steers a GR00T",
+}
+# A run's checkpoints, by iterations of RL or steps of fine-tuning.
+CHECKPOINT_NAME = re.compile(r"(?:iteration|step)_(\d+)")
+
 # What of the Eagle config's two sections reaches the network, and of which type it is; nothing else does. What is
 # absent and not required has transformers' default, as where transformers writes such files.
 TEXT_FIELDS: dict[str, type] = {
@@ -80,6 +88,21 @@ def _shipped(name: PresetName) -> tuple[JsonDict, JsonDict]:
         json.loads((DATA / f"{name}_config.json").read_text()),
         json.loads((DATA / f"{name}_eagle_config.json").read_text()),
     )
+
+
+def _what_to_give(folder: Path) -> str:
+    """Return what to do about a folder that is no checkpoint of a GR00T."""
+    for file, kind in OTHER_POLICIES.items():
+        if (folder / file).is_file():
+            return (
+                f"by its {file} it is {kind}, which cannot be loaded as a GR00T; algorithms/eval_gr00t.py evaluates it"
+            )
+    found = [path for parent in (folder / "checkpoints", folder) for path in parent.glob("*_*") if path.is_dir()]
+    numbered = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in found}
+    saved = {path: int(match[1]) for path, match in numbered.items() if match}
+    if saved:
+        return f"checkpoints of a run lie inside: take {max(saved, key=lambda path: saved[path])}"
+    return "give a GR00T-N1.5 checkpoint folder (config.json, *.safetensors, experiment_cfg/metadata.json)"
 
 
 def _only(data: Mapping[str, Any], key: str, allowed: Any, where: str) -> None:
@@ -432,10 +455,7 @@ class ModelConfig:
         """
         path = folder / "config.json"
         if not has_file(path):
-            raise FileNotFoundError(
-                f"{folder} has no config.json; give a GR00T-N1.5 checkpoint folder (config.json, *.safetensors, "
-                "experiment_cfg/metadata.json)"
-            )
+            raise FileNotFoundError(f"{folder} has no config.json; {_what_to_give(folder)}")
         eagle_path = (eagle_folder if eagle_folder is not None else folder / EAGLE_FOLDER) / "config.json"
         has_eagle = has_file(eagle_path)
         if eagle_folder is not None and not has_eagle:

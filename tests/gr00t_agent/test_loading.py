@@ -187,6 +187,31 @@ def test_missing_files_are_named(copied, tmp_path):
         Gr00tAgent.from_pretrained(copied)
 
 
+def test_a_run_in_place_of_its_checkpoint_is_told_which_to_take(tmp_path):
+    for name in ("iteration_9", "iteration_10", ".tmp-0-iteration_11", "best_12"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    newest = tmp_path / "checkpoints" / "iteration_10"
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"{folder} has no config\.json; checkpoints .* inside: take {newest}$"
+        ):
+            Gr00tAgent.load(folder)
+    (tmp_path / "checkpoints" / "step_200").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"checkpoints of a run lie inside: take .*/step_200$"):
+        Gr00tAgent.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [("state_agent.json", "a small policy on the robot's state"), ("noise_actor.json", "a noise actor")],
+)
+def test_another_kind_of_policy_is_told_apart(tmp_path, file, kind):
+    (tmp_path / file).write_text("{}")
+    message = rf"has no config\.json; by its {file} it is {kind}.*, which cannot be loaded as a GR00T; .*eval_gr00t\.py"
+    with pytest.raises(FileNotFoundError, match=message):
+        Gr00tAgent.load(tmp_path)
+
+
 def test_loading_in_bf16(tiny_checkpoint, tiny_agent):
     policy = PolicyConfig(compute_dtype="bfloat16", padding="left")
     agent = Gr00tAgent.from_pretrained(tiny_checkpoint, policy=policy, dtype=torch.bfloat16).eval()
