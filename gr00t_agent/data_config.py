@@ -307,8 +307,9 @@ def read_metadata(path: Path, embodiment_tag: str) -> DatasetMetadata:
 
     Raises:
         FileNotFoundError: No such file.
-        KeyError: The file has no entry for the tag, or the entry lacks something.
-        ValueError: The file is damaged, or numbers in the entry are not what they must be (see `check_statistics`).
+        KeyError: The entry lacks something.
+        ValueError: The file has no entry for the tag, is damaged, or numbers in the entry are not what they must be
+            (see `check_statistics`).
     """
     if not has_file(path):
         raise FileNotFoundError(
@@ -316,7 +317,10 @@ def read_metadata(path: Path, embodiment_tag: str) -> DatasetMetadata:
         )
     data = read_json(path)
     if embodiment_tag not in data:
-        raise KeyError(f"{path} has no entry for embodiment_tag={embodiment_tag!r} (present: {', '.join(data)})")
+        raise ValueError(
+            f"{path} has no entry for embodiment_tag={embodiment_tag!r} (present: {', '.join(data) or 'none'}); take "
+            "the data config of one that is present, give its statistics as metadata=, or fine-tune on its data first"
+        )
     entry = data[embodiment_tag]
     with naming(path):
         _check_entry(typed(entry, dict, embodiment_tag), embodiment_tag)
@@ -357,8 +361,7 @@ def read_modality(path: Path) -> dict[str, ModalitySlice | str]:
 
     Raises:
         FileNotFoundError: No such file.
-        KeyError: An entry has no start or end.
-        ValueError: No JSON object, or a start, end or column that is none.
+        ValueError: No JSON object, or a start, end or column that is missing or none.
     """
     data: Any = json.loads(path.read_bytes())
     if not isinstance(data, dict):
@@ -378,7 +381,10 @@ def read_modality(path: Path) -> dict[str, ModalitySlice | str]:
                 continue
             absent = {"start", "end"} - set(fields)
             if absent:
-                raise KeyError(f"{path}: {key} lacks {', '.join(sorted(absent))}")
+                raise ValueError(
+                    f"{path}: {key} lacks {', '.join(sorted(absent))}; it must have start and end, the first element "
+                    "and one past the last"
+                )
             for name in ("start", "end"):
                 number = fields[name]
                 if isinstance(number, bool) or not isinstance(number, int | float) or number % 1:

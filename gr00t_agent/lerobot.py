@@ -323,9 +323,9 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
 
     Raises:
         FileNotFoundError: no dataset, no `modality.json`, or a file is missing.
-        KeyError: a key of the data config is not in `modality.json`, or a column is not in the dataset.
-        ValueError: no episodes, cameras of several sizes, damaged files, a gripper of another convention than the
-            data config's, or values that contradict each other or cannot be read with certainty.
+        ValueError: no episodes, cameras of several sizes, damaged files, a key of the data config that is not in
+            `modality.json`, a column that is not in the dataset, a gripper of another convention than the data
+            config's, or values that contradict each other or cannot be read with certainty.
     """
 
     def __init__(
@@ -386,13 +386,16 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         wanted = [*config.video_keys, *config.state_keys, *config.action_keys, config.language_key]
         absent = [key for key in wanted if key not in modality]
         if absent:
-            raise KeyError(f"{path} has no {', '.join(absent)} (present: {', '.join(modality)})")
+            raise ValueError(
+                f"{path} has no {', '.join(absent)} (present: {', '.join(modality)}); add what the data config names, "
+                "or give a data config of what is there"
+            )
         return modality
 
     def _column(self, name: str, key: str) -> str:
         features = self.info["features"]
         if name not in features:
-            raise KeyError(
+            raise ValueError(
                 f"{key} is column {name!r}, which {self.folder} does not have (present: {', '.join(features)})"
             )
         return name

@@ -62,8 +62,8 @@ def read_info(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder is no LeRobot dataset.
-        KeyError: what every dataset states is missing.
-        ValueError: another version of the layout, no episodes, or no JSON of a dataset.
+        ValueError: another version of the layout, no episodes, no JSON of a dataset, or one without what every dataset
+            states.
     """
     path = folder / INFO_FILE
     if not path.is_file():
@@ -80,7 +80,10 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: codebase_version={version!r} is not supported (valid: v2.0, v2.1, v3.0)")
     absent = [key for key in ("fps", "features", "data_path") if key not in info]
     if absent:
-        raise KeyError(f"{path} has no {', '.join(absent)} (present: {', '.join(info)})")
+        raise ValueError(
+            f"{path} has no {', '.join(absent)} (present: {', '.join(info)}); every LeRobot dataset states them: "
+            "download or write the file again"
+        )
     if not to_number(info["fps"], f"{path}: fps") > 0:
         raise ValueError(f"{path}: fps is {info['fps']!r}; it must be above 0")
     if not isinstance(info["features"], dict):

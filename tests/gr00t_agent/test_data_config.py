@@ -52,7 +52,11 @@ def test_metadata_round_trip_keeps_other_embodiments(tiny_checkpoint, tmp_path):
     assert read_metadata(path, "libero_franka") == metadata
     assert read_metadata(path, "other") == other
     assert metadata.resolution("video.image") == (256, 256)
-    with pytest.raises(KeyError, match="no entry for embodiment_tag='gr1'"):
+    message = (
+        r"no entry for embodiment_tag='gr1' \(present: other, libero_franka\); take the data config of one that is "
+        "present, give its statistics as metadata=, or fine-tune on its data first"
+    )
+    with pytest.raises(ValueError, match=message):
         read_metadata(path, "gr1")
     with pytest.raises(KeyError, match=r"no statistics for 'state\.elbow'"):
         metadata.part("state.elbow")
@@ -75,7 +79,7 @@ def test_modality_file(tmp_path):
     assert parsed["video.image"] == "observation.images.image"
     assert parsed["annotation.human.action.task_description"] == "task_index"
     path.write_text('{"state": {"x": {"start": 0}}}')
-    with pytest.raises(KeyError, match=r"state\.x lacks end"):
+    with pytest.raises(ValueError, match=r"modality\.json: state\.x lacks end; it must have start and end"):
         read_modality(path)
 
 
@@ -96,13 +100,13 @@ def test_data_config_by_name_or_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"embodiment_tag": ""}, "embodiment_tag='' is no name; give the one that the statistics file has"),
+        ({"embodiment_tag": None}, "embodiment_tag=None is no name"),
+        ({"action_horizon": 2.5}, "action_horizon=2.5 is not an int; give a whole number"),
         ({"video_keys": ()}, "video_keys is empty"),
         ({"state_keys": ("x",)}, "start with 'state.'"),
         ({"state_modes": {"state.y": "min_max"}}, "not among"),
         ({"state_modes": {"state.x": "max"}}, "normalisation 'max' is unknown"),
-        ({"embodiment_tag": ""}, "embodiment_tag='' is no name; give the one that the statistics file has"),
-        ({"embodiment_tag": None}, "embodiment_tag=None is no name"),
-        ({"action_horizon": 2.5}, "action_horizon=2.5 is not an int; give a whole number"),
         ({"gripper_key": "action.hand"}, "gripper_key='action.hand' is not among"),
         ({"crop_scale": 1.5}, "crop_scale=1.5"),
     ],
