@@ -69,6 +69,7 @@ from gr00t_agent.lerobot_values import (
     read_texts,
     to_number,
 )
+from gr00t_agent.weights import to_device
 
 MODALITY_FILE = Path("meta") / "modality.json"
 DEFAULT_COLUMNS = {"state": "observation.state", "action": "action"}
@@ -757,9 +758,10 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
             The file.
 
         Raises:
-            ValueError: a frame cannot be decoded.
+            ValueError: a frame cannot be decoded, or there is no such device.
             OSError: the disk is full.
         """
+        device = to_device(device)
         path = Path(folder) / f"frames_{self._fingerprint()}.npy"
         shape = (len(self), len(self.cameras), *self.image_size, 3)
         header = io.BytesIO()
@@ -771,7 +773,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         # Copy-on-write: torch wants arrays that could be written to.
         mapped = np.memmap(path, np.uint8, mode="c", offset=len(header.getvalue()), shape=shape)
         frames = torch.from_numpy(mapped)
-        self._cache = frames if torch.device(device).type == "cpu" else _copy_in_parts(frames, torch.device(device))
+        self._cache = frames if device.type == "cpu" else _copy_in_parts(frames, device)
         return path
 
     def _decode_into(

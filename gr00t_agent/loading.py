@@ -32,7 +32,7 @@ from gr00t_agent.transforms import (
     prompt_text,
     save_tokenizer,
 )
-from gr00t_agent.weights import RL_ONLY, load_weights, read_weights, write_weights
+from gr00t_agent.weights import RL_ONLY, load_weights, read_weights, to_device, to_dtype, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Pretrained(nn.Module):
         metadata: DatasetMetadata,
         tokenizer: PreTrainedTokenizerFast | str | Path,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ) -> Self:
         """Build a network with random weights, all of it trainable.
 
@@ -94,12 +94,13 @@ class Pretrained(nn.Module):
             metadata: Statistics.
             tokenizer: Tokenizer, or what `load_tokenizer` takes.
             device: Where to build.
-            dtype: Type of the parameters.
+            dtype: Type of the parameters, PyTorch's or its name: float32, bfloat16, float16, float64.
 
         Raises:
-            ValueError: The parts do not fit together.
+            ValueError: The parts do not fit together, or there is no such device or type of parameters.
             KeyError: The statistics do not cover the data config.
         """
+        device, dtype = to_device(device), to_dtype(dtype)
         preprocessor = make_preprocessor(config, policy, data_config, metadata, tokenizer)
         with torch.device(device):
             agent = cls(config, policy, preprocessor)
@@ -118,7 +119,7 @@ class Pretrained(nn.Module):
         metadata: DatasetMetadata | None = None,
         tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ) -> Self:
         """Build a network of a named size with random weights, all of it trainable.
 
@@ -129,10 +130,10 @@ class Pretrained(nn.Module):
             metadata: Statistics; None takes the ones that ship with `nano` (LIBERO's Franka only).
             tokenizer: Tokenizer, or what `load_tokenizer` takes; None takes the preset's own.
             device: Where to build.
-            dtype: Type of the parameters.
+            dtype: Type of the parameters, PyTorch's or its name: float32, bfloat16, float16, float64.
 
         Raises:
-            ValueError: Unknown preset.
+            ValueError: Unknown preset, device or type, or there are no statistics of the data config's embodiment.
             KeyError: The statistics do not cover the data config.
         """
         config = ModelConfig.preset(name)
@@ -162,7 +163,7 @@ class Pretrained(nn.Module):
         tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
         eagle_folder: Path | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ) -> Self:
         """Load a released checkpoint, or one that `save_pretrained` wrote.
 
@@ -174,14 +175,16 @@ class Pretrained(nn.Module):
             tokenizer: Tokenizer, or what `load_tokenizer` takes; None takes the checkpoint's, or Qwen3's.
             eagle_folder: Folder with the Eagle `config.json`, if not inside the checkpoint and not the released one.
             device: Where to put the weights.
-            dtype: Type of the parameters.
+            dtype: Type of the parameters, PyTorch's or its name: float32, bfloat16, float16, float64.
 
         Raises:
             FileNotFoundError: No such checkpoint, or a file of it is missing.
             KeyError: A JSON file lacks a key.
             ValueError: A file is damaged, of another format or says what is not supported; the parts do not fit
-                together; tensors are unknown, missing or misshapen (all are listed), or not finite.
+                together; tensors are unknown, missing or misshapen (all are listed), or not finite; there is no such
+                device or type of parameters.
         """
+        device, dtype = to_device(device), to_dtype(dtype)
         folder = resolve_checkpoint(path_or_hub_id)
         config = ModelConfig.from_folder(folder, eagle_folder)
         saved = _read_settings(folder, config)
@@ -201,7 +204,6 @@ class Pretrained(nn.Module):
             preprocessor = make_preprocessor(config, policy, data_config, metadata, tokenizer)
             with torch.device("meta"):
                 agent = cls(config, policy, preprocessor)
-        device = torch.device(device)
         tensors = read_weights(folder)
         with naming(folder):
             absent = load_weights(agent, tensors, dtype, device)
@@ -233,9 +235,9 @@ class Pretrained(nn.Module):
         Raises:
             TypeError: A field that `PolicyConfig` does not have; the message lists those that it has.
         """
+        _check_changes(changes)
         given = {name: value for name, value in changes.items() if value is not None}
         preset = _preset_name(source)
-        _check_changes(changes)
         if preset is not None:
             agent = cls.from_preset(preset, policy=replace(preset_policy(preset), **given))
         else:
@@ -362,8 +364,6 @@ def _preset_name(source: str | Path) -> PresetName | None:
     return next((name for name in get_args(PresetName) if name == str(source)), None)
 
 
-def make_preprocessor(
-    config: ModelConfig,
 def _check_changes(changes: Mapping[str, Any]) -> None:
     """Raise TypeError unless all are fields of `PolicyConfig`."""
     valid = ["train_backbone", "train_vl_self_attention", *(field.name for field in fields(PolicyConfig))]
@@ -374,6 +374,8 @@ def _check_changes(changes: Mapping[str, Any]) -> None:
             raise TypeError(f"load() got an unexpected keyword argument {name!r}{hint} (valid: {', '.join(valid)})")
 
 
+def make_preprocessor(
+    config: ModelConfig,
     policy: PolicyConfig,
     data_config: DataConfig,
     metadata: DatasetMetadata,

@@ -40,15 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.model not in presets and not Path(given.model).is_dir() and not is_hub_name(given.model):
         parser.error(f"--model {given.model} is no folder, no hub id (owner/name) and no preset ({', '.join(presets)})")
 
+    if not 0 <= given.port <= 65535:
+        parser.error(f"--port {given.port} is no TCP port (valid: 0-65535; 0 takes a free one)")
+
     import torch  # which takes seconds: a mistake is told at once
 
     from gr00t_agent.agent import Gr00tAgent
     from gr00t_agent.policy_server import ServedPolicy, make_server
+    from gr00t_agent.weights import to_device
 
     torch.manual_seed(given.seed)  # a preset's random weights
     try:
+        device = to_device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         agent = Gr00tAgent.load(given.model, denoising_steps=given.denoising_steps, compute_dtype=given.compute_dtype)
-        agent = agent.to(given.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        agent = agent.to(device).eval()
         policy = ServedPolicy(agent, Path(given.model).name, seed=given.seed, resize=given.resize)
         server = make_server(policy, given.host, given.port, protocol=given.protocol)
     except (ValueError, OSError) as error:

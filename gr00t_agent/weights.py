@@ -36,6 +36,40 @@ WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RL_ONLY = {"action_head.value_head.": "value head", "action_head.reinflow_explore_noise_net.": "exploration-noise net"}
 
 
+def to_device(device: torch.device | str) -> torch.device:
+    """Return a device that tensors can be put on.
+
+    Raises:
+        ValueError: PyTorch has no device of that name, or cannot use it here.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here ({reason}); give one of {', '.join(known)}"
+            + ("" if len(known) > 1 else ": PyTorch finds no CUDA GPU")
+        ) from error
+    return found
+
+
+def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a type that parameters may have, which may be given by its name, such as "bfloat16".
+
+    Raises:
+        ValueError: It is none of `WEIGHT_TYPES`.
+    """
+    names = {str(allowed).removeprefix("torch."): allowed for allowed in WEIGHT_TYPES}
+    found = names.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in WEIGHT_TYPES:
+        raise ValueError(
+            f"dtype={dtype!r} is no type of parameters (valid: {', '.join(names)}, as names or PyTorch's own)"
+        )
+    return found
+
+
 def released_name(name: str) -> str:
     """Return the name that a module's tensor has in a file."""
     if name.startswith(VISION) and not name.startswith(VISION_RELEASED):

@@ -212,6 +212,40 @@ def test_another_kind_of_policy_is_told_apart(tmp_path, file, kind):
         Gr00tAgent.load(tmp_path)
 
 
+@pytest.mark.parametrize("build", [Gr00tAgent.from_preset, Gr00tAgent.from_pretrained])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, r"device='gpu' cannot be used here \(.*\); give one of cpu"),
+        ({"device": "cuda:99"}, r"device='cuda:99' cannot be used here \(.*\); give one of cpu"),
+        ({"device": None}, r"device='None' cannot be used here"),
+        (
+            {"dtype": "bf16"},
+            r"dtype='bf16' is no type of parameters \(valid: float32, bfloat16, float16, float64, as nam",
+        ),
+        ({"dtype": torch.int8}, r"dtype=torch\.int8 is no type of parameters"),
+        ({"dtype": None}, "dtype=None is no type of parameters"),
+    ],
+)
+def test_devices_and_types_that_there_are_not_are_refused(tiny_checkpoint, build, options, message):
+    with pytest.raises(ValueError, match=message):
+        build("nano" if build == Gr00tAgent.from_preset else tiny_checkpoint, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_where_there_is_none_is_refused():
+    with pytest.raises(
+        ValueError, match=r"device='cuda' cannot be used here .* give one of cpu: PyTorch finds no CUDA"
+    ):
+        Gr00tAgent.from_preset("nano", device="cuda")
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_types_go_by_their_names_too(tiny_checkpoint, name):
+    for agent in (Gr00tAgent.from_preset("nano", dtype=name), Gr00tAgent.from_pretrained(tiny_checkpoint, dtype=name)):
+        assert {parameter.dtype for parameter in agent.parameters()} == {getattr(torch, name)}
+
+
 def test_loading_in_bf16(tiny_checkpoint, tiny_agent):
     policy = PolicyConfig(compute_dtype="bfloat16", padding="left")
     agent = Gr00tAgent.from_pretrained(tiny_checkpoint, policy=policy, dtype=torch.bfloat16).eval()

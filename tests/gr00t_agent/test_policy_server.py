@@ -17,7 +17,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from gr00t_agent import Gr00tAgent
+from gr00t_agent import Gr00tAgent, serve
 from gr00t_agent.data_config import read_metadata
 from gr00t_agent.loading import NANO_METADATA
 from gr00t_agent.messages import pack, pack_vla_eval, unpack, unpack_vla_eval
@@ -183,6 +183,22 @@ def test_a_mistake_on_the_command_line_is_told_before_torch_is_imported():
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "False\n")
     assert "--model nowhere is no folder, no hub id (owner/name) and no preset (nano, gr00t_n1d5)" in ended.stderr
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_ports_that_there_are_not_are_refused(port: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        serve.main(["--model", "nano", "--port", port])
+    assert ended.value.code == 2
+    assert f"error: --port {port} is no TCP port (valid: 0-65535; 0 takes a free one)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_there_is_not_is_told_in_one_message(device: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        serve.main(["--model", "nano", "--device", device])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: device='{device}' cannot be used here (")
 
 
 @pytest.mark.slow
