@@ -8,8 +8,9 @@
         launch(main, ARGS)
 
 What a user can mend ends the program with one message: exit status 2 if the command line tells it, 1 if only the run
-does. It is an error that the project itself raises, with what was given and what to do; any other has its traceback,
-and `python -X dev` shows it for these too. Of the processes on a host the first one speaks.
+does. It is an error that the project itself raises, with what was given and what to do: any ValueError or OSError, and
+of errors that are mostly faults those that it raises by name, such as RuntimeError and RendererUnavailableError. Any
+other has its traceback, and `python -X dev` shows it for these too. Of the processes on a host the first one speaks.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ ArgsT = TypeVar("ArgsT")
 
 # What the project raises where a user gave something that cannot be.
 _USER_ERRORS = (ValueError, OSError)
+# What it raises where an outcome, a library or an entry of a file is not there; in other hands mostly faults.
+_NAMED_ERRORS = (RuntimeError, LookupError, ImportError)
+_NAMED = re.compile(
+    r"raise (RuntimeError|RendererUnavailableError|LookupError|KeyError|(Import|ModuleNotFound|Overwritten)Error)\("
+)
 # Longer than a launcher takes to end the other processes when the first has ended.
 _GRACE_S = 10.0
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -171,17 +177,23 @@ def _told(status: int) -> Generator[None]:
     except BrokenPipeError:  # by `--help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
         raise SystemExit(status) from None
-    except _USER_ERRORS as error:
+    except (*_USER_ERRORS, *_NAMED_ERRORS) as error:
         if not _is_ours(error) or sys.flags.dev_mode:
             raise
         _let_the_first_speak()
-        _end(f"{Path(sys.argv[0]).name}: error: {error}", status)
+        text = error.args[0] if isinstance(error, KeyError) else error  # Python would put it in quotes
+        notes: list[str] = getattr(error, "__notes__", [])
+        _end("\n".join([f"{Path(sys.argv[0]).name}: error: {text}", *notes]), status)
 
 
 def _is_ours(error: BaseException) -> bool:
     """Returns whether a `raise` statement of the project raised it: then it says what to do."""
     *_, raised = traceback.extract_tb(error.__traceback__)
-    is_raise = (raised.line or "").startswith("raise ")
+    line = raised.line or ""
+    is_raise = line.startswith("raise ")
+    if not isinstance(error, _USER_ERRORS):
+        is_named = _NAMED.match(line) is not None or raised.name == "from_main"  # there the main process's is passed on
+        is_raise = is_named and any(isinstance(part, str) for part in error.args[:1])
     return is_raise and any(Path(raised.filename).is_relative_to(folder) for folder in _folders())
 
 

@@ -1,6 +1,7 @@
 """Collecting demonstrations: what is kept, that it is deterministic and goes on after an interruption, and replays."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 
 from algorithms import collect_demos
 from algorithms.collect_demos import Args, Attempt, Trajectory, make_attempt, record, start_episode
+from algorithms.common.command_line import launch
 from gr00t_agent.lerobot import LeRobotDataset
 from libero_gym.experts import ExpertConfig
 from libero_gym.physics.simulation import Simulation
@@ -109,9 +111,13 @@ def test_an_interrupted_collection_goes_on(faked, tmp_path, monkeypatch):
     np.testing.assert_array_equal(ours.state["state.x"], whole.state["state.x"])
 
 
-def test_too_few_successes(faked, tmp_path):
-    with pytest.raises(RuntimeError, match=r"tasks \[4, 7\] have only \[1, 1\] of 3 episodes after 3 attempts"):
+def test_too_few_successes(faked, tmp_path, capsys):
+    told = "tasks [4, 7] have only [1, 1] of 3 episodes after 3 attempts; raise --max-attempts-per-task"
+    with pytest.raises(RuntimeError, match=re.escape(told)):
         collect_demos.main(small_args(tmp_path, max_attempts_per_task=3))
+    with pytest.raises(SystemExit):
+        launch(collect_demos.main, small_args(tmp_path, max_attempts_per_task=3))
+    assert f"error: {told}" in capsys.readouterr().err
     report = collect_demos.main(small_args(tmp_path, max_attempts_per_task=3, allow_fewer=True))["tasks"]
     assert (report[4]["kept"], report[4]["discarded"]) == (1, 2)
     assert len(LeRobotDataset(tmp_path / "data").episodes) == 2

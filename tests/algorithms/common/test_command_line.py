@@ -16,7 +16,11 @@ import pytest
 from algorithms.common import command_line
 from algorithms.common.charts import thin
 from algorithms.common.command_line import launch, parse_args
+from algorithms.common.resume import restore_generators
+from gr00t_agent.files import require
 from libero_gym import get_task
+from libero_gym.fork import Owner
+from libero_gym.rendering.renderers import choose_egl_device
 from tests import preloaded
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -205,6 +209,64 @@ def test_what_only_the_run_tells_is_told_too(monkeypatch: pytest.MonkeyPatch, ca
         launch(no_such_task, Args(name="x"))
     assert ended.value.code == 1
     assert capsys.readouterr().err == "program.py: error: task_id=12 is not in libero_spatial (valid: 0-9)\n"
+
+
+def no_such_device(args: Args) -> None:
+    choose_egl_device([0], requested="7", cuda_device=None, local_rank=0)
+
+
+def no_such_key(args: Args) -> None:
+    require({"b": 1}, "a", "x.json")
+
+
+def opened_elsewhere(args: Args) -> None:
+    owner = Owner("a world")
+    owner._pid = 0  # pyright: ignore[reportPrivateUsage]
+    owner.check()
+
+
+@pytest.mark.parametrize(
+    ("main", "message"),
+    [
+        (no_such_device, "MUJOCO_EGL_DEVICE_ID='7' is not an EGL device of this machine"),
+        (no_such_key, "x.json has no key 'a'; present: b\n"),
+        (opened_elsewhere, "a world was opened by process 0 and does not work in process"),
+    ],
+)
+def test_what_the_project_raises_by_name_is_told(
+    main: Any, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    with pytest.raises(SystemExit) as ended:
+        launch(main, Args(name="x"))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith(f"program.py: error: {message}")
+
+
+def test_notes_of_an_error_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def main(args: Args) -> None:
+        try:
+            no_such_task(args)
+        except ValueError as error:
+            error.add_note("go on with --resume runs/x")
+            raise
+
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    with pytest.raises(SystemExit):
+        launch(main, Args(name="x"))
+    assert capsys.readouterr().err.endswith("(valid: 0-9)\ngo on with --resume runs/x\n")
+
+
+def test_faults_of_libraries_keep_their_traceback():
+    def of_torch(args: Args) -> None:
+        restore_generators({"torch": "00"})
+
+    def of_a_dict(args: Args) -> None:
+        restore_generators({})
+
+    for main, kind in ((of_torch, RuntimeError), (of_a_dict, KeyError)):
+        with pytest.raises(kind):
+            launch(main, Args(name="x"))
 
 
 def test_faults_of_a_program_keep_their_traceback():
