@@ -25,6 +25,7 @@ from algorithms.common.args import check_ranges
 from algorithms.common.command_line import launch, parse_args
 from libero_gym.experts import ExpertConfig
 from libero_gym.outputs import check_output_folder
+from libero_gym.tasks.initial_states import check_init_state_id, check_init_states
 from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks
 
 
@@ -109,7 +110,10 @@ def check_args(args: Args) -> None:
             f"image_size={args.image_size} is odd, and H.264 videos need even sizes: give "
             f"--image-size {args.image_size + 1}, or --storage image"
         )
-    tasks_of(args)
+    for task in tasks_of(args):
+        kind = check_init_states(None, task.suite)
+        for init_state_id in args.init_state_ids or ():
+            check_init_state_id(init_state_id, task, kind)
 
 
 # Before the rest is imported, which takes seconds: a mistake on the command line is told at once.
@@ -611,7 +615,6 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
 
     # --- simulate, render, stage ---
     tasks = tasks_of(args)
-    staging = Staging(args.output.with_name(f"{args.output.name}.staged"), args)
     renderer = make_renderer(
         args.renderer,
         camera_names=DEFAULT_CAMERAS,
@@ -619,6 +622,7 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
         num_worlds=args.render_batch_size,
     )
     try:
+        staging = Staging(args.output.with_name(f"{args.output.name}.staged"), args)
         collect(args, tasks, staging, renderer, make_demonstrator)
     finally:
         renderer.close()

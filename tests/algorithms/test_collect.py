@@ -16,7 +16,7 @@ from algorithms.common.command_line import launch
 from gr00t_agent.lerobot import LeRobotDataset
 from libero_gym.experts import ExpertConfig
 from libero_gym.physics.simulation import Simulation
-from libero_gym.rendering.protocol import RenderState
+from libero_gym.rendering.protocol import RendererUnavailableError, RenderState
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task
 from tools import show_dataset
@@ -121,6 +121,20 @@ def test_too_few_successes(faked, tmp_path, capsys):
     report = collect_demos.main(small_args(tmp_path, max_attempts_per_task=3, allow_fewer=True))["tasks"]
     assert (report[4]["kept"], report[4]["discarded"]) == (1, 2)
     assert len(LeRobotDataset(tmp_path / "data").episodes) == 2
+
+
+def test_what_cannot_begin_stages_nothing(faked, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"init_state_id=50 is not among the stored states of libero_spatial task 4"):
+        collect_demos.main(small_args(tmp_path, init_state_ids=(0, 50)))
+
+    def not_there(*inputs: Any, **options: Any) -> None:
+        raise RendererUnavailableError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect_demos, "make_renderer", not_there)
+        with pytest.raises(RendererUnavailableError):
+            collect_demos.main(small_args(tmp_path, init_state_ids=(0, 4)))
+    collect_demos.main(small_args(tmp_path, init_state_ids=(0, 5)))
 
 
 def test_staged_episodes_extend_a_dataset(faked, tmp_path):
