@@ -11,7 +11,8 @@
         faults/            what a fault is reproduced from
         report.html        all of it on one page, written at the end
 
-Only the main process writes; every process may call every function.
+Only the main process writes; every process may call every function. A new run's folder in which a failed start has left
+nothing but what every start writes is removed when the process ends: the corrected command gets its name.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,20 +43,34 @@ from algorithms.common.args import base_name
 from algorithms.common.processes import leave
 from algorithms.common.provenance import describe_environment
 from algorithms.common.stages import EnvStages
-from gr00t_agent.files import whole_file, write_json, write_text
+from gr00t_agent.files import remove_folder, whole_file, write_json, write_text
 
 # Of the runs that this process works on; closed files would unlock them.
 _LOCKS: dict[Path, TextIO] = {}
+# What every start of a run writes, besides trackers.
+_FIRST_FILES = {"args.json", "environment.json", ".lock"}
 
 
 def choose_folder(args: Any) -> Path:
     """Makes `args.output_dir/args.run_name` (numbered if it exists), locks it, and writes its first files."""
     path = _make_new_folder(Path(args.output_dir), base_name(args))
+    atexit.register(_remove_if_unused, path, path.resolve(), os.getpid())
     unlock(path)  # if it was there before and was deleted
     lock(path)
     write_args(path, args)
     write_json(path / "environment.json", describe_environment())
     return path
+
+
+def _remove_if_unused(path: Path, place: Path, pid: int) -> None:
+    """Removes the run's folder that the process `pid` has made, if it is this one and no work has come into it."""
+    if os.getpid() != pid or not place.is_dir():
+        return
+    files = [file.relative_to(place) for file in place.rglob("*") if not file.is_dir()]
+    if all(str(file) in _FIRST_FILES or (file.parts[0] == "logs" and "tfevents" in file.name) for file in files):
+        unlock(place)
+        remove_folder(place)
+        print(f"{path} is removed: the run ended before anything was trained", file=sys.stderr)
 
 
 def write_args(path: Path, args: Any) -> None:

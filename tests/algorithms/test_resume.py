@@ -79,6 +79,46 @@ def test_libero_episodes_go_on_where_they_were(tmp_path: Path):
     assert logged(run_folder(tmp_path / "parts")) == logged(run_folder(tmp_path / "whole"))
 
 
+def without_environments(algorithm: str, folder: Path, **changes: Any) -> str:
+    """What a program prints whose environments cannot be made; it writes `kept` into a folder of that name."""
+    program = (
+        "import json, sys; from pathlib import Path; from tests.algorithms.line_trainer import train\n"
+        "changes = json.loads(sys.argv[3])\n"
+        "kept = changes.pop('kept', None)\n"
+        "def no_envs(*inputs, **options):\n"
+        "    if kept is not None:\n"
+        "        (Path(kept) / 'kept').touch()\n"
+        "    raise ArithmeticError('no environments')\n"
+        "train(sys.argv[1], Path(sys.argv[2]), env=no_envs, log_with=('tensorboard',), **changes)"
+    )
+    process = preloaded.start("-c", program, algorithm, str(folder), json.dumps(changes))
+    output, _ = process.communicate(timeout=150)
+    assert "ArithmeticError: no environments" in output
+    return output
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dsrl"])
+def test_a_start_that_fails_leaves_its_name_to_the_corrected_command(tmp_path: Path, algorithm: str):
+    run = tmp_path / f"{algorithm}_libero_spatial_1"
+    told = f"{run} is removed: the run ended before anything was trained"
+    assert told in without_environments(algorithm, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert "is removed" not in without_environments(algorithm, tmp_path, kept=str(run))
+    assert {path.name for path in run.iterdir()} == {".lock", "args.json", "environment.json", "kept", "logs"}
+
+
+def test_what_was_there_before_is_not_removed(tmp_path: Path):
+    train("ppo", tmp_path, num_iterations=1)
+    run = run_folder(tmp_path)
+    (run / "metrics.jsonl").unlink()
+    before = set(run.rglob("*"))
+    assert "is removed" not in without_environments("ppo", tmp_path, resume="auto")
+    assert set(run.rglob("*")) >= before
+    (tmp_path / "ppo_libero_spatial_1-2").mkdir()
+    assert "ppo_libero_spatial_1-3 is removed" in without_environments("ppo", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {run.name, f"{run.name}-2"}
+
+
 def test_whoever_uses_global_random_numbers_is_resumed_too(tmp_path: Path):
     class Global(MLPAgent):
         def forward(self, obs: Any, action: Any = None, *, generator: Any = None) -> Any:
