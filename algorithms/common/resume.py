@@ -23,17 +23,20 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self, cast
+from zipfile import BadZipFile
 
 import gymnasium as gym
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -50,7 +53,7 @@ from algorithms.common.processes import check_same_args, from_main, leave, over_
 from algorithms.common.run import RunFolder, choose_folder, lock, write_args
 from algorithms.common.vector_envs import EnvState, StackedStates, merged_states
 from algorithms.common.watch import Watch
-from gr00t_agent.files import clean_up, json_ready, remove_folder, whole_folder, write_json
+from gr00t_agent.files import clean_up, json_ready, read_json, remove_folder, require, whole_folder, write_json
 
 STATE_FOLDER = "training_state"
 STATE_FILE = "state.json"
@@ -60,6 +63,7 @@ FREE_ARGS = {
     "eval_interval", "eval_episodes_per_task", "video_interval", "log_with", "micro_batch_size",
     "feature_storage", "feature_memory_gb", "pipeline_stage_num", "env_timeout_s", "compile", "max_ratio_deviation",
 }  # fmt: skip
+_STATE_NAMES = {"iteration", "global_step", "score", "num_processes", "generators", "learning_rates"}
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 EnvStates = Mapping[int, EnvState]
@@ -112,11 +116,22 @@ def restore_generators(states: Mapping[str, Any]) -> None:
 
 def checkpoints_in(run_path: Path) -> list[tuple[int, Path]]:
     """Returns (iteration, folder) of a run's whole checkpoints that training can go on from, oldest first."""
-    found: list[tuple[int, Path]] = []
+    return [(done, path) for done, path in _checkpoint_folders(run_path) if _is_saved(path)]
+
+
+def _cut_checkpoints(run_path: Path) -> list[tuple[int, Path]]:
+    """Returns (iteration, folder) of checkpoints that training cannot go on from, oldest first.
+
+    They were written whole: what they lack was taken away afterwards.
+    """
+    return [(done, path) for done, path in _checkpoint_folders(run_path) if not _is_saved(path)]
+
+
+def _checkpoint_folders(run_path: Path) -> list[tuple[int, Path]]:
     folder = run_path / "checkpoints"
+    found: list[tuple[int, Path]] = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"(?:iteration|step)_(\d+)", path.name)
-        if match and (path / STATE_FOLDER / STATE_FILE).is_file():
+        if match := re.fullmatch(r"(?:iteration|step)_(\d+)", path.name):
             found.append((int(match[1]), path))
     return sorted(found)
 
@@ -142,9 +157,9 @@ def open_run(
         free_args: names of arguments that may differ from the run's.
 
     Raises:
-        FileNotFoundError: there is no checkpoint at the path.
+        FileNotFoundError: there is no checkpoint at the path, or none of the newest run's is whole.
         ValueError: processes have different arguments, the run had others or has done more iterations than are asked
-            for, the checkpoint is not its newest, or the name is none of a folder.
+            for, or its arguments are lost, the checkpoint is not its newest, or the name is none of a folder.
         RuntimeError: another process works on the run.
     """
     check_same_args(accelerator, args)
@@ -159,12 +174,18 @@ def _choose(args: Any, num_iterations: int, free_args: Collection[str]) -> tuple
     if str(args.resume) == "auto":
         path = _newest_run(Path(args.output_dir), base_name(args))
         if path is None:
-            print(f"--resume auto: no checkpoint of a run {base_name(args)} in {args.output_dir}; a new run begins")
+            print(f"--resume auto: {_nothing_of(Path(args.output_dir), base_name(args))}; a new run begins")
             return choose_folder(args), None
     else:
         path = Path(args.resume)
         if (path / STATE_FOLDER / STATE_FILE).is_file():
             path, wanted = path.parent.parent, path
+    cut = _cut_checkpoints(path)
+    if cut and not checkpoints_in(path):
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint to go on from: {STATE_FOLDER}/{STATE_FILE} is gone from "
+            f"{', '.join(folder.name for _, folder in cut)}; put it back, or start a new run without --resume"
+        )
     if not checkpoints_in(path):
         raise FileNotFoundError(
             f"{path} holds no checkpoint to go on from; give the folder of a run that has saved one, or start a new "
@@ -174,6 +195,10 @@ def _choose(args: Any, num_iterations: int, free_args: Collection[str]) -> tuple
     for folder in (path, *(folder for folder in path.iterdir() if folder.is_dir())):
         clean_up(folder)
     done, newest = checkpoints_in(path)[-1]
+    for _, folder in (item for item in cut if item[0] > done):
+        print(
+            f"{folder} is passed over: {STATE_FOLDER}/{STATE_FILE} is gone from it; the run goes on from {newest.name}"
+        )
     if done > num_iterations:
         raise ValueError(
             f"num_iterations={num_iterations}, but {path} has done {done}: give {done} or more, or start a new "
@@ -184,7 +209,7 @@ def _choose(args: Any, num_iterations: int, free_args: Collection[str]) -> tuple
             f"{wanted} is not the newest checkpoint of its run ({newest.name} is); resume the run, or start a new "
             f"one with --model {wanted}"
         )
-    before, now = json.loads((path / "args.json").read_text("utf-8")), json_ready(args)
+    before, now = _read_args(path), json_ready(args)
     changed = [f"{k}={now[k]!r} (was {before.get(k)!r})" for k in now if k not in free_args and now[k] != before.get(k)]
     if changed:
         raise ValueError(f"{path} cannot go on with other arguments: {', '.join(changed)}")
@@ -197,18 +222,42 @@ def _newest_run(output_dir: Path, name: str) -> Path | None:
     numbered: list[tuple[int, Path]] = []
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
         match = pattern.fullmatch(path.name)
-        if match and checkpoints_in(path) and _had_name(path, name):
+        if match and _checkpoint_folders(path) and _had_name(path, name):
             numbered.append((int(match[1] or 1), path))
     return max(numbered)[1] if numbered else None
 
 
+def _nothing_of(output_dir: Path, name: str) -> str:
+    """Returns what `--resume auto` has not found, and which folder only looks like it."""
+    told, path = f"no checkpoint of a run {name} in {output_dir}", output_dir / name
+    if _checkpoint_folders(path):
+        told += f" ({path} is of a run {_given_name(path)}, by its args.json: --resume {path} goes on with it)"
+    return told
+
+
 def _had_name(path: Path, name: str) -> bool:
     """Returns whether a run was given this name; `demo-2` may be the second `demo`, or a name of its own."""
-    if not (path / "args.json").is_file():
-        return False
-    args = json.loads((path / "args.json").read_text("utf-8"))
+    return _given_name(path) == name
+
+
+def _given_name(path: Path) -> str:
+    args = _read_args(path)
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
-    return args["run_name"].format(**fields) == name
+    return args["run_name"].format(**fields)
+
+
+def _read_args(path: Path) -> dict[str, Any]:
+    """Returns the arguments of the run in `path`, which has checkpoints."""
+    file = path / "args.json"
+    try:
+        args = read_json(file)
+        require(args, "run_name", str(file))
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{error.args[0]}; {path} cannot go on without its arguments: restore them, or start a new run without "
+            "--resume"
+        ) from error
+    return args
 
 
 class Checkpoints:
@@ -374,11 +423,10 @@ class Checkpoints:
         Metrics of later iterations, which are about to be written again, are dropped, and old checkpoints deleted.
 
         Raises:
-            ValueError: the checkpoint is of another network.
+            ValueError: the checkpoint is of another network, or a file of it is damaged.
         """
-        state_folder = folder / STATE_FOLDER
-        content = json.loads((state_folder / STATE_FILE).read_text("utf-8"))
-        files = {path.stem: load_file(path) for path in sorted(state_folder.glob("*.safetensors"))}
+        content, files = _read_state(folder), _read_tensors(folder)
+        env_states = _read_env_states(folder)
         self._put_weights(files.pop("weights"), folder)
         self._put_optimizer_state(files.pop("optimizer"), content["learning_rates"])
         notes = [f"going on from {folder}"]
@@ -394,12 +442,8 @@ class Checkpoints:
             print("\n".join(notes))
             self._run.forget_after(content["iteration"])
             self._delete_old()
-        env_file = state_folder / "envs.npz"
         return RestoredState(
-            iteration=content["iteration"],
-            global_step=content["global_step"],
-            env_states=_read_env_states(env_file) if env_file.is_file() else None,
-            tensors=files,
+            iteration=content["iteration"], global_step=content["global_step"], env_states=env_states, tensors=files
         )
 
     def _newest(self) -> str:
@@ -470,7 +514,43 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _score_of(folder: Path) -> float | None:
-    return json.loads((folder / STATE_FOLDER / STATE_FILE).read_text("utf-8"))["score"]
+    return _read_state(folder)["score"]
+
+
+@contextmanager
+def _whole(file: Path) -> Generator[None]:
+    """Raises ValueError, which names the file and what else there is to go on from, if it cannot be read."""
+    try:
+        yield
+    except (ValueError, TypeError, EOFError, BadZipFile, SafetensorError) as error:
+        folder, run_path = file.parents[1], file.parents[3]
+        others = [path for _, path in checkpoints_in(run_path) if path.name != folder.name]
+        remedy = "it is the run's only checkpoint, so start a new run"
+        if others:
+            remedy = f"then --resume {run_path} goes on from {others[-1].name}"
+        raise ValueError(f"{file} is damaged ({error}); remove {folder}: {remedy}") from error
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    file = folder / STATE_FOLDER / STATE_FILE
+    with _whole(file):
+        content = json.loads(file.read_text("utf-8"))
+        if absent := sorted(name for name in _STATE_NAMES if name not in content):
+            raise ValueError(f"it lacks {', '.join(absent)}")
+    return content
+
+
+def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of each file by its name; `weights` and `optimizer` are among them."""
+    paths = {path.stem: path for path in (folder / STATE_FOLDER).glob("*.safetensors")}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in sorted({"weights", "optimizer", *paths}):
+        file = folder / STATE_FOLDER / f"{name}.safetensors"
+        with _whole(file):
+            if name not in paths:
+                raise ValueError("it is gone")
+            tensors[name] = load_file(file)
+    return tensors
 
 
 def _write_env_states(path: Path, states: EnvStates) -> None:
@@ -481,9 +561,13 @@ def _write_env_states(path: Path, states: EnvStates) -> None:
     np.savez(path, **cast(Any, arrays))
 
 
-def _read_env_states(path: Path) -> dict[int, dict[str, Any]]:
+def _read_env_states(folder: Path) -> dict[int, dict[str, Any]] | None:
+    """Returns the environments' states by their numbers; None if none were saved."""
+    file = folder / STATE_FOLDER / "envs.npz"
+    if not file.is_file():
+        return None
     states: dict[int, dict[str, Any]] = {}
-    with np.load(path, allow_pickle=False) as arrays:
+    with _whole(file), file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         for label in arrays.files:
             env_id, _, name = label.partition("/")
             states.setdefault(int(env_id), {})[name] = arrays[label]

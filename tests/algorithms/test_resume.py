@@ -325,6 +325,81 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
     assert json.loads((run / "args.json").read_text())["num_iterations"] == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("state.json", "cut"), ("state.json", "emptied"), ("weights.safetensors", "cut"),
+        ("optimizer.safetensors", None), ("envs.npz", "cut"), ("envs.npz", "emptied"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_checkpoint_is_named_with_what_to_go_on_from(tmp_path: Path, name: str, change: str | None):
+    train("ppo", tmp_path, num_iterations=2, save_interval=1)
+    run = run_folder(tmp_path)
+    newest = run / "checkpoints" / "iteration_2"
+    file = newest / resume.STATE_FOLDER / name
+    content = file.read_bytes()
+    if change is None:
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2 if change == "cut" else 0])
+    told = (
+        re.escape(f"{file} is damaged (") + r".+\); " + re.escape(f"remove {newest}: then --resume {run} goes on from")
+    )
+    with pytest.raises(ValueError, match=f"{told} iteration_1"):
+        train("ppo", tmp_path, num_iterations=3, resume="auto")
+    shutil.rmtree(run / "checkpoints" / "iteration_1")
+    with pytest.raises(ValueError, match=f"remove {newest}: it is the run's only checkpoint, so start a new run"):
+        train("ppo", tmp_path, num_iterations=3, resume=run)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_arguments_that_are_lost_are_named(tmp_path: Path, content: str | None):
+    train("ppo", tmp_path, num_iterations=1)
+    run = run_folder(tmp_path)
+    (run / "args.json").unlink()
+    if content is not None:
+        (run / "args.json").write_text(content)
+    for going_on in ("auto", run):
+        with pytest.raises(
+            ValueError, match=rf"{run}/args\.json .*; {run} cannot go on without its arguments: restore"
+        ):
+            train("ppo", tmp_path, num_iterations=2, resume=going_on)
+
+
+def test_a_checkpoint_without_its_state_is_not_passed_over_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train("ppo", tmp_path, num_iterations=2, save_interval=1)
+    run = run_folder(tmp_path)
+    newest = run / "checkpoints" / "iteration_2"
+    shutil.rmtree(newest / resume.STATE_FOLDER)
+    train("ppo", tmp_path, num_iterations=2, resume="auto")
+    told = capsys.readouterr().out
+    assert (
+        f"{newest} is passed over: training_state/state.json is gone from it; the run goes on from iteration_1" in told
+    )
+    assert [line["iteration"] for line in logged(run)] == [1, 2]
+    for _, folder in checkpoints_in(run):
+        shutil.rmtree(folder / resume.STATE_FOLDER)
+    for going_on in ("auto", run):
+        with pytest.raises(
+            FileNotFoundError, match=r"state\.json is gone from iteration_1, iteration_2; put it back, or"
+        ):
+            train("ppo", tmp_path, num_iterations=3, resume=going_on)
+    assert run_folder(tmp_path) == run
+
+
+def test_auto_tells_of_a_run_that_was_copied_under_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train("ppo", tmp_path, run_name="a1", num_iterations=1)
+    copy = tmp_path / "c1"
+    shutil.copytree(tmp_path / "a1", copy)
+    train("ppo", tmp_path, run_name="c1", num_iterations=1, resume="auto")
+    told = f"no checkpoint of a run c1 in {tmp_path} ({copy} is of a run a1, by its args.json: --resume {copy} goes on"
+    assert told in capsys.readouterr().out
+    train("ppo", tmp_path, run_name="c1", num_iterations=2, resume=copy)
+    assert len(logged(copy)) == 2
+
+
 def test_the_documentation_names_what_may_change():
     page = (ROOT / "docs" / "training.md").read_text("utf-8")
     told = page.partition("These may\n  change, and so may the number of processes: ")[2].partition(". So may")[0]
