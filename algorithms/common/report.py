@@ -25,7 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from rich.console import Console
 
 from algorithms.common.charts import LINE_NAMES, compact, curve, curves, heatmap
-from gr00t_agent.files import write_text
+from gr00t_agent.files import read_json, write_text
 from libero_gym.outputs import check_output_file
 
 TEMPLATE_NAME = "report.html.jinja"
@@ -99,7 +99,7 @@ def read_run(path: Path) -> Run:
 
     Raises:
         FileNotFoundError: it holds neither a run nor an evaluation.
-        ValueError: a line of metrics.jsonl, the last one excepted while it is being written, is no JSON.
+        ValueError: a JSON file, or a line of metrics.jsonl (the last one excepted while it is being written), is none.
     """
     results = [path / "result.json"] if (path / "result.json").is_file() else []
     if not results and not (path / "args.json").is_file():
@@ -137,7 +137,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _natural(path: Path) -> list[Any]:

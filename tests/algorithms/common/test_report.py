@@ -208,6 +208,9 @@ def test_what_is_no_run_and_what_is_broken(tmp_path: Path):
     path.write_text('{"iteration": 1}\nnonsense\n{"iteration": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is no JSON"):
         read_metrics(path)
+    (tmp_path / "args.json").write_text('{"suite": ')
+    with pytest.raises(ValueError, match=r"args.json is no JSON, or only a part of it"):
+        write_report(tmp_path)
 
 
 def test_names_inside_the_page_are_used_once(run: Path):
