@@ -128,6 +128,12 @@ def check_args(args: Args) -> None:
     check_look(args)
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
     episode_keys(args.seeds, jobs)
+    if args.videos_per_task > args.episodes_per_task:
+        raise ValueError(
+            f"videos_per_task={args.videos_per_task} is more than episodes_per_task="
+            f"{args.episodes_per_task}, and only episodes that are played are recorded (valid: "
+            f"0-{args.episodes_per_task})"
+        )
 
 
 def check_starts(args: Args) -> None:
@@ -251,7 +257,7 @@ def make_candidate(args: Args, resources: ExitStack) -> Candidate:
     Raises:
         FileNotFoundError: it is not there.
         ConnectionError: its server is not there.
-        ValueError: it goes with other arguments, or lacks something of a policy.
+        ValueError: its device is not there, it goes with other arguments, or lacks something of a policy.
     """
     if args.policy is not None:
         return own_candidate(args, args.policy)
@@ -361,8 +367,19 @@ def chunked(
 
 
 def policy_device(args: Args) -> str:
-    """Returns the torch device of a checkpoint's policy."""
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Returns the torch device of a checkpoint's policy; raises ValueError if it cannot be used."""
+    if args.device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        usable = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise ValueError(
+            f"device={args.device!r} cannot be used here ({reason}); give another one (here: {usable}), "
+            "or leave it out"
+        ) from error
+    return args.device
 
 
 def load_policy(args: Args) -> Gr00tAgent | SteeredAgent:

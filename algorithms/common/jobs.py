@@ -92,5 +92,8 @@ def episode_keys(seeds: Sequence[int], jobs: Sequence[Job]) -> list[Key]:
     """Returns the key of every episode; raises ValueError if one is asked for twice."""
     keys = [(seed, *job) for seed in seeds for job in jobs]
     if repeated := [key for key, count in Counter(keys).items() if count > 1]:
-        raise ValueError(f"(seed, task, initial state) {repeated[:3]} are asked for twice, but an episode counts once")
+        raise ValueError(
+            f"(seed, task, initial state) {repeated[:3]} are asked for twice, but an episode counts once; name each "
+            "seed and each task only once"
+        )
     return keys

@@ -202,6 +202,22 @@ def test_the_policy_settings_of_the_command_line_win(checkpoint: Path, tmp_path:
     assert (policy.num_action_chunks, policy.denoising_steps, policy.compute_dtype) == (4, 1, "bfloat16")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "gpu"])
+def test_a_device_that_is_not_there_is_told(checkpoint: Path, tmp_path: Path, device: str):
+    with pytest.raises(ValueError, match=rf"device='{device}' cannot be used here .*give another one \(here: cpu\), or"):
+        eval_gr00t.main(small_args(checkpoint, tmp_path, device=device))
+
+
+def test_what_is_not_played_or_played_twice_is_refused(checkpoint: Path, tmp_path: Path):
+    args = small_args(checkpoint, tmp_path, episodes_per_task=2)
+    with pytest.raises(ValueError, match=r"videos_per_task=3 is more than episodes_per_task=2, .*\(valid: 0-2\)"):
+        eval_gr00t.check_args(replace(args, videos_per_task=3))
+    with pytest.raises(ValueError, match=r"are asked for twice, .*; name each seed and each task only once"):
+        eval_gr00t.check_args(replace(args, task_ids=(1, 1)))
+    eval_gr00t.check_args(replace(args, videos_per_task=2))
+
+
 def test_the_reference_environment_is_chosen(checkpoint: Path, tmp_path: Path):
     args = small_args(checkpoint, tmp_path, reference_env=True, renderer="osmesa", init_states="original")
     envs = eval_gr00t.make_envs(args, 1, 3, 32)
