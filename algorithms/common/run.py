@@ -224,14 +224,16 @@ class RunFolder:
                 f"time         {seconds // 60} min {seconds % 60:02d} s, evaluations included",
                 f"run folder   {self.path}",
                 *(f"{name:12} {path}" for name, path in files.items() if path.exists()),
-                "",
-                "next:",
                 *self._next(weights, suite, is_whole_policy, is_state_policy),
             )
         )
 
     def _next(self, weights: Path, suite: str, is_whole_policy: bool, is_state_policy: bool) -> list[str]:
-        """Returns commands that this machine can run in reasonable time."""
+        """Returns commands that this machine can run in reasonable time, under a title, if there are any.
+
+        A checkpoint of an agent of one's own has none of Gr00tAgent's files, and no script of ours loads it.
+        """
+        is_ours = is_state_policy or not is_whole_policy or (weights / "config.json").is_file()
         has_gpu = torch.cuda.is_available()
         commands: list[str] = []
         if (self.path / "logs").is_dir():
@@ -239,17 +241,17 @@ class RunFolder:
         if is_state_policy:
             commands.append("accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_laptop")
             commands.append("python algorithms/eval_gr00t.py --checkpoint checkpoints/libero_spatial_rl")
-        else:
+        elif is_ours:
             size = "--num-envs 20" if has_gpu else "--episodes-per-task 5"
             commands.append(f"python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite} {size}")
-        if is_whole_policy and not is_state_policy:
+        if is_ours and is_whole_policy and not is_state_policy:
             sizes = "--num-envs 8 --num-steps 24 --minibatch-size 48 --micro-batch-size 48"
             if has_gpu:
                 sizes = f"--preset {suite}_nano" if f"{suite}_nano" in presets.PPO else ""
             commands.append(
                 f"accelerate launch algorithms/ppo_gr00t.py --model {weights} --suite {suite} {sizes}".rstrip()
             )
-        return [f"  {command}" for command in commands]
+        return ["", "next:", *(f"  {command}" for command in commands)] if commands else []
 
     def finish(self) -> None:
         """Writes the report and closes the trackers and the process group, whose threads end when the program does."""

@@ -303,6 +303,18 @@ def test_a_checkpoint_is_what_from_pretrained_loads(tmp_path: Path):
     assert all(torch.equal(agent.state_dict()[name], value) for name, value in trained.items())
 
 
+def test_the_end_names_commands_only_for_checkpoints_that_they_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train("ppo", tmp_path / "own", num_iterations=1)
+    told = capsys.readouterr().out
+    assert f"run folder   {run_folder(tmp_path / 'own')}" in told
+    assert "next:" not in told
+    train("ppo", tmp_path / "ours", make_agent=make_tiny_agent, num_iterations=1, num_steps=4, update_epochs=1)
+    weights = run_folder(tmp_path / "ours") / "checkpoints" / "iteration_1"
+    told = capsys.readouterr().out.partition("next:")[2]
+    assert f"eval_gr00t.py --checkpoint {weights}" in told
+    assert f"ppo_gr00t.py --model {weights}" in told
+
+
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint to go on from"):
         train("ppo", tmp_path, resume=tmp_path / "nothing")
