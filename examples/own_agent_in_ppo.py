@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from algorithms import ppo_gr00t
+from algorithms.common.command_line import launch
 
 STATE_KEYS = tuple(f"state.{part}" for part in ("x", "y", "z", "roll", "pitch", "yaw", "gripper"))
 STATE_DIM = 8
@@ -123,4 +124,4 @@ def main(args: ppo_gr00t.Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ppo_gr00t.Args, default=DEFAULTS, description=__doc__))
+    launch(main, tyro.cli(ppo_gr00t.Args, default=DEFAULTS, description=__doc__))

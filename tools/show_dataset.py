@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
+from algorithms.common.command_line import launch, parse_args
 from algorithms.common.video import Frame, write_video
 from gr00t_agent.lerobot import LeRobotDataset
 
@@ -129,4 +129,4 @@ def main(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, parse_args(Args, __doc__))

@@ -51,6 +51,7 @@ _NAMED = re.compile(
 # Longer than a launcher takes to end the other processes when the first has ended.
 _GRACE_S = 10.0
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+_ROOT = Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(r" *# --- (.+) ---")
 _WIDTH = 100
 
@@ -197,9 +198,10 @@ def _is_ours(error: BaseException) -> bool:
     return is_raise and any(Path(raised.filename).is_relative_to(folder) for folder in _folders())
 
 
-def _folders() -> list[str]:
+def _folders() -> list[Path]:
     specs = [find_spec(name) for name in ("algorithms", "gr00t_agent", "libero_gym")]
-    return [folder for spec in specs if spec is not None for folder in spec.submodule_search_locations or ()]
+    folders = [Path(folder) for spec in specs if spec is not None for folder in spec.submodule_search_locations or ()]
+    return [*folders, *(_ROOT / name for name in ("tools", "examples"))]  # these are programs, not imported by name
 
 
 def _local_rank() -> int:

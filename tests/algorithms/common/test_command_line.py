@@ -104,6 +104,34 @@ def test_sizes_names_and_folders_are_checked_before_anything_else(script: str, g
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("program", "given", "message"),
+    [
+        (
+            "tools.show_dataset",
+            "--dataset nowhere",
+            "show_dataset.py: error: dataset 'nowhere' is no folder and no hub na",
+        ),
+        (
+            "tools.show_dataset",
+            "--dataset nowhere --moments 0",
+            "show_dataset.py: error: episodes_per_task=1, moments=0",
+        ),
+        (
+            "examples.own_agent_in_ppo",
+            "--run-name {sed}",
+            "own_agent_in_ppo.py: error: run_name='{sed}' cannot be filled",
+        ),
+    ],
+)
+def test_tools_and_examples_tell_mistakes_too(program: str, given: str, message: str):
+    process = preloaded.start("-m", program, *given.split())
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert message in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_nothing_heavy_is_imported_before_a_mistake_is_told(script: str):
     program = (
