@@ -219,6 +219,7 @@ from algorithms.common.steering import (
     weights_digest,
 )
 from gr00t_agent import Gr00tAgent
+from gr00t_agent.weights import to_device
 from libero_gym.adapters import ModalityVectorObservation
 from libero_gym.near_goal import NearGoalVectorEnv
 from libero_gym.tasks.suites import get_task
@@ -368,18 +369,7 @@ def chunked(
 
 def policy_device(args: Args) -> str:
     """Returns the torch device of a checkpoint's policy; raises ValueError if it cannot be used."""
-    if args.device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        usable = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise ValueError(
-            f"device={args.device!r} cannot be used here ({reason}); give another one (here: {usable}), "
-            "or leave it out"
-        ) from error
-    return args.device
+    return str(to_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def load_policy(args: Args) -> Gr00tAgent | SteeredAgent:
