@@ -29,7 +29,8 @@ class Marks:
     def set(self, name: str) -> bool:
         """Returns whether it was not set before."""
         written = self.folder / f".{os.getpid()}"
-        written.write_text(str(os.getpid()))
+        if not written.exists():  # a mark that is set already is this file, and is read while others are set
+            written.write_text(str(os.getpid()))
         try:
             os.link(written, self.folder / name)
         except FileExistsError:
