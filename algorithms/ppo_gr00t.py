@@ -140,6 +140,9 @@ class Args:
     """How the denoising chain is made stochastic for exploration."""
     noise_level: float = 0.5
     """Strength of the exploration noise (flow_sde and flow_cps)."""
+    ignore_last: bool = False
+    """Never noise the last denoising step (flow_sde): the network then still denoises all noise,
+    and what is executed carries no fresh one."""
     final_noise: float = 1.0
     """Part of the exploration noise that is left at the end of training; it falls linearly from
     1."""
@@ -525,6 +528,7 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         noise_method=args.noise_method,
         noise_level=args.noise_level,
         joint_logprob=args.joint_logprob,
+        ignore_last=args.ignore_last,
         # Chunks are summed up here, where it is known which of their actions were executed.
         logprob_level="token" if args.logprob_level == "token" else "action",
         critic_detach=args.critic_detach,

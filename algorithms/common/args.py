@@ -313,6 +313,11 @@ def _check_noise(args: Any) -> None:
     """Raises ValueError for a level that the noise cannot have, and for a bonus on noise that is not learned."""
     if args.noise_method == "flow_cps" and args.noise_level > 1:
         raise ValueError(f"noise_level={args.noise_level} is more than noise_method='flow_cps' has (valid: (0, 1])")
+    if args.ignore_last and (args.joint_logprob or args.noise_method != "flow_sde"):
+        raise ValueError(
+            f"ignore_last=True has no effect with noise_method={args.noise_method!r} and joint_logprob="
+            f"{args.joint_logprob}; leave it out, or take flow_sde with noise at one step"
+        )
     if args.ent_coef and not args.noise_method.startswith("reinflow"):
         raise ValueError(
             f"ent_coef={args.ent_coef} has no effect with noise_method={args.noise_method!r}, whose noise is fixed; "

@@ -42,6 +42,7 @@ class StateAgentConfig:
     denoising_steps: int
     noise_method: NoiseMethod
     noise_level: float
+    ignore_last: bool = False
 
 
 class StateFlowAgent(nn.Module):
@@ -74,6 +75,7 @@ class StateFlowAgent(nn.Module):
             denoising_steps=sampler.num_steps,
             noise_method=sampler.method,
             noise_level=sampler.noise_level,
+            ignore_last=sampler.ignore_last,
         )
         size, state_dim = num_action_chunks * ACTION_DIM, len(self.state_scale)
         self.velocity = nn.Sequential(
@@ -99,7 +101,12 @@ class StateFlowAgent(nn.Module):
             ValueError: they ask for what it has not; see `check_state_model`.
         """
         check_state_model(args)
-        sampler = FlowSampler(num_steps=args.denoising_steps, method=args.noise_method, noise_level=args.noise_level)
+        sampler = FlowSampler(
+            num_steps=args.denoising_steps,
+            method=args.noise_method,
+            noise_level=args.noise_level,
+            ignore_last=args.ignore_last,
+        )
         return cls(args.num_action_chunks, sampler)
 
     @classmethod
@@ -116,6 +123,7 @@ class StateFlowAgent(nn.Module):
             num_steps=denoising_steps or config.denoising_steps,
             method=config.noise_method,
             noise_level=config.noise_level,
+            ignore_last=config.ignore_last,
         )
         agent = cls(config.num_action_chunks, sampler, config.width)
         try:

@@ -129,6 +129,11 @@ def test_imitation_alone_needs_something_to_move_by(trainer: str, lacking: dict[
     ("changes", "message"),
     [
         (dict(noise_method="flow_cps", noise_level=1.5), r"noise_level=1.5 is more than .*\(0, 1\]"),
+        (dict(ignore_last=True, joint_logprob=True), "ignore_last=True has no effect with .* joint_logprob=True"),
+        (
+            dict(ignore_last=True, noise_method="reinflow"),
+            "ignore_last=True has no effect with noise_method='reinflow'",
+        ),
         (dict(ent_coef=0.1), "ent_coef=0.1 has no effect with noise_method='flow_sde'"),
         (dict(lora_rank=4, lora_parts=("action_head", "language_model")), "language_model, .* --train-backbone too"),
     ],

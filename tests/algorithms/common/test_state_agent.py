@@ -40,6 +40,22 @@ def test_a_checkpoint_gives_the_agent_back(agent: StateFlowAgent, tmp_path: Path
     assert (predict(finer) != predict(agent)).any()
 
 
+@pytest.mark.parametrize("trainer", ["ppo_gr00t", "grpo_gr00t", "async_ppo_gr00t"])
+@pytest.mark.parametrize("ignore_last", [False, True])
+def test_the_last_step_is_noised_unless_it_is_to_be_ignored(trainer: str, ignore_last: bool, tmp_path: Path):
+    module = pytest.importorskip(f"algorithms.{trainer}")  # the last one needs Ray
+    args = module.Args(model="state", noise_level=1.0, ignore_last=ignore_last, imitation_coef=0.0)
+    agent = module.make_agent(args)
+    rows = 64
+    obs = {key: torch.zeros(rows, {"state.gripper": 2}.get(key, 1)) for key in STATE_KEYS}
+    action, *_ = agent(obs, generator=[torch.Generator().manual_seed(i) for i in range(rows)])
+    steps = range(args.denoising_steps - 1 if ignore_last else args.denoising_steps)
+    assert action.denoise_index.unique().tolist() == list(steps)
+    agent.save_pretrained(tmp_path)
+    assert StateFlowAgent.from_pretrained(tmp_path).sampler == agent.sampler
+    assert module.make_agent(module.Args(ignore_last=ignore_last)).policy.ignore_last == ignore_last
+
+
 def test_what_is_damaged_is_refused(agent: StateFlowAgent, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"state_agent\.json does not exist"):
         StateFlowAgent.from_pretrained(tmp_path)
