@@ -1086,9 +1086,8 @@ def main(
             # --- log, evaluate, save ---
             global_step += monitor.end_update()
             success_std, _ = mean_and_variance(accelerator, torch.cat(group_stds).to(device))
-            compared = b_weights > 0
             advantages_sum = over_processes(accelerator, b_advantages.sum(), "sum")
-            num_compared = over_processes(accelerator, compared.sum(), "sum")
+            num_compared = over_processes(accelerator, (b_weights > 0).sum(), "sum")
             metrics = {}
             if history:
                 metrics |= {name: x.item() for name, x in mean_of(history).items()}

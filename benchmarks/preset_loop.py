@@ -194,7 +194,6 @@ def main() -> dict[str, Any]:
         variants = variants_of(args, with_recipes=options.recipes)
         for changed, _ in variants.values():
             ppo_gr00t.check_args(changed)
-            iterations.check_shares(changed, num_processes=1)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -14,10 +14,11 @@ suite=$1       # the suite
 num_steps=$2   # steps of fine-tuning, over which the step size falls
 kept_step=$3   # the step whose policy is kept, a multiple of 200
 options=("${@:4}")  # of sft_gr00t.py
+mistakes=${EXPERT_MISTAKES:-0}  # part of the demonstrations that show how a mistake is made good
 
 python algorithms/collect_demos.py --suite "$suite" --episodes-per-task 20 --object-shift 0.02 \
-    --expert.speed-spread 0.1 --expert.noise 0.06 --expert.via-noise 0.01 --image-size 118 --storage image \
-    --num-workers 8 --num-writers 7 --render-batch-size 256 --output "runs/data/${suite}_20"
+    --expert.speed-spread 0.1 --expert.noise 0.06 --expert.via-noise 0.01 --expert.mistakes "$mistakes" \
+    --image-size 118 --storage image --num-workers 8 --num-writers 7 --render-batch-size 256 --output "runs/data/${suite}_20"
 
 python algorithms/sft_gr00t.py --preset nano --dataset "runs/data/${suite}_20" --suite "$suite" \
     --run-name "${suite}_fewshot" --batch-size 512 --micro-batch-size 512 --learning-rate 7e-4 \

@@ -5,14 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-python algorithms/collect_demos.py --suite libero_40 --episodes-per-task 20 --object-shift 0.02 \
-    --expert.speed-spread 0.1 --expert.noise 0.06 --expert.via-noise 0.01 --expert.mistakes 0.5 --image-size 118 \
-    --storage image --num-workers 11 --num-writers 9 --render-batch-size 256 --output runs/data/libero_40_20
-
-python algorithms/sft_gr00t.py --preset nano --dataset runs/data/libero_40_20 --suite libero_40 \
-    --run-name libero_40_fewshot --batch-size 512 --micro-batch-size 512 --learning-rate 7e-4 --num-steps 4400 \
-    --augmentation.brightness 0.1 --augmentation.contrast 0.1 --augmentation.saturation 0.1 --augmentation.hue 0.02 \
-    --eval-episodes-per-task 0 --tf32
+EXPERT_MISTAKES=0.5 benchmarks/runs/fewshot.sh libero_40 4400 4400 --tf32
 
 # A rollout is a horizon of LIBERO-Long, and two of the others.
 python algorithms/ppo_gr00t.py --preset libero_spatial_nano --suite libero_40 \
