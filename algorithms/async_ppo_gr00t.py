@@ -51,6 +51,7 @@ from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
     check_agent_options,
+    check_agent_takes,
     check_critic_warmup,
     check_folders,
     check_imitation,
@@ -197,9 +198,9 @@ class Args:
     """Decisions per environment and iteration; 48 chunks of 5 steps are one LIBERO-Spatial
     horizon."""
     feature_storage: Literal["device", "host", "mixed", "none"] = "mixed"
-    """Where encoded observations wait for the update. `device`, `host`: up to feature_memory_gb
-    there, the rest is encoded anew in every epoch. `mixed`: up to feature_memory_gb on the device,
-    the rest in host memory. `none`: all encoded anew."""
+    """Where a learner keeps encoded observations for the update. `device`, `host`: up to
+    feature_memory_gb there, the rest is read from the object store in every epoch. `mixed`: up to
+    feature_memory_gb on the device, the rest in host memory. `none`: all read anew."""
     feature_memory_gb: float = 16.0
     """Memory of a process for encoded observations, 10^9 bytes."""
     reward_scale: float = 1.0
@@ -377,16 +378,16 @@ class Args:
         is_due = self.save_interval > 0 and iteration % self.save_interval == 0
         return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
 
-    def policy_step_factor(self, updated: float) -> float:
-        """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
+    def policy_step_factor(self, iterations_updated: float) -> float:
+        """Returns what the policy's step size is multiplied by after so many iterations' updates.
 
         While the policy only imitates it rises to `imitation_learning_rate` and falls to 1; then it
         is 0 while only the critic learns, and rises to 1 again.
         """
-        if updated <= self.imitation_iterations:
+        if iterations_updated <= self.imitation_iterations:
             largest = self.imitation_learning_rate / self.learning_rate
-            return imitation_step_factor(updated / self.imitation_iterations, largest)
-        since = updated - self.imitation_iterations - self.critic_warmup_iterations
+            return imitation_step_factor(iterations_updated / self.imitation_iterations, largest)
+        since = iterations_updated - self.imitation_iterations - self.critic_warmup_iterations
         if self.policy_warmup_iterations == 0:
             return float(since > 0)
         return min(max(since / self.policy_warmup_iterations, 0.0), 1.0)
@@ -584,7 +585,7 @@ def compute_gae(
     rewards: Tensor,
     values: Tensor,
     next_values: Tensor,
-    terminated: Tensor,
+    terminal: Tensor,
     ended: Tensor,
     gamma: float,
     lam: float,
@@ -596,12 +597,12 @@ def compute_gae(
         values: [K, N] value of the observation that each decision saw.
         next_values: [K, N] value of the observation that each decision led to, before any reset: at
             an episode's end that of its own last observation.
-        terminated: [K, N] bool, True where the episode ended in success.
+        terminal: [K, N] bool, True where nothing follows that is worth anything: no bootstrap.
         ended: [K, N] bool, True where the episode ended (terminated or truncated).
         gamma: discount per decision.
         lam: lambda of GAE.
     """
-    deltas = rewards + gamma * next_values * ~terminated - values
+    deltas = rewards + gamma * next_values * ~terminal - values
     advantages = torch.zeros_like(rewards)
     carried = torch.zeros_like(rewards[0])
     for k in reversed(range(len(rewards))):
@@ -776,6 +777,7 @@ class RolloutWorker(RolloutRole):
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
         set_seed(args.seed)
         self.agent = self.make_agent(args).to(self.accelerator.device).eval()
+        check_agent_takes(self.agent, args)
         if args.compile:
             self.agent.compile_network()
         shape = (args.num_steps, len(self.env_ids))
@@ -803,7 +805,7 @@ class RolloutWorker(RolloutRole):
         # --- rollout: one stage of environments simulates while another is decided ---
         shape = (args.num_steps, len(self.env_ids))
         rewards = np.zeros(shape, dtype=np.float32)
-        terminated = np.zeros(shape, dtype=bool)
+        terminal = np.zeros(shape, dtype=bool)
         succeeded = np.zeros(shape, dtype=bool)
         ended = np.zeros(shape, dtype=bool)
         executed_steps = np.zeros(shape, dtype=np.int64)
@@ -821,7 +823,7 @@ class RolloutWorker(RolloutRole):
                     if args.truncation == "failure":  # nothing is left of a late episode
                         is_terminal = is_end
                     rewards[step - 1, stage.rows] = outcome.reward
-                    terminated[step - 1, stage.rows] = is_terminal
+                    terminal[step - 1, stage.rows] = is_terminal
                     succeeded[step - 1, stage.rows] = outcome.terminated
                     ended[step - 1, stage.rows] = is_end
                     executed_steps[step - 1, stage.rows] = outcome.infos["num_steps"]
@@ -864,7 +866,7 @@ class RolloutWorker(RolloutRole):
             logprobs=self.logprobs.arrays,
             values=self.values.arrays,
             rewards=rewards,
-            terminated=terminated,
+            terminal=terminal,
             succeeded=succeeded,
             ended=ended,
             executed_steps=executed_steps,
@@ -894,6 +896,7 @@ class Learner(LearnerRole):
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
         set_seed(args.seed)  # the same weights on every process
         self.agent = self.make_agent(args).to(device).eval()
+        check_agent_takes(self.agent, args)
         self.start_policy = None
         if args.kl_coef:
             self.start_policy = StartPolicy(self.agent, share_frozen=True)
@@ -955,7 +958,7 @@ class Learner(LearnerRole):
             torch.arange(args.num_action_chunks, device=device) < rollout.executed_steps[..., None]
         ).flatten(0, 1)  # [K * N, C]
         behaviour_logprobs = rollout.logprobs.flatten(0, 1)
-        values, terminated, ended = rollout.values, rollout.terminated, rollout.ended
+        values, terminal, ended = rollout.values, rollout.terminal, rollout.ended
 
         # --- what older weights decided is valued anew, and ratios begin at the present ones ---
         staleness = (iteration - 1 - rollout.versions).double()
@@ -990,7 +993,7 @@ class Learner(LearnerRole):
             rollout.rewards * args.reward_scale,
             bounded_values,
             next_values,
-            terminated,
+            terminal,
             ended,
             args.gamma,
             args.gae_lambda,
@@ -1048,7 +1051,7 @@ class Learner(LearnerRole):
         # --- update ---
         self.checkpoints.begin_update()
         step_sizes.begin(progress)
-        history: list[dict[str, Tensor]] = []  # means of each minibatch
+        minibatch_means: list[dict[str, Tensor]] = []
         ratio_deviation = 0.0
         policy_lr = 0.0
         kl_exceeded = False
@@ -1157,24 +1160,24 @@ class Learner(LearnerRole):
                             weight=b_weights[at],
                         )
                     )
-                    if not history:  # nothing was updated since the rollout: ratios are 1
+                    if not minibatch_means:  # no update yet: ratios are 1
                         deviation = (logratio.detach().exp() - 1).abs().max()
                         deviation = over_processes(accelerator, deviation, "max").item()
                         ratio_deviation = max(ratio_deviation, deviation)
 
-                if not history:
+                if not minibatch_means:
                     self.run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                 grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                 self.run.check_finite(grad_norm, iteration, micro_batches)
-                part_done = (len(history) + 1) / args.num_updates(iteration)
-                updated = iteration - 1 + part_done
-                with step_sizes.policy_scaled(args.policy_step_factor(updated)):
+                update_progress = (len(minibatch_means) + 1) / args.num_updates(iteration)
+                iterations_updated = iteration - 1 + update_progress
+                with step_sizes.policy_scaled(args.policy_step_factor(iterations_updated)):
                     optimizer.step()
                     policy_lr = optimizer.param_groups[0]["lr"]
                 optimizer.zero_grad(set_to_none=True)
 
                 means = cast(dict[str, Tensor], accelerator.reduce(mean_of(stats), "mean"))
-                history.append(means | {"actor/grad_norm": grad_norm})
+                minibatch_means.append(means | {"actor/grad_norm": grad_norm})
                 if not only_imitates:
                     kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
                 if kl_exceeded:
@@ -1185,11 +1188,11 @@ class Learner(LearnerRole):
         # --- what it came to ---
         explained_var = explained_variance(accelerator, bounded_values, returns)
         staleness_mean, _ = mean_and_variance(accelerator, staleness)
-        metrics = {name: x.item() for name, x in mean_of(history).items()}
+        metrics = {name: x.item() for name, x in mean_of(minibatch_means).items()}
         metrics |= {
             "actor/ratio_first_minibatch_max_dev": ratio_deviation,
             "actor/explained_variance": explained_var,
-            "actor/num_updates": float(len(history)),
+            "actor/num_updates": float(len(minibatch_means)),
             "actor/lr": policy_lr,
             "actor/noise_anneal": noise.get("noise_anneal", 1.0),
             "rollout/returns_mean": returns_mean.item(),
@@ -1198,7 +1201,7 @@ class Learner(LearnerRole):
             "time/unpack_s": unpack_s,
         }
         if iteration > args.num_warmup_iterations:
-            step_sizes.follow(history[-1]["actor/approx_kl"])
+            step_sizes.follow(minibatch_means[-1]["actor/approx_kl"])
         return metrics
 
 

@@ -22,7 +22,7 @@ trained, and nothing is learned until the last of them.
 Launch:
     accelerate launch algorithms/dsrl_gr00t.py --preset libero_spatial_nano
     accelerate launch algorithms/dsrl_gr00t.py --preset libero_spatial_nano --resume auto
-    accelerate launch --num_processes 2 algorithms/dsrl_gr00t.py --preset libero_spatial_gr00t_24gb
+    accelerate launch --multi_gpu algorithms/dsrl_gr00t.py --preset libero_spatial_gr00t_24gb
 All sizes are global: they are divided over the processes, and a size that does not divide is an
 error. Every process holds the whole replay buffer. Every draw is keyed by seed, iteration, decision
 and environment, or by seed, iteration and update: the result does not depend on the number of
@@ -266,6 +266,13 @@ def check_args(args: Args) -> None:
             f"{args.warmup_iterations} do, and nothing would be learnt; give at least as many"
         )
     check_value_bounds(args)
+    if args.value_bounds is not None and args.backup_entropy:
+        low, high = args.value_bounds
+        raise ValueError(
+            f"value_bounds={low:g} {high:g} are the range of returns, and with backup_entropy=True "
+            "values hold the entropy to come besides, which would be clipped: give --value-bounds "
+            "None, or --no-backup-entropy"
+        )
     if args.truncation == "failure" and args.reward_shift < 0:
         raise ValueError(
             f"truncation='failure' gives a late episode the value 0 for its end, and with "
@@ -385,6 +392,10 @@ def make_agent(args: Args) -> Gr00tAgent:
     )
     return store_frozen_as(agent.requires_grad_(False), agent.policy.torch_dtype)
 
+
+agent_of_args = (
+    make_agent  # told apart from an agent of one's own, whose weights `model` does not name
+)
 
 # --- networks ---
 
@@ -687,7 +698,8 @@ def main(
     agent = make_agent(args).to(device).eval().requires_grad_(False)
     if args.compile:
         agent.compile_network()
-    base = BasePolicy.of(args) if is_main else None
+    is_own_agent = make_agent is not agent_of_args
+    base = BasePolicy.of(args) if is_main and not is_own_agent else None
 
     # --- what steers it, and the optimiser ---
     num_chunk_steps, padded_dim = agent.noise_shape
@@ -736,7 +748,7 @@ def main(
         return stop.watched(make_envs(args, num_envs, agent.image_size, AutoresetMode.DISABLED))
 
     def write_agent(folder: Path) -> None:
-        save_noise_actor(folder, actor, cast(BasePolicy, base))
+        save_noise_actor(folder, actor, base)
 
     def kept_tensors() -> dict[str, Mapping[str, Tensor]]:
         """Returns what belongs to a checkpoint besides weights and optimiser."""
@@ -989,7 +1001,13 @@ def main(
 
     run.finish()
     if is_main:
-        print(run.summary(f"iteration_{args.num_iterations}", args.suite, is_whole_policy=False))
+        summary = run.summary(
+            f"iteration_{args.num_iterations}",
+            args.suite,
+            is_whole_policy=False,
+            is_own_agent=is_own_agent,
+        )
+        print(summary)
     return metrics
 
 

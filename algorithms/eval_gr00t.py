@@ -187,7 +187,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -197,7 +197,7 @@ from gymnasium.vector import AutoresetMode
 from rich.console import Console
 
 from algorithms.common.episode_log import EpisodeLog, EvalEpisode
-from algorithms.common.evaluation import EvalResult, evaluate
+from algorithms.common.evaluation import EvalResult, appearance_of, evaluate
 from algorithms.common.policies import (
     ChunkSource,
     FirstSteps,
@@ -441,6 +441,7 @@ def make_protocol(
     return (
         candidate.protocol
         | starts
+        | appearance_of(envs)
         | {
             "suite": args.suite,
             "task_ids": sorted({task_id for task_id, _ in jobs}),
@@ -449,8 +450,6 @@ def make_protocol(
             "horizon": stated_horizon(args.suite, args.horizon),
             "environment": "LIBERO" if args.reference_env else "libero_gym",
             "init_states": check_init_states(args.init_states, args.suite),
-            "renderer": cast(Any, envs.unwrapped).renderer_name,
-            "texture_colorspace": cast(Any, envs.unwrapped).texture_colorspace,
             "image_size": candidate.image_size,
             "num_envs": envs.num_envs,
         }

@@ -29,7 +29,7 @@ which groups are played is decided as ever.
 
 Launch:
     accelerate launch algorithms/grpo_gr00t.py --preset libero_spatial_nano
-    accelerate launch --num_processes 4 algorithms/grpo_gr00t.py --preset libero_spatial_rlinf
+    accelerate launch --multi_gpu algorithms/grpo_gr00t.py --preset libero_spatial_rlinf
     accelerate launch algorithms/grpo_gr00t.py --preset libero_spatial_nano --resume auto
 All sizes are global: they are divided over the processes, and a size that does not divide is an
 error. A group lives on one process. Processes may keep different numbers of decisions: each epoch
@@ -56,6 +56,7 @@ from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
     check_agent_options,
+    check_agent_takes,
     check_folders,
     check_imitation,
     check_near_goal,
@@ -281,6 +282,10 @@ class Args:
         """Returns the passes over the decisions of `iteration`."""
         return self.imitation_epochs if self.only_imitates(iteration) else self.update_epochs
 
+    def num_updates(self, iteration: int) -> int:
+        """Returns the optimiser steps of `iteration`, unless target_kl ends them."""
+        return self.num_epochs(iteration) * self.num_minibatches
+
     def evaluates(self, iteration: int) -> bool:
         """Returns whether the policy is evaluated after `iteration`."""
         is_last = iteration == self.num_iterations
@@ -293,15 +298,15 @@ class Args:
         is_due = self.save_interval > 0 and iteration % self.save_interval == 0
         return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
 
-    def policy_step_factor(self, updated: float) -> float:
-        """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
+    def policy_step_factor(self, iterations_updated: float) -> float:
+        """Returns what the policy's step size is multiplied by after so many iterations' updates.
 
         While the policy only imitates it rises to `imitation_learning_rate` and falls to 1.
         """
-        if updated > self.imitation_iterations:
+        if iterations_updated > self.imitation_iterations:
             return 1.0
         largest = self.imitation_learning_rate / self.learning_rate
-        return imitation_step_factor(updated / self.imitation_iterations, largest)
+        return imitation_step_factor(iterations_updated / self.imitation_iterations, largest)
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """Returns what the best checkpoints are chosen by; None where none was evaluated.
@@ -362,6 +367,7 @@ from typing import Any, cast
 import gymnasium as gym
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
@@ -626,6 +632,39 @@ def sample_groups(
     return np.repeat(np.array(groups, dtype=np.int64), group_size, axis=0)
 
 
+def dry_run(
+    args: Args,
+    accelerator: Accelerator,
+    make_agent: Callable[..., Any],
+    make_envs: Callable[..., Any],
+) -> dict[str, float]:
+    """Prints the sizes of a run, and what memory and time it takes; nothing is trained or written."""
+    set_seed(args.seed)
+    agent = make_agent(args).to(accelerator.device).eval()
+    check_agent_takes(agent, args)
+    observed_size = 0 if args.model == STATE_MODEL else agent.image_size
+    epochs = [args.num_epochs(i) for i in range(1, args.num_iterations + 1)]
+    longest = -(-(args.horizon or horizon(args.suite)) // args.num_action_chunks)  # rounded up
+    most_decisions = args.num_envs * args.max_rollouts * longest
+    return measure(
+        args,
+        accelerator,
+        agent,
+        lambda num_envs: make_envs(args, num_envs, observed_size),
+        sizes={
+            "environments": args.num_envs,
+            "groups wanted": args.num_groups,
+            "rollouts at most": args.max_rollouts,
+            "decisions at most": most_decisions,
+            "env-steps at most": most_decisions * args.num_action_chunks,
+            "iterations": args.num_iterations,
+            "updates of all iterations": sum(epochs) * args.num_minibatches,
+        },
+        decisions=most_decisions,
+        passes=epochs,
+    )
+
+
 def main(
     args: Args,
     make_agent: Callable[..., Any] = make_agent,
@@ -645,30 +684,8 @@ def main(
     micro_batch_size = share_of_process(args, "micro_batch_size", num_processes)
     if accelerator.is_fsdp2:
         raise ValueError("FSDP cannot be used: processes end episodes at different times; use DDP")
-    epochs = [args.num_epochs(i) for i in range(1, args.num_iterations + 1)]
     if args.dry_run:
-        set_seed(args.seed)
-        agent = make_agent(args).to(device).eval()
-        observed_size = 0 if args.model == STATE_MODEL else agent.image_size
-        longest = -(-(args.horizon or horizon(args.suite)) // args.num_action_chunks)  # rounded up
-        most_decisions = args.num_envs * args.max_rollouts * longest
-        return measure(
-            args,
-            accelerator,
-            agent,
-            lambda num_envs: make_envs(args, num_envs, observed_size),
-            sizes={
-                "environments": args.num_envs,
-                "groups wanted": args.num_groups,
-                "rollouts at most": args.max_rollouts,
-                "decisions at most": most_decisions,
-                "env-steps at most": most_decisions * args.num_action_chunks,
-                "iterations": args.num_iterations,
-                "updates of all iterations": sum(epochs) * args.num_minibatches,
-            },
-            decisions=most_decisions,
-            passes=epochs,
-        )
+        return dry_run(args, accelerator, make_agent, make_envs)
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
     # Environments are numbered over all processes; adjacent ones are a group.
@@ -680,6 +697,7 @@ def main(
     # --- agent and optimiser ---
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval()
+    check_agent_takes(agent, args)
     param_groups = agent.param_groups(args.learning_rate, 0.0)
     for group in param_groups:
         if group.get("name") == "value":  # there is no critic
@@ -740,7 +758,7 @@ def main(
             accelerator,
             stages,
             decisions=args.max_rollouts,
-            updates=[num_epochs * args.num_minibatches for num_epochs in epochs],
+            updates=[args.num_updates(i) for i in range(1, args.num_iterations + 1)],
         ) as monitor,
     ):
         # --- start, or go on where a checkpoint was taken ---
@@ -949,7 +967,7 @@ def main(
             checkpoints.begin_update()
             monitor.begin_update()
             step_sizes.begin(progress)
-            history: list[dict[str, Tensor]] = []  # means of each minibatch
+            minibatch_means: list[dict[str, Tensor]] = []
             ratio_deviation = 0.0
             policy_lr = optimizer.param_groups[0]["lr"]
             kl_exceeded = False
@@ -1056,26 +1074,26 @@ def main(
                                 weight=b_weights[at],
                             )
                         )
-                        if not history:  # nothing was updated since the rollout: ratios are 1
+                        if not minibatch_means:  # no update yet: ratios are 1
                             deviation = (logratio.detach().exp() - 1).abs().max()
                             ratio_deviation = max(ratio_deviation, deviation.item())
 
-                    if not history:
+                    if not minibatch_means:
                         deviation = torch.tensor(ratio_deviation, device=device)
                         ratio_deviation = over_processes(accelerator, deviation, "max").item()
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, micro_batches)
-                    part = (len(history) + 1) / (num_epochs * args.num_minibatches)
-                    updated = iteration - 1 + part
-                    with step_sizes.policy_scaled(args.policy_step_factor(updated)):
+                    update_progress = (len(minibatch_means) + 1) / args.num_updates(iteration)
+                    iterations_updated = iteration - 1 + update_progress
+                    with step_sizes.policy_scaled(args.policy_step_factor(iterations_updated)):
                         optimizer.step()
                         policy_lr = optimizer.param_groups[0]["lr"]
                     optimizer.zero_grad(set_to_none=True)
                     monitor.end_minibatch()
 
                     means = cast(dict[str, Tensor], accelerator.reduce(stats, "sum"))
-                    history.append(means | {"actor/grad_norm": grad_norm})
+                    minibatch_means.append(means | {"actor/grad_norm": grad_norm})
                     if not only_imitates:
                         kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
                     if kl_exceeded:
@@ -1089,11 +1107,11 @@ def main(
             advantages_sum = over_processes(accelerator, b_advantages.sum(), "sum")
             num_compared = over_processes(accelerator, (b_weights > 0).sum(), "sum")
             metrics = {}
-            if history:
-                metrics |= {name: x.item() for name, x in mean_of(history).items()}
+            if minibatch_means:
+                metrics |= {name: x.item() for name, x in mean_of(minibatch_means).items()}
             metrics |= {
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation,
-                "actor/num_updates": float(len(history)),
+                "actor/num_updates": float(len(minibatch_means)),
                 "actor/lr": policy_lr,
                 "actor/noise_anneal": noise.get("noise_anneal", 1.0),
                 "rollout/groups_kept": num_kept / (num_rollouts * groups_per_rollout),
@@ -1104,8 +1122,8 @@ def main(
             metrics |= monitor.metrics()
             num_episodes, num_successes, _ = monitor.tallies().sum(axis=0)
             metrics["rollout/returns_mean"] = num_successes / num_episodes
-            if history and not only_imitates:
-                step_sizes.follow(history[-1]["actor/approx_kl"])
+            if minibatch_means and not only_imitates:
+                step_sizes.follow(minibatch_means[-1]["actor/approx_kl"])
             if task_sampler is not None:
                 metrics |= task_sampler.metrics()
                 task_sampler.update(monitor.tallies())

@@ -5,7 +5,7 @@ actions, and the decision's log-probability is that of the one noised denoising 
 the executed actions (the policy is the Gaussian of that step; see `gr00t_agent.sampler`). On
 decisions this is PPO as published (Schulman et al. 2017, arXiv:1707.06347):
 
-    delta_k = R_k + gamma * V(s_{k+1}) * (1 - terminated_k) - V(s_k)
+    delta_k = R_k + gamma * V(s_{k+1}) * (1 - terminal_k) - V(s_k)
     A_k     = delta_k + gamma * lambda * (1 - episode_end_k) * A_{k+1}
     L       = -E[min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)]
               + vf_coef * L_V - ent_coef * H + kl_coef * KL + imitation_coef * L_I
@@ -24,7 +24,7 @@ largest; advantages and their normalisation are still of all.
 
 Launch:
     accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_nano
-    accelerate launch --num_processes 4 algorithms/ppo_gr00t.py --preset libero_spatial_rlinf
+    accelerate launch --multi_gpu algorithms/ppo_gr00t.py --preset libero_spatial_rlinf
     accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_nano --resume auto
 All sizes are global: they are divided over the processes, and a size that does not divide is an
 error. Every draw is keyed by seed, iteration, decision and environment, and every minibatch takes
@@ -54,6 +54,7 @@ from algorithms.common.args import (
     STATE_MODEL,
     LoraPart,
     check_agent_options,
+    check_agent_takes,
     check_critic_warmup,
     check_folders,
     check_imitation,
@@ -362,16 +363,16 @@ class Args:
         is_due = self.save_interval > 0 and iteration % self.save_interval == 0
         return is_last or is_due or (self.keep_best > 0 and self.evaluates(iteration))
 
-    def policy_step_factor(self, updated: float) -> float:
-        """Returns what the policy's step size is multiplied by after `updated` iterations' updates.
+    def policy_step_factor(self, iterations_updated: float) -> float:
+        """Returns what the policy's step size is multiplied by after so many iterations' updates.
 
         While the policy only imitates it rises to `imitation_learning_rate` and falls to 1; then it
         is 0 while only the critic learns, and rises to 1 again.
         """
-        if updated <= self.imitation_iterations:
+        if iterations_updated <= self.imitation_iterations:
             largest = self.imitation_learning_rate / self.learning_rate
-            return imitation_step_factor(updated / self.imitation_iterations, largest)
-        since = updated - self.imitation_iterations - self.critic_warmup_iterations
+            return imitation_step_factor(iterations_updated / self.imitation_iterations, largest)
+        since = iterations_updated - self.imitation_iterations - self.critic_warmup_iterations
         if self.policy_warmup_iterations == 0:
             return float(since > 0)
         return min(max(since / self.policy_warmup_iterations, 0.0), 1.0)
@@ -428,6 +429,7 @@ from typing import Any, cast
 import gymnasium as gym
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
@@ -552,7 +554,7 @@ def compute_gae(
     rewards: Tensor,
     values: Tensor,
     next_values: Tensor,
-    terminated: Tensor,
+    terminal: Tensor,
     ended: Tensor,
     gamma: float,
     lam: float,
@@ -564,12 +566,12 @@ def compute_gae(
         values: [K, N] value of the observation that each decision saw.
         next_values: [K, N] value of the observation that each decision led to, before any reset: at
             an episode's end that of its own last observation.
-        terminated: [K, N] bool, True where the episode ended in success.
+        terminal: [K, N] bool, True where nothing follows that is worth anything: no bootstrap.
         ended: [K, N] bool, True where the episode ended (terminated or truncated).
         gamma: discount per decision.
         lam: lambda of GAE.
     """
-    deltas = rewards + gamma * next_values * ~terminated - values
+    deltas = rewards + gamma * next_values * ~terminal - values
     advantages = torch.zeros_like(rewards)
     carried = torch.zeros_like(rewards[0])
     for k in reversed(range(len(rewards))):
@@ -717,6 +719,37 @@ def sum_per_decision(elements: Tensor) -> Tensor:
     return elements.float().reshape(len(elements), -1).sum(dim=1)
 
 
+def dry_run(
+    args: Args,
+    accelerator: Accelerator,
+    make_agent: Callable[..., Any],
+    make_envs: Callable[..., Any],
+) -> dict[str, float]:
+    """Prints the sizes of a run, and what memory and time it takes; nothing is trained or written."""
+    set_seed(args.seed)
+    agent = make_agent(args).to(accelerator.device).eval()
+    check_agent_takes(agent, args)
+    observed_size = 0 if args.model == STATE_MODEL else agent.image_size
+    updates = [args.num_updates(i) for i in range(1, args.num_iterations + 1)]
+    return measure(
+        args,
+        accelerator,
+        agent,
+        lambda num_envs: make_envs(args, num_envs, observed_size),
+        sizes={
+            "environments": args.num_envs,
+            "decisions of each": args.num_steps,
+            "decisions of an iteration": args.num_decisions,
+            "env-steps of an iteration": args.num_decisions * args.num_action_chunks,
+            "minibatches of an epoch": args.num_epoch_minibatches(args.num_iterations),
+            "iterations": args.num_iterations,
+            "updates of all iterations": sum(updates),
+        },
+        decisions=args.num_decisions,
+        passes=[num_updates / args.num_minibatches for num_updates in updates],
+    )
+
+
 def main(
     args: Args,
     make_agent: Callable[..., Any] = make_agent,
@@ -726,7 +759,8 @@ def main(
 
     `make_agent` and `make_envs` are the two places to plug in something else. An agent is a module
     with the methods of `gr00t_agent.protocol.Agent`, where the shape of every argument and result
-    is said; `gr00t_agent.check_agent_options` tries one out. With --compile it has `compile_network` too.
+    is said, with what --compile, --final-noise and --imitation-coef ask of it besides;
+    `gr00t_agent.check_agent` tries one out.
     """
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
@@ -738,28 +772,8 @@ def main(
     num_envs = share_of_process(args, "num_envs", num_processes)
     share_of_process(args, "micro_batch_size", num_processes)
     num_micro_batches = args.num_micro_batches
-    updates = [args.num_updates(i) for i in range(1, args.num_iterations + 1)]
     if args.dry_run:
-        set_seed(args.seed)
-        agent = make_agent(args).to(device).eval()
-        observed_size = 0 if args.model == STATE_MODEL else agent.image_size
-        return measure(
-            args,
-            accelerator,
-            agent,
-            lambda num_envs: make_envs(args, num_envs, observed_size),
-            sizes={
-                "environments": args.num_envs,
-                "decisions of each": args.num_steps,
-                "decisions of an iteration": args.num_decisions,
-                "env-steps of an iteration": args.num_decisions * args.num_action_chunks,
-                "minibatches of an epoch": args.num_epoch_minibatches(args.num_iterations),
-                "iterations": args.num_iterations,
-                "updates of all iterations": sum(updates),
-            },
-            decisions=args.num_decisions,
-            passes=[num_updates / args.num_minibatches for num_updates in updates],
-        )
+        return dry_run(args, accelerator, make_agent, make_envs)
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
     # Environments are numbered over all processes. Each group of them gives every minibatch equally
@@ -774,6 +788,7 @@ def main(
     # --- agent and optimiser ---
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval()
+    check_agent_takes(agent, args)
     start_policy = None
     if args.kl_coef:
         start_policy = StartPolicy(agent, share_frozen=not accelerator.is_fsdp2)
@@ -835,7 +850,7 @@ def main(
             accelerator,
             stages,
             decisions=args.num_steps,
-            updates=updates,
+            updates=[args.num_updates(i) for i in range(1, args.num_iterations + 1)],
             longest_episode=horizon_decisions,
             num_action_chunks=args.num_action_chunks,
             recorder=recorder,
@@ -909,7 +924,7 @@ def main(
             logprobs: list[Tensor] = []
             values = torch.zeros((args.num_steps, num_envs), device=device)
             rewards = torch.zeros((args.num_steps, num_envs))
-            terminated = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
+            terminal = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
             succeeded = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
             ended = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
             executed_steps = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
@@ -928,7 +943,7 @@ def main(
                         if args.truncation == "failure":  # nothing is left of a late episode
                             is_terminal = is_end
                         rewards[step - 1, stage.rows] = torch.from_numpy(outcome.reward).float()
-                        terminated[step - 1, stage.rows] = torch.from_numpy(is_terminal)
+                        terminal[step - 1, stage.rows] = torch.from_numpy(is_terminal)
                         succeeded[step - 1, stage.rows] = torch.from_numpy(outcome.terminated)
                         ended[step - 1, stage.rows] = torch.from_numpy(is_end)
                         num_executed = torch.from_numpy(outcome.infos["num_steps"])
@@ -974,7 +989,7 @@ def main(
             stop.check_together()
 
             # --- advantages ---
-            rewards, terminated, ended = (x.to(device) for x in (rewards, terminated, ended))
+            rewards, terminal, ended = (x.to(device) for x in (rewards, terminal, ended))
             # A truncated episode goes on in the value of its own last observation. Every process
             # makes as many calls, which are collective where weights are sharded.
             num_calls = torch.tensor(len(final_obs), device=device)
@@ -997,7 +1012,7 @@ def main(
                 rewards * args.reward_scale,
                 bounded_values,
                 next_values,
-                terminated,
+                terminal,
                 ended,
                 args.gamma,
                 args.gae_lambda,
@@ -1060,7 +1075,7 @@ def main(
             checkpoints.begin_update()
             monitor.begin_update()
             step_sizes.begin(progress)
-            history: list[dict[str, Tensor]] = []  # means of each minibatch
+            minibatch_means: list[dict[str, Tensor]] = []
             ratio_deviation = 0.0
             policy_lr = 0.0
             kl_exceeded = False
@@ -1170,25 +1185,25 @@ def main(
                                 weight=b_weights[at],
                             )
                         )
-                        if not history:  # nothing was updated since the rollout: ratios are 1
+                        if not minibatch_means:  # no update yet: ratios are 1
                             deviation = (logratio.detach().exp() - 1).abs().max()
                             deviation = over_processes(accelerator, deviation, "max").item()
                             ratio_deviation = max(ratio_deviation, deviation)
 
-                    if not history:
+                    if not minibatch_means:
                         run.check_ratio(ratio_deviation, args.max_ratio_deviation)
                     grad_norm = clip_grad_norm(accelerator, agent.parameters(), args.max_grad_norm)
                     run.check_finite(grad_norm, iteration, micro_batches)
-                    part_done = (len(history) + 1) / args.num_updates(iteration)
-                    updated = iteration - 1 + part_done
-                    with step_sizes.policy_scaled(args.policy_step_factor(updated)):
+                    update_progress = (len(minibatch_means) + 1) / args.num_updates(iteration)
+                    iterations_updated = iteration - 1 + update_progress
+                    with step_sizes.policy_scaled(args.policy_step_factor(iterations_updated)):
                         optimizer.step()
                         policy_lr = optimizer.param_groups[0]["lr"]
                     optimizer.zero_grad(set_to_none=True)
                     monitor.end_minibatch()
 
                     means = cast(dict[str, Tensor], accelerator.reduce(mean_of(stats), "mean"))
-                    history.append(means | {"actor/grad_norm": grad_norm})
+                    minibatch_means.append(means | {"actor/grad_norm": grad_norm})
                     if not only_imitates:
                         kl_exceeded = step_sizes.exceeds(means["actor/approx_kl"])
                     if kl_exceeded:
@@ -1199,11 +1214,11 @@ def main(
             # --- log, evaluate, save ---
             global_step += monitor.end_update()
             explained_var = explained_variance(accelerator, bounded_values, returns)
-            metrics = {name: x.item() for name, x in mean_of(history).items()}
+            metrics = {name: x.item() for name, x in mean_of(minibatch_means).items()}
             metrics |= {
                 "actor/ratio_first_minibatch_max_dev": ratio_deviation,
                 "actor/explained_variance": explained_var,
-                "actor/num_updates": float(len(history)),
+                "actor/num_updates": float(len(minibatch_means)),
                 "actor/lr": policy_lr,
                 "actor/noise_anneal": noise.get("noise_anneal", 1.0),
                 "rollout/returns_mean": returns_mean.item(),
@@ -1211,7 +1226,7 @@ def main(
             }
             metrics |= monitor.metrics()
             if iteration > args.num_warmup_iterations:
-                step_sizes.follow(history[-1]["actor/approx_kl"])
+                step_sizes.follow(minibatch_means[-1]["actor/approx_kl"])
             if task_sampler is not None:
                 metrics |= task_sampler.metrics()
                 task_sampler.update(monitor.tallies())

@@ -12,7 +12,7 @@ all processes.
 
 Launch:
     accelerate launch algorithms/sft_gr00t.py --preset nano --dataset runs/data/libero_spatial
-    accelerate launch --num_processes 4 algorithms/sft_gr00t.py --dataset runs/data/libero_spatial
+    accelerate launch --multi_gpu algorithms/sft_gr00t.py --dataset runs/data/libero_spatial
     accelerate launch algorithms/sft_gr00t.py --dataset runs/data/libero_spatial --resume auto
 All sizes are global: they are divided over the processes, and a size that does not divide is an
 error.

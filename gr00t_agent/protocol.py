@@ -34,7 +34,9 @@ class Agent(Protocol[ActionT]):
     """What the trainers need of a policy with a value function; `check_agent` tries all of it out.
 
     An agent is a `torch.nn.Module`; a trainer moves it, puts it into eval mode, wraps it for several processes and
-    calls `forward` through the wrapper. Rows are independent of each other: what is returned for a row depends on no
+    calls `forward` through the wrapper. Observations come as the environment returns them, mostly arrays on the host,
+    and generators are the CPU's: the agent moves what it makes of them to the device of its weights, where all that it
+    returns lies. Rows are independent of each other: what is returned for a row depends on no
     other row of the batch. With `--compile` an agent has a method `compile_network()` too, and with `--final-noise` its
     `forward` takes `noise_anneal`, the fraction of the exploration noise that is left. With `--imitation-coef` its
     actions have a `chain` [B, N + 1, H, A], and `forward` takes `flow_draws` and then returns the flow's error too, as
@@ -105,7 +107,8 @@ class Agent(Protocol[ActionT]):
 class SteerableAgent(Protocol):
     """What `algorithms/dsrl_gr00t.py` needs of a frozen policy that denoises action chunks: no gradient, no value.
 
-    A `torch.nn.Module` like `Agent`, whose rows are independent of each other. With `--compile` it has a method
+    A `torch.nn.Module` like `Agent`, which moves observations to its device and whose rows are independent of each
+    other. With `--compile` it has a method
     `compile_network()` too.
     """
 
@@ -271,6 +274,11 @@ def _num_rows(obs: Observation) -> int:
     return next(iter(sizes.values()))
 
 
+def _device(agent: nn.Module) -> torch.device | None:
+    """Return where an agent's weights are; None if it has none."""
+    return next((parameter.device for parameter in agent.parameters()), None)
+
+
 def _rows(tree: Any, rows: Sequence[int]) -> Any:
     """Return some rows of an observation or an action."""
     picked = np.array(rows)
@@ -285,12 +293,19 @@ def _generators(num_rows: int, seed: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(1000 * seed + i) for i in range(num_rows)]
 
 
-def _check_tensor(what: str, value: Any, shape: Sequence[int | None], remedy: str, dtype: Any = torch.float32) -> None:
-    """Refuse what is no finite tensor of this type (None: of any) and shape (None: of any size).
+def _check_tensor(
+    what: str,
+    value: Any,
+    shape: Sequence[int | None],
+    remedy: str,
+    dtype: Any = torch.float32,
+    device: torch.device | None = None,
+) -> None:
+    """Refuse what is no finite tensor of this type, shape (None: of any size) and device (None of either: any).
 
     Raises:
         TypeError: No tensor, or of another type.
-        ValueError: Of another shape, or not finite.
+        ValueError: Of another shape, on another device, or not finite.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} is a {type(value).__name__}; {remedy}")
@@ -300,6 +315,8 @@ def _check_tensor(what: str, value: Any, shape: Sequence[int | None], remedy: st
     if len(sizes) != len(shape) or any(want not in (None, size) for want, size in zip(shape, sizes, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{what} has shape {sizes}, not [{wanted}]; {remedy}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{what} is on {value.device}, the agent's weights are on {device}; move it to them")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{what} is not finite; the trainers stop at the first NaN or infinity")
 
@@ -394,7 +411,8 @@ def _check_encoding(agent: Any, obs: Observation, action: Any) -> Mapping[str, T
     for key, value in cast(Mapping[str, Any], encoded).items():
         what, remedy = f"encode(obs)[{key!r}]", "return tensors with the batch as their first dimension"
         ndim = value.ndim if isinstance(value, Tensor) else 0
-        _check_tensor(what, value, [num_rows, *[None] * (max(1, ndim) - 1)], remedy, dtype=None)
+        shape = [num_rows, *[None] * (max(1, ndim) - 1)]
+        _check_tensor(what, value, shape, remedy, dtype=None, device=_device(agent))
         if value.requires_grad:
             raise ValueError(f"{what} requires gradients; leave what trained parameters decide to forward")
     remedy = "take what encode returns in place of an observation"

@@ -171,10 +171,25 @@ def test_gr00t_agent_in_cleanrl():
         gr00t_in_cleanrl.main(gr00t_in_cleanrl.Args(num_envs=2, num_steps=3))
 
 
+def test_own_agent_takes_observations_to_its_weights():
+    keys, dim = own_agent_in_ppo.STATE_KEYS, own_agent_in_ppo.STATE_DIM
+    agent = own_agent_in_ppo.MLPAgent(keys, dim, 5).to("meta")
+    encoded = agent.encode({key: np.zeros((3, 2 if key == "state.gripper" else 1), np.float32) for key in keys})
+    assert encoded["state"].device.type == "meta"
+    assert agent.get_value(encoded).shape == (3,)
+
+
+def test_own_agent_refuses_options_that_it_does_not_read():
+    for option in (dict(preset="libero_spatial_nano"), dict(noise_level=0.9), dict(lora_rank=32)):
+        ((name, value),) = option.items()
+        with pytest.raises(ValueError, match=f"{name}={value!r} has no effect: .*an agent of its own; leave it out"):
+            own_agent_in_ppo.main(own_agent_in_ppo.Args(**option))
+
+
 @pytest.mark.slow
 def test_own_agent_in_ppo(tmp_path: Path):
     args = dataclasses.replace(
-        own_agent_in_ppo.DEFAULTS, output_dir=tmp_path, task_ids=(0,), num_iterations=2, num_envs=2, num_steps=4,
+        own_agent_in_ppo.Args(), output_dir=tmp_path, task_ids=(0,), num_iterations=2, num_envs=2, num_steps=4,
         num_action_chunks=3, horizon=9, minibatch_size=4, micro_batch_size=4, update_epochs=1, log_with=(),
     )  # fmt: skip
     metrics = own_agent_in_ppo.main(args)
@@ -183,7 +198,9 @@ def test_own_agent_in_ppo(tmp_path: Path):
     assert metrics["actor/ratio_first_minibatch_max_dev"] < 1e-5
     assert metrics["eval/success_once"] == 0.0
     run = tmp_path / "own_agent_libero_spatial_1"
-    assert (run / "evaluations" / "iteration_2.json").is_file()
+    protocol = json.loads((run / "evaluations" / "iteration_2.json").read_text())["protocol"]
+    assert protocol["renderer"] in ("warp", "egl", "osmesa")  # what drew, not what was asked for
+    assert protocol["texture_colorspace"] == "linear"
     assert len(list((run / "videos" / "iteration_2").glob("task_0_state_0_failure.mp4"))) == 1
 
 

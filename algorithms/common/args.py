@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,6 +50,22 @@ class Augmentation:
                 raise ValueError(f"{name}={getattr(self, name)} is not in 0-{high}")
 
 
+# What only the trainers' own `make_agent` reads, and an agent of one's own perhaps not.
+GR00T_OPTIONS = (
+    "model",
+    "denoising_steps",
+    "noise_method",
+    "noise_level",
+    "joint_logprob",
+    "ignore_last",
+    "critic_detach",
+    "train_backbone",
+    "train_vl_self_attention",
+    "lora_rank",
+    "lora_alpha",
+    "lora_parts",
+    "compute_dtype",
+)
 # What the policy on the robot's state has not: of an argument, the values that it can have, and why no others.
 _STATE_POLICY_HAS: dict[str, tuple[tuple[Any, ...], str]] = {
     "noise_method": (("flow_sde", "flow_cps"), "learns no noise"),
@@ -307,6 +325,43 @@ def check_agent_options(args: Any) -> None:
     """Raises ValueError for what the trainers' own agents have not; others may have it."""
     _check_noise(args)
     _check_lora(args)
+
+
+def check_agent_takes(agent: Any, args: Any) -> None:
+    """Raises ValueError if `args` ask for what an agent, perhaps one of one's own, has no method or parameter for.
+
+    What every agent has is not looked at, see `gr00t_agent.check_agent`.
+    """
+    if args.compile and not hasattr(agent, "compile_network"):
+        raise ValueError(
+            f"compile=True needs an agent with a method compile_network(), which {type(agent).__name__} has not; leave "
+            "it out, or define it"
+        )
+    parameters = inspect.signature(agent.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for option, is_asked, parameter in (
+        (f"final_noise={args.final_noise}", args.final_noise < 1, "noise_anneal"),
+        (f"imitation_coef={args.imitation_coef}", args.imitation_coef > 0, "flow_draws"),
+    ):
+        if is_asked and not takes_all and parameter not in parameters:
+            raise ValueError(
+                f"{option} needs an agent whose forward takes {parameter}, as gr00t_agent.protocol.Agent says; that of "
+                f"{type(agent).__name__} takes {', '.join(parameters)}: leave the option out, or add the parameter"
+            )
+
+
+def check_left_out(args: Any, names: Iterable[str], why: str) -> None:
+    """Raises ValueError if one of the arguments `names` is not its default: where it would have no effect.
+
+    Args:
+        args: a trainer's.
+        names: of arguments that nothing reads; such that `args` has not are passed over.
+        why: ends the message's "... has no effect: ".
+    """
+    for item in fields(args):
+        given = getattr(args, item.name)
+        if item.name in names and given != item.default:
+            raise ValueError(f"{item.name}={given!r} has no effect: {why}; leave it out")
 
 
 def _check_noise(args: Any) -> None:

@@ -142,7 +142,7 @@ def _chosen(presets: Mapping[str, ArgsT]) -> ArgsT | None:
 
 
 def _documented_fields(args_class: type[Any]) -> dict[str, tuple[str, str]]:
-    """Returns the title of its block and the text after it for each field, of a base class first."""
+    """Returns the title of its block and the text after it for each field, of a base class where it has none itself."""
     fields: dict[str, tuple[str, str]] = {}
     for cls in reversed([c for c in args_class.__mro__ if dataclasses.is_dataclass(c)]):
         source = textwrap.dedent(inspect.getsource(cls))
@@ -151,10 +151,12 @@ def _documented_fields(args_class: type[Any]) -> dict[str, tuple[str, str]]:
         assert isinstance(definition, ast.ClassDef)
         for statement, following in itertools.pairwise([*definition.body, ast.Pass()]):
             if isinstance(statement, ast.AnnAssign):
+                name = ast.unparse(statement.target)
+                inherited_title, inherited_text = fields.get(name, ("", ""))
                 titles = [match[1] for line in lines[: statement.lineno] if (match := _BLOCK.fullmatch(line))]
                 text = following.value if isinstance(following, ast.Expr) else None
-                help_text = str(text.value) if isinstance(text, ast.Constant) else ""
-                fields[ast.unparse(statement.target)] = (titles[-1] if titles else "", " ".join(help_text.split()))
+                help_text = " ".join(str(text.value).split()) if isinstance(text, ast.Constant) else inherited_text
+                fields[name] = (titles[-1] if titles else inherited_title, help_text)
     return fields
 
 

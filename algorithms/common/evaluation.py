@@ -410,6 +410,12 @@ def evaluation_file(run_path: Path, iteration: int) -> Path:
     return run_path / "evaluations" / f"iteration_{iteration}.json"
 
 
+def appearance_of(envs: gym.vector.VectorEnv) -> dict[str, Any]:
+    """Returns which renderer draws and in which look, as far as environments, perhaps of one's own, tell it."""
+    told = {"renderer": "renderer_name", "texture_colorspace": "texture_colorspace"}
+    return {key: getattr(envs.unwrapped, name) for key, name in told.items() if hasattr(envs.unwrapped, name)}
+
+
 def evaluate_into(
     run_path: Path, iteration: int, agent: Any, make_envs: Callable[[int], gym.vector.VectorEnv], args: Any
 ) -> float:
@@ -432,6 +438,7 @@ def evaluate_into(
     video_dir = run_path / "videos" / f"iteration_{iteration}"
     num_filmed = getattr(args, "eval_videos_per_task", 1)
     with closing(make_envs(min(args.num_envs, len(jobs)))) as envs:
+        appearance = appearance_of(envs)
         result = evaluate(
             agent,
             envs,
@@ -442,6 +449,7 @@ def evaluate_into(
             log=ToldEpisodes(len(jobs)),
         )
     result.protocol.update(
+        appearance,
         suite=args.suite,
         horizon=stated_horizon(args.suite, args.horizon),
         task_ids=sorted({task_id for task_id, _ in jobs}),
@@ -449,7 +457,7 @@ def evaluate_into(
         init_states=check_init_states(None, args.suite),
         image_size=agent.image_size,
     )
-    for name in ("renderer", "physics", "stepping", "steps_before_success", "num_near_goal_states"):
+    for name in ("physics", "stepping", "steps_before_success", "num_near_goal_states"):
         if hasattr(args, name):
             result.protocol[name] = getattr(args, name)
     result.save(evaluation_file(run_path, iteration))

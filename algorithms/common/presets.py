@@ -290,23 +290,24 @@ DSRL: dict[str, dict[str, Any]] = {
         minibatch_size=64,
         eval_episodes_per_task=1,
     ),
-    # One GPU; 65 iterations are 266,240 decisions, at most 1.33 million environment steps. Not run yet.
+    # One GPU; 131,072 decisions, at most 0.66 million environment steps. A run of twice as many got worse again, with the
+    # temperature (docs/LOG.md, 2026-11-30).
     "libero_spatial_nano": dict(
         suite="libero_spatial",
         model=SPATIAL_START,
-        num_iterations=65,
+        num_iterations=32,
         num_envs=1024,
         physics="warp",
         num_action_chunks=5,
         num_steps=4,
         warmup_iterations=12,  # a horizon
-        replay_capacity=300_000,  # all of the run
+        replay_capacity=150_000,  # all of the run
         truncation="failure",
         value_bounds=(0.0, 1.0),
         learning_rate=3e-4,
         num_updates=800,
         minibatch_size=1024,
-        save_interval=25,
+        save_interval=16,
         eval_interval=0,
     ),
     # GR00T-N1.5 on a GPU of 24 GB: 6 GB of weights, 1.5 GB of replay. Not run yet.
@@ -416,7 +417,7 @@ GRPO: dict[str, dict[str, Any]] = {
         save_interval=25,
         eval_interval=50,
     ),
-    # Ours, after libero_spatial_nano; not run yet.
+    # Ours, after libero_spatial_nano.
     "libero_object_nano": NANO_GRPO | dict(suite="libero_object", model=OBJECT_START, num_action_chunks=5),
     # RLinf: examples/embodiment/config/libero_goal_grpo_openpi.yaml (pi0)
     "libero_goal_rlinf": dict(

@@ -37,7 +37,7 @@ class Rollout(NamedTuple):
     logprobs: Any
     values: Any
     rewards: Any
-    terminated: Any
+    terminal: Any
     succeeded: Any
     ended: Any
     executed_steps: Any

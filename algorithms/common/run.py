@@ -185,7 +185,9 @@ class RunFolder:
         if not deviation <= largest:
             raise RuntimeError(
                 f"first minibatch's ratio is off 1 by {deviation:.3g} (max_ratio_deviation={largest}): "
-                "log-probabilities at rollout and at update differ; check dropout, dtype and noise settings"
+                "log-probabilities at rollout and at update differ. An agent of one's own has dropout, or scores "
+                "otherwise than it decides; in bfloat16 rounding alone comes to a tenth where many decisions are "
+                "compared: give a larger --max-ratio-deviation, or --compute-dtype float32"
             )
 
     def check_actions(self, actions: NDArray[np.float32], iteration: int, **decision: Tensor) -> None:
@@ -199,7 +201,13 @@ class RunFolder:
             )
 
     def summary(
-        self, checkpoint: str, suite: str, *, is_whole_policy: bool = True, is_state_policy: bool = False
+        self,
+        checkpoint: str,
+        suite: str,
+        *,
+        is_whole_policy: bool = True,
+        is_state_policy: bool = False,
+        is_own_agent: bool = False,
     ) -> str:
         """Returns what to tell at the end of a run: where its files are and what to run next on such a machine.
 
@@ -208,6 +216,7 @@ class RunFolder:
             suite: that it was trained on.
             is_whole_policy: the checkpoint is one that another training can start from.
             is_state_policy: it is that of --model state, which is for a task's end and no other trainer.
+            is_own_agent: it steers an agent of one's own, which no script of ours loads.
         """
         weights = self.path / "checkpoints" / checkpoint
         seconds = round(time.perf_counter() - self._start)
@@ -224,16 +233,19 @@ class RunFolder:
                 f"time         {seconds // 60} min {seconds % 60:02d} s, evaluations included",
                 f"run folder   {self.path}",
                 *(f"{name:12} {path}" for name, path in files.items() if path.exists()),
-                *self._next(weights, suite, is_whole_policy, is_state_policy),
+                *self._next(weights, suite, is_whole_policy, is_state_policy, is_own_agent),
             )
         )
 
-    def _next(self, weights: Path, suite: str, is_whole_policy: bool, is_state_policy: bool) -> list[str]:
+    def _next(
+        self, weights: Path, suite: str, is_whole_policy: bool, is_state_policy: bool, is_own_agent: bool
+    ) -> list[str]:
         """Returns commands that this machine can run in reasonable time, under a title, if there are any.
 
         A checkpoint of an agent of one's own has none of Gr00tAgent's files, and no script of ours loads it.
         """
-        is_ours = is_state_policy or not is_whole_policy or (weights / "config.json").is_file()
+        is_saved_by_us = is_state_policy or not is_whole_policy or (weights / "config.json").is_file()
+        is_ours = is_saved_by_us and not is_own_agent
         has_gpu = torch.cuda.is_available()
         commands: list[str] = []
         if (self.path / "logs").is_dir():

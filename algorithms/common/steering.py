@@ -195,7 +195,7 @@ class SteeredAgent:
     Args:
         agent: the base policy, see `gr00t_agent.SteerableAgent`.
         actor: decides the noise.
-        model: where the base policy was loaded from.
+        model: where the base policy was loaded from, or what it is called.
     """
 
     def __init__(self, agent: Any, actor: NoiseActor, model: str) -> None:
@@ -210,6 +210,11 @@ class SteeredAgent:
     def policy(self) -> Any:
         """How the base policy is used."""
         return self.agent.policy
+
+    @property
+    def num_action_chunks(self) -> int:
+        """Environment steps that are executed of each decision."""
+        return self.actor.space.num_executed
 
     @torch.no_grad()
     def predict(self, obs: Any, *, generator: Sequence[torch.Generator]) -> Tensor:
@@ -278,12 +283,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_noise_actor(folder: Path, actor: NoiseActor, base: BasePolicy) -> None:
-    """Writes the actor, and which policy it steers, into `folder`."""
+def save_noise_actor(folder: Path, actor: NoiseActor, base: BasePolicy | None) -> None:
+    """Writes the actor, and which policy it steers (None: one of one's own), into `folder`."""
     weights = {name: value.detach().cpu().contiguous() for name, value in actor.state_dict().items()}
     with whole_file(folder / WEIGHTS_FILE) as temporary:
         save_file(weights, temporary)
-    write_json(folder / CONFIG_FILE, {"space": asdict(actor.space), "sizes": actor.sizes, "base": asdict(base)})
+    config = {"space": asdict(actor.space), "sizes": actor.sizes, "base": None if base is None else asdict(base)}
+    write_json(folder / CONFIG_FILE, config)
 
 
 def is_noise_actor(folder: str | Path) -> bool:
@@ -291,14 +297,14 @@ def is_noise_actor(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG_FILE).is_file()
 
 
-def load_noise_actor(folder: str | Path) -> tuple[NoiseActor, BasePolicy]:
-    """Returns the actor in `folder`, on the CPU, and the base policy that it steers."""
+def load_noise_actor(folder: str | Path) -> tuple[NoiseActor, BasePolicy | None]:
+    """Returns the actor in `folder`, on the CPU, and the base policy that it steers (None: one of one's own)."""
     path = Path(folder) / CONFIG_FILE
     content = read_json(path)
     with naming(path):
         space, sizes, base = (require(content, name, "the file") for name in ("space", "sizes", "base"))
         actor = NoiseActor(dataclass_from_json(NoiseSpace, space, "space"), **sizes)
-        base_policy = dataclass_from_json(BasePolicy, base, "base")
+        base_policy = None if base is None else dataclass_from_json(BasePolicy, base, "base")
     actor.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
     return actor.eval(), base_policy
 
@@ -317,9 +323,14 @@ def load_steered(
 
     Raises:
         FileNotFoundError: there is no base policy at its place.
-        ValueError: it has other weights than the one that was steered.
+        ValueError: it has other weights than the one that was steered, or is an agent of one's own.
     """
     actor, base = load_noise_actor(folder)
+    if base is None:
+        raise ValueError(
+            f"{folder} steers an agent of one's own, which no name tells how to load; give eval_gr00t.py --policy a "
+            "function that returns SteeredAgent(agent, load_noise_actor(folder)[0], name) of algorithms.common.steering"
+        )
     model = base.model if base_model is None else base_model
     remedy = "give the folder or hub id of the policy that was steered by --base-model"
     try:

@@ -107,7 +107,8 @@ def test_the_copies_of_arguments_and_formulas_agree():
     assert set(theirs) - set(ours) == {"dry_run"}
     defaults = [{f.name: f.default for f in dataclasses.fields(module.Args)} for module in (async_ppo_gr00t, ppo_gr00t)]
     for name in set(theirs) & set(ours):
-        assert ours[name] == theirs[name]
+        # Nothing is encoded anew here: rollout workers have done so.
+        assert (ours[name] == theirs[name]) == (name != "feature_storage"), name
         assert (defaults[0][name] == defaults[1][name]) == (name != "run_name"), name
     for name, preset in ppo_gr00t.PRESETS.items():
         same = {f.name for f in dataclasses.fields(preset)} - {"run_name", "dry_run"}

@@ -178,7 +178,12 @@ def test_an_update_that_is_not_finite_stops_the_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(backup_entropy=True, critic_reduction="min", value_bounds=(0.0, 0.02), reward_scale=0.02)]
+    "changes",
+    [
+        {},
+        dict(critic_reduction="min", value_bounds=(0.0, 0.02), reward_scale=0.02),
+        dict(critic_reduction="min", backup_entropy=True),
+    ],
 )
 def test_the_first_update_is_what_the_equations_say(tmp_path: Path, changes: dict[str, Any]):
     """Everything again, from the stored decisions and the keys of the draws, by other means."""
@@ -210,8 +215,10 @@ def test_the_first_update_is_what_the_equations_say(tmp_path: Path, changes: dic
         next_decision, next_logprob = decide(next_z, eps[0])
         each = torch.stack([networks.critics(next_z, next_decision)[j] for j in range(3)])
         next_value = each.min(0).values if changes else each.mean(0)
-        if changes:
-            next_value = (next_value - 0.02 * next_logprob).clamp(0.0, 0.02)
+        if args.backup_entropy:
+            next_value = next_value - 0.02 * next_logprob
+        if args.value_bounds is not None:
+            next_value = next_value.clamp(0.0, 0.02)
         target = replay["reward"][inds] + 0.9 * next_value * (1 - replay["terminal"][inds].float())
         errors = networks.critics(z, replay["decision"][inds]) - target
         _, logprob = decide(z, eps[1])
@@ -343,12 +350,20 @@ def test_steering_beats_the_policy_that_is_steered(tmp_path: Path, seed: int):
 def test_the_steered_policy_is_evaluated_without_exploration_and_loaded_again(tmp_path: Path):
     train("dsrl", tmp_path, **LEARNING)
     actor, base = load_noise_actor(tmp_path / NAME / "checkpoints" / "iteration_16")
-    assert (base.model, base.num_action_chunks, base.denoising_steps) == ("nano", 2, 4)
-    steered = SteeredAgent(LineFlow(2), actor, base.model)
+    assert base is None  # the line's policy has no name that it could be loaded by
+    steered = SteeredAgent(LineFlow(2), actor, "line")
+    assert steered.num_action_chunks == 2
     envs = LineVectorEnv(4, autoreset=AutoresetMode.DISABLED)
     result = evaluate(steered, envs, [(0, state) for state in range(8)], seed=0)
     assert result.success_rate == 1.0
     assert {episode.length for episode in result.episodes} <= {3, 4}  # 0.7 at a quarter a step
+
+
+def test_a_steered_agent_of_ones_own_is_not_taken_for_the_named_model(tmp_path: Path, capsys: Any):
+    train("dsrl", tmp_path)
+    assert "eval_gr00t.py" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"steers an agent of one's own, .* give eval_gr00t.py --policy a function"):
+        load_steered(tmp_path / NAME / "checkpoints" / "iteration_3")
 
 
 def test_the_evaluation_in_training_is_of_the_steered_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -430,6 +445,7 @@ def test_functions_that_ppo_has_too_are_the_same():
         (dict(value_bounds=(1.0, 0.0)), "value_bounds=1.0 0.0 is no range"),
         (dict(value_bounds=(0.0, 1.0), reward_shift=-1.0), r"0.0 1.0 do not hold the rewards of a decision, -1 to 0"),
         (dict(value_bounds=(0.0, 1.0), reward_scale=2.0), r"0 to 2 \(reward_scale=2.0, reward_shift=0.0\)"),
+        (dict(value_bounds=(0.0, 1.0), backup_entropy=True), "value_bounds=0 1 .* entropy .* --value-bounds None"),
         (dict(num_iterations=2, warmup_iterations=3), "num_iterations=2 end before warmup_iterations=3 do"),
         (dict(suite="nope", eval_episodes_per_task=0), "suite='nope' is not installed"),
         (dict(pipeline_stage_num=3), "pipeline_stage_num=3 must divide the 8 environments .* --pipeline-stage-num 2"),

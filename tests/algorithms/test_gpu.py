@@ -15,7 +15,8 @@ from algorithms.common.placement import Place
 from algorithms.common.presets import SPATIAL_START
 from algorithms.common.resume import checkpoints_in
 from benchmarks.policy import make_observation
-from gr00t_agent import Gr00tAgent
+from examples.own_agent_in_ppo import STATE_DIM, STATE_KEYS, MLPAgent
+from gr00t_agent import Gr00tAgent, check_agent
 from tests.algorithms.line_trainer import command, logged, make_tiny_agent, train
 from tests.algorithms.test_launches import TORCHRUN, children_of, ended, wait_for
 
@@ -63,6 +64,10 @@ def test_rows_come_back_from_pinned_memory(placement: Any):
     got = store.get(torch.tensor([row for part in rows for row in part.tolist()])[order].numpy())
     assert got["features"].is_cuda
     assert torch.equal(got["features"][:, 7].cpu(), order.half())
+
+
+def test_the_example_of_an_own_agent_works_on_a_gpu():
+    check_agent(MLPAgent(STATE_KEYS, STATE_DIM, 5).cuda(), make_observation(3, 8))
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dsrl"])

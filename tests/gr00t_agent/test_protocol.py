@@ -251,6 +251,11 @@ CASES = {
         ValueError,
         r"encode\(obs\)\['state'\] requires gradients; leave what trained parameters decide to forward",
     ),
+    "encoded elsewhere": (
+        lambda: broken(encode=lambda self, obs: {**MLPAgent.encode(self, obs), "more": torch.zeros(3, device="meta")}),
+        ValueError,
+        r"encode\(obs\)\['more'\] is on meta, the agent's weights are on cpu; move it to them",
+    ),
     "batch statistics": (
         lambda: broken(encode=normalises_over_the_batch),
         ValueError,

@@ -11,13 +11,15 @@ from typing import Any, get_type_hints
 import pytest
 
 from algorithms import collect_demos, dsrl_gr00t, grpo_gr00t, ppo_gr00t, sft_gr00t
-from algorithms.common.args import RANGES, check_agent_options, check_ranges
+from algorithms.common.args import RANGES, check_agent_options, check_agent_takes, check_ranges
 
 FOLDER = Path(ppo_gr00t.__file__).parent
 # What differs between the two on purpose.
 OWN_DEFAULTS = {"run_name", "update_epochs", "clip_coef_high"}
 OWN_HELP = {"imitation_coef"}
-OWN_FUNCTIONS = {"check_args", "make_envs", "make_agent", "main", "policy_step_factor"}
+OWN_FUNCTIONS = {
+    "check_args", "make_envs", "make_agent", "main", "dry_run", "policy_step_factor", "num_updates"
+}  # fmt: skip
 
 
 def args_class(trainer: str) -> ast.ClassDef:
@@ -79,7 +81,8 @@ def test_a_function_of_both_trainers_is_the_same_in_both():
 
 def test_a_function_of_ppo_is_the_same_in_the_asynchronous_trainer():
     ppo, asynchronous = functions("ppo"), functions("async_ppo")
-    assert {name for name in ppo if ppo[name] != asynchronous.get(name)} == {"check_args", "make_envs", "main"}
+    different = {name for name in ppo if ppo[name] != asynchronous.get(name)}
+    assert different == {"check_args", "make_envs", "main", "dry_run"}
 
 
 @pytest.mark.parametrize("trainer", [ppo_gr00t, grpo_gr00t])
@@ -146,6 +149,37 @@ def test_what_our_agents_have_not_is_refused_on_the_command_line(trainer: str, c
         check_agent_options(args)
     with pytest.raises(ValueError, match=message):
         module.make_agent(args)
+
+
+class Bare:
+    """An agent with nothing that an option asks for."""
+
+    def forward(self, obs: Any, action: Any = None, *, generator: Any = None) -> None: ...
+
+
+class Open(Bare):
+    """An agent that takes whatever it is given."""
+
+    def forward(self, obs: Any, action: Any = None, **options: Any) -> None: ...
+
+    def compile_network(self) -> None: ...
+
+
+@pytest.mark.parametrize("trainer", ["ppo_gr00t", "grpo_gr00t", "async_ppo_gr00t"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(compile=True), r"compile=True needs an agent with a method compile_network\(\), which Bare has not"),
+        (dict(final_noise=0.5), "final_noise=0.5 needs an agent whose forward takes noise_anneal, .* obs, action, gen"),
+        (dict(imitation_coef=1.0), "imitation_coef=1.0 needs an agent whose forward takes flow_draws"),
+    ],
+)
+def test_options_that_an_agent_cannot_follow_are_refused(trainer: str, changes: dict[str, Any], message: str):
+    module = pytest.importorskip(f"algorithms.{trainer}")  # the last one needs Ray
+    check_agent_takes(Bare(), module.Args())
+    check_agent_takes(Open(), module.Args(**changes))
+    with pytest.raises(ValueError, match=message):
+        check_agent_takes(Bare(), module.Args(**changes))
 
 
 @pytest.mark.parametrize("trainer", ["ppo_gr00t", "async_ppo_gr00t"])

@@ -105,29 +105,33 @@ def test_sizes_names_and_folders_are_checked_before_anything_else(script: str, g
 
 
 @pytest.mark.parametrize(
-    ("program", "given", "message"),
+    ("program", "given", "status", "message"),
     [
         (
             "tools.show_dataset",
             "--dataset nowhere",
+            1,
             "show_dataset.py: error: dataset 'nowhere' is no folder and no hub na",
         ),
         (
             "tools.show_dataset",
             "--dataset nowhere --moments 0",
+            1,
             "show_dataset.py: error: episodes_per_task=1, moments=0",
         ),
         (
             "examples.own_agent_in_ppo",
             "--run-name {sed}",
+            2,
             "own_agent_in_ppo.py: error: run_name='{sed}' cannot be filled",
         ),
+        ("examples.own_agent_in_ppo", "--preset demo", 2, "own_agent_in_ppo.py: error: preset='demo' has no effect"),
     ],
 )
-def test_tools_and_examples_tell_mistakes_too(program: str, given: str, message: str):
+def test_tools_and_examples_tell_mistakes_too(program: str, given: str, status: int, message: str):
     process = preloaded.start("-m", program, *given.split())
     output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1
+    assert process.returncode == status
     assert message in output
     assert "Traceback" not in output
 
