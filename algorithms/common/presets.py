@@ -290,8 +290,8 @@ DSRL: dict[str, dict[str, Any]] = {
         minibatch_size=64,
         eval_episodes_per_task=1,
     ),
-    # One GPU; 131,072 decisions, at most 0.66 million environment steps. A run of twice as many got worse again, with the
-    # temperature (docs/LOG.md, 2026-11-30).
+    # One GPU; 131,072 decisions, at most 0.66 million environment steps. A longer run got worse again (docs/LOG.md,
+    # 2026-11-30).
     "libero_spatial_nano": dict(
         suite="libero_spatial",
         model=SPATIAL_START,
