@@ -43,7 +43,7 @@ from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks, member_suites, task_number
 from libero_gym.window import Window, check_usable, is_usable
 
 __all__ = ["LiberoEnv", "PhysicsError"]
@@ -130,7 +130,8 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
     ## Episode end
     `terminated` when the goal holds; `truncated` after `horizon` steps (default: that of the task's own suite, see
-    `libero_gym.tasks.suites.HORIZONS`).
+    `libero_gym.tasks.suites.HORIZONS`). Gymnasium's `max_episode_steps` is a limit besides, which makes episodes
+    shorter, not longer.
 
     `info` has `success` (bool), `task_id` (the task's number in `suite`), `init_state_id`, and `episode_length` (steps
     so far).
@@ -223,6 +224,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             self.metadata["render_modes"] = ["rgb_array"]
         self.options = EnvOptions(
             suite=suite,
+            tasks=tuple(self._tasks),
             image_size=image_size,
             camera_names=check_cameras(camera_names, self._tasks),
             renderer=renderer,
@@ -245,7 +247,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
             view_kinds=self.options.view_kinds,
             has_text=observe_text,
             camera_names=camera_names,
-            tasks=self._tasks,
+            tasks=list_tasks(suite),  # so that environments of one suite have one space
         )
         self.action_space = make_action_space(action_mode)
         self.render_mode = render_mode
@@ -264,7 +266,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
     @property
     def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """How Gymnasium made the environment; its `max_episode_steps` is the horizon."""
+        """How Gymnasium made the environment; its `max_episode_steps` is the horizon, the longest of its tasks'."""
         return with_horizon(self._spec, self.options.longest_horizon)
 
     @spec.setter
@@ -273,7 +275,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
 
     @property
     def _max_episode_steps(self) -> int:
-        """The horizon, by the name that LeRobot's evaluation asks for."""
+        """The longest horizon of its tasks, by the name that LeRobot's evaluation asks for."""
         return self.options.longest_horizon
 
     @property

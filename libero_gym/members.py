@@ -34,7 +34,7 @@ class Member:
 
     @property
     def spec(self) -> EnvSpec | None:
-        """How Gymnasium would make such a single environment; its `max_episode_steps` is the horizon.
+        """How Gymnasium would make such a single environment; its `max_episode_steps` is as that of all.
 
         What only many environments have (chunks, autoreset, threads, physics on a GPU, torch tensors) is left out.
         """
@@ -78,7 +78,7 @@ class Member:
 
     @property
     def _max_episode_steps(self) -> int:
-        """The horizon, by the name that LeRobot's evaluation asks for."""
+        """The longest horizon of its tasks, by the name that LeRobot's evaluation asks for."""
         return self.options.longest_horizon
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import difflib
 import inspect
 import string
@@ -66,6 +66,7 @@ class EnvOptions:
 
     Attributes:
         suite: suite of the tasks.
+        tasks: those that episodes are sampled from.
         image_size: height and width of the cameras' pictures, pixels, at most `MAX_IMAGE_SIZE`.
         camera_names: cameras, from `libero_gym.rendering.cameras.check_cameras`.
         renderer: kind of renderer, None for the best one; checked where no pictures are observed, too.
@@ -74,7 +75,8 @@ class EnvOptions:
         observe_segmentation: whether there is segmentation.
         observe_text: whether there is the instruction.
         reward: "sparse" or "relative", see `step_reward`.
-        horizon: steps until an episode is truncated, from `check_horizon`; None has `horizon_of` decide.
+        horizon: steps until an episode is truncated, from `check_horizon`; None is that of each task's own suite.
+        max_episode_steps: steps after which it is truncated in any case; None sets no such limit.
         init_states: kind of the initial states, from `check_init_states`.
         stepping: see `libero_gym.Simulation`.
         action_mode: what the numbers of an action mean.
@@ -85,6 +87,7 @@ class EnvOptions:
     """
 
     suite: str
+    tasks: tuple[TaskSpec, ...]
     image_size: int
     camera_names: tuple[str | Camera, ...]
     renderer: RendererKind | None
@@ -94,6 +97,7 @@ class EnvOptions:
     observe_text: bool
     reward: RewardKind
     horizon: int | None
+    max_episode_steps: int | None = None
     init_states: InitStates
     stepping: Stepping
     action_mode: ActionMode
@@ -133,13 +137,14 @@ class EnvOptions:
         return tuple(kind for kind in is_observed if is_observed[kind])
 
     def horizon_of(self, task: TaskSpec) -> int:
-        """Return the steps after which an episode of `task` is truncated: `horizon`, or those of its own suite."""
-        return horizon(task.suite) if self.horizon is None else self.horizon
+        """Return the steps after which an episode of `task` is truncated."""
+        steps = horizon(task.suite) if self.horizon is None else self.horizon
+        return steps if self.max_episode_steps is None else min(steps, self.max_episode_steps)
 
     @property
     def longest_horizon(self) -> int:
-        """Steps after which every episode has been truncated."""
-        return horizon(self.suite) if self.horizon is None else self.horizon
+        """Steps after which an episode of any of `tasks` has been truncated."""
+        return max(self.horizon_of(task) for task in self.tasks)
 
     def open_renderer(self, *, num_worlds: int = 1, num_threads: int | None = None) -> Renderer | None:
         """Return the renderer for so many worlds; None where no pictures are observed.
@@ -258,16 +263,41 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"seed={seed!r} is not a seed (valid: None, or an integer from 0 on)")
 
 
+class LiberoEnvSpec(EnvSpec):
+    """A specification whose `max_episode_steps` is at most the horizon.
+
+    `gymnasium.make(max_episode_steps=...)` wraps an environment that does not get to know of it, and writes the number
+    into a copy of its specification. Episodes end after the horizon all the same.
+    """
+
+    def __init__(self, spec: EnvSpec, episode_horizon: int) -> None:
+        vars(self).update(vars(spec), _horizon=episode_horizon)
+        self.max_episode_steps = episode_horizon if spec.max_episode_steps is None else spec.max_episode_steps
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "max_episode_steps" and value is not None:
+            value = min(value, vars(self)["_horizon"])
+        super().__setattr__(name, value)
+
+    def __eq__(self, other: object) -> bool:
+        names = [field.name for field in dataclasses.fields(EnvSpec)]
+        return isinstance(other, EnvSpec) and all(getattr(self, name) == getattr(other, name) for name in names)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType] - as specifications, which may be changed
+
+
 def with_horizon(spec: EnvSpec | None, episode_horizon: int) -> EnvSpec | None:
     """Return a specification that says after how many steps episodes are truncated, as wrappers and trainers ask it."""
-    spec = copy.copy(spec)
-    if spec is not None and spec.max_episode_steps is None:
-        spec.max_episode_steps = episode_horizon
-    return spec
+    return None if spec is None else LiberoEnvSpec(spec, episode_horizon)
 
 
-def check_horizon(episode_horizon: int | None, suite: str) -> int | None:
+def check_horizon(episode_horizon: int | None, suite: str, *, name: str = "horizon") -> int | None:
     """Return `episode_horizon`, a number of steps, or None for that of each task's own suite.
+
+    Args:
+        episode_horizon: the number.
+        suite: whose horizon the message names.
+        name: of the argument.
 
     Raises:
         ValueError: it is not a positive integer.
@@ -275,8 +305,28 @@ def check_horizon(episode_horizon: int | None, suite: str) -> int | None:
     if episode_horizon is None:
         return None
     if not is_integer(episode_horizon) or episode_horizon < 1:
-        raise ValueError(f"horizon={episode_horizon!r} is not a positive number of steps (default: {horizon(suite)})")
-    return episode_horizon
+        raise ValueError(f"{name}={episode_horizon!r} is not a positive number of steps (default: {horizon(suite)})")
+    return int(episode_horizon)
+
+
+def check_limit(max_episode_steps: int | None, suite: str, *, has_horizon: bool) -> int | None:
+    """Return `max_episode_steps`, a limit besides the horizon, or None where there is none.
+
+    Args:
+        max_episode_steps: the number.
+        suite: of the tasks.
+        has_horizon: whether `horizon` is given.
+
+    Raises:
+        ValueError: it is not a positive integer, or beyond the suite's own horizon, which is not given another.
+    """
+    limit = check_horizon(max_episode_steps, suite, name="max_episode_steps")
+    if limit is not None and not has_horizon and limit > horizon(suite):
+        raise ValueError(
+            f"max_episode_steps={limit} makes no episode longer: those of {suite} are truncated after {horizon(suite)} "
+            f"steps by then; give horizon={limit}"
+        )
+    return limit
 
 
 def step_reward(kind: RewardKind, value: Value, previous: Value) -> Value:

@@ -32,6 +32,7 @@ from libero_gym.options import (
     check_boolean,
     check_horizon,
     check_keywords,
+    check_limit,
     check_render_mode,
     check_seed,
     choose_tasks,
@@ -184,7 +185,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     As for `LiberoEnv`, but without `render_mode="human"`, and:
     - `num_envs`: N.
     - `task_ids`: a task named twice is sampled twice as often.
-    - `max_episode_steps`: Gymnasium's name for `horizon`; of two, the shorter holds.
+    - `max_episode_steps`: Gymnasium's limit besides the horizon; of the two, the shorter holds. One that is longer than
+      the suite's horizon is refused: `horizon` makes episodes longer.
     - `num_action_chunks`: C.
     - `num_threads`: threads for stepping and drawing; None takes all cores that the process may use.
     - `images_as_torch`: see above; needs the renderer "warp".
@@ -277,11 +279,13 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if images_as_torch or physics == "warp":
             asking = "images_as_torch=True" if images_as_torch else "physics='warp'"
             renderer = _only_warp(renderer, asking)
-        limits = [steps for steps in (horizon, max_episode_steps) if steps is not None]
-        for steps in limits:
-            check_horizon(steps, suite)
+        horizon = check_horizon(horizon, suite)
+        limit = check_limit(max_episode_steps, suite, has_horizon=horizon is not None)
+        if horizon is not None and limit is not None:
+            horizon, limit = min(horizon, limit), None
         self.options = EnvOptions(
             suite=suite,
+            tasks=tuple(self._tasks),
             image_size=image_size,
             camera_names=check_cameras(camera_names, self._tasks),
             renderer=renderer,
@@ -290,7 +294,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             observe_segmentation=observe_segmentation,
             observe_text=observe_text,
             reward=reward,
-            horizon=min(limits, default=None),
+            horizon=horizon,
+            max_episode_steps=limit,
             init_states=check_init_states(init_states, suite),
             stepping=stepping,
             action_mode=action_mode,
@@ -358,7 +363,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     @property
     def spec(self) -> EnvSpec | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """How Gymnasium made the environments; its `max_episode_steps` is the horizon."""
+        """How Gymnasium made the environments; its `max_episode_steps` is the horizon, the longest of their tasks'."""
         return with_horizon(self._spec, self.options.longest_horizon)
 
     @spec.setter

@@ -1,6 +1,8 @@
 """The Gymnasium environment's contract."""
 
+import copy
 import inspect
+import pickle
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import gymnasium
 import mujoco
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.utils.env_checker import check_env
 
@@ -196,6 +199,33 @@ def test_the_specification_says_the_horizon():
         gymnasium.make("libero_gym/libero_goal-v0", observe_images=False, max_episode_steps=5).spec.max_episode_steps
         == 5
     )
+
+
+@pytest.mark.parametrize(("options", "end"), [({}, 240), ({"horizon": 600}, 500), ({"horizon": 3}, 3)])
+def test_gymnasiums_limit_only_shortens_episodes_and_the_specification_says_where_they_end(options, end):
+    env = gymnasium.make(
+        "libero_gym/libero_spatial-v0", task_id=3, observe_images=False, max_episode_steps=500, **options
+    )
+    assert env.spec is not None
+    assert env.spec.max_episode_steps == end
+    assert env.unwrapped.options.longest_horizon == options.get("horizon", 240)
+
+
+def test_the_specification_is_one_of_gymnasiums():
+    spec = gymnasium.make("libero_gym/libero_goal-v0", observe_images=False, max_episode_steps=5).spec
+    assert spec is not None
+    again = (pickle.loads(pickle.dumps(spec)), copy.deepcopy(spec), EnvSpec.from_json(spec.to_json()))
+    assert all(other == spec and spec == other and other.max_episode_steps == 5 for other in again)
+    assert gymnasium.make(spec).spec == spec != gymnasium.spec("libero_gym/libero_goal-v0")
+
+
+def test_the_specification_of_a_combined_suite_says_the_horizon_of_its_tasks():
+    horizons = {3: 240, 25: 320, (3, 25): 320, (3, 39): 480}
+    for tasks, horizon in horizons.items():
+        chosen = {"task_ids": tasks} if isinstance(tasks, tuple) else {"task_id": tasks}
+        env = gymnasium.make("libero_gym/libero_40-v0", observe_images=False, **chosen)
+        assert env.spec is not None
+        assert env.spec.max_episode_steps == env.unwrapped._max_episode_steps == horizon
 
 
 def test_placement_seed_equals_liberos_seed():

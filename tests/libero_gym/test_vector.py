@@ -734,13 +734,29 @@ def test_a_member_draws_by_the_renderer_of_all():
 def test_one_task_or_several_and_either_name_of_the_horizon():
     assert make(task_id=3).task_ids == (3,)
     assert make(horizon=9, max_episode_steps=4).options.horizon == 4
-    assert make(max_episode_steps=4).options.horizon == 4
+    assert make(max_episode_steps=4).options.longest_horizon == 4
     again = gymnasium.make_vec(gymnasium.make_vec(f"libero_gym/{SUITE}-v0", observe_images=False, horizon=9).spec)
     assert again.unwrapped.options.horizon == 9
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'num_env'; did you mean 'num_envs'\?"):
         make(num_env=3)
     with pytest.raises(TypeError, match=r"images_as_torch='no' is not a boolean \(valid: True, False\)"):
         make(images_as_torch="no")
+
+
+def test_gymnasiums_limit_shortens_episodes_of_each_task_and_lengthens_none():
+    """As Gymnasium's TimeLimit does around single environments, which end episodes after the horizon by themselves."""
+    combined = LiberoVectorEnv("libero_40", task_ids=[3, 25, 39], observe_images=False, max_episode_steps=300)
+    assert [combined.options.horizon_of(task) for task in combined.options.tasks] == [240, 300, 300]
+    env = gymnasium.make_vec("libero_gym/libero_40-v0", task_ids=[3, 39], observe_images=False)
+    again = gymnasium.make_vec(env.spec).unwrapped
+    assert [again.options.horizon_of(task) for task in again.options.tasks] == [240, 480]
+    assert env.spec.max_episode_steps == again.spec.max_episode_steps == 480
+    assert gymnasium.make_vec("libero_gym/libero_40-v0", task_id=3, observe_images=False).spec.max_episode_steps == 240
+    with pytest.raises(ValueError, match=r"max_episode_steps=500 makes no episode longer: .* 240 .*; give horizon=500"):
+        make(max_episode_steps=500)
+    assert make(horizon=600, max_episode_steps=500).options.longest_horizon == 500
+    with pytest.raises(ValueError, match=r"max_episode_steps=0 is not a positive number of steps \(default: 240\)"):
+        make(max_episode_steps=0)
 
 
 def test_it_takes_what_a_single_one_takes_and_what_the_page_names():
