@@ -26,6 +26,7 @@ from libero_gym.options import (
     check_horizon,
     check_keywords,
     check_render_mode,
+    check_reset_options,
     check_seed,
     choose_tasks,
     make_action_space,
@@ -38,7 +39,7 @@ from libero_gym.physics import inspection
 from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import EPISODE, read_episode, read_task, write_generator
-from libero_gym.rendering.cameras import Camera, check_cameras
+from libero_gym.rendering.cameras import Camera, check_cameras, check_cameras_of_scene
 from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
@@ -320,20 +321,16 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         Raises:
             ValueError: an unknown option, a seed or id that is no integer or out of range, a `placement_seed` where
                 states hold their fixtures, or the environment is closed. Nothing has been touched.
-            TypeError: `task_id` is not an integer. Nothing has been touched.
+            TypeError: `task_id` is not an integer, or `options` is no dictionary. Nothing has been touched.
             PhysicsError: the simulation diverged while objects came to rest. The generator is as it was.
             RuntimeError: this process was forked from the one that made the environment.
         """
         self._owner.check()
         if self._is_closed:
             raise ValueError(CLOSED)
-        options = dict(options or {})
-        task_id, init_state_id = options.pop("task_id", None), options.pop("init_state_id", None)
-        placement_seed = options.pop("placement_seed", None)
-        if options:
-            raise ValueError(
-                f"unknown reset options {sorted(options)} (valid: 'task_id', 'init_state_id', 'placement_seed')"
-            )
+        chosen = check_reset_options(options, ("task_id", "init_state_id", "placement_seed"))
+        task_id, init_state_id = chosen.get("task_id"), chosen.get("init_state_id")
+        placement_seed = chosen.get("placement_seed")
         check_seed(seed)
         task = None if task_id is None else self._known_task(task_id)
         kind = self.options.init_states
@@ -514,6 +511,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     def _open_simulation(self, task: TaskSpec) -> Simulation:
         scene = load_scene(task)
         if scene.key not in self._simulations:
+            check_cameras_of_scene(self.options.camera_names, scene)
             self._simulations[scene.key] = Simulation(
                 scene,
                 stepping=self.options.stepping,

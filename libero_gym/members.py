@@ -13,7 +13,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from libero_gym.env import LiberoEnv
-from libero_gym.options import EnvOptions, with_horizon
+from libero_gym.options import EnvOptions, make_action_space, with_horizon
 from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import Simulation
 from libero_gym.tasks.suites import TaskSpec
@@ -68,13 +68,18 @@ class Member:
 
     @property
     def action_space(self) -> spaces.Space[Any]:
-        """That of a single environment."""
-        return self._envs.single_action_space
+        """That of a single environment, which takes no chunks."""
+        return make_action_space(self.options.action_mode)
 
     @property
     def np_random(self) -> np.random.Generator:
         """The environment's own generator."""
-        return self._envs.generators[self._env_id]
+        return self._envs.np_random[self._env_id]
+
+    @property
+    def np_random_seed(self) -> int:
+        """What that generator was seeded with; see `LiberoVectorEnv.np_random_seed`."""
+        return self._envs.np_random_seed[self._env_id]
 
     @property
     def _max_episode_steps(self) -> int:

@@ -209,14 +209,36 @@ def check_keywords(constructor: Any, keywords: Mapping[str, Any]) -> None:
         raise TypeError(f"{problem} (valid: {', '.join(valid)})")
 
 
+def check_reset_options(options: Any, valid: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a reset as a dictionary.
+
+    Raises:
+        TypeError: they are no dictionary.
+        ValueError: there is one that is not among `valid`.
+    """
+    names = ", ".join(repr(name) for name in valid)
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options={options!r} is a {type(options).__name__}, not a dictionary (of: {names})")
+    chosen = dict(cast("Mapping[str, Any]", options or {}))
+    unknown = sorted(set(chosen) - set(valid), key=str)
+    if unknown:
+        raise ValueError(f"unknown reset options {unknown} (valid: {names})")
+    return chosen
+
+
 def choose_tasks(suite: str | TaskSpec, task_id: int | None, task_ids: Sequence[int] | None) -> list[TaskSpec]:
     """Return the tasks that an environment is made for: `task_id`, `task_ids`, all of the suite, or the one given.
 
     Raises:
         ValueError: both are given, `task_ids` is empty or no sequence, or the suite has no such task; or a task is
             given with ids, or is not one of its suite.
-        TypeError: an id is not an integer.
+        TypeError: an id is not an integer, or `suite` is neither a name nor a task.
     """
+    if not isinstance(cast(Any, suite), str | TaskSpec):
+        raise TypeError(
+            f"suite={suite!r} is a {type(suite).__name__}, neither the name of a suite (libero_gym.list_suites()) nor "
+            "a task of one (libero_gym.list_tasks)"
+        )
     if task_id is not None and task_ids is not None:
         raise ValueError(f"task_id={task_id!r} and task_ids={task_ids!r} are both given; leave one of them out")
     if isinstance(suite, TaskSpec):

@@ -34,6 +34,7 @@ from libero_gym.options import (
     check_keywords,
     check_limit,
     check_render_mode,
+    check_reset_options,
     check_seed,
     choose_tasks,
     make_action_space,
@@ -48,11 +49,11 @@ from libero_gym.physics.inspection import SegmentationLabel
 from libero_gym.physics.simulation import PhysicsError, Simulation, Stepping
 from libero_gym.physics.states import EPISODE, check_is_mapping, read_episode, read_task, write_generator
 from libero_gym.physics.worlds import BoolArray, IntArray, Steps, Worlds
-from libero_gym.rendering.cameras import Camera, check_cameras
+from libero_gym.rendering.cameras import Camera, check_cameras, check_cameras_of_scene
 from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, Views
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
-from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.scenes import load_scene, load_scenes
 from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks, member_suites, task_number
 
 if TYPE_CHECKING:
@@ -135,9 +136,9 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     Every environment behaves as a single one seeded with `seed + i` does, whatever the number of threads.
 
     ## Action space
-    float32 [N, 7] ([N, 1, 7] is taken too), or [N, C, 7] with `num_action_chunks=C > 1`: a call of `step` then runs
-    up to C steps and observes once, at their end. An environment whose episode ends within a chunk idles for its rest.
-    Joint modes have 8 numbers in place of 7, see `LiberoEnv`.
+    float32 [N, 7] ([N, 1, 7] is taken too), or [N, C, 7] with `num_action_chunks=C > 1`, where `single_action_space` is
+    [C, 7]: a call of `step` then runs up to C steps and observes once, at their end. An environment whose episode ends
+    within a chunk idles for its rest. Joint modes have 8 numbers in place of 7, see `LiberoEnv`.
 
     ## Observation space
     `Dict` as in `LiberoEnv` with a leading N; `task_descriptions` is a tuple of N str. With `images_as_torch=True`
@@ -318,10 +319,9 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
             camera_names=camera_names,
             tasks=list_tasks(suite),  # whose states these environments take
         )
-        self.single_action_space = make_action_space(action_mode)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        chunks = make_action_space(action_mode, num_action_chunks=self._num_chunks)
-        self.action_space = batch_space(chunks, self.num_envs)
+        self.single_action_space = make_action_space(action_mode, num_action_chunks=self._num_chunks)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
         threads = len(os.sched_getaffinity(0)) if num_threads is None else _positive("num_threads", num_threads)
 
         self._owner = Owner("the vector environment")
@@ -342,13 +342,22 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
             check_mujoco_warp()
             from libero_gym.physics.warp_groups import make_warp_worlds  # imports MuJoCo Warp
+            from libero_gym.physics.warp_worlds import WarpOptions
 
+            if not isinstance(cast(Any, warp_options), WarpOptions | None):
+                raise TypeError(
+                    f"warp_options={warp_options!r} is a {type(warp_options).__name__}; expected a "
+                    "libero_gym.physics.warp_worlds.WarpOptions, such as WarpOptions(contacts_per_world=512)"
+                )
             self._worlds = make_warp_worlds(
                 self._tasks, self.num_envs, num_action_chunks=self._num_chunks, options=warp_options
             )
-        self._rngs = [seeding.np_random(None)[0] for _ in range(self.num_envs)]
+        generators = [seeding.np_random(None) for _ in range(self.num_envs)]
+        self._rngs = [rng for rng, _ in generators]
+        self._rng_seeds = [seed for _, seed in generators]
         self._task_probabilities: npt.NDArray[np.float64] | None = None
         self._start_state: Callable[[EpisodeStart], Mapping[str, Any]] | None = None
+        self._tasks_with_cameras: set[TaskSpec] = set()
         self._episodes = Episodes(self.num_envs, reward=reward)
         self._rewards = np.zeros((self.num_envs, self._num_chunks), np.float32)  # of the last chunk
         self._num_steps = np.zeros(self.num_envs, np.int64)  # of the last chunk
@@ -374,6 +383,16 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
     def generators(self) -> tuple[np.random.Generator, ...]:
         """Each environment's own generator, which what is not chosen is sampled from."""
         return tuple(self._rngs)
+
+    @property
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`generators`, by Gymnasium's name for them."""
+        return self.generators
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What each generator was seeded with; -1 where it is from a restored state."""
+        return tuple(self._rng_seeds)
 
     @property
     def renderer_name(self) -> str | None:
@@ -420,15 +439,14 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         Raises:
             ValueError: an unknown option, one of wrong shape or type, an id that is not valid, environments left out of
-                `reset_mask` that were never reset, or the environment is closed. No environment has been touched.
+                `reset_mask` that were never reset, a state from `set_start_states` that cannot be restored, or the
+                environment is closed. No environment has been touched.
+            TypeError: `options` is no dictionary. No environment has been touched.
             PhysicsError: a world diverged while its objects came to rest. The environments concerned are left
                 finished, their generators as they were.
         """
         self._require_open()
-        options = dict(options or {})
-        unknown = sorted(set(options) - set(_RESET_OPTIONS))
-        if unknown:
-            raise ValueError(f"unknown reset options {unknown} (valid: {list(_RESET_OPTIONS)})")
+        options = check_reset_options(options, _RESET_OPTIONS)
         env_ids = np.flatnonzero(self._reset_mask(options.get("reset_mask")))
         task_ids = self._ids("task_id", options.get("task_id"))
         init_state_ids = self._ids("init_state_id", options.get("init_state_id"))
@@ -454,6 +472,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         self._begin(env_ids, starts)
         for i, rng in rngs.items():
             self._rngs[i] = rng
+            if (chosen := seeds[i]) is not None:
+                self._rng_seeds[i] = chosen
         self._rewards = np.zeros_like(self._rewards)
         self._num_steps = np.zeros_like(self._num_steps)
         return self._observe(), self._infos()
@@ -507,7 +527,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if weights is None:
             self._task_probabilities = None
             return
-        values = np.asarray(weights, dtype=np.float64)
+        values = _as_numbers("weights", weights, (len(self._tasks),))
         if values.shape != (len(self._tasks),):
             raise ValueError(f"weights have shape {values.shape}; give one for each of the tasks {list(self.task_ids)}")
         if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
@@ -519,9 +539,17 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         Args:
             start_state: returns, for what was chosen or sampled, what `get_state` of these environments' worlds (on the
-                CPU, of a `Simulation`) returned at that task; what it raises leaves the environments as they were.
-                None begins at the initial state itself, as at first.
+                CPU, of a `Simulation`) returned at that task; what it raises, and a state that cannot be restored,
+                leave the environments as they were. None begins at the initial state itself, as at first.
+
+        Raises:
+            TypeError: `start_state` is no function.
         """
+        if start_state is not None and not callable(cast(Any, start_state)):
+            raise TypeError(
+                f"start_state={start_state!r} is no function; give one that takes an EpisodeStart and returns "
+                "what Simulation.get_state returned, or None"
+            )
         self._start_state = start_state
 
     def draw_only(self, env_ids: Sequence[int] | None) -> None:
@@ -535,6 +563,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         Raises:
             ValueError: there is no such environment.
+            TypeError: they are no sequence.
         """
         chosen = self._check_env_ids(range(self.num_envs) if env_ids is None else env_ids)
         self._is_looked_at = np.isin(np.arange(self.num_envs), chosen)
@@ -567,6 +596,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
         Raises:
             ValueError: there is no such environment; else as `render`.
+            TypeError: they are no sequence.
         """
         env_ids = self._check_env_ids(env_ids)
         self._require_started()
@@ -612,9 +642,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         if task.suite not in member_suites(self.options.suite):
             raise ValueError(f"the state belongs to suite {task.suite}, these environments to {self.options.suite}")
         episode, rng = read_episode(state)
+        self._check_cameras([task])
         self.worlds.set_state(env_id, {name: state[name] for name in state if name not in EPISODE})
         self._episodes.set_state(env_id, episode, self.options.horizon_of(task))
-        self._rngs[env_id] = rng
+        self._rngs[env_id], self._rng_seeds[env_id] = rng, -1
         self._is_stale[env_id] = True
 
     def object_poses(self, env_id: int) -> dict[str, npt.NDArray[np.float64]]:
@@ -672,6 +703,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         Raises:
             AttributeError: a `libero_gym.members.Member` (one of `envs`) has no such attribute.
         """
+        if not hasattr(Member, name):
+            together = name in ("reset", "step", "close")
+            hint = f"; call {name} of the vector environment, which does it with all" if together else ""
+            raise AttributeError(f"an environment of a LiberoVectorEnv has no attribute {name!r}{hint}")
         return tuple(getattr(member, name) for member in self.envs)
 
     @property
@@ -697,7 +732,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         """Start episodes where `starts` says."""
         if not len(env_ids):
             return
-        states = [] if self._start_state is None else [self._start_state(start) for start in starts]
+        self._check_cameras([start.task for start in starts])
+        states = self._read_start_states(env_ids, starts)
         try:
             if self._start_state is None:
                 self.worlds.reset(env_ids, starts, init_states=self.options.init_states)
@@ -711,6 +747,38 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         horizons = [self.options.horizon_of(start.task) for start in starts]
         self._episodes.begin(env_ids, self.worlds.success()[env_ids], horizons)
         self._is_stale[env_ids] = True
+
+    def _read_start_states(self, env_ids: IntArray, starts: Sequence[EpisodeStart]) -> list[Mapping[str, Any]]:
+        """Return the states of `set_start_states`, all of which can be restored; none without it.
+
+        Raises:
+            ValueError: a state is of another task, or cannot be restored. No world has been touched.
+            TypeError: it is no dictionary. No world has been touched.
+        """
+        if self._start_state is None:
+            return []
+        states = [self._start_state(start) for start in starts]
+        for i, start, state in zip(env_ids.tolist(), starts, states, strict=True):
+            try:
+                task = read_task(state)
+                if task != start.task:
+                    raise ValueError(f"it is of {task.suite} task {task.task_id}")
+                self.worlds.check_state(i, state)
+            except (ValueError, TypeError) as error:
+                source = "Simulation" if isinstance(self.worlds, CpuWorlds) else "envs.worlds"
+                raise (TypeError if isinstance(error, TypeError) else ValueError)(
+                    f"the function of set_start_states returned a state for environment {i} that cannot begin an "
+                    f"episode of {start.task.suite} task {start.task.task_id}: {error}; return what "
+                    f"{source}.get_state returned at that task"
+                ) from error
+        return states
+
+    def _check_cameras(self, tasks: Sequence[TaskSpec]) -> None:
+        """Raise ValueError unless the tasks' scenes have what the cameras are of; looks at each task once."""
+        new = [task for task in dict.fromkeys(tasks) if task not in self._tasks_with_cameras]
+        for task, scene in zip(new, load_scenes(new), strict=True):
+            check_cameras_of_scene(self.options.camera_names, scene)
+            self._tasks_with_cameras.add(task)
 
     def _begin_sampled(self, env_ids: IntArray) -> None:
         """Start episodes of which the environments' own generators decide."""
@@ -827,11 +895,11 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     def _check_actions(self, actions: Any, is_active: BoolArray) -> npt.NDArray[np.float64]:
         """Return actions as [N, C, A]; those of environments that are not active are ignored, and 0 in what returns."""
-        values = np.asarray(actions, dtype=np.float64)
         width = action_dim(self.options.action_mode)
         expected = (self.num_envs, width)
         if self._num_chunks > 1:
             expected = (self.num_envs, self._num_chunks, width)
+        values = _as_numbers("actions", actions, expected)
         if values.shape != expected and (self._num_chunks > 1 or values.shape != (self.num_envs, 1, width)):
             raise ValueError(f"actions have shape {values.shape}; expected {expected}")
         chunks = np.where(is_active[:, None, None], values.reshape(self.num_envs, self._num_chunks, width), 0.0)
@@ -897,6 +965,8 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
 
     def _check_env_ids(self, env_ids: Sequence[int] | IntArray) -> IntArray:
         """Return ids as int64 [num]."""
+        if isinstance(env_ids, str) or np.ndim(env_ids) != 1:
+            raise TypeError(f"env_ids={env_ids!r} is not a sequence of environments (for one: [{env_ids}])")
         for env_id in env_ids:
             self._check_env_id(cast(int, env_id))
         return np.array(env_ids, np.int64)
@@ -906,6 +976,13 @@ def _only_warp(renderer: RendererKind | None, asking: str) -> RendererKind:
     if renderer not in (None, "warp"):
         raise ValueError(f"{asking} draws with renderer='warp' (given: {renderer!r})")
     return "warp"
+
+
+def _as_numbers(name: str, values: Any, expected: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={values!r} are no array of numbers ({error}); expected {expected}") from error
 
 
 def _positive(name: str, value: Any) -> int:
@@ -918,6 +995,6 @@ def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     known = {member.name: member for member in AutoresetMode}
     if isinstance(mode, AutoresetMode):
         return mode
-    if mode not in known:
+    if not isinstance(cast(Any, mode), str) or mode not in known:
         raise ValueError(f"autoreset_mode={mode!r} is unknown (valid: {sorted(known)})")
     return known[mode]

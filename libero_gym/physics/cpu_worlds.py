@@ -61,6 +61,7 @@ class CpuWorlds(Uncopied):
         self._action_mode: ActionMode = action_mode
         self._control_freq = control_freq
         self._simulations: list[Simulation | None] = [None] * num_worlds
+        # Kept from scenes that worlds have left, the last used last; at most one for each world.
         self._spare: list[Simulation] = []
         self._chunk_s = np.zeros(num_worlds)  # of a core, for the last chunk
         self._pool: ThreadPoolExecutor | None = None
@@ -75,11 +76,6 @@ class CpuWorlds(Uncopied):
             ValueError: a world was never reset.
         """
         return tuple(self._simulation(i) for i in range(self.num_worlds))
-
-    @property
-    def spare_simulations(self) -> tuple[Simulation, ...]:
-        """Simulations kept from scenes that worlds have left, the last used last; at most one for each world."""
-        return tuple(self._spare)
 
     @property
     def current_tasks(self) -> list[TaskSpec | None]:
@@ -167,6 +163,15 @@ class CpuWorlds(Uncopied):
         """Return `get_state` of all worlds."""
         return [self.get_state(i) for i in range(self.num_worlds)]
 
+    def check_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Return if `set_state` would take a state; see `Worlds.check_state`."""
+        self._owner.check()
+        (scene,) = load_scenes([read_task(state)])
+        simulation = self._find_simulation(world_id, scene)
+        if simulation is not self._simulations[world_id] and simulation not in self._spare:
+            self._keep(simulation)  # for the world that is set to the state
+        simulation.check_state(state)
+
     def set_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore what `get_state` returned, to the last bit, also of another scene; see `Worlds.set_state`."""
         self._owner.check()
@@ -212,8 +217,11 @@ class CpuWorlds(Uncopied):
         if simulation in self._spare:
             self._spare.remove(simulation)
         if own is not None:
-            self._spare.append(own)
+            self._keep(own)
         self._simulations[world_id] = simulation
+
+    def _keep(self, simulation: Simulation) -> None:
+        self._spare.append(simulation)
         del self._spare[: -self.num_worlds]
 
     def _run_chunk(self, i: int, chunk: FloatArray, steps_left: int, steps: Steps) -> None:

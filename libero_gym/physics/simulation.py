@@ -257,8 +257,13 @@ class Simulation(Uncopied):
             PhysicsError: the action is not finite, the simulation diverged, or a buffer overflowed. The world is then
                 as it was before the step, and so is the error's `dump`.
         """
-        values = np.ascontiguousarray(action, dtype=np.float64)
         expected = (action_dim(self.action_mode),)
+        try:
+            values = np.ascontiguousarray(action, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"action={action!r} is no array of numbers ({error}); expected {expected} with {self.action_mode!r}"
+            ) from error
         if values.shape != expected:
             raise ValueError(f"action has shape {values.shape}; expected {expected} with {self.action_mode!r}")
         if self.goal is None:
@@ -362,6 +367,24 @@ class Simulation(Uncopied):
             "success": np.array(self._success),
         }
 
+    def check_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Return if `set_state` would take a state; the simulation is not touched.
+
+        Raises:
+            ValueError: as `set_state`.
+        """
+        self._read_state(state, must_be_finite=True)
+
+    def _read_state(
+        self, state: Mapping[str, npt.NDArray[Any]], *, must_be_finite: bool
+    ) -> tuple[TaskSpec, dict[str, npt.NDArray[Any]]]:
+        """Return the task and the entries of a state that may be restored."""
+        check_keys(state, self._layout.keys() - {_JUDGED}, optional=(_JUDGED, *_DUMP_KEYS))
+        task = check_scene(state, self.scene)
+        load_task_data(self.scene, task)  # what it raises, it raises here
+        layout = {name: entry for name, entry in self._layout.items() if name in state}
+        return task, check_entries(state, layout, must_be_finite=must_be_finite)
+
     def set_state(self, state: Mapping[str, npt.NDArray[Any]], *, must_be_finite: bool = True) -> None:
         """Restore what `get_state` returned, and with it the poses and contacts that `data` held.
 
@@ -374,12 +397,8 @@ class Simulation(Uncopied):
             ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
                 another scene or to a task of another scene. The simulation has not been touched.
         """
-        check_keys(state, self._layout.keys() - {_JUDGED}, optional=(_JUDGED, *_DUMP_KEYS))
-        task = check_scene(state, self.scene)
-        layout = {name: entry for name, entry in self._layout.items() if name in state}
-        state = check_entries(state, layout, must_be_finite=must_be_finite)
-        goal = load_task_data(self.scene, task).goal
-        self.task, self.goal = task, goal
+        task, state = self._read_state(state, must_be_finite=must_be_finite)
+        self.task, self.goal = task, load_task_data(self.scene, task).goal
         self.init_state_id = int(state["init_state_id"])
         self._set_fixture_poses(state["fixture_poses"])
         self._restore_physics(state["physics"], state.get(_JUDGED))

@@ -291,6 +291,13 @@ class GroupedWarpWorlds(Uncopied):
                 states[world_id] = identities[world_id] | row
         return states
 
+    def check_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Return if `set_state` would take a state; see `Worlds.check_state`."""
+        self._owner.check()
+        group_ids = self._find_groups([read_task(state)])
+        self._reserve(np.array([world_id]), group_ids)
+        self._groups[int(group_ids[0])].worlds.read_state(state)
+
     def set_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore what `get_state` returned, also of another scene; see `Worlds.set_state`.
 
@@ -302,7 +309,7 @@ class GroupedWarpWorlds(Uncopied):
         world_ids, group_ids = np.array([world_id]), self._find_groups([read_task(state)])
         self._reserve(world_ids, group_ids)
         group = self._groups[int(group_ids[0])]
-        task, checked = group.worlds.check_state(state)
+        task, checked = group.worlds.read_state(state)
         self._place(world_ids, group_ids)
         group.rows.write_row(int(self._rows[world_id]), task, checked)
         self._current_tasks[world_id] = task

@@ -61,7 +61,7 @@ from libero_gym.rendering.protocol import Views
 from libero_gym.rendering.raycast import DevicePoses, default_device, list_devices
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, load_recorded_states
 from libero_gym.tasks.scenes import JointTest, Scene
-from libero_gym.tasks.suites import TaskSpec
+from libero_gym.tasks.suites import TaskSpec, is_integer
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +101,11 @@ class WarpOptions:
         """Check the values.
 
         Raises:
-            ValueError: a value is not positive.
+            ValueError: a value is no positive integer.
         """
         for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            if not is_integer(value) or value < 1:
+                raise ValueError(f"{name}={value!r} is not an integer of at least 1")
 
 
 class WarpWorlds(Uncopied):
@@ -345,6 +345,10 @@ class WarpWorlds(Uncopied):
         identities = [self._identity(i) for i in range(self.num_worlds)]
         return [identity | row for identity, row in zip(identities, self.read_rows(self.num_worlds), strict=True)]
 
+    def check_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Return if `set_state` would take a state; see `Worlds.check_state`."""
+        self.read_state(state)
+
     def set_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore what `get_state` returned, also from another world of the same scene and tasks.
 
@@ -352,7 +356,7 @@ class WarpWorlds(Uncopied):
             ValueError: an entry is missing, surplus, of another type or shape, or not finite, or the state belongs to
                 another scene, or to a task that is not among those of these worlds. No world has been touched.
         """
-        task, state = self.check_state(state)
+        task, state = self.read_state(state)
         self.write_row(world_id, task, state)
         self._current_tasks[world_id] = task
         self._init_state_ids[world_id] = int(state["init_state_id"])
@@ -491,7 +495,7 @@ class WarpWorlds(Uncopied):
         arrays = {name: array.numpy() for name, array in self._state_arrays().items()}
         return [{name: array[row].copy() for name, array in arrays.items()} for row in range(num_rows)]
 
-    def check_state(self, state: Mapping[str, npt.NDArray[Any]]) -> tuple[TaskSpec, dict[str, npt.NDArray[Any]]]:
+    def read_state(self, state: Mapping[str, npt.NDArray[Any]]) -> tuple[TaskSpec, dict[str, npt.NDArray[Any]]]:
         """Return the task and the entries of a state that may be restored.
 
         Raises:
@@ -504,7 +508,7 @@ class WarpWorlds(Uncopied):
         return task, check_entries(state, layout)
 
     def write_row(self, row: int, task: TaskSpec, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Restore a state from `check_state` in a row."""
+        """Restore a state from `read_state` in a row."""
         for name, array in self._state_arrays().items():
             _row(array, row).assign(state[name][None])
         _row(self._world_task, row).fill_(self._task_index[task])

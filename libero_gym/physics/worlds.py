@@ -134,6 +134,14 @@ class Worlds(Protocol):
         """Return `get_state` of all worlds."""
         ...
 
+    def check_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Return if `set_state` would take a state; no world is touched.
+
+        Raises:
+            ValueError: as `set_state`.
+        """
+        ...
+
     def set_state(self, world_id: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore what `get_state` returned, also from other worlds of the same kind.
 

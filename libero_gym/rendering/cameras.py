@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import mujoco
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from libero_gym.rendering.protocol import ViewKind
 from libero_gym.tasks.bddl import read_problem
-from libero_gym.tasks.scenes import load_scene
+from libero_gym.tasks.scenes import Scene, load_scene
 from libero_gym.tasks.suites import TaskSpec
 
 FloatArray = npt.NDArray[np.float64]
@@ -29,6 +30,19 @@ _COMMON_CAMERAS = (
     "robot0_eye_in_hand",
     "robot0_robotview",
     "sideview",
+)
+# Bodies of the arm and of the gripper, by robosuite's prefixes for them: the same in every scene.
+_ROBOT_PREFIXES = ("robot0_", "gripper0_")
+_ROBOT_BODIES = (
+    "robot0_base",
+    *(f"robot0_link{i}" for i in range(8)),
+    "robot0_right_hand",
+    "gripper0_right_gripper",
+    "gripper0_eef",
+    "gripper0_leftfinger",
+    "gripper0_finger_joint1_tip",
+    "gripper0_rightfinger",
+    "gripper0_finger_joint2_tip",
 )
 # What the scenes of a problem have besides, from the same places.
 _FURTHER_CAMERAS = {
@@ -64,8 +78,16 @@ class Camera:
         """Check the values and make them tuples.
 
         Raises:
-            ValueError: a value is of the wrong kind, or does not go with another.
+            ValueError: a value is not among the allowed ones, or does not go with another.
+            TypeError: the name or the body is no text, or the field of view no number.
         """
+        for field in ("name", "body"):
+            if not isinstance(text := getattr(self, field), str):
+                raise TypeError(f"camera {field}={text!r} is a {type(text).__name__}, not a name (text)")
+        if isinstance(self.fovy_deg, bool) or not isinstance(cast(Any, self.fovy_deg), Real | None):
+            raise TypeError(
+                f"camera {self.name!r} has fovy_deg={self.fovy_deg!r}, which is no number (valid: above 0, below 180)"
+            )
         if not self.name.isidentifier():
             raise ValueError(f"camera name={self.name!r} is not an identifier (letters, digits, '_')")
         if (self.pos is None) != (self.look_at is None) or (self.pos is None and self.body != "world"):
@@ -75,9 +97,14 @@ class Camera:
         for field in ("pos", "look_at"):
             value = getattr(self, field)
             if value is not None:
-                point = tuple(float(x) for x in value)
+                try:
+                    point = tuple(float(x) for x in value)
+                except (TypeError, ValueError):
+                    point = ()
                 if len(point) != 3 or not all(map(math.isfinite, point)):
-                    raise ValueError(f"camera {self.name!r} has {field}={value}; expected three finite numbers, metres")
+                    raise ValueError(
+                        f"camera {self.name!r} has {field}={value!r}; expected three finite numbers, metres"
+                    )
                 object.__setattr__(self, field, point)
         if self.pos is not None and self.pos == self.look_at:
             raise ValueError(f"camera {self.name!r} stands where it looks at, {self.pos}")
@@ -136,7 +163,7 @@ def place_camera(model: mujoco.MjModel, camera: str | Camera) -> CameraPlace:
     if camera.pos is None or camera.look_at is None:
         index = _find(model, mujoco.mjtObj.mjOBJ_CAMERA, "camera", camera.name, model.ncam)
         if model.cam_mode[index] != mujoco.mjtCamLight.mjCAMLIGHT_FIXED:
-            raise ValueError("only cameras fixed to a body can be rendered, and one of these tracks a target")
+            raise ValueError(f"camera {camera.name!r} tracks a target; only cameras fixed to a body can be rendered")
         return CameraPlace(
             body_id=int(model.cam_bodyid[index]),
             pos=model.cam_pos[index].copy(),
@@ -157,7 +184,8 @@ def place_camera(model: mujoco.MjModel, camera: str | Camera) -> CameraPlace:
 def check_cameras(cameras: Sequence[str | Camera], tasks: Sequence[TaskSpec]) -> tuple[str | Camera, ...]:
     """Return cameras as a tuple.
 
-    Of tasks whose problem is none of LIBERO's, the scenes tell what cameras they have when they are opened.
+    Of tasks whose problem is none of LIBERO's, the scenes tell what cameras they have when they are opened
+    (`check_cameras_of_scene`), and so they do for bodies other than the robot's.
 
     Args:
         cameras: names of the scenes' cameras, or cameras of one's own.
@@ -165,11 +193,16 @@ def check_cameras(cameras: Sequence[str | Camera], tasks: Sequence[TaskSpec]) ->
 
     Raises:
         ValueError: there is none, or two have one name or would be observed by one key, or the scene of a task has no
-            camera of a name.
-        TypeError: one is neither a name nor a `Camera`.
+            camera of a name, or the robot no body of that name.
+        TypeError: they are no sequence, or one is neither a name nor a `Camera`.
     """
     if isinstance(cameras, str):
         raise TypeError(f"camera_names={cameras!r} is not a sequence (for one camera: [{cameras!r}])")
+    if not isinstance(cast(Any, cameras), Sequence | np.ndarray):
+        raise TypeError(
+            f"camera_names={cameras!r} is a {type(cameras).__name__}, not a sequence of cameras: give a list, such as "
+            "['agentview', 'robot0_eye_in_hand']"
+        )
     for camera in cast("Sequence[Any]", cameras):
         if not isinstance(camera, str | Camera):
             raise TypeError(f"camera_names holds {camera!r}; expected names and libero_gym.Camera")
@@ -189,7 +222,21 @@ def check_cameras(cameras: Sequence[str | Camera], tasks: Sequence[TaskSpec]) ->
         )
     of_scenes = [camera_name(camera) for camera in cameras if isinstance(camera, str) or camera.pos is None]
     _check_scenes_have(set(of_scenes), tasks)
+    for camera in cameras:
+        if isinstance(camera, Camera) and camera.body.startswith(_ROBOT_PREFIXES) and camera.body not in _ROBOT_BODIES:
+            nearest = difflib.get_close_matches(camera.body, _ROBOT_BODIES, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(
+                f"camera {camera.name!r} is on body {camera.body!r}, which the robot has not{hint} (valid: "
+                f"{', '.join(_ROBOT_BODIES)}, and what else the scene has)"
+            )
     return tuple(cameras)
+
+
+def check_cameras_of_scene(cameras: Sequence[str | Camera], scene: Scene) -> None:
+    """Raise ValueError unless a scene has the cameras of these names, and the bodies that carry others."""
+    for camera in cameras:
+        place_camera(scene.physics_model, camera)
 
 
 def _check_scenes_have(names: set[str], tasks: Sequence[TaskSpec]) -> None:

@@ -429,6 +429,23 @@ def test_bad_arguments(options, message):
         _make(**options)
 
 
+@pytest.mark.parametrize("make", [LiberoEnv, LiberoVectorEnv])
+@pytest.mark.parametrize("suite", [None, 3, ["libero_goal"]])
+def test_a_suite_is_a_name_or_a_task(make, suite):
+    with pytest.raises(
+        TypeError, match=r"suite=.* neither the name of a suite \(libero_gym.list_suites\(\)\) nor a task"
+    ):
+        make(suite)
+
+
+def test_actions_are_numbers():
+    env = _make(task_id=0)
+    env.reset(seed=0)
+    for action in ("a", {}, [[0], [0, 1]]):
+        with pytest.raises(ValueError, match=r"is no array of numbers .*; expected \(7,\) with 'delta_pose'"):
+            env.step(action)
+
+
 def test_unknown_suite():
     with pytest.raises(ValueError, match=r"did you mean 'libero_object'\?"):
         _make("libero_objet")

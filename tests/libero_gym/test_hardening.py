@@ -209,7 +209,7 @@ def test_environments_that_change_scenes_keep_at_most_one_spare_simulation_each(
     env = LiberoVectorEnv("libero_object", 3, observe_images=False)
     for task_id in (*range(10), 9, 8):
         env.reset(seed=0, options={"task_id": task_id})
-        simulations = {*env.simulations, *env.worlds.spare_simulations}
+        simulations = {*env.simulations, *env.worlds._spare}
         assert len(simulations) <= 6
     np.testing.assert_array_equal([s.task.task_id for s in env.simulations], [8, 8, 8])
     env.close()

@@ -136,7 +136,7 @@ def test_vector_environments_refuse_states_and_stay_as_they_were(num_threads: in
 
     def look() -> list[State]:
         tasks = {"tasks": [simulation.task for simulation in env.simulations]}
-        return [*env.get_states(), env.observe(), tasks, {"spare": len(env.worlds.spare_simulations)}]
+        return [*env.get_states(), env.observe(), tasks, {"spare": len(env.worlds._spare)}]
 
     before = look()
     with pytest.raises(ValueError, match="belongs to scene"):  # each of the two is right, but not together

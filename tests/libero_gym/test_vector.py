@@ -9,7 +9,8 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers.vector import DictInfoToList, FilterObservation, FlattenObservation, NormalizeObservation
 
 from libero_gym.env import LiberoEnv
@@ -454,6 +455,58 @@ def test_a_task_named_more_often_is_drawn_more_often():
     assert drawn.count(8) / len(drawn) == pytest.approx(0.75, abs=0.1)  # 0.035 is a standard deviation
 
 
+def test_generators_tell_their_seeds_as_gymnasiums_do():
+    make_one = lambda: LiberoEnv(SUITE, observe_images=False, horizon=1)  # noqa: E731
+    envs = (make(2, horizon=1), SyncVectorEnv([make_one] * 2))
+    for seed, expected in ((5, (5, 6)), (None, (5, 6)), ([8, None], (8, 6)), ([None, 2], (8, 2))):
+        for env in envs:
+            env.reset(seed=seed)
+            assert env.np_random_seed == expected
+    fresh = make(2)
+    assert len({*fresh.np_random_seed}) == 2
+    np.testing.assert_array_equal(  # the seed that was drawn seeds what is drawn
+        fresh.np_random[0].random(3), np.random.Generator(np.random.PCG64(fresh.np_random_seed[0])).random(3)
+    )
+    envs[0].set_state(1, envs[0].get_state(0))
+    assert envs[0].np_random_seed == (8, -1)
+
+
+@pytest.mark.parametrize("num_action_chunks", [1, 3])
+def test_the_action_space_is_a_batch_of_single_ones(num_action_chunks):
+    env = make(2, num_action_chunks=num_action_chunks)
+    assert env.action_space == batch_space(env.single_action_space, 2)
+    assert env.single_action_space.shape == ((7,) if num_action_chunks == 1 else (3, 7))
+    assert env.envs[0].action_space == LiberoEnv(SUITE, observe_images=False).action_space
+
+
+def test_start_states_are_checked_before_any_world_is_touched():
+    env = make(2, task_ids=[0, 5], num_threads=1)
+    env.reset(seed=0, options={"task_id": 0})
+    good, whole = env.simulations[0].get_state(), env.get_state(0)
+    other = make(1, task_id=5)
+    other.reset(seed=0)
+    env.step(random_actions(1, 2)[0])
+    before = env.get_states()
+    bad = {
+        r"it is of libero_spatial task 5; return what Simulation.get_state returned": other.simulations[0].get_state(),
+        r"the state has \['episode_length', .* return what Simulation.get_state returned": whole,
+        "the state is a NoneType; expected the dictionary": None,
+        "physics of the state holds numbers that are not finite": good | {"physics": good["physics"] * np.nan},
+    }
+    for message, state in bad.items():
+        given = iter((good, state))
+        env.set_start_states(lambda start, given=given: next(given))
+        with pytest.raises((ValueError, TypeError), match=rf"state for environment 1 that cannot begin .*: {message}"):
+            env.reset(seed=9, options={"task_id": 0})
+        for left, right in zip(env.get_states(), before, strict=True):
+            assert_same(left, right)
+    with pytest.raises(TypeError, match="start_state=3 is no function; give one that takes an EpisodeStart"):
+        env.set_start_states(3)
+    env.set_start_states(lambda start: good if start.task.task_id == 0 else other.simulations[0].get_state())
+    assert env.reset(options={"task_id": np.array([5, 0])})[1]["task_id"].tolist() == [5, 0]  # scenes change
+    env.close()
+
+
 def test_fixtures_of_original_states_follow_the_seed_and_settled_ones_do_not():
     options = {"task_id": 0, "init_state_id": 0}
     for kind, differs in (("original", True), ("settled", False)):
@@ -702,17 +755,20 @@ def test_members_are_what_users_of_gymnasium_expect():
     assert env.get_attr("metadata")[0]["render_fps"] == env.metadata["render_fps"] == 5  # a frame of every fourth step
     assert make(num_action_chunks=64).metadata["render_fps"] == 1
     assert make(control_freq=10).metadata["render_fps"] == 10
-    assert env.get_attr("action_space") == (env.single_action_space,) * 2
+    assert env.get_attr("action_space") == (single.action_space,) * 2
     with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
         env.get_attr("task_description")
     observation, infos = env.reset(seed=3)
     assert env.call("task_description") == observation["task_descriptions"]
     assert [task.task_id for task in env.get_attr("task")] == infos["task_id"].tolist()
     assert env.get_attr("simulation") == env.simulations
-    assert env.get_attr("np_random") == env.generators
+    assert env.get_attr("np_random") == env.np_random == env.generators
+    assert env.get_attr("np_random_seed") == env.np_random_seed == (3, 4)
     np.testing.assert_array_equal([each["states"] for each in env.call("observe")], observation["states"])
     with pytest.raises(AttributeError, match="no attribute 'states'"):
         env.get_attr("states")
+    with pytest.raises(AttributeError, match="no attribute 'reset'; call reset of the vector environment"):
+        env.call("reset")
     single.reset(seed=3)
     actions = random_actions(4, 2)
     *_, infos = env.step(np.moveaxis(actions, 0, 1))
@@ -757,6 +813,14 @@ def test_gymnasiums_limit_shortens_episodes_of_each_task_and_lengthens_none():
     assert make(horizon=600, max_episode_steps=500).options.longest_horizon == 500
     with pytest.raises(ValueError, match=r"max_episode_steps=0 is not a positive number of steps \(default: 240\)"):
         make(max_episode_steps=0)
+
+
+def test_options_of_gpu_physics_are_of_their_own_kind():
+    pytest.importorskip("mujoco_warp")
+    with pytest.raises(
+        TypeError, match=r"warp_options={'a': 1} is a dict; expected .*WarpOptions\(contacts_per_world="
+    ):
+        make(physics="warp", warp_options={"a": 1})
 
 
 def test_it_takes_what_a_single_one_takes_and_what_the_page_names():
@@ -826,6 +890,7 @@ def test_placement_seeds_are_those_of_single_environments():
         ({"stepping": "slow"}, "stepping='slow' is unknown"),
         ({"init_states": "fresh"}, r"init_states='fresh' is unknown \(valid: 'settled', 'held_out', 'original'\)"),
         ({"autoreset_mode": "SOMETIMES"}, "autoreset_mode='SOMETIMES' is unknown"),
+        ({"autoreset_mode": [1]}, r"autoreset_mode=\[1\] is unknown \(valid: \['DISABLED', 'NEXT_STEP', 'SAME_STEP'\]"),
         ({"camera_names": []}, r"camera_names=\[\] must name at least one camera"),
         ({"render_mode": "human"}, "'human' shows one environment in a window, and these are many; take gymn"),
         ({"render_mode": "film"}, r"render_mode='film' is unknown \(valid: None, 'rgb_array'\)"),
@@ -886,7 +951,24 @@ def test_environments_are_numbered_by_integers(pair, env_id):
         pair.draw_only(np.array([False, True]))
 
 
+@pytest.mark.parametrize("env_ids", [3, "01", {0, 1}])
+def test_several_environments_are_a_sequence(pair, env_ids):
+    for ask in (pair.draw_only, pair.render_some):
+        with pytest.raises(TypeError, match=r"env_ids=.* is not a sequence of environments \(for one: \["):
+            ask(env_ids)
+
+
+@pytest.mark.parametrize("options", [[1], "reset_mask", 3])
+def test_reset_options_are_a_dictionary(pair, options):
+    for env in (pair, LiberoEnv(SUITE, observe_images=False)):
+        with pytest.raises(TypeError, match=r"options=.* is a \w+, not a dictionary \(of: .*'init_state_id'"):
+            env.reset(options=options)
+
+
 def test_bad_actions_are_refused(pair):
+    for bad in ([[0] * 7, [0] * 6], [["a"] * 7] * 2, {}):
+        with pytest.raises(ValueError, match=r"are no array of numbers .*; expected \(2, 7\)"):
+            pair.step(bad)
     with pytest.raises(ValueError, match=r"actions have shape \(2, 6\); expected \(2, 7\)"):
         pair.step(np.zeros((2, 6), np.float32))
     pair.step(no_motion(2, 1))  # what a policy of one-step chunks gives

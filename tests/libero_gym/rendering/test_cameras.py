@@ -10,6 +10,7 @@ import pytest
 
 import libero_gym
 from libero_gym.env import LiberoEnv
+from libero_gym.rendering import cameras as cameras_module
 from libero_gym.rendering.cameras import Camera, check_cameras, list_cameras, place_camera
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scenes import load_scene
@@ -109,12 +110,72 @@ def test_renderers_agree_on_cameras_of_ones_own(gl_kinds, tmp_path):
         (dict(name="a", pos=(0, 0, 1)), "needs pos and look_at, or neither"),
         (dict(name="a", pos=(0, 0, 1), look_at=(0, 0, 1)), "stands where it looks at"),
         (dict(name="a", pos=(0, 1), look_at=(0, 0, 1)), "expected three finite numbers"),
+        (dict(name="a", pos="abc", look_at=(0, 0, 1)), "has pos='abc'; expected three finite numbers"),
+        (dict(name="a", pos=(0, 0, 1), look_at=3), "has look_at=3; expected three finite numbers"),
         (dict(name="agentview", fovy_deg=180), r"fovy_deg=180 \(valid: above 0, below 180\)"),
     ],
 )
 def test_impossible_cameras_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Camera(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(name=5), r"camera name=5 is a int, not a name"),
+        (dict(name="a", pos=(0, 0, 1), look_at=(0, 0, 0), body=5), r"camera body=5 is a int, not a name"),
+        (dict(name="a", fovy_deg="60"), r"camera 'a' has fovy_deg='60', which is no number \(valid: above 0"),
+        (dict(name="a", fovy_deg=True), r"fovy_deg=True, which is no number"),
+    ],
+)
+def test_cameras_have_names_and_numbers(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        Camera(**arguments)
+
+
+@pytest.mark.parametrize("make", [LiberoEnv, LiberoVectorEnv])
+def test_cameras_are_a_sequence(make):
+    for cameras in (None, 3, (name for name in ["agentview"]), {"agentview"}):
+        with pytest.raises(
+            TypeError, match=r"camera_names=.*, not a sequence of cameras: give a list, such as \['agentv"
+        ):
+            make(TASK, camera_names=cameras)
+
+
+@pytest.mark.parametrize("make", [LiberoEnv, LiberoVectorEnv])
+def test_a_camera_on_a_body_that_is_not_there_is_refused_before_a_world_changes(make):
+    place = dict(pos=(0, 0, 0.1), look_at=(0, 0, 0))
+    wrong = Camera(name="hand", body="robot0_rigth_hand", **place)
+    message = (
+        r"camera 'hand' is on body 'robot0_rigth_hand', .*; did you mean 'robot0_right_hand'\? \(valid: robot0_base"
+    )
+    with pytest.raises(ValueError, match=message):
+        make("libero_spatial", observe_images=False, camera_names=[wrong])
+
+    # A body of some scenes: known when these are opened.
+    plate = Camera(name="plate", body="wooden_cabinet_1_main", **place)
+    env = make("libero_40", task_ids=[0, 10], observe_images=False, camera_names=[plate])
+    env.reset(seed=0, options={"task_id": 0})
+    states = [env.get_state()] if isinstance(env, LiberoEnv) else env.get_states()
+    other = make("libero_40", task_ids=[10], observe_images=False)
+    other.reset(seed=0)
+    with pytest.raises(ValueError, match=r"body 'wooden_cabinet_1_main' is not in the scene \(bodies: "):
+        env.reset(seed=3, options={"task_id": 10})
+    with pytest.raises(ValueError, match=r"body 'wooden_cabinet_1_main' is not in the scene \(bodies: "):
+        env.set_state(other.get_state()) if isinstance(env, LiberoEnv) else env.set_state(0, other.get_state(0))
+    after = [env.get_state()] if isinstance(env, LiberoEnv) else env.get_states()
+    for state, expected in zip(after, states, strict=True):
+        assert all(np.array_equal(state[name], value) for name, value in expected.items())
+
+
+def test_the_robots_bodies_are_those_of_every_scene():
+    for suite, task_id in PROBLEMS:
+        model = load_scene(get_task(suite, task_id)).physics_model
+        names = {model.body(i).name for i in range(model.nbody)}
+        assert {name for name in names if name.startswith(cameras_module._ROBOT_PREFIXES)} == set(
+            cameras_module._ROBOT_BODIES
+        )
 
 
 def test_unknown_cameras_and_bodies_name_the_known_ones():
