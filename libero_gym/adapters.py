@@ -11,7 +11,7 @@ here takes any number of leading dimensions and keeps them.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -20,13 +20,18 @@ from typing import Any, Literal, cast, get_args
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from libero_gym.conventions import ACTION_DIM, STATE_DIM, gripper_from_data
+from libero_gym.tasks.suites import is_integer
 
 Observation = dict[str, Any]
 LeRobotConvention = Literal["demonstrations", "lerobot"]
+
+# The gripper's place in an action.
+_GRIPPER = (ACTION_DIM - 1, ACTION_DIM)
 
 # The sections of a modality.json, and an example of each.
 _SECTIONS = {
@@ -44,7 +49,8 @@ class Modality:
     Attributes:
         video: Name -> key of the image in the environment's observation.
         state: Name -> (start, end) in `states` [8].
-        action: Name -> (start, end) in the action [7].
+        action: Name -> (start, end) in the action [7]. Each of its numbers belongs to one key, the last to `gripper`,
+            whose data say 1 open, 0 closed.
         annotation: Names that hold the task description.
     """
 
@@ -52,6 +58,29 @@ class Modality:
     state: Mapping[str, tuple[int, int]]
     action: Mapping[str, tuple[int, int]]
     annotation: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Checks the slices.
+
+        Raises:
+            ValueError: One does not fit the 8 states or 7 actions, or a number of the action belongs to no key or to
+                several, or the gripper's to another than `gripper`.
+        """
+        _check_slices("state", self.state, STATE_DIM)
+        _check_slices("action", self.action, ACTION_DIM)
+        counts = np.zeros(ACTION_DIM, np.int64)
+        for start, end in self.action.values():
+            counts[start:end] += 1
+        if (counts != 1).any():
+            raise ValueError(
+                f"action is {dict(self.action)}, where numbers {np.flatnonzero(counts == 0).tolist()} belong to no key "
+                f"and {np.flatnonzero(counts > 1).tolist()} to several; each of 0-{ACTION_DIM - 1} must belong to one"
+            )
+        if tuple(self.action.get("gripper", ())) != _GRIPPER:
+            raise ValueError(
+                f"action is {dict(self.action)}, where number {_GRIPPER[0]} is not that of a key `gripper`; give it "
+                "one of its own, with start 6 and end 7, by which its data (1 open, 0 closed) are converted"
+            )
 
 
 def load_modality(path: str | Path | None = None) -> Modality:
@@ -69,8 +98,7 @@ def load_modality(path: str | Path | None = None) -> Modality:
     Raises:
         FileNotFoundError: There is no such file.
         TypeError: `path` is no path.
-        ValueError: The file is no JSON, lacks a section, has one of another form, or a slice does not fit the 8 states
-            or 7 actions.
+        ValueError: The file is no JSON, lacks a section, has one of another form, or is no such `Modality`.
     """
     if path is not None and not isinstance(cast(Any, path), str | PathLike):
         raise TypeError(
@@ -89,12 +117,13 @@ def load_modality(path: str | Path | None = None) -> Modality:
     if missing:
         raise ValueError(f"{source} lacks {sorted(missing)} (needed: video, state, action; optional: annotation)")
     sections = {name: _entries(source, name, content.get(name, {})) for name in _SECTIONS}
-    return Modality(
-        video={name: _observation_key(source, name, entry) for name, entry in sections["video"].items()},
-        state=_slices(source, "state", sections["state"], STATE_DIM),
-        action=_slices(source, "action", sections["action"], ACTION_DIM),
-        annotation=tuple(sections["annotation"]),
-    )
+    video = {name: _observation_key(source, name, entry) for name, entry in sections["video"].items()}
+    state = _slices(source, "state", sections["state"], STATE_DIM)
+    action = _slices(source, "action", sections["action"], ACTION_DIM)
+    try:
+        return Modality(video=video, state=state, action=action, annotation=tuple(sections["annotation"]))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _entries(source: str, section: str, content: Any) -> dict[str, dict[str, Any]]:
@@ -130,11 +159,17 @@ def _slices(
                 raise ValueError(
                     f"{source}: {section}.{name} has {bound} {number!r}; it must be a whole number from 0 to {width}"
                 )
-        start, end = int(entry["start"]), int(entry["end"])
-        if not 0 <= start < end <= width:
-            raise ValueError(f"{source}: {section}.{name} is [{start}, {end}), which is not within [0, {width})")
-        slices[name] = (start, end)
+        slices[name] = (int(entry["start"]), int(entry["end"]))
     return slices
+
+
+def _check_slices(section: str, slices: Mapping[str, Any], width: int) -> None:
+    for name, bounds in slices.items():
+        if not isinstance(bounds, tuple | list) or len(bounds) != 2 or not all(is_integer(bound) for bound in bounds):
+            raise ValueError(f"{section}.{name} is {bounds!r}; expected (start, end), whole numbers from 0 to {width}")
+        start, end = bounds
+        if not 0 <= start < end <= width:
+            raise ValueError(f"{section}.{name} is [{start}, {end}), which is not within [0, {width})")
 
 
 @functools.cache
@@ -211,9 +246,7 @@ def action_from_modality(action: Mapping[str, Any], modality: Modality | None = 
             where = f" in rows {rows}" if lead else ""
             raise ValueError(f"{key} holds values that are not finite{where}; check the policy's output for NaN")
         result[..., start:end] = parts[key]
-    if "gripper" in modality.action:
-        start, end = modality.action["gripper"]
-        result[..., start:end] = gripper_from_data(result[..., start:end])
+    result[..., slice(*_GRIPPER)] = gripper_from_data(result[..., slice(*_GRIPPER)])
     return result
 
 
@@ -245,6 +278,30 @@ def _no_text(modality: Modality) -> str:
     )
 
 
+def _convert_final(final: Any, convert: Callable[[Any], Observation]) -> Any:
+    """Converts `final_obs`: a batch, or Gymnasium's object array [N] with None where no episode ended."""
+    if not isinstance(final, np.ndarray):
+        return convert(final)
+    converted = np.full(final.shape, None)
+    for i in np.flatnonzero(final != None):  # noqa: E711 - each element
+        converted[i] = convert(final[i])
+    return converted
+
+
+def _observe(env: gymnasium.vector.VectorEnv) -> Observation:
+    """Observes without stepping, through wrappers that have no `observe` of their own."""
+    if hasattr(env, "observe"):
+        return cast(Any, env).observe()
+    if isinstance(env, gymnasium.vector.VectorObservationWrapper):
+        return env.observations(_observe(env.env))
+    if isinstance(env, gymnasium.vector.VectorWrapper):
+        return _observe(env.env)
+    raise AttributeError(
+        f"{type(env).__name__} cannot observe without stepping; make the environments by gymnasium.make_vec, in its "
+        "default mode (LiberoVectorEnv)"
+    )
+
+
 class ModalityVectorObservation(gymnasium.vector.VectorWrapper):
     """Vector environment whose observations, `info["final_obs"]` included, carry modality keys.
 
@@ -271,18 +328,23 @@ class ModalityVectorObservation(gymnasium.vector.VectorWrapper):
         return observation_to_modality(observations, self.modality), infos
 
     def observe(self) -> Observation:
-        """Observes without stepping, for instance after `unwrapped.set_state`; see `LiberoVectorEnv.observe`."""
-        return observation_to_modality(cast(Any, self.env).observe(), self.modality)
+        """Observes without stepping, for instance after `unwrapped.set_state`; see `LiberoVectorEnv.observe`.
+
+        Raises:
+            AttributeError: The wrapped environments are not a `LiberoVectorEnv`.
+        """
+        return observation_to_modality(_observe(self.env), self.modality)
 
     def step(self, actions: Any) -> tuple[Any, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Steps the environments; see the wrapped environment."""
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         if "final_obs" in infos:
-            infos = {**infos, "final_obs": observation_to_modality(infos["final_obs"], self.modality)}
+            final = _convert_final(infos["final_obs"], lambda each: observation_to_modality(each, self.modality))
+            infos = {**infos, "final_obs": final}
         return observation_to_modality(observations, self.modality), rewards, terminations, truncations, infos
 
 
-class ModalityObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
+class ModalityObservation(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstructorArgs):
     """Environment whose observations carry modality keys; for a vector environment, the vector form.
 
     `ModalityObservation(env)` of a `gymnasium.vector.VectorEnv` is a `ModalityVectorObservation`.
@@ -304,7 +366,8 @@ class ModalityObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
         return super().__new__(cls)
 
     def __init__(self, env: gymnasium.Env[Any, Any], modality: Modality | str | Path | None = None):
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self, modality=modality)  # by which gymnasium.make(env.spec) makes another
+        gymnasium.ObservationWrapper.__init__(self, env)
         self.modality = modality if isinstance(modality, Modality) else load_modality(modality)
         self.observation_space = _modality_space(env.observation_space, self.modality)
 
@@ -390,7 +453,7 @@ class LeRobotVectorEnv(gymnasium.vector.VectorWrapper):
             final = info["final_info"]
             info = {
                 **info,
-                "final_obs": self._observation(info["final_obs"]),
+                "final_obs": _convert_final(info["final_obs"], self._observation),
                 "final_info": {**final, "is_success": final["success"]},
             }
         return self._observation(observation), rewards, terminations, truncations, info

@@ -114,7 +114,7 @@ def play(
         env: a `LiberoEnv`, wrapped or not.
         policy: "expert", "keyboard", "random", or what `load_policy` returned.
         num_episodes: how many.
-        seed: of the first episode; each further one has the next.
+        seed: of the first episode; each further one has the next. It decides the policy's noise, too.
         init_state_id: initial state of all; None samples one for each.
         window: shows each step; None where a film is made.
 
@@ -128,8 +128,11 @@ def play(
         options = {} if init_state_id is None else {"init_state_id": init_state_id}
         observation, info = env.reset(seed=seed + episode, options=options)
         print(f"{world.task.suite} task {world.task.task_id}, state {info['init_state_id']}: {world.task.language}")
-        expert = make_expert(world.task, HUMAN_LIKE)
-        expert.reset(world.simulation, np.random.default_rng(seed + episode))
+        env.action_space.seed(seed + episode)  # what the policy "random" draws from
+        expert = None
+        if policy == "expert":
+            expert = make_expert(world.task, HUMAN_LIKE)
+            expert.reset(world.simulation, np.random.default_rng(seed + episode))
         if isinstance(policy, EvaluatedPolicy):
             policy.begin_episode(seed + episode)
         is_over, actions = False, np.zeros((0, ACTION_DIM), np.float32)
@@ -147,7 +150,7 @@ def play(
             if not len(actions):
                 if not isinstance(policy, str):
                     chosen = policy(observation)
-                elif policy == "expert":
+                elif expert is not None:
                     chosen = expert.act(world.simulation)
                 else:
                     chosen = keyboard_action(keys) if policy == "keyboard" else env.action_space.sample()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -64,6 +65,8 @@ FloatArray = npt.NDArray[np.float64]
 
 _PHYSICS_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
+
+logger = logging.getLogger(__name__)
 
 _DUMP_KEYS = ("action", "action_mode", "control_freq", "error")
 _JUDGED = "judged_qpos"
@@ -141,6 +144,7 @@ class Simulation(Uncopied):
         self.action_mode: ActionMode = check_action_mode(action_mode)
         self._num_substeps = count_substeps(control_freq)
         self.control_freq = int(control_freq)
+        _divert_warnings()
         self.scene = scene
         self.model = copy.copy(scene.physics_model)
         self.data = mujoco.MjData(self.model)
@@ -512,6 +516,19 @@ def load_dump(path: str | Path) -> tuple[Simulation, FloatArray]:
     simulation = Simulation(load_scene(read_task(state)), **control)
     simulation.set_state(state, must_be_finite=False)
     return simulation, state["action"]
+
+
+def _divert_warnings() -> None:
+    """Have MuJoCo's warnings logged, unless the program has seen to them; MuJoCo writes a file where the program runs.
+
+    MuJoCo calls the function from whatever thread steps, having taken Python's lock; once for a step that fails.
+    """
+    if mujoco.get_mju_user_warning() is None:
+        mujoco.set_mju_user_warning(_log_warning)
+
+
+def _log_warning(message: str) -> None:
+    logger.warning("MuJoCo: %s", message)
 
 
 @functools.cache

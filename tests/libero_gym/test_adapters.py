@@ -1,15 +1,21 @@
 """Modality keys and the gripper's convention, on hand-made observations."""
 
+import dataclasses
 import json
 import re
+from importlib import resources
 from typing import ClassVar
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from libero_gym.adapters import (
+    LeRobotVectorEnv,
+    Modality,
     ModalityObservation,
     ModalityVectorObservation,
     action_from_modality,
@@ -127,13 +133,43 @@ def test_user_modality_file(tmp_path):
     content = {
         "video": {"front": {"original_key": "observation.images.image"}},
         "state": {"eef": {"start": 0, "end": 6}},
-        "action": {"all": {"start": 0, "end": 7}},
+        "action": {"arm": {"start": 0, "end": 6}, "gripper": {"start": 6, "end": 7}},
     }
     path.write_text(json.dumps(content))
     observation = make_observation(2)
     result = observation_to_modality(observation, load_modality(path))
     assert set(result) == {"video.front", "state.eef"}
     np.testing.assert_array_equal(result["state.eef"], observation["states"][:, :6])
+    parts = {"action.arm": np.full((2, 6), 0.5), "action.gripper": np.ones((2, 1))}
+    np.testing.assert_array_equal(action_from_modality(parts, load_modality(path)), [[0.5] * 6 + [-1.0]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ({}, r"numbers \[0, 1, 2, 3, 4, 5, 6\] belong to no key and \[\] to several; each of 0-6 must belong to one"),
+        ({"x": (0, 3)}, r"numbers \[3, 4, 5, 6\] belong to no key"),
+        ({"arm": (0, 7), "gripper": (6, 7)}, r"belong to no key and \[6\] to several"),
+        ({"eef": (0, 7)}, "number 6 is not that of a key `gripper`; give it one of its own, with start 6 and end 7"),
+        ({"arm": (0, 6), "gripper_open": (6, 7)}, "number 6 is not that of a key `gripper`"),
+        ({"gripper": (0, 1), "arm": (1, 7)}, "number 6 is not that of a key `gripper`"),
+        ({"x": (0, 9)}, r"action.x is \[0, 9\), which is not within \[0, 7\)"),
+    ],
+)
+def test_each_number_of_an_action_has_one_key_and_the_gripper_its_own(tmp_path, action, message):
+    with pytest.raises(ValueError, match=message):
+        Modality(video={}, state={}, action=action, annotation=())
+    path = tmp_path / "modality.json"
+    entries = {name: {"start": start, "end": end} for name, (start, end) in action.items()}
+    path.write_text(json.dumps({"video": {}, "state": {}, "action": entries}))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: .*{message}"):
+        load_modality(path)
+
+
+@pytest.mark.parametrize("bounds", [(4, 12), (3, 3), (-1, 2), (0.0, 1), 3, (1, 2, 3), "01"])
+def test_a_slice_lies_within_the_states(bounds):
+    with pytest.raises(ValueError, match=r"state.x is .*(not within \[0, 8\)|expected \(start, end\), whole numbers)"):
+        dataclasses.replace(load_modality(), state={"x": bounds})
 
 
 @pytest.mark.parametrize(
@@ -199,8 +235,89 @@ def test_vector_wrapper_converts_final_observations_too():
     assert set(infos["final_obs"]) == set(observation)
 
 
+class MarkedEnv(SingleEnv):
+    """Ends each episode after a step, whose observation holds the episode's number."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def reset(self, *, seed=None, options=None):
+        self.number += 10
+        return {**make_observation(), "states": np.full(8, self.number, np.float32)}, {}
+
+    def step(self, action):
+        ended = {**make_observation(), "states": np.full(8, self.number + 0.5, np.float32)}
+        return ended, 0.0, False, self.number % 2 == 0, {"success": self.number > 10}
+
+
+def test_gymnasiums_own_vector_environments_are_converted_too():
+    """Whose `final_obs` is an array of dicts."""
+
+    def make():
+        fns = [lambda number=number: MarkedEnv(number) for number in range(2)]
+        return SyncVectorEnv(fns, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
+
+    env = ModalityVectorObservation(make())
+    env.reset(seed=0)
+    observation, *_, infos = env.step(np.zeros((2, 7), np.float32))
+    assert observation["state.x"].tolist() == [[20], [11.5]]
+    ended, going = infos["final_obs"]
+    assert going is None
+    assert ended["state.x"].tolist() == [10.5]
+    assert ended["annotation.human.action.task_description"] == "open it"
+
+    env = LeRobotVectorEnv(make())
+    env.reset(seed=0)
+    *_, infos = env.step(np.zeros((2, 7), np.float32))
+    assert infos["final_obs"][0]["agent_pos"].tolist() == [10.5] * 8
+    assert infos["final_obs"][1] is None
+    assert infos["final_info"]["is_success"].tolist() == [False, False]
+
+
+class ObservableEnv(VectorEnv):
+    def observe(self):
+        return {**make_observation(3), "states": np.ones((3, 8), np.float32)}
+
+
+class ObservableNextStep(ObservableEnv):
+    metadata: ClassVar = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}  # for Gymnasium's wrappers
+
+
+def test_it_observes_through_other_wrappers():
+    assert ModalityVectorObservation(ObservableEnv()).observe()["state.x"].tolist() == [[1.0]] * 3
+    through = ModalityVectorObservation(RecordEpisodeStatistics(ObservableEnv()))
+    assert through.observe()["state.x"].tolist() == [[1.0]] * 3
+
+    class Doubled(gymnasium.vector.VectorObservationWrapper):
+        def observations(self, observations):
+            return {**observations, "states": 2 * observations["states"]}
+
+    through = ModalityVectorObservation(Doubled(RecordEpisodeStatistics(ObservableNextStep())))
+    assert through.observe()["state.x"].tolist() == [[2.0]] * 3
+    with pytest.raises(
+        AttributeError, match=r"SyncVectorEnv cannot observe without stepping; make .* gymnasium.make_vec"
+    ):
+        ModalityVectorObservation(SyncVectorEnv([SingleEnv])).observe()
+
+
+def test_an_environment_is_made_anew_with_its_wrapper(tmp_path):
+    path = tmp_path / "modality.json"
+    path.write_text(
+        (resources.files("libero_gym") / "data" / "modality.json").read_text("utf-8").replace("yaw", "turn")
+    )
+    for modality in (None, path, load_modality(path)):
+        env = ModalityObservation(gymnasium.make("libero_gym/libero_goal-v0", task_id=3, image_size=8), modality)
+        again = gymnasium.make(env.spec)
+        assert isinstance(again, ModalityObservation)
+        assert again.modality == env.modality
+        assert again.unwrapped.task_ids == (3,)
+        for made in (env, again):
+            made.close()
+
+
 def test_unobserved_camera_is_refused(tmp_path):
     path = tmp_path / "modality.json"
-    path.write_text('{"video": {"top": {}}, "state": {}, "action": {}}')
+    action = {"arm": {"start": 0, "end": 6}, "gripper": {"start": 6, "end": 7}}
+    path.write_text(json.dumps({"video": {"top": {}}, "state": {}, "action": action}))
     with pytest.raises(ValueError, match=r"video\.top reads 'tops', which is not observed"):
         ModalityObservation(SingleEnv(), path)

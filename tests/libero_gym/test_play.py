@@ -7,6 +7,7 @@ import av
 import pytest
 
 from libero_gym import play
+from libero_gym.env import LiberoEnv
 from tests.preloaded import run_environments
 
 OWN = """
@@ -41,6 +42,16 @@ def test_a_policy_for_evaluations_is_watched(tmp_path: Path):
     options = ["--horizon", "6", "--render-size", "32", "--num-episodes", "2", "--video", str(tmp_path / "films")]
     assert play.main([*options, "--policy", f"{file}:make"]) == [False, False]
     assert len(list((tmp_path / "films").glob("*.mp4"))) == 2
+
+
+def test_a_seed_decides_what_the_random_policy_does(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(play, "make_expert", None)  # none is needed
+    ends = []
+    for seed, num_episodes in ((3, 2), (3, 2), (4, 1)):
+        env = LiberoEnv("libero_goal", task_id=0, observe_images=False, horizon=5)
+        play.play(env, "random", num_episodes=num_episodes, seed=seed, init_state_id=0, window=None)
+        ends.append(env.observe()["states"].tolist())
+    assert ends[0] == ends[1] == ends[2]  # the second episode of seed 3 is the first of seed 4
 
 
 @pytest.mark.slow

@@ -166,8 +166,7 @@ def test_gpu_environments_refuse_states_and_stay_as_they_were(monkeypatch: pytes
     env.close()
 
 
-def test_a_dump_of_what_is_not_finite_can_be_loaded_but_not_restored(dumps_folder, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # MuJoCo logs its warnings into the working directory
+def test_a_dump_of_what_is_not_finite_can_be_loaded_but_not_restored(dumps_folder):
     task = get_task("libero_goal", 2)
     simulation = Simulation(load_scene(task))
     simulation.reset(task, 0, np.random.RandomState(0))

@@ -13,10 +13,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers.vector import DictInfoToList, FilterObservation, FlattenObservation, NormalizeObservation
 
+from libero_gym import register_suite
 from libero_gym.env import LiberoEnv
 from libero_gym.physics.simulation import PhysicsError
 from libero_gym.physics.worlds import Steps
 from libero_gym.rendering.raycast import WarpRenderer
+from libero_gym.tasks import own_suites
 from libero_gym.vector import Episodes, LiberoVectorEnv
 
 SUITE = "libero_spatial"
@@ -469,6 +471,22 @@ def test_generators_tell_their_seeds_as_gymnasiums_do():
     )
     envs[0].set_state(1, envs[0].get_state(0))
     assert envs[0].np_random_seed == (8, -1)
+
+
+def test_all_tasks_of_a_suite_of_ones_own_have_one_observation_space(tmp_path, monkeypatch):
+    monkeypatch.setenv(own_suites.VARIABLE, "")
+    text = (Path(__file__).parents[1] / "data/own_suite/put_the_cream_cheese_on_the_bowl.bddl").read_text("utf-8")
+    for name, end in (("asked", "?"), ("told", "!")):
+        (tmp_path / f"{name}.bddl").write_text(text.replace(", please", end), "utf-8")
+        np.savez(tmp_path / f"{name}.npz", states=np.zeros((3, 1 + 30 + 28)))
+    register_suite("punctuated", tmp_path, tmp_path)
+    singles = [LiberoEnv("punctuated", task_id=task_id, observe_images=False) for task_id in range(2)]
+    vector = LiberoVectorEnv("punctuated", 2, task_id=1, observe_images=False)
+    assert singles[0].observation_space == singles[1].observation_space == vector.single_observation_space
+    assert vector.envs[0].observation_space == singles[0].observation_space
+    assert (
+        SyncVectorEnv([lambda: singles[0], lambda: singles[1]]).single_observation_space == singles[0].observation_space
+    )
 
 
 @pytest.mark.parametrize("num_action_chunks", [1, 3])

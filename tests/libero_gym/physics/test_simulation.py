@@ -258,14 +258,30 @@ def test_action_of_wrong_shape():
         _simulation().step(np.zeros(6))
 
 
-def test_diverged_physics_raises(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log of its warnings into the working directory
+def test_diverged_physics_raises(monkeypatch, tmp_path, caplog):
+    monkeypatch.chdir(tmp_path)
     simulation = _simulation()
     simulation.data.qvel[:] = 1e12
     with pytest.raises(PhysicsError, match=r"MuJoCo reports \['mjWARN_BAD"):
         simulation.step(SETTLING_ACTION)
+    assert "MuJoCo: Nan, Inf or huge value in" in caplog.text
+    assert not list(tmp_path.iterdir())  # MuJoCo's own MUJOCO_LOG.TXT
     simulation.reset(get_task("libero_goal", 0), 0, np.random.RandomState(0), init_states="original")
     _assert_equal_states(simulation, _simulation())
+
+
+def test_a_programs_own_handler_of_mujocos_warnings_stays(caplog):
+    former, warnings = mujoco.get_mju_user_warning(), []
+    mujoco.set_mju_user_warning(warnings.append)
+    try:
+        simulation = _simulation()
+        simulation.data.qvel[:] = 1e12
+        with pytest.raises(PhysicsError, match="MuJoCo reports"):
+            simulation.step(SETTLING_ACTION)
+    finally:
+        mujoco.set_mju_user_warning(former)
+    assert len(warnings) == 1
+    assert not caplog.text
 
 
 def test_step_before_reset():
