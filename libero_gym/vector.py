@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -982,7 +983,8 @@ def _as_numbers(name: str, values: Any, expected: tuple[int, ...]) -> npt.NDArra
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={values!r} are no array of numbers ({error}); expected {expected}") from error
+        given = reprlib.repr(values)
+        raise ValueError(f"{name}={given} are no array of numbers ({error}); expected {expected}") from error
 
 
 def _positive(name: str, value: Any) -> int:

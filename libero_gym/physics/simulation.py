@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import reprlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -266,7 +267,8 @@ class Simulation(Uncopied):
             values = np.ascontiguousarray(action, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"action={action!r} is no array of numbers ({error}); expected {expected} with {self.action_mode!r}"
+                f"action={reprlib.repr(action)} is no array of numbers ({error}); expected {expected} with "
+                f"{self.action_mode!r}"
             ) from error
         if values.shape != expected:
             raise ValueError(f"action has shape {values.shape}; expected {expected} with {self.action_mode!r}")

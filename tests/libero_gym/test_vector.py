@@ -525,6 +525,30 @@ def test_start_states_are_checked_before_any_world_is_touched():
     env.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task_ids", [[1], [1, 3]])  # one scene, two scenes
+def test_start_states_of_gpu_physics_are_checked_before_any_world_is_touched(task_ids, monkeypatch):
+    from libero_gym.physics import warp_worlds
+
+    monkeypatch.setattr(warp_worlds, "default_device", lambda: "cpu")
+    env = LiberoVectorEnv("libero_goal", 2, task_ids=task_ids, observe_images=False, physics="warp")
+    env.reset(seed=0, options={"task_id": 1})
+    good, whole = env.worlds.get_state(0), env.get_state(0)
+    env.step(random_actions(1, 2)[0])
+    before = env.get_states()
+    for state in (whole, None, good | {"qpos": good["qpos"] * np.nan}):
+        given = iter((good, state))
+        env.set_start_states(lambda start, given=given: next(given))
+        with pytest.raises((ValueError, TypeError), match=r"return what envs\.worlds\.get_state returned"):
+            env.reset(seed=9, options={"task_id": 1})
+        for left, right in zip(env.get_states(), before, strict=True):
+            assert_same(left, right)
+    env.set_start_states(lambda start: good)
+    env.reset(options={"task_id": 1})
+    assert_same(env.worlds.get_state(1), good)
+    env.close()
+
+
 def test_fixtures_of_original_states_follow_the_seed_and_settled_ones_do_not():
     options = {"task_id": 0, "init_state_id": 0}
     for kind, differs in (("original", True), ("settled", False)):
