@@ -115,9 +115,8 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
             image_size, view_kinds=("images",) if observe_images else (), tasks=list_tasks(suite)
         )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.single_action_space = make_action_space()
-        shape = (num_envs, num_action_chunks, ACTION_DIM) if num_action_chunks > 1 else (num_envs, ACTION_DIM)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape, np.float32)
+        self.single_action_space = make_action_space(num_action_chunks=num_action_chunks)
+        self.action_space = batch_space(self.single_action_space, num_envs)
         self._num_chunks = num_action_chunks
         self._suite = suite
         self._init_states: InitStates = check_init_states(init_states, suite)

@@ -48,6 +48,7 @@ def test_original_states_and_success_equal_ours_to_the_last_bit():
     assert reference.single_observation_space == ours.single_observation_space
     assert reference.observation_space == ours.observation_space
     assert reference.action_space == ours.action_space
+    assert reference.single_action_space == ours.single_action_space
     for episode, mask in enumerate(([True, True], [False, True])):
         options = dict(task_id=np.array([0, 4]), init_state_id=np.array([3, 11]), reset_mask=np.array(mask))
         seeds = [episode, 7 + episode]
