@@ -499,8 +499,10 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._simulation = None
 
     def _known_task(self, task_id: Any) -> TaskSpec:
-        task = get_task(self.options.suite, task_id)
-        if task not in self._tasks:
+        asked = get_task(self.options.suite, task_id)
+        # By number: a file of one's own may have been edited since.
+        task = next((t for t in self._tasks if (t.suite, t.task_id) == (asked.suite, asked.task_id)), None)
+        if task is None:
             made_for = f"task_ids={list(self.task_ids)}" if len(self._tasks) > 1 else f"task_id={self.task_ids[0]}"
             raise ValueError(
                 f"task_id={task_id} was asked of an environment made for {made_for}: "

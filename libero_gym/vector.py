@@ -886,8 +886,10 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         return world_state | self._episodes.get_state(env_id) | {"rng": rng}
 
     def _known_task(self, task_id: int) -> TaskSpec:
-        task = get_task(self.options.suite, task_id)
-        if task not in self._tasks:
+        asked = get_task(self.options.suite, task_id)
+        # By number: a file of one's own may have been edited since.
+        task = next((t for t in self._tasks if (t.suite, t.task_id) == (asked.suite, asked.task_id)), None)
+        if task is None:
             raise ValueError(
                 f"task_id={task_id} of {self.options.suite} is not among the tasks that these environments were made "
                 f"for (valid: {list(self.task_ids)}); make them with it in task_ids"

@@ -13,10 +13,9 @@ from libero_gym.conventions import ACTION_DIM, CONTROL_FREQUENCY_HZ
 from libero_gym.experts.skills import Command, World
 from libero_gym.experts.solver import order, solve
 from libero_gym.physics.simulation import Simulation
-from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.initial_states import InitStates
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, horizon
+from libero_gym.tasks.suites import TaskSpec, horizon, load_problem
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -86,7 +85,7 @@ class Expert:
         """
         self.task = task
         self.config = config
-        self._goal = read_problem(task.bddl_file).goal
+        self._goal = load_problem(task).goal
         order(self._goal)
         self._commands: Iterator[Command] | None = None
         self._random = np.random.default_rng(0)

@@ -43,7 +43,6 @@ from libero_gym.physics.controller import (
 from libero_gym.physics.predicates import Goal
 from libero_gym.physics.states import IDENTITY, Entry, check_entries, check_keys, check_scene, read_task
 from libero_gym.rendering.protocol import RenderState
-from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.cache import cache_dir
 from libero_gym.tasks.initial_states import (
     InitStates,
@@ -54,7 +53,7 @@ from libero_gym.tasks.initial_states import (
 )
 from libero_gym.tasks.placements import FixtureSampler, make_fixture_sampler
 from libero_gym.tasks.scenes import Scene, load_scene
-from libero_gym.tasks.suites import TaskSpec, load_init_states
+from libero_gym.tasks.suites import TaskSpec, load_init_states, load_problem
 
 Stepping = Literal["exact", "fast", "numpy"]
 
@@ -545,7 +544,7 @@ def load_task_data(scene: Scene, task: TaskSpec) -> TaskData:
     Raises:
         ValueError: the stored states do not fit the scene's model.
     """
-    problem = read_problem(task.bddl_file)
+    problem = load_problem(task)
     states = load_init_states(task)
     width = 1 + scene.physics_model.nq + scene.physics_model.nv
     if states.shape[1] != width:

@@ -5,12 +5,16 @@ variable `LIBERO_GYM_SCENES` names it, the package runs the suites in it, whethe
 installed. It is unpacked into the cache once, and laid out like the `libero` package, so that the rest of this package
 reads both alike:
 
-    archive.json                            format, the versions that it was made with, and the size of each other file
+    archive.json                            format, the versions that it was made with, the instruction of each task,
+                                            the suites whose states are there at rest, the size of each other file
     benchmark/libero_suite_task_map.py      the suites in it and their tasks
     bddl_files/<suite>/<task>.bddl
-    init_files/<suite>/<task>.pruned_init.npz
+    init_files/<suite>/<task>.pruned_init.npz  stored states, of suites of one's own at rest, too
     scenes/<layout>/scene.xml, scene.json   what LIBERO and robosuite generated; the reader compiles it
     assets/libero/, assets/robosuite/       the meshes and textures that the scenes name
+
+Format 1, of version 0.1.0, has no instructions: those of LIBERO's suites follow from the tasks' names, and it holds no
+others.
 
 An archive may come from anywhere. Only plain files below the folder are unpacked, only those listed in `archive.json`,
 which comes first, at the sizes listed there, and never more than a fixed multiple of the archive's own size.
@@ -35,7 +39,7 @@ import zlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +49,8 @@ from libero_gym.tasks.cache import cache_dir, file_lock, is_intact, note_files, 
 
 ARCHIVE_VARIABLE = "LIBERO_GYM_SCENES"
 INDEX_FILE = "archive.json"
-_FORMAT = 1
+_FORMAT = 2
+_READABLE_FORMATS = (1, 2)
 # How many times larger than the archive what is in it may be; of what the suites need it is 3 to 20 times.
 _MAX_EXPANSION = 100
 # Zeros at a tar file's end.
@@ -61,14 +66,19 @@ class ArchivedTask:
 
     Attributes:
         name: file stem of the task.
+        language: the instruction.
         bddl_file: task definition.
         init_states: float64 [num_states, 1 + nq + nv], stored initial states.
+        settled: the same at rest, by the names in `libero_gym.tasks.initial_states.RecordedStates`; None where they are
+            part of the package, or there are none.
         scene_folder: folder with `scene.xml` and `scene.json`; tasks of equal layout may share one.
     """
 
     name: str
+    language: str
     bddl_file: Path
     init_states: npt.NDArray[np.float64]
+    settled: Mapping[str, npt.NDArray[np.float64]] | None
     scene_folder: Path
 
 
@@ -104,9 +114,21 @@ def _extract(path: Path, target: Path) -> None:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise
         raise ValueError(f"{path} is not a scene archive ({error}); {_remedy()}") from error
-    if index.get("format") != _FORMAT:
-        raise ValueError(f"{path} has format {index.get('format')}, this version reads {_FORMAT}; {_remedy()}")
+    if index.get("format") not in _READABLE_FORMATS:
+        readable = " and ".join(map(str, _READABLE_FORMATS))
+        raise ValueError(f"{path} has format {index.get('format')}, this version reads {readable}; {_remedy()}")
+    if index["format"] > 1 and not _tells_instructions(index):
+        raise ValueError(f"{path} is not a scene archive (its {INDEX_FILE} tells no instructions); {_remedy()}")
     note_files(target)
+
+
+def _tells_instructions(index: Mapping[str, Any]) -> bool:
+    instructions = index.get("instructions")
+    return (
+        isinstance(instructions, dict)
+        and all(isinstance(sentences, dict) for sentences in cast(dict[str, Any], instructions).values())
+        and isinstance(index.get("settled"), list)
+    )
 
 
 def _write_entries(archive: tarfile.TarFile, folder: Path, limit: int) -> dict[str, Any]:
@@ -188,6 +210,32 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:20]
 
 
+def archived_instruction(root: Path, suite: str, name: str) -> str | None:
+    """Return the instruction of a task of the archive at `root`, None where it follows from the name, as LIBERO's do.
+
+    Raises:
+        ValueError: the archive does not tell it, and the suite is none of LIBERO's.
+    """
+    index = _read_index(root)
+    sentence = index.get("instructions", {}).get(suite, {}).get(name)
+    if sentence is None and (index["format"] > 1 or not suite.startswith("libero_")):
+        raise ValueError(
+            f"{ARCHIVE_VARIABLE}={os.environ.get(ARCHIVE_VARIABLE)} does not tell the instruction of {name} in "
+            f"{suite!r}, which is none of LIBERO's suites: it was written by an older version; {_remedy()}"
+        )
+    return sentence
+
+
+def has_archived_settled(root: Path, suite: str) -> bool:
+    """Return whether the archive at `root` holds the states of `suite` at rest, too."""
+    return suite in _read_index(root).get("settled", [])
+
+
+@functools.cache
+def _read_index(root: Path) -> dict[str, Any]:
+    return json.loads((root / INDEX_FILE).read_text(encoding="utf-8"))
+
+
 def layout_key(bddl_file: Path) -> str:
     """Return the name of a task's scene in an archive: tasks of equal layout share one."""
     return hashlib.sha256(json.dumps(read_problem(bddl_file).layout()).encode()).hexdigest()[:20]
@@ -218,7 +266,7 @@ def write_archive(
     """Write an archive, whole or not at all; equal inputs give equal bytes.
 
     Args:
-        path: the file, compressed with xz.
+        path: the file, compressed with xz; its folder is made where there is none.
         suites: the tasks of each suite.
         versions: noted in the archive.
         preset: effort of the compression.
@@ -232,7 +280,8 @@ def write_archive(
         for task in tasks:
             content[f"bddl_files/{suite}/{task.name}.bddl"] = task.bddl_file
             states = io.BytesIO()
-            np.savez_compressed(states, states=task.init_states)
+            arrays: dict[str, Any] = {"states": task.init_states, **(task.settled or {})}
+            np.savez_compressed(states, **arrays)
             content[f"init_files/{suite}/{task.name}.pruned_init.npz"] = states.getvalue()
     for key, folder in scenes.items():
         xml = (folder / "scene.xml").read_text(encoding="utf-8")
@@ -241,13 +290,25 @@ def write_archive(
         content[f"scenes/{key}/scene.json"] = folder / "scene.json"
         for root, file in _ASSET_FILE.findall(xml):
             content[f"assets/{root}/{file}"] = Path(roots[root]) / file
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with tarfile.open(temporary, "w:xz", preset=preset) as archive:
             # Files of one kind side by side compress better.
             order = sorted(content, key=lambda name: (Path(name).suffix, name))
             sizes = {name: _size(content[name]) for name in order}
-            index = {"format": _FORMAT, "suites": list(names), "versions": dict(versions), "files": sizes}
+            index = {
+                "format": _FORMAT,
+                "suites": list(names),
+                "versions": dict(versions),
+                "instructions": {
+                    suite: {task.name: task.language for task in tasks} for suite, tasks in suites.items()
+                },
+                "settled": [
+                    suite for suite, tasks in suites.items() if all(task.settled is not None for task in tasks)
+                ],
+                "files": sizes,
+            }
             for name, item in ((INDEX_FILE, json.dumps(index).encode()), *((name, content[name]) for name in order)):
                 data = item.read_bytes() if isinstance(item, Path) else item
                 entry = tarfile.TarInfo(name)

@@ -27,6 +27,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from libero_gym.tasks.archive import archive_root, has_archived_settled
 from libero_gym.tasks.own_suites import is_drawn
 from libero_gym.tasks.suites import TaskSpec, is_integer, load_init_states, member_suites, registered_suites
 
@@ -180,13 +181,20 @@ def count_init_states(task: TaskSpec, init_states: InitStates) -> int:
 
 
 def has_recorded_states(suite: str, kind: RecordedKind) -> bool:
-    """Return whether states of `kind` are part of the package, or drawn for a suite of one's own.
+    """Return whether states of `kind` are part of the package, or drawn for a suite of one's own, archived or not.
 
     Of a combined suite all members' must be.
     """
     if suite in (own := registered_suites()):
         return kind == "settled" and own[suite].states_folder is None
+    if kind == "settled" and _is_archived(suite):
+        return True
     return all((_DATA / kind / f"{member}.npz").is_file() for member in member_suites(suite))
+
+
+def _is_archived(suite: str) -> bool:
+    root = archive_root()
+    return root is not None and has_archived_settled(root, suite)
 
 
 def recorded_file(suite: str, kind: RecordedKind) -> Path:
@@ -214,7 +222,7 @@ def load_recorded_states(task: TaskSpec, kind: RecordedKind) -> RecordedStates:
         FileNotFoundError: none are recorded for its suite.
         ValueError: they were recorded for a task with another BDDL file or other stored states than the installed one.
     """
-    if is_drawn(task.init_states_file) and kind == "settled":
+    if has_own_settled(task) and kind == "settled":
         load_init_states(task)  # draws them the first time
         with np.load(task.init_states_file, allow_pickle=False) as archive:
             return RecordedStates(**{name: archive[name] for name in ("physics", "fixture_poses", "controller")})
@@ -232,6 +240,11 @@ def load_recorded_states(task: TaskSpec, kind: RecordedKind) -> RecordedStates:
             fixture_poses=archive[f"{recorded_id}_fixture_poses"],
             controller=archive[f"{recorded_id}_controller"],
         )
+
+
+def has_own_settled(task: TaskSpec) -> bool:
+    """Return whether the states of `task` at rest are in the file of its stored ones, not in the package."""
+    return is_drawn(task.init_states_file) or _is_archived(task.suite)
 
 
 def source_digest(task: TaskSpec) -> str:

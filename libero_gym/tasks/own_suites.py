@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from libero_gym.tasks.bddl import read_problem
-from libero_gym.tasks.cache import cache_dir, file_lock, is_intact, note_files, publish_folder
+from libero_gym.tasks.cache import cache_dir, digest_file, file_lock, is_intact, note_files, publish_folder
 
 VARIABLE = "LIBERO_GYM_SUITES"
 NUM_STATES = 50
@@ -41,12 +41,14 @@ class OwnSuite:
         folder: where its tasks lie.
         bddl_files: its tasks, in the order of their names.
         states_folder: where stored initial states lie, by the tasks' names; None if they are drawn.
+        stamps: path, time of change (ns) and size of each of its files: a suite that was edited is another one.
     """
 
     name: str
     folder: Path
     bddl_files: tuple[Path, ...]
     states_folder: Path | None
+    stamps: tuple[tuple[str, int, int], ...]
 
     def states_file(self, bddl_file: Path) -> Path:
         """Return where a task's initial states lie, or will lie once they are drawn.
@@ -132,25 +134,46 @@ def _parse_entry(entry: str) -> tuple[str, *tuple[Path, ...]]:
     return (name, *(Path(folder).expanduser().resolve() for folder in folders))
 
 
-@functools.lru_cache(maxsize=64)
 def _read_suite(name: str, folder: Path, states_folder: Path | None = None) -> OwnSuite:
     if not _NAME.fullmatch(name):
         raise ValueError(f"name={name!r} cannot be part of an id (valid: letters, digits, '_', '-')")
     for place in (folder, states_folder):
         if place is not None and not place.is_dir():
             raise FileNotFoundError(f"{place} is not a folder")
-    files = tuple(sorted(folder.glob("*.bddl")))
+    stamps = [*_stamp_files(folder, (".bddl",))]
+    if states_folder is not None:
+        stamps += _stamp_files(states_folder, _STATE_SUFFIXES)
+    return _read_files(name, folder, states_folder, tuple(stamps))
+
+
+def _stamp_files(folder: Path, suffixes: tuple[str, ...]) -> list[tuple[str, int, int]]:
+    with os.scandir(folder) as entries:
+        stats = [(entry.path, entry.stat()) for entry in entries if entry.name.endswith(suffixes)]
+    return sorted((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_files(
+    name: str, folder: Path, states_folder: Path | None, stamps: tuple[tuple[str, int, int], ...]
+) -> OwnSuite:
+    files = tuple(Path(path) for path, *_ in stamps if path.endswith(".bddl"))
     if not files:
         raise FileNotFoundError(f"{folder} has no .bddl files for the suite {name!r}")
     for file in files:
         if not read_problem(file).instruction:
             raise ValueError(f"{file} has no instruction: add (:language ...) to it")
-    return OwnSuite(name=name, folder=folder, bddl_files=files, states_folder=states_folder)
+    return OwnSuite(name=name, folder=folder, bddl_files=files, states_folder=states_folder, stamps=stamps)
 
 
 def is_drawn(path: Path) -> bool:
     """Return whether a file of initial states is one that `draw_states` writes."""
     return path.is_relative_to(cache_dir() / "drawn_states")
+
+
+def content_digest(bddl_file: Path, init_states_file: Path) -> str:
+    """Return what tells whether a task's files are the same as before; drawn states follow from the BDDL file."""
+    files = [bddl_file] if is_drawn(init_states_file) else [bddl_file, init_states_file]
+    return hashlib.sha256("".join(map(digest_file, files)).encode()).hexdigest()[:20]
 
 
 def draw_states(bddl_file: Path) -> None:

@@ -61,7 +61,6 @@ class FixtureSampler:
         placements: in the order in which LIBERO samples them.
         property_ranges: range of each joint position that the initial state samples (drawers, stoves).
         reference_pos: float64 [3], m.
-        num_fixtures: number of fixtures of the scene.
         fixture_index: row of each fixture in the returned arrays.
     """
 

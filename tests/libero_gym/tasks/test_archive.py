@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mujoco
@@ -17,9 +18,10 @@ import pytest
 
 from libero_gym.__main__ import main
 from libero_gym.physics import stepping
-from libero_gym.tasks import archive, scenes, suites
+from libero_gym.tasks import archive, own_suites, scenes, suites
 from libero_gym.tasks.archive import ArchivedTask, archive_root, write_archive
-from libero_gym.tasks.cache import cache_dir
+from libero_gym.tasks.cache import cache_dir, note_files
+from libero_gym.tasks.initial_states import check_init_states, count_init_states, load_recorded_states
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task, libero_root, list_tasks, load_init_states
 
@@ -52,8 +54,10 @@ def write(path: Path) -> None:
     task = get_task("libero_10", TASK_ID)
     archived = ArchivedTask(
         name=task.name,
+        language=task.language,
         bddl_file=task.bddl_file,
         init_states=load_init_states(task),
+        settled=None,
         scene_folder=load_scene(task).folder,
     )
     write_archive(path, {"libero_10": [archived]}, {}, preset=0)
@@ -68,14 +72,22 @@ def archive_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Point the package at an archive, with an empty cache."""
+    """Point the package at an archive, with an empty cache and no suites of one's own beside it."""
 
     def point(path: Path) -> None:
         monkeypatch.setenv("LIBERO_GYM_SCENES", str(path))
         monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("LIBERO_GYM_SUITES", raising=False)
+        forget()
 
     yield point
-    archive._unpack.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """Forget what was read of the installed suites, or of an archive's."""
+    for read in (archive._unpack, suites._installed_suites, suites._installed_tasks, suites.tasks_of):
+        read.cache_clear()
 
 
 def rollout(environment: dict[str, str]) -> list[str]:
@@ -134,6 +146,7 @@ def test_the_command_line_exports_whole_suites(tmp_path: Path, monkeypatch: pyte
     for task, known in zip(archived["libero_spatial_lan"], tasks, strict=True):
         assert task.bddl_file == known.bddl_file
         np.testing.assert_array_equal(task.init_states, load_init_states(known))
+        assert (task.language, task.settled) == (known.language, None)  # the package has their states at rest
         assert task.scene_folder == load_scene(known).folder
     assert "libero_root" not in noted
     assert noted["mujoco"] == mujoco.__version__
@@ -307,7 +320,8 @@ def test_archives_without_a_list_of_files_are_read(archive_file: Path, use, tmp_
             entries.append((entry.name, content.read()))
     (name, first), *rest = entries
     assert name == "archive.json"
-    older = {key: value for key, value in json.loads(first).items() if key != "files"}
+    kept = ("suites", "versions")
+    older = {"format": 1, **{key: value for key, value in json.loads(first).items() if key in kept}}
     write_tar(path, [*rest, (name, json.dumps(older).encode())], "w")  # not the first then
     use(path)
     root = archive_root()
@@ -322,6 +336,90 @@ def test_a_scene_that_the_archive_lacks_is_an_error(archive_file: Path, use, tmp
     assert root is not None
     with pytest.raises(FileNotFoundError, match="does not hold the scene of"):
         archive.read_archived_scene(root, other, tmp_path)
+
+
+OWN_SUITE = Path(__file__).resolve().parents[2] / "data" / "own_suite"
+SETTLED = {"physics": (3, 58), "fixture_poses": (3, 1, 7), "controller": (3, 14)}
+
+
+@pytest.fixture
+def own_archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Export a suite whose states are drawn and one whose states are given; the states, and the scene, are made up."""
+    monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path / "exporters_cache"))
+    monkeypatch.setenv("LIBERO_GYM_SUITES", f"mine={OWN_SUITE}:given={OWN_SUITE}={tmp_path}")
+    forget()
+    rng = np.random.default_rng(0)
+    for file in sorted(OWN_SUITE.glob("*.bddl")):
+        states = {name: rng.normal(size=shape) for name, shape in SETTLED.items()}
+        np.savez(tmp_path / f"{file.stem}.npz", states=np.ones((2, 59)))
+        folder = own_suites._drawn_folder(file)
+        folder.mkdir(parents=True)
+        np.savez(folder / "states.npz", states=rng.normal(size=(3, 59)), **states)
+        note_files(folder)
+    (tmp_path / "scene.xml").write_text("<mujoco/>", "utf-8")
+    (tmp_path / "scene.json").write_text('{"asset_roots": {}}', "utf-8")
+    monkeypatch.setattr(scenes, "load_scenes", lambda tasks: [SimpleNamespace(folder=tmp_path) for _ in tasks])
+    path = tmp_path / "new" / "folder" / "own.tar.xz"
+    scenes.export_suites(["mine", "given"], path)
+    return path
+
+
+def test_a_suite_of_ones_own_is_the_same_from_an_archive(own_archive: Path, use, monkeypatch: pytest.MonkeyPatch):
+    before = [(task.name, task.language, load_recorded_states(task, "settled")) for task in list_tasks("mine")]
+    assert before[1][1] == "Put the cream cheese on the plate, please"
+    use(own_archive)
+    after = [(task.name, task.language, load_recorded_states(task, "settled")) for task in list_tasks("mine")]
+    assert [entry[:2] for entry in after] == [entry[:2] for entry in before]
+    for (*_, found), (*_, expected) in zip(after, before, strict=True):
+        for name, shape in SETTLED.items():
+            assert getattr(found, name).shape == shape
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert [check_init_states(None, suite) for suite in ("mine", "given")] == ["settled", "original"]
+    assert [count_init_states(get_task(suite, 0), "original") for suite in ("mine", "given")] == [3, 2]
+    monkeypatch.setenv("LIBERO_GYM_SUITES", f"mine={OWN_SUITE}")
+    with pytest.raises(ValueError, match="'mine' is a suite in the scene archive that LIBERO_GYM_SCENES names; give"):
+        list_tasks("mine")
+
+
+def rewrite_index(path: Path, old: Path, **changes: Any) -> None:
+    """Write the archive `old` with another index; None leaves an entry out."""
+    entries = list[Any]()
+    with tarfile.open(old) as known:
+        for entry in known:
+            content = known.extractfile(entry)
+            assert content is not None
+            entries.append((entry.name, content.read()))
+    (name, index), *rest = entries
+    kept = {key: value for key, value in (json.loads(index) | changes).items() if value is not None}
+    write_tar(path, [(name, json.dumps(kept).encode()), *rest], "w")
+
+
+def test_archives_of_format_1_are_liberos_suites_or_refused(own_archive: Path, archive_file: Path, use, tmp_path: Path):
+    older = dict(format=1, instructions=None, settled=None)
+    language = get_task("libero_10", TASK_ID).language
+    rewrite_index(tmp_path / "liberos.tar", archive_file, **older)
+    use(tmp_path / "liberos.tar")
+    assert get_task("libero_10", 0).language == language
+    rewrite_index(tmp_path / "own.tar", own_archive, **older)
+    use(tmp_path / "own.tar")
+    with pytest.raises(ValueError, match=r"own\.tar does not tell the instruction of put.* in 'mine'.*make one with"):
+        list_tasks("mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(format=3), "has format 3, this version reads 1 and 2; make one with"),
+        (dict(instructions=None), r"is not a scene archive \(its archive.json tells no instructions\); make one with"),
+        (dict(instructions={"libero_10": 1}), "tells no instructions"),
+        (dict(settled=1), "tells no instructions"),
+    ],
+)
+def test_an_index_that_this_version_cannot_read_is_refused(changes, message: str, own_archive: Path, use, tmp_path):
+    rewrite_index(tmp_path / "newer.tar", own_archive, **changes)
+    use(tmp_path / "newer.tar")
+    with pytest.raises(ValueError, match=message):
+        archive_root()
 
 
 def test_a_combined_suite_is_archived_as_its_members(tmp_path, monkeypatch):

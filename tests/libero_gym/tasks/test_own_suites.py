@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -16,8 +17,9 @@ from libero_gym.env import LiberoEnv
 from libero_gym.experts import make_expert
 from libero_gym.tasks import own_suites
 from libero_gym.tasks.bddl import read_problem
-from libero_gym.tasks.initial_states import load_recorded_states
-from libero_gym.tasks.suites import libero_root, list_liberos_suites, list_tasks, load_init_states
+from libero_gym.tasks.initial_states import count_init_states, load_recorded_states
+from libero_gym.tasks.scenes import scene_key
+from libero_gym.tasks.suites import libero_root, list_liberos_suites, list_tasks, load_init_states, load_problem
 from libero_gym.tasks.vocabulary import check_vocabulary, object_types, problem_names
 from libero_gym.vector import LiberoVectorEnv
 
@@ -117,6 +119,41 @@ def test_stored_states_are_taken_where_they_are_given(mine: str, tmp_path: Path)
     tasks = libero_gym.register_suite("stored", FOLDER, tmp_path)
     assert load_init_states(tasks[0]).shape == states.shape
     assert LiberoEnv("stored", observe_images=False).options.init_states == "original"
+
+
+def test_an_edited_file_is_another_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv(own_suites.VARIABLE, "")
+    text = (FOLDER / "put_the_cream_cheese_on_the_plate.bddl").read_text("utf-8")
+    file = tmp_path / "a.bddl"
+    file.write_text(text, "utf-8")
+    np.savez(tmp_path / "a.npz", states=np.ones((3, 59)))
+    (before,) = libero_gym.register_suite("edited", tmp_path, tmp_path)
+    key, goal = scene_key(before), load_problem(before).goal
+    assert count_init_states(before, "original") == 3
+    env = LiberoEnv("edited", observe_images=False)
+
+    file.write_text(text.replace("(On cream_cheese_1 plate_1)", "(On plate_1 cream_cheese_1)"), "utf-8")  # as long
+    (other_goal,) = libero_gym.list_tasks("edited")
+    assert load_problem(other_goal).goal == (("on", "plate_1", "cream_cheese_1"),)
+    assert (scene_key(other_goal), load_problem(before).goal) == (key, goal)  # what is running goes on as it was
+
+    file.write_text(text.replace("0.02 -0.05", "0.03 -0.05").replace("please", "now"), "utf-8")
+    np.savez(tmp_path / "a.npz", states=np.ones((4, 59)))
+    (tmp_path / "b.bddl").write_text(text, "utf-8")
+    np.savez(tmp_path / "b.npz", states=np.ones((2, 59)))
+    after = libero_gym.register_suite("edited", tmp_path, tmp_path)
+    assert [task.language[-6:] for task in after] == ["e, now", "please"]
+    assert [count_init_states(task, "original") for task in after] == [4, 2]
+    assert scene_key(after[0]) != key
+    command = "import libero_gym; print([task.digest for task in libero_gym.list_tasks('edited')])"
+    process = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == str([task.digest for task in after])  # a child sees the same
+
+    unread = replace(before, language="what has not been read before it was edited")
+    for read in (load_init_states, load_problem, scene_key):
+        with pytest.raises(ValueError, match=r"a.bddl or its .*: take it anew by libero_gym.get_task\('edited', 0\),"):
+            read(unread)
+    assert env._known_task(0) == before  # by its number, whatever has become of the file
 
 
 @pytest.mark.parametrize(

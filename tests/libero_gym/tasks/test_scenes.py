@@ -47,7 +47,7 @@ def test_all_tasks_of_spatial_share_one_scene(built_scene):
 
 def test_number_of_distinct_scenes():
     counts = {
-        suite: len({scenes._scene_key(task.bddl_file) for task in list_tasks(suite)})
+        suite: len({scenes.scene_key(task) for task in list_tasks(suite)})
         for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
     }
     assert counts == {"libero_spatial": 1, "libero_object": 10, "libero_goal": 1, "libero_10": 9, "libero_90": 20}
@@ -130,10 +130,10 @@ def test_damaged_cache_is_rebuilt(fresh_cache, damage: str):
 
 
 def test_key_follows_versions(monkeypatch: pytest.MonkeyPatch):
-    file = get_task("libero_spatial", 0).bddl_file
-    before = scenes._scene_key.__wrapped__(file)
+    task = get_task("libero_spatial", 0)
+    before = scenes.scene_key.__wrapped__(task)
     monkeypatch.setattr(mujoco, "__version__", "0.0")
-    assert scenes._scene_key.__wrapped__(file) != before
+    assert scenes.scene_key.__wrapped__(task) != before
 
 
 def test_failed_build_shows_its_output(fresh_cache, monkeypatch: pytest.MonkeyPatch, tmp_path):
