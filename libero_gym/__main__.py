@@ -12,7 +12,6 @@ from pathlib import Path
 
 from libero_gym.outputs import check_output_file
 from libero_gym.tasks.scenes import export_suites
-from libero_gym.tasks.suites import list_tasks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,11 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     try:
         check_output_file("out", chosen.out)
-        for suite in chosen.suite:
-            list_tasks(suite)
-    except (ValueError, OSError, ImportError) as error:
+        export_suites(chosen.suite, chosen.out)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         parser.error(str(error))
-    export_suites(chosen.suite, chosen.out)
     size = chosen.out.stat().st_size / 1e6
     print(f"{chosen.out}: {size:.1f} MB. To use it: export LIBERO_GYM_SCENES={chosen.out.resolve()}")
 

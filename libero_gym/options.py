@@ -22,7 +22,7 @@ from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, View
 from libero_gym.rendering.renderers import make_renderer
 from libero_gym.rendering.textures import TextureColorspace, check_texture_colorspace
 from libero_gym.tasks.initial_states import InitStates
-from libero_gym.tasks.suites import TaskSpec, get_task, horizon, is_integer, list_tasks
+from libero_gym.tasks.suites import TaskSpec, check_assets, get_task, horizon, is_integer, list_tasks
 
 RewardKind = Literal["sparse", "relative"]
 Value = TypeVar("Value", float, npt.NDArray[np.float32])
@@ -230,10 +230,17 @@ def choose_tasks(suite: str | TaskSpec, task_id: int | None, task_ids: Sequence[
     """Return the tasks that an environment is made for: `task_id`, `task_ids`, all of the suite, or the one given.
 
     Raises:
+        FileNotFoundError: the assets of one of them are not installed.
         ValueError: both are given, `task_ids` is empty or no sequence, or the suite has no such task; or a task is
             given with ids, or is not one of its suite.
         TypeError: an id is not an integer, or `suite` is neither a name nor a task.
     """
+    tasks = _name_tasks(suite, task_id, task_ids)
+    check_assets(tasks)
+    return tasks
+
+
+def _name_tasks(suite: str | TaskSpec, task_id: int | None, task_ids: Sequence[int] | None) -> list[TaskSpec]:
     if not isinstance(cast(Any, suite), str | TaskSpec):
         raise TypeError(
             f"suite={suite!r} is a {type(suite).__name__}, neither the name of a suite (libero_gym.list_suites()) nor "

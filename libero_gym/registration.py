@@ -11,14 +11,7 @@ from pathlib import Path
 from gymnasium.envs.registration import register, registry
 
 from libero_gym.tasks.own_suites import add_suite, named_suites, read_suite
-from libero_gym.tasks.suites import (
-    COMBINED_SUITES,
-    HORIZONS,
-    TaskSpec,
-    check_name_is_free,
-    list_liberos_suites,
-    tasks_of,
-)
+from libero_gym.tasks.suites import COMBINED_SUITES, HORIZONS, TaskSpec, check_name_is_free, list_named_suites, tasks_of
 
 
 def register_envs() -> None:
@@ -26,10 +19,11 @@ def register_envs() -> None:
 
     Where no distribution provides `libero`, one has written over another, or the scene archive is none, base and
     combined suites are registered all the same: making one of them then raises the error that says what to do, instead
-    of Gymnasium's "namespace not found". Nor is it looked whether the suites that `LIBERO_GYM_SUITES` names are there.
+    of Gymnasium's "namespace not found". Nor is it looked whether the suites that `LIBERO_GYM_SUITES` names are there,
+    or whether LIBERO-PRO's have their assets.
     """
     try:
-        suites = list_liberos_suites()
+        suites = list_named_suites()
     except (ImportError, OSError, ValueError):
         suites = [*HORIZONS, *COMBINED_SUITES]
     for suite in [*suites, *named_suites()]:

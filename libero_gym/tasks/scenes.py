@@ -47,6 +47,7 @@ from libero_gym.tasks.initial_states import has_own_settled, load_recorded_state
 from libero_gym.tasks.suites import (
     INSTALL_HINT,
     TaskSpec,
+    check_assets,
     libero_root,
     list_tasks,
     load_init_states,
@@ -459,9 +460,13 @@ def export_suites(suites: Sequence[str], path: Path) -> None:
 
     Raises:
         ValueError: an unknown suite.
+        FileNotFoundError: the assets of one of its tasks are not installed. Nothing has been built.
+        RuntimeError: as `load_scenes`.
     """
     archived: dict[str, list[ArchivedTask]] = {}
     members = dict.fromkeys(member for suite in suites for member in member_suites(suite))
+    for suite in members:
+        check_assets(list_tasks(suite))
     for suite in members:
         tasks = list_tasks(suite)
         archived[suite] = [

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.tasks.archive import ARCHIVE_VARIABLE, archive_root, archived_instruction
+from libero_gym.tasks.assets import missing_assets
 from libero_gym.tasks.bddl import Problem, read_problem
 from libero_gym.tasks.distribution import check_intact
 from libero_gym.tasks.own_suites import VARIABLE, OwnSuite, content_digest, draw_states, is_drawn, own_suites
@@ -73,7 +75,9 @@ class TaskSpec:
 
 
 def list_suites() -> list[str]:
-    """Return the suites whose task files and initial states are installed: base, combined, others, those of one's own.
+    """Return the suites that can run: base, combined, others, those of one's own.
+
+    Their task files and initial states are installed, and the assets of at least one of their tasks.
 
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
@@ -88,10 +92,38 @@ def list_liberos_suites() -> list[str]:
     Raises:
         ModuleNotFoundError: no distribution provides `libero`.
     """
+    return [suite for suite in list_named_suites() if _can_run(suite)]
+
+
+def list_named_suites() -> list[str]:
+    """Return what `list_liberos_suites` does, and the suites that lack the assets of all of their tasks.
+
+    Raises:
+        ModuleNotFoundError: no distribution provides `libero`.
+    """
     installed = list(_installed_suites())
     bases = [suite for suite in HORIZONS if suite in installed]
     combined = [suite for suite, members in COMBINED_SUITES.items() if set(members) <= set(installed)]
     return [*bases, *combined, *installed[len(bases) :]]
+
+
+def check_assets(tasks: Sequence[TaskSpec]) -> None:
+    """Return if the assets of `tasks` are installed.
+
+    Raises:
+        FileNotFoundError: they are not; the message names the tasks, the first file and what to do.
+    """
+    lacking = {task: missing for task in tasks if (missing := missing_assets(load_problem(task), libero_root()))}
+    if not lacking:
+        return
+    first, (file, *_) = next(iter(lacking.items()))
+    others = [task.task_id for task in list_tasks(first.suite) if not missing_assets(load_problem(task), libero_root())]
+    which = f"task_ids={others}" if others else "another suite (libero_gym.list_suites())"
+    raise FileNotFoundError(
+        f"{first.suite} task{'s' * (len(lacking) > 1)} {', '.join(str(task.task_id) for task in lacking)} "
+        f"{'need' if len(lacking) > 1 else 'needs'} {file}, which the installed LIBERO has not: put the folder "
+        f"{file.parent.name} there, or take {which}"
+    )
 
 
 def registered_suites() -> dict[str, OwnSuite]:
@@ -268,6 +300,16 @@ def libero_root() -> Path:
 
 
 @functools.cache
+def _can_run(suite: str) -> bool:
+    """Return whether the assets of a task of `suite` are installed."""
+    if suite in HORIZONS or suite in COMBINED_SUITES:
+        return True
+    root = libero_root()
+    files = (root / "bddl_files" / suite / f"{name}.bddl" for name in _installed_suites()[suite])
+    return any(not missing_assets(read_problem(file), root) for file in files)
+
+
+@functools.cache
 def _installed_suites() -> dict[str, list[str]]:
     """Map each suite whose files are all there to its task names."""
     root = libero_root()
@@ -299,6 +341,11 @@ def tasks_of(suite: OwnSuite) -> tuple[TaskSpec, ...]:
     for task_id, bddl_file in enumerate(suite.bddl_files):
         problem = read_problem(bddl_file)
         check_vocabulary(problem, bddl_file, libero_root())
+        for missing in missing_assets(problem, libero_root()):
+            raise ValueError(
+                f"{bddl_file}: {missing.stem!r} is an object whose model {missing} the installed LIBERO has not; take "
+                "another object, or put the model's folder there"
+            )
         states_file = suite.states_file(bddl_file)
         tasks.append(
             TaskSpec(
@@ -316,7 +363,7 @@ def tasks_of(suite: OwnSuite) -> tuple[TaskSpec, ...]:
 
 @functools.cache
 def _installed_tasks(suite: str) -> tuple[TaskSpec, ...]:
-    if suite not in list_suites():
+    if suite not in list_named_suites():
         raise ValueError(_unknown_suite(suite, list_suites()))
     if suite in COMBINED_SUITES:
         return tuple(task for member in COMBINED_SUITES[suite] for task in _installed_tasks(member))

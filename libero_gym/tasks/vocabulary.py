@@ -59,27 +59,31 @@ def check_vocabulary(problem: Problem, path: Path, root: Path) -> None:
 @functools.cache
 def problem_names(root: Path) -> frozenset[str]:
     """Return the names that a file's `(define (problem ...))` may have, in lower case; none for a scene archive."""
-    return frozenset(name.lower() for name in _registered(root, "register_problem"))
+    return frozenset(node.name.lower() for _, nodes in registered_classes(root, "register_problem") for node in nodes)
 
 
 @functools.cache
 def object_types(root: Path) -> frozenset[str]:
     """Return the types of objects and fixtures, named as LIBERO's `register_object` does; none for a scene archive."""
-    names = _registered(root, "register_object")
-    return frozenset("_".join(re.sub(r"([A-Z0-9])", r" \1", name).split()).lower() for name in names)
+    return frozenset(type_name(node.name) for _, nodes in registered_classes(root, "register_object") for node in nodes)
 
 
-def _registered(root: Path, decorator: str) -> list[str]:
-    """Return the names of LIBERO's classes that are decorated so."""
-    names: list[str] = []
+def type_name(class_name: str) -> str:
+    """Return the type under which LIBERO registers a class of objects: `AkitaBlackBowl` is `akita_black_bowl`."""
+    return "_".join(re.sub(r"([A-Z0-9])", r" \1", class_name).split()).lower()
+
+
+def registered_classes(root: Path, decorator: str) -> list[tuple[ast.Module, list[ast.ClassDef]]]:
+    """Return the modules of LIBERO's `envs` with classes that are decorated so, and these; none for a scene archive."""
+    modules: list[tuple[ast.Module, list[ast.ClassDef]]] = []
     for path in sorted((root / "envs").rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         if f"@{decorator}" not in source:
             continue
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ClassDef) and decorator in map(ast.unparse, node.decorator_list):
-                names.append(node.name)
-    return names
+        tree = ast.parse(source)
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        modules.append((tree, [node for node in classes if decorator in map(ast.unparse, node.decorator_list)]))
+    return modules
 
 
 def _check_word(word: str, known: Collection[str], path: Path, what: str) -> None:

@@ -152,6 +152,29 @@ def test_the_command_line_exports_whole_suites(tmp_path: Path, monkeypatch: pyte
     assert noted["mujoco"] == mujoco.__version__
 
 
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        ("libero_spatail", "error: suite='libero_spatail' is not installed; did you mean 'libero_spatial'?"),
+        ("libero_10_with_red_box", "red_box.xml, which the installed LIBERO has not: put the folder red_box there, or"),
+    ],
+)
+def test_what_cannot_be_exported_is_told_before_anything_is_built(suite, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scenes, "load_scenes", lambda _: pytest.fail("built"))
+    with pytest.raises(SystemExit):
+        main(["export", "--suite", "libero_spatial", suite, "--out", str(tmp_path / "new" / "x.tar.xz")])
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_build_ends_in_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    fail = RuntimeError("building the scene with LIBERO failed (exit 1)")
+    monkeypatch.setattr(scenes, "load_scenes", lambda _: (_ for _ in ()).throw(fail))
+    with pytest.raises(SystemExit):
+        main(["export", "--suite", "libero_spatial", "--out", str(tmp_path / "x.tar.xz")])
+    assert capsys.readouterr().err.endswith("error: building the scene with LIBERO failed (exit 1)\n")
+
+
 def test_no_archive_means_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("LIBERO_GYM_SCENES", raising=False)
     assert archive_root() is None

@@ -1,6 +1,7 @@
 """Suites of one's own: a folder of BDDL files becomes an id that everything takes."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import libero_gym
 from libero_gym.env import LiberoEnv
 from libero_gym.experts import make_expert
 from libero_gym.tasks import own_suites
+from libero_gym.tasks.assets import model_files
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.initial_states import count_init_states, load_recorded_states
 from libero_gym.tasks.scenes import scene_key
-from libero_gym.tasks.suites import libero_root, list_liberos_suites, list_tasks, load_init_states, load_problem
+from libero_gym.tasks.suites import libero_root, list_named_suites, list_tasks, load_init_states, load_problem
 from libero_gym.tasks.vocabulary import check_vocabulary, object_types, problem_names
 from libero_gym.vector import LiberoVectorEnv
 
@@ -192,6 +194,11 @@ def test_what_cannot_be_registered_is_refused(mine: str, name: str, folder: Path
             "(On plate_2 ",
             r"'plate_2' is neither an object, a fixture nor a region of the file \(did you",
         ),
+        (
+            "plate_1 - plate",
+            "plate_1 - red_box",
+            r"'red_box' is an object whose model .*/custom_objects/red_box/red_box.xml the installed LIBERO has not",
+        ),
         ("(And (On cream_cheese_1", "(And (On cheese_1", r"'cheese_1' is neither .*did you mean 'cream_cheese_1'"),
         (
             "main_table_plate_region",
@@ -217,24 +224,44 @@ def test_words_that_there_are_not_are_refused_at_once(
 
 def test_all_of_liberos_files_pass():
     root = libero_root()
-    tasks = [task for suite in list_liberos_suites() for task in list_tasks(suite)]
+    tasks = [task for suite in list_named_suites() for task in list_tasks(suite)]
     assert len(tasks) > 800
     for task in tasks:
         check_vocabulary(read_problem(task.bddl_file), task.bddl_file, root)
 
 
 LIVE = """
+import json, os
+from libero_gym.tasks.assets import assets_root
 from libero_gym.tasks.scene_builder import import_libero
+from libero_gym.tasks.suites import libero_root
 envs = import_libero()
-print(",".join(envs.OBJECTS_DICT), ",".join(envs.bddl_base_domain.TASK_MAPPING))
+from robosuite.models.objects import MujocoXMLObject
+
+class Read(Exception):
+    pass
+
+def read(self, path, **_):
+    raise Read(os.path.relpath(path, assets_root(libero_root())))
+
+MujocoXMLObject.__init__ = read
+models = {}
+for name, make in envs.OBJECTS_DICT.items():
+    try:
+        make(name="thing")
+    except Read as file:
+        models[name] = str(file)
+print(json.dumps([list(envs.OBJECTS_DICT), list(envs.bddl_base_domain.TASK_MAPPING), models]))
 """
 
 
 def test_the_words_are_those_that_libero_registers():
     ended = subprocess.run([sys.executable, "-c", LIVE], capture_output=True, text=True, check=True)
-    types, problems = ended.stdout.splitlines()[-1].split()
-    assert object_types(libero_root()) == set(types.split(","))
-    assert problem_names(libero_root()) == set(problems.split(","))
+    types, problems, models = json.loads(ended.stdout.splitlines()[-1])
+    assert object_types(libero_root()) == set(types)
+    assert problem_names(libero_root()) == set(problems)
+    assert model_files(libero_root()) == models
+    assert set(types) - set(models) == {"target_zone"}  # the only one that is made of no file
 
 
 @pytest.mark.parametrize(

