@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,8 +244,8 @@ def load_init_states(task: TaskSpec) -> npt.NDArray[np.float64]:
 
     Raises:
         FileNotFoundError: the file is absent.
-        ValueError: the file does not hold a two-dimensional table of numbers, or a suite of one's own has been edited
-            since the task was taken from it.
+        ValueError: the file does not hold a table of finite numbers, or a suite of one's own has been edited since the
+            task was taken from it.
     """
     _check_unchanged(task)
     path = task.init_states_file
@@ -252,15 +253,30 @@ def load_init_states(task: TaskSpec) -> npt.NDArray[np.float64]:
         draw_states(task.bddl_file)
     if not path.is_file():
         raise FileNotFoundError(f"initial states {path} are missing; {INSTALL_HINT}")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            states = archive["states"]
-    else:
-        states = _load_torch_states(path)
-    states = np.ascontiguousarray(states, dtype=np.float64)
-    if states.ndim != 2:
-        raise ValueError(f"{path} holds an array of shape {states.shape}; expected [num_states, 1 + nq + nv]")
-    return states
+    return _read_states(path)
+
+
+def _read_states(path: Path) -> npt.NDArray[np.float64]:
+    states = _load_npz_states(path) if path.suffix == ".npz" else _load_torch_states(path)
+    what = None
+    if states.dtype.kind not in "fiu":
+        what = f"values of type {states.dtype}"
+    elif states.ndim != 2 or 0 in states.shape:
+        what = f"an array of shape {states.shape}"
+    elif not np.isfinite(states).all():
+        what = f"values that are not finite, such as in row {np.argwhere(~np.isfinite(states))[0, 0]}"
+    if what is not None:
+        raise ValueError(f"{path} holds {what}; expected numbers [num_states, 1 + nq + nv] of one state or more")
+    return np.ascontiguousarray(states, dtype=np.float64)
+
+
+def _load_npz_states(path: Path) -> npt.NDArray[Any]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file; write it by numpy.savez(FILE, states=STATES)")
+    with np.load(path, allow_pickle=False) as archive:
+        if "states" not in archive.files:
+            raise ValueError(f"{path} has no array 'states' (it has: {', '.join(archive.files)}); rename it")
+        return archive["states"]
 
 
 def _load_torch_states(path: Path) -> npt.NDArray[Any]:
@@ -334,7 +350,7 @@ def tasks_of(suite: OwnSuite) -> tuple[TaskSpec, ...]:
     """Return the tasks of a suite of one's own, registered or not.
 
     Raises:
-        ValueError: a file names what neither LIBERO nor the file has.
+        ValueError: a file names what neither LIBERO nor the file has, or stored states are no table of finite numbers.
         FileNotFoundError: the states of a task are missing.
     """
     tasks: list[TaskSpec] = []
@@ -347,6 +363,8 @@ def tasks_of(suite: OwnSuite) -> tuple[TaskSpec, ...]:
                 "another object, or put the model's folder there"
             )
         states_file = suite.states_file(bddl_file)
+        if states_file.suffix == ".npz" and not is_drawn(states_file):
+            _read_states(states_file)
         tasks.append(
             TaskSpec(
                 suite=suite.name,

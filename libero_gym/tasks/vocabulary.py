@@ -1,4 +1,4 @@
-"""What a BDDL file of one's own may name: LIBERO's problems and types of objects, and what the file itself declares.
+"""What a BDDL file of one's own may name: LIBERO's problems, types of objects and predicates, and what it declares.
 
 Problems and types are the classes that LIBERO's source registers (`register_problem` and `register_object` in
 `envs`), read without importing it. A scene archive holds no source: nothing can be built from it, either.
@@ -26,10 +26,22 @@ _WORKSPACES = {
 }
 
 
-def check_vocabulary(problem: Problem, path: Path, root: Path) -> None:
-    """Return if LIBERO knows the problem and its types, and the file declares what its start and its goal name.
+_FORMS = {
+    "on": "(On object object-or-region)",
+    "in": "(In object region)",
+    "open": "(Open fixture-or-region)",
+    "close": "(Close fixture-or-region)",
+    "turnon": "(TurnOn fixture)",
+    "turnoff": "(TurnOff fixture)",
+}
+# The method of a type of objects by which LIBERO judges a predicate.
+_JOINT_METHODS = {"open": "is_open", "close": "is_close", "turnon": "turn_on", "turnoff": "turn_off"}
 
-    Regions may be of what is not there, as some are in LIBERO's own files.
+
+def check_vocabulary(problem: Problem, path: Path, root: Path) -> None:
+    """Return if LIBERO knows the problem, its types and predicates, and the file declares what start and goal name.
+
+    Regions that neither names may be of what is not there, as some are in LIBERO's own files.
 
     Args:
         problem: what `path` says.
@@ -49,11 +61,51 @@ def check_vocabulary(problem: Problem, path: Path, root: Path) -> None:
         for category, _ in problem.fixtures:
             known = {*types, _WORKSPACES[problem.name]}
             _check_word(category, known, path, f"is no type of fixtures of {problem.name}")
-    things = {name for _, names in (*problem.objects, *problem.fixtures) for name in names}
-    places = {*things, *(region.name for region in problem.regions)}
-    for _, *names in (*problem.init, *problem.goal):
-        for name in names:
-            _check_word(name, places, path, "is neither an object, a fixture nor a region of the file")
+    declared = [name for _, names in (*problem.objects, *problem.fixtures) for name in names]
+    declared += [region.name for region in problem.regions]
+    for name in declared:
+        if declared.count(name) > 1:
+            raise ValueError(f"{path}: {name!r} is declared twice; give one of the two another name")
+    for section, atoms in ((":init", problem.init), (":goal", problem.goal)):
+        for atom in atoms:
+            predicate, *names = atom
+            _check_word(predicate, _FORMS, path, f"is no predicate in ({section} ...)")
+            for name in names:
+                _check_word(name, declared, path, "is neither an object, a fixture nor a region of the file")
+            if fault := _find_fault(problem, section, atom, root):
+                raise ValueError(f"{path}: ({' '.join(atom)}) in ({section} ...): {fault} (valid: {_FORMS[predicate]})")
+
+
+def _find_fault(problem: Problem, section: str, atom: tuple[str, ...], root: Path) -> str | None:
+    """Return what is wrong with an atom whose words are known, None if nothing is."""
+    predicate, *names = atom
+    types = {name: category for category, names in (*problem.objects, *problem.fixtures) for name in names}
+    regions = {region.name: region for region in problem.regions}
+    workspace = _WORKSPACES.get(problem.name)
+    if len(names) != (2 if predicate in {"on", "in"} else 1):
+        return f"{predicate!r} takes {'two names' if predicate in {'on', 'in'} else 'one name'}"
+    for name in names:
+        if types.get(name) == workspace and workspace is not None:
+            return f"{name!r} is the workspace; name a region of it"
+        if name in regions and regions[name].target not in types:
+            return f"the region {name!r} is of {regions[name].target!r}, which the file does not declare"
+    place = regions.get(names[-1])
+    if predicate in {"on", "in"}:
+        if names[0] in regions:
+            return f"{names[0]!r} is a region, not an object"
+        if predicate == "in" and place is None:
+            return f"{names[1]!r} is no region"
+        if section == ":init" and place is not None and types[place.target] == workspace and not place.ranges:
+            return f"the region {names[1]!r} has no (:ranges ...), so that nothing can be placed in it"
+        if section == ":init" and place is None and names[1] not in {n for _, ns in problem.objects for n in ns}:
+            return f"{names[1]!r} is a fixture, on which LIBERO places nothing; name a region of it"
+        return None
+    known = joint_predicates(root)
+    category = types[names[0] if place is None else place.target]
+    if known and predicate not in known.get(category, ()):
+        able = sorted(name for name, predicates in known.items() if predicate in predicates)
+        return f"{category!r} is no type that can be asked for {predicate!r}, as {', '.join(able)} can"
+    return None
 
 
 @functools.cache
@@ -66,6 +118,27 @@ def problem_names(root: Path) -> frozenset[str]:
 def object_types(root: Path) -> frozenset[str]:
     """Return the types of objects and fixtures, named as LIBERO's `register_object` does; none for a scene archive."""
     return frozenset(type_name(node.name) for _, nodes in registered_classes(root, "register_object") for node in nodes)
+
+
+@functools.cache
+def joint_predicates(root: Path) -> dict[str, frozenset[str]]:
+    """Return, by type of objects, which of open, close, turnon and turnoff it knows; nothing for a scene archive."""
+    known: dict[str, frozenset[str]] = {}
+    for tree, classes in registered_classes(root, "register_object"):
+        methods = {
+            node.name: {method.name for method in node.body if isinstance(method, ast.FunctionDef) and _is_made(method)}
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef)
+        }
+        for node in classes:
+            own = set[str]().union(*(methods.get(name, ()) for name in (node.name, *map(ast.unparse, node.bases))))
+            predicates = {predicate for predicate, method in _JOINT_METHODS.items() if method in own}
+            known.setdefault(type_name(node.name), frozenset(predicates))
+    return known
+
+
+def _is_made(method: ast.FunctionDef) -> bool:
+    return not any(isinstance(line, ast.Raise) for line in method.body)
 
 
 def type_name(class_name: str) -> str:

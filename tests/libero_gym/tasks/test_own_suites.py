@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -22,7 +23,7 @@ from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.initial_states import count_init_states, load_recorded_states
 from libero_gym.tasks.scenes import scene_key
 from libero_gym.tasks.suites import libero_root, list_named_suites, list_tasks, load_init_states, load_problem
-from libero_gym.tasks.vocabulary import check_vocabulary, object_types, problem_names
+from libero_gym.tasks.vocabulary import check_vocabulary, joint_predicates, object_types, problem_names
 from libero_gym.vector import LiberoVectorEnv
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -222,6 +223,83 @@ def test_words_that_there_are_not_are_refused_at_once(
         libero_gym.get_task("typo", 0)
 
 
+GOAL = "(And (On cream_cheese_1 akita_black_bowl_1))"
+GOALS = {
+    "(And (Onn cream_cheese_1 plate_1))": r"'onn' is no predicate in \(:goal ...\) \(did you mean 'on'\?\)",
+    "(And (Up cream_cheese_1))": r"'up' is no predicate in \(:goal ...\) \(valid: close, in, on, open, turno",
+    "(And (In cream_cheese_1 plate_1))": r"\(in .*\) in \(:goal ...\): 'plate_1' is no region \(valid: \(In obj",
+    "(And (On cream_cheese_1))": r"'on' takes two names \(valid: \(On object object-or-region\)\)",
+    "(And (Open plate_1 cream_cheese_1))": r"'open' takes one name",
+    "(And (Open plate_1))": r"'plate' is no type that can be asked for 'open', as microwave, .*, yellow_cabinet can",
+    "(And (Open main_table_plate_region))": r"'table' is no type that can be asked for 'open'",
+    "(And (On cream_cheese_1 main_table))": r"'main_table' is the workspace; name a region of it",
+    "(And (On main_table_plate_region plate_1))": r"'main_table_plate_region' is a region, not an object",
+    "(Or (On cream_cheese_1 plate_1))": r"\(or \(on .*\)\) in its goal is not supported: a goal is one atom or \(And ",
+    "(And (Not (On cream_cheese_1 plate_1)))": r"\(not \(on .*\)\) in its goal is not supported",
+    "(And (On (plate_1) cream_cheese_1))": r"\(on \(plate_1\) cream_cheese_1\) is no atom: write \(On object region\)",
+    "(And)": r"it has no goal: write \(:goal \(And \(On object region\) ...\)\)",
+    "()": "it has no goal",
+    "": "it has no goal",
+}
+FORMS = [
+    ("(problem LIBERO_Tabletop_Manipulation)", "(problem)", r"\(problem ...\) takes one name, such as \(problem LIB"),
+    ("(:domain robosuite)", "()", r"\(\) is no section, such as \(:objects ...\)"),
+    ("(:domain robosuite)", "(:objects)", r"it has the section \(:objects ...\) twice"),
+    ("(:target main_table)", "", r"region 'plate_region' has no \(:target thing\)"),
+    ("(:target main_table)", "(:target)", r"region 'plate_region' has \(:target\) \(valid: \(:target thing\)"),
+    ("(:target main_table)", "(:targets main_table)", r"region 'plate_region' has \(:targets main_table\) \(valid"),
+    ("(plate_region", "((plate_region)", r"\(\(plate_region\) .* in \(:regions ...\) is no region: write \(name"),
+    ("0.02 -0.05", "0.02x -0.05", r"'plate_region' has \(0.02x .*\) in \(:ranges ...\), which is not 4 numbers"),
+    ("0.02 -0.05", "nan -0.05", r"'plate_region' has \(nan .*\) in \(:ranges ...\), which is not 4 numbers"),
+    ("0.02 -0.05 0.08", "0.02 -0.05", r"has \(0.02 -0.05 0.01\) in \(:ranges ...\), which is not 4 numbers"),
+    ("((0.02 -0.05 0.08 0.01))", "(0.02 -0.05 0.08 0.01)", r"has 0.02 in \(:ranges ...\), which is not 4 numbers"),
+    ("((0.02 -0.05 0.08 0.01))", "0.02", r"region 'plate_region' has \(:ranges 0.02\) \(valid: \(:ranges \(\(x_min"),
+    ("0.02 -0.05 0.08", "0.12 -0.05 0.08", r"\(0.12 -0.05 0.08 0.01\) .* whose smallest x or y is larger than its l"),
+    ("((0.02 -0.05 0.08 0.01))", "()", r"'main_table_plate_region' has no \(:ranges ...\), so that nothing can be"),
+    ("plate_1 - plate\n", "plate_1 -\n", r"\(:objects ...\) has no type after a '-': write name - type"),
+    ("plate_1 - plate\n", "- plate\n", r"\(:objects ...\) has no name before a '-': write name - type"),
+    ("plate_1 - plate\n", "plate_1\n", r"\(:objects ...\) tells no type of plate_1: write plate_1 - type"),
+    ("plate_1 - plate\n", "(plate_1) - plate\n", r"\(:objects ...\) has \(plate_1\) where a name is expected"),
+    ("plate_1 - plate\n", "plate_1 - plate plate_2 - plate\n", r"\(:objects ...\) has the type 'plate' twice"),
+    ("plate_1 - plate\n", "plate_1 plate_1 - plate\n", r"'plate_1' is declared twice; give one of the two ano"),
+    ("(On plate_1 main", "(Onn plate_1 main", r"'onn' is no predicate in \(:init ...\)"),
+    ("(On plate_1 main_table_plate_region)", "plate_1", r"plate_1 is no atom: write \(On object region\)"),
+]
+
+
+@pytest.mark.parametrize(("word", "other", "message"), [*((GOAL, *goal) for goal in GOALS.items()), *FORMS])
+def test_what_is_no_task_of_liberos_form_is_refused_at_once(word: str, other: str, message: str, tmp_path, monkeypatch):
+    monkeypatch.setenv(own_suites.VARIABLE, "")
+    text = (FOLDER / "put_the_cream_cheese_on_the_bowl.bddl").read_text("utf-8")
+    assert word in text
+    (tmp_path / "broken.bddl").write_text(text.replace(word, other, 1), "utf-8")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/broken.bddl: .*{message}"):
+        libero_gym.register_suite("broken", tmp_path)
+    assert "broken" not in libero_gym.list_suites()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"state": np.ones((2, 59))}, r"has no array 'states' \(it has: state\); rename it"),
+        ({"states": np.ones((0, 59))}, r"holds an array of shape \(0, 59\); expected numbers \[num_states, 1 \+ nq"),
+        ({"states": np.ones(59)}, r"holds an array of shape \(59,\)"),
+        ({"states": np.array([["a"]])}, "holds values of type <U1"),
+        ({"states": np.array([[0.0], [np.nan]])}, "holds values that are not finite, such as in row 1"),
+        (None, "is no .npz file; write it by numpy.savez"),
+    ],
+)
+def test_stored_states_that_are_none_are_refused_at_once(arrays, message: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv(own_suites.VARIABLE, "")
+    shutil.copy(FOLDER / "put_the_cream_cheese_on_the_bowl.bddl", tmp_path / "a.bddl")
+    if arrays is None:
+        (tmp_path / "a.npz").write_bytes(b"")
+    else:
+        np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/a.npz {message}"):
+        libero_gym.register_suite("stateless", tmp_path, tmp_path)
+
+
 def test_all_of_liberos_files_pass():
     root = libero_root()
     tasks = [task for suite in list_named_suites() for task in list_tasks(suite)]
@@ -251,15 +329,29 @@ for name, make in envs.OBJECTS_DICT.items():
         make(name="thing")
     except Read as file:
         models[name] = str(file)
-print(json.dumps([list(envs.OBJECTS_DICT), list(envs.bddl_base_domain.TASK_MAPPING), models]))
+
+def knows(make, method):
+    try:
+        getattr(make, method)(None, 0.0)
+    except (AttributeError, TypeError):  # of what it is made without
+        return hasattr(make, method)
+    except NotImplementedError:
+        return False
+
+methods = {"open": "is_open", "close": "is_close", "turnon": "turn_on", "turnoff": "turn_off"}
+joints = {name: [p for p, m in methods.items() if knows(make, m)] for name, make in envs.OBJECTS_DICT.items()}
+print(json.dumps([list(envs.OBJECTS_DICT), list(envs.bddl_base_domain.TASK_MAPPING), models, joints]))
 """
 
 
 def test_the_words_are_those_that_libero_registers():
     ended = subprocess.run([sys.executable, "-c", LIVE], capture_output=True, text=True, check=True)
-    types, problems, models = json.loads(ended.stdout.splitlines()[-1])
+    types, problems, models, joints = json.loads(ended.stdout.splitlines()[-1])
     assert object_types(libero_root()) == set(types)
     assert problem_names(libero_root()) == set(problems)
+    assert {name: set(known) for name, known in joint_predicates(libero_root()).items()} == {
+        name: set(known) for name, known in joints.items()
+    }
     assert model_files(libero_root()) == models
     assert set(types) - set(models) == {"target_zone"}  # the only one that is made of no file
 

@@ -216,12 +216,12 @@ def test_bddl_is_read_like_libero_reads_it():
 
 def test_a_file_that_is_no_task_is_refused(tmp_path):
     (tmp_path / "broken.bddl").write_text("(define (problem x)")
-    with pytest.raises(ValueError, match=r"broken.bddl: not a single \(define"):
+    with pytest.raises(ValueError, match=r"broken.bddl: it is not a single \(define"):
         read_problem(tmp_path / "broken.bddl")
     (tmp_path / "short.bddl").write_text("(define (problem x))")
-    with pytest.raises(ValueError, match=r"lacks the sections .*':goal'"):
+    with pytest.raises(ValueError, match=r"short.bddl: it lacks the sections .*':goal'"):
         read_problem(tmp_path / "short.bddl")
     sections = "(problem x) (:regions) (:objects) (:fixtures) (:init) (:goal (on a b))"
     (tmp_path / "gently.bddl").write_text(f"(define {sections} (:language put it (gently) down))")
-    with pytest.raises(ValueError, match=r"gently.bddl has parentheses in its instruction \(:language ...\)"):
+    with pytest.raises(ValueError, match=r"gently.bddl: it has parentheses in its instruction \(:language ...\)"):
         read_problem(tmp_path / "gently.bddl")
