@@ -48,6 +48,8 @@ def register_suite(name: str, folder: str | Path, init_states: str | Path | None
     they were placed, as `init_states="settled"`, the default. Episodes are cut after 480 steps, unless `horizon` says
     otherwise, or the name begins with that of a base suite, whose horizon it then has.
 
+    A file that is edited later is another task at once, see `TaskSpec.digest`; register again only to have it checked.
+
     The registration holds for this process and those it starts (see `libero_gym.tasks.own_suites`).
 
     Args:
@@ -59,8 +61,9 @@ def register_suite(name: str, folder: str | Path, init_states: str | Path | None
         The tasks, as `libero_gym.list_tasks(name)` gives them.
 
     Raises:
-        ValueError: the name is that of another suite, or cannot be part of an id, or a file is no LIBERO task: it names
-            a problem, an object, or a type of objects that there is not. Nothing has been registered.
+        ValueError: the name is that of another suite, or cannot be part of an id, or a file is no LIBERO task: it has
+            another form, or names a problem, a predicate, an object or a type of objects that there is not, or one
+            whose model is not installed; or stored states are no table of finite numbers. Nothing has been registered.
         FileNotFoundError: a folder is missing, has no BDDL files, or has no states of a task.
     """
     check_name_is_free(name)

