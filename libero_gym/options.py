@@ -230,9 +230,8 @@ def choose_tasks(suite: str | TaskSpec, task_id: int | None, task_ids: Sequence[
     """Return the tasks that an environment is made for: `task_id`, `task_ids`, all of the suite, or the one given.
 
     Raises:
-        FileNotFoundError: the assets of one of them are not installed.
         ValueError: both are given, `task_ids` is empty or no sequence, or the suite has no such task; or a task is
-            given with ids, or is not one of its suite.
+            given with ids, or is not one of its suite; or the assets of a task are not installed.
         TypeError: an id is not an integer, or `suite` is neither a name nor a task.
     """
     tasks = _name_tasks(suite, task_id, task_ids)

@@ -459,8 +459,7 @@ def export_suites(suites: Sequence[str], path: Path) -> None:
     """Write a scene archive of whole suites, of a combined one its members, to `path`; see `libero_gym.tasks.archive`.
 
     Raises:
-        ValueError: an unknown suite.
-        FileNotFoundError: the assets of one of its tasks are not installed. Nothing has been built.
+        ValueError: an unknown suite, or the assets of one of its tasks are not installed. Nothing has been built.
         RuntimeError: as `load_scenes`.
     """
     archived: dict[str, list[ArchivedTask]] = {}

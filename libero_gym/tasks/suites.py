@@ -109,18 +109,18 @@ def list_named_suites() -> list[str]:
 
 
 def check_assets(tasks: Sequence[TaskSpec]) -> None:
-    """Return if the assets of `tasks` are installed.
+    """Return if the assets of `tasks` are installed, as those of the base suites are.
 
     Raises:
-        FileNotFoundError: they are not; the message names the tasks, the first file and what to do.
+        ValueError: they are not; the message names the tasks, the first file and what to do.
     """
-    lacking = {task: missing for task in tasks if (missing := missing_assets(load_problem(task), libero_root()))}
+    lacking = {task: missing for task in tasks if (missing := _missing_assets(task))}
     if not lacking:
         return
     first, (file, *_) = next(iter(lacking.items()))
-    others = [task.task_id for task in list_tasks(first.suite) if not missing_assets(load_problem(task), libero_root())]
+    others = [task.task_id for task in list_tasks(first.suite) if not _missing_assets(task)]
     which = f"task_ids={others}" if others else "another suite (libero_gym.list_suites())"
-    raise FileNotFoundError(
+    raise ValueError(
         f"{first.suite} task{'s' * (len(lacking) > 1)} {', '.join(str(task.task_id) for task in lacking)} "
         f"{'need' if len(lacking) > 1 else 'needs'} {file}, which the installed LIBERO has not: put the folder "
         f"{file.parent.name} there, or take {which}"
@@ -313,6 +313,10 @@ def libero_root() -> Path:
             if (root / "benchmark").is_dir():
                 return root
     raise ModuleNotFoundError(f"no installed distribution provides LIBERO (package `libero`); {INSTALL_HINT}")
+
+
+def _missing_assets(task: TaskSpec) -> list[Path]:
+    return [] if task.suite in HORIZONS else missing_assets(load_problem(task), libero_root())
 
 
 @functools.cache

@@ -79,12 +79,12 @@ def test_what_lacks_its_assets_is_refused_when_it_is_made_and_listed_if_some_of_
         r"not: put the folder red_box there, or take another suite \(libero_gym.list_suites\(\)\)$"
     )
     for make in (gymnasium.make, lambda id, **kwargs: gymnasium.make_vec(id, num_envs=1, **kwargs)):
-        with pytest.raises(FileNotFoundError, match=message):
+        with pytest.raises(ValueError, match=message):
             make("libero_gym/libero_10_with_red_box-v0", task_id=3, observe_images=False)
     partly = "libero_object_matched_two_episodes"
     assert partly in listed
     gymnasium.make(f"libero_gym/{partly}-v0", task_id=1, observe_images=False)
-    with pytest.raises(FileNotFoundError, match=r"task 0 needs .*/red_sticker.xml, .* or take task_ids=\[1\]"):
+    with pytest.raises(ValueError, match=r"task 0 needs .*/red_sticker.xml, .* or take task_ids=\[1\]"):
         gymnasium.make(f"libero_gym/{partly}-v0", observe_images=False)
 
 
