@@ -116,14 +116,15 @@ def test_no_module_of_the_environment_imports_torch():
 
 
 def help_texts(args_class: type) -> dict[str, str]:
-    """Returns the text that follows each field in the source of the class that declares it, inherited fields too."""
+    """Returns the text that follows each field in the source of the class that declares it, or of a base class where there is none."""
     texts: dict[str, str] = {}
     for cls in reversed([c for c in args_class.__mro__ if dataclasses.is_dataclass(c)]):
         body = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
         for statement, following in itertools.pairwise([*body, ast.Pass()]):
             if isinstance(statement, ast.AnnAssign):
                 is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-                texts[ast.unparse(statement.target)] = str(following.value.value) if is_text else ""
+                name = ast.unparse(statement.target)
+                texts[name] = str(following.value.value) if is_text else texts.get(name, "")
     assert set(texts) == {field.name for field in dataclasses.fields(args_class)}
     return texts
 

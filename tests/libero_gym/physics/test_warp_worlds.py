@@ -316,8 +316,9 @@ def test_bad_arguments_of_worlds(spatial):
     tasks = list_tasks("libero_spatial")
     with pytest.raises(ValueError, match=r"Warp has no device 'cuda:7' \(valid: .*'cpu'"):
         WarpWorlds(spatial.scene, tasks, 2, device="cuda:7")
-    with pytest.raises(ValueError, match="solver_iterations=0 must be at least 1"):
-        WarpOptions(solver_iterations=0)
+    for value in (0, 1.5):
+        with pytest.raises(ValueError, match=f"solver_iterations={value} is not an integer of at least 1"):
+            WarpOptions(solver_iterations=value)
     with pytest.raises(ValueError, match=r"\['libero_goal/0'\] are not among those of these worlds"):
         spatial.reset(np.array([0]), [start("libero_goal", 0, 0)], init_states="settled")
     fresh = WarpWorlds(spatial.scene, tasks, 2, device="cpu")
