@@ -116,7 +116,7 @@ def test_no_module_of_the_environment_imports_torch():
 
 
 def help_texts(args_class: type) -> dict[str, str]:
-    """Returns the text that follows each field in the source of the class that declares it, or of a base class where there is none."""
+    """Returns the text after each field in the source of the class that declares it, or of a base class if none is."""
     texts: dict[str, str] = {}
     for cls in reversed([c for c in args_class.__mro__ if dataclasses.is_dataclass(c)]):
         body = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body

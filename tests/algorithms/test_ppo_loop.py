@@ -303,7 +303,7 @@ def test_schedules(tmp_path: Path):
 
 
 def test_noise_is_annealed_only_by_agents_that_can(tmp_path: Path):
-    with pytest.raises(ValueError, match="final_noise=0.5 needs an agent whose forward takes noise_anneal"):
+    with pytest.raises(ValueError, match=r"final_noise=0\.5 needs an agent whose forward takes noise_anneal"):
         train("ppo", tmp_path, final_noise=0.5)
     with pytest.raises(ValueError, match=r"final_noise=0.0 is not in \(0, 1\]"):
         train("ppo", tmp_path, final_noise=0.0)
