@@ -528,6 +528,7 @@ def test_start_states_are_checked_before_any_world_is_touched():
 @pytest.mark.slow
 @pytest.mark.parametrize("task_ids", [[1], [1, 3]])  # one scene, two scenes
 def test_start_states_of_gpu_physics_are_checked_before_any_world_is_touched(task_ids, monkeypatch):
+    pytest.importorskip("mujoco_warp")
     from libero_gym.physics import warp_worlds
 
     monkeypatch.setattr(warp_worlds, "default_device", lambda: "cpu")
