@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -130,11 +131,15 @@ def test_images_equal_ours_in_the_look_that_it_names():
     assert process.stdout.splitlines() == ["images [0, 0, 0]", "wrist_images [0, 0, 0]"]
 
 
+def make_goal_env() -> ReferenceVectorEnv:
+    return ReferenceVectorEnv("libero_goal", num_action_chunks=2, observe_images=False)
+
+
 @pytest.fixture(scope="module")
-def goal_env() -> Iterator[ReferenceVectorEnv]:
-    env = ReferenceVectorEnv("libero_goal", num_action_chunks=2, observe_images=False)
-    yield env
-    env.close()
+def fresh_env() -> Iterator[ReferenceVectorEnv]:
+    """One that is never reset."""
+    with closing(make_goal_env()) as env:
+        yield env
 
 
 @pytest.mark.parametrize(
@@ -149,23 +154,24 @@ def goal_env() -> Iterator[ReferenceVectorEnv]:
         (0, {"task_id": 1, "init_state_id": 0, "reset_mask": [1]}, r"reset_mask is int64"),
     ],
 )
-def test_bad_resets(goal_env: ReferenceVectorEnv, seed: Any, options: dict[str, Any], message: str):
+def test_bad_resets(fresh_env: ReferenceVectorEnv, seed: Any, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        goal_env.reset(seed=seed, options=options)
+        fresh_env.reset(seed=seed, options=options)
 
 
-def test_bad_steps(goal_env: ReferenceVectorEnv):
-    with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
-        goal_env.step(np.zeros((1, 2, 7), np.float32))
-    goal_env.reset(seed=0, options={"task_id": 0, "init_state_id": 0})
-    with pytest.raises(ValueError, match=r"actions have shape \(1, 7\); expected \(1, 2, 7\)"):
-        goal_env.step(np.zeros((1, 7), np.float32))
-    nonsense = np.full((1, 2, 7), np.nan, np.float32)
-    with pytest.raises(PhysicsError, match="actions are not finite"):
-        goal_env.step(nonsense)
-    goal_env._episodes[0]["is_over"] = True
-    *_, infos = goal_env.step(nonsense)  # what idles takes anything
-    assert infos["num_steps"].tolist() == [0]
+def test_bad_steps():
+    with closing(make_goal_env()) as env:
+        with pytest.raises(ValueError, match=r"reset\(\) must be called first"):
+            env.step(np.zeros((1, 2, 7), np.float32))
+        env.reset(seed=0, options={"task_id": 0, "init_state_id": 0})
+        with pytest.raises(ValueError, match=r"actions have shape \(1, 7\); expected \(1, 2, 7\)"):
+            env.step(np.zeros((1, 7), np.float32))
+        nonsense = np.full((1, 2, 7), np.nan, np.float32)
+        with pytest.raises(PhysicsError, match="actions are not finite"):
+            env.step(nonsense)
+        env._episodes[0]["is_over"] = True
+        *_, infos = env.step(nonsense)  # what idles takes anything
+        assert infos["num_steps"].tolist() == [0]
 
 
 @pytest.mark.parametrize(
