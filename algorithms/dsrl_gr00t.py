@@ -56,6 +56,7 @@ from typing import Literal, get_args
 from algorithms.common import presets
 from algorithms.common.args import (
     NoiseForm,
+    check_agent_takes,
     check_folders,
     check_physics,
     check_ranges,
@@ -696,6 +697,7 @@ def main(
     # --- the frozen agent ---
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval().requires_grad_(False)
+    check_agent_takes(agent, args)
     if args.compile:
         agent.compile_network()
     is_own_agent = make_agent is not agent_of_args

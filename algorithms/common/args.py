@@ -337,11 +337,12 @@ def check_agent_takes(agent: Any, args: Any) -> None:
             f"compile=True needs an agent with a method compile_network(), which {type(agent).__name__} has not; leave "
             "it out, or define it"
         )
+    final_noise, imitation_coef = getattr(args, "final_noise", 1.0), getattr(args, "imitation_coef", 0.0)
     parameters = inspect.signature(agent.forward).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for option, is_asked, parameter in (
-        (f"final_noise={args.final_noise}", args.final_noise < 1, "noise_anneal"),
-        (f"imitation_coef={args.imitation_coef}", args.imitation_coef > 0, "flow_draws"),
+        (f"final_noise={final_noise}", final_noise < 1, "noise_anneal"),
+        (f"imitation_coef={imitation_coef}", imitation_coef > 0, "flow_draws"),
     ):
         if is_asked and not takes_all and parameter not in parameters:
             raise ValueError(

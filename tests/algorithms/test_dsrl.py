@@ -366,6 +366,11 @@ def test_a_steered_agent_of_ones_own_is_not_taken_for_the_named_model(tmp_path: 
         load_steered(tmp_path / NAME / "checkpoints" / "iteration_3")
 
 
+def test_an_agent_without_compile_network_is_not_compiled(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"compile=True needs an agent with a method compile_network.*LineFlow"):
+        train("dsrl", tmp_path, compile=True)
+
+
 def test_the_evaluation_in_training_is_of_the_steered_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
 
