@@ -436,7 +436,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.common.batch import concatenate, index, mean_of
-from algorithms.common.dry_run import measure
+from algorithms.common.dry_run import measure_run
 from algorithms.common.episodes import played_tasks
 from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
 from algorithms.common.features import FeatureStore
@@ -726,16 +726,12 @@ def dry_run(
     make_envs: Callable[..., Any],
 ) -> dict[str, float]:
     """Prints the sizes of a run, and what memory and time it takes; nothing is trained or written."""
-    set_seed(args.seed)
-    agent = make_agent(args).to(accelerator.device).eval()
-    check_agent_takes(agent, args)
-    observed_size = 0 if args.model == STATE_MODEL else agent.image_size
     updates = [args.num_updates(i) for i in range(1, args.num_iterations + 1)]
-    return measure(
+    return measure_run(
         args,
         accelerator,
-        agent,
-        lambda num_envs: make_envs(args, num_envs, observed_size),
+        make_agent,
+        make_envs,
         sizes={
             "environments": args.num_envs,
             "decisions of each": args.num_steps,

@@ -36,10 +36,11 @@ class Agent(Protocol[ActionT]):
     An agent is a `torch.nn.Module`; a trainer moves it, puts it into eval mode, wraps it for several processes and
     calls `forward` through the wrapper. Observations come as the environment returns them, mostly arrays on the host,
     and generators are the CPU's: the agent moves what it makes of them to the device of its weights, where all that it
-    returns lies. Rows are independent of each other: what is returned for a row depends on no
-    other row of the batch. With `--compile` an agent has a method `compile_network()` too, and with `--final-noise` its
-    `forward` takes `noise_anneal`, the fraction of the exploration noise that is left. With `--imitation-coef` its
-    actions have a `chain` [B, N + 1, H, A], and `forward` takes `flow_draws` and then returns the flow's error too, as
+    returns lies. Rows are independent of each other: what is returned for a row depends on no other row of the batch.
+
+    With `--compile` an agent has a method `compile_network()` too, and with `--final-noise` its `forward` takes
+    `noise_anneal`, the fraction of the exploration noise that is left. With `--imitation-coef` its actions have a
+    `chain` [B, N + 1, H, A], and `forward` takes `flow_draws` and then returns the flow's error too, as
     `Gr00tAgent.score_with_flow_error` does (N denoising steps).
     """
 
@@ -108,8 +109,7 @@ class SteerableAgent(Protocol):
     """What `algorithms/dsrl_gr00t.py` needs of a frozen policy that denoises action chunks: no gradient, no value.
 
     A `torch.nn.Module` like `Agent`, which moves observations to its device and whose rows are independent of each
-    other. With `--compile` it has a method
-    `compile_network()` too.
+    other. With `--compile` it has a method `compile_network()` too.
     """
 
     @property

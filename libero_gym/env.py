@@ -44,7 +44,7 @@ from libero_gym.rendering.protocol import Renderer, RendererKind
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, list_tasks, member_suites, task_number
 from libero_gym.window import Window, check_usable, is_usable
 
 __all__ = ["LiberoEnv", "PhysicsError"]
@@ -499,9 +499,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
         self._simulation = None
 
     def _known_task(self, task_id: Any) -> TaskSpec:
-        asked = get_task(self.options.suite, task_id)
-        # By number: a file of one's own may have been edited since.
-        task = next((t for t in self._tasks if (t.suite, t.task_id) == (asked.suite, asked.task_id)), None)
+        task = self.options.find_task(task_id)
         if task is None:
             made_for = f"task_ids={list(self.task_ids)}" if len(self._tasks) > 1 else f"task_id={self.task_ids[0]}"
             raise ValueError(

@@ -141,6 +141,18 @@ class EnvOptions:
         steps = horizon(task.suite) if self.horizon is None else self.horizon
         return steps if self.max_episode_steps is None else min(steps, self.max_episode_steps)
 
+    def find_task(self, task_id: Any) -> TaskSpec | None:
+        """Return the one of `tasks` that has a number in the suite; None if it is another of the suite.
+
+        By number: a file of one's own may have been edited since.
+
+        Raises:
+            ValueError: the suite has no such task.
+            TypeError: `task_id` is no integer.
+        """
+        asked = get_task(self.suite, task_id)
+        return next((t for t in self.tasks if (t.suite, t.task_id) == (asked.suite, asked.task_id)), None)
+
     @property
     def longest_horizon(self) -> int:
         """Steps after which an episode of any of `tasks` has been truncated."""

@@ -55,7 +55,7 @@ from libero_gym.rendering.protocol import Renderer, RendererKind, ViewKind, View
 from libero_gym.rendering.textures import TextureColorspace
 from libero_gym.tasks.initial_states import EpisodeStart, InitStates, check_init_states, sample_start
 from libero_gym.tasks.scenes import load_scene, load_scenes
-from libero_gym.tasks.suites import TaskSpec, get_task, is_integer, list_tasks, member_suites, task_number
+from libero_gym.tasks.suites import TaskSpec, is_integer, list_tasks, member_suites, task_number
 
 if TYPE_CHECKING:
     from libero_gym.physics.warp_worlds import WarpOptions
@@ -886,9 +886,7 @@ class LiberoVectorEnv(Uncopied, gymnasium.vector.VectorEnv[dict[str, Any], npt.N
         return world_state | self._episodes.get_state(env_id) | {"rng": rng}
 
     def _known_task(self, task_id: int) -> TaskSpec:
-        asked = get_task(self.options.suite, task_id)
-        # By number: a file of one's own may have been edited since.
-        task = next((t for t in self._tasks if (t.suite, t.task_id) == (asked.suite, asked.task_id)), None)
+        task = self.options.find_task(task_id)
         if task is None:
             raise ValueError(
                 f"task_id={task_id} of {self.options.suite} is not among the tasks that these environments were made "

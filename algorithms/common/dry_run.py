@@ -13,14 +13,38 @@ import gymnasium as gym
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 
+from algorithms.common.args import STATE_MODEL, check_agent_takes
 from algorithms.common.batch import index
 from algorithms.common.randomness import EPISODES, NOISE, generators_of, seed_of
 
 # Decisions of the piece of an update that is measured on a CPU, at most. A GPU computes a few decisions hardly faster
 # than a whole micro-batch, and it is the micro-batch that has to fit into its memory.
 MAX_ON_CPU = 64
+
+
+def measure_run(
+    args: Any, accelerator: Accelerator, make_agent: Callable[..., Any], make_envs: Callable[..., Any], **plan: Any
+) -> dict[str, float]:
+    """Makes agent and environments as a trainer does, and measures its run.
+
+    Args:
+        args: a trainer's arguments.
+        accelerator: of this process.
+        make_agent: the trainer's, or one's own.
+        make_envs: likewise.
+        plan: `sizes`, `decisions` and `passes` of `measure`.
+
+    Raises:
+        ValueError: as `measure`, or `args` ask for what the agent cannot do.
+    """
+    set_seed(args.seed)
+    agent = make_agent(args).to(accelerator.device).eval()
+    check_agent_takes(agent, args)
+    observed_size = 0 if args.model == STATE_MODEL else agent.image_size
+    return measure(args, accelerator, agent, lambda num_envs: make_envs(args, num_envs, observed_size), **plan)
 
 
 def measure(

@@ -497,6 +497,16 @@ def test_the_action_space_is_a_batch_of_single_ones(num_action_chunks):
     assert env.envs[0].action_space == LiberoEnv(SUITE, observe_images=False).action_space
 
 
+def assert_start_is_refused(env, good, bad, task_id, message, before):
+    """A bad state for the second environment is refused, and leaves both as they were."""
+    states = iter((good, bad))
+    env.set_start_states(lambda start: next(states))
+    with pytest.raises((ValueError, TypeError), match=message):
+        env.reset(seed=9, options={"task_id": task_id})
+    for left, right in zip(env.get_states(), before, strict=True):
+        assert_same(left, right)
+
+
 def test_start_states_are_checked_before_any_world_is_touched():
     env = make(2, task_ids=[0, 5], num_threads=1)
     env.reset(seed=0, options={"task_id": 0})
@@ -512,12 +522,9 @@ def test_start_states_are_checked_before_any_world_is_touched():
         "physics of the state holds numbers that are not finite": good | {"physics": good["physics"] * np.nan},
     }
     for message, state in bad.items():
-        given = iter((good, state))
-        env.set_start_states(lambda start, given=given: next(given))
-        with pytest.raises((ValueError, TypeError), match=rf"state for environment 1 that cannot begin .*: {message}"):
-            env.reset(seed=9, options={"task_id": 0})
-        for left, right in zip(env.get_states(), before, strict=True):
-            assert_same(left, right)
+        assert_start_is_refused(
+            env, good, state, 0, rf"state for environment 1 that cannot begin .*: {message}", before
+        )
     with pytest.raises(TypeError, match="start_state=3 is no function; give one that takes an EpisodeStart"):
         env.set_start_states(3)
     env.set_start_states(lambda start: good if start.task.task_id == 0 else other.simulations[0].get_state())
@@ -538,12 +545,7 @@ def test_start_states_of_gpu_physics_are_checked_before_any_world_is_touched(tas
     env.step(random_actions(1, 2)[0])
     before = env.get_states()
     for state in (whole, None, good | {"qpos": good["qpos"] * np.nan}):
-        given = iter((good, state))
-        env.set_start_states(lambda start, given=given: next(given))
-        with pytest.raises((ValueError, TypeError), match=r"return what envs\.worlds\.get_state returned"):
-            env.reset(seed=9, options={"task_id": 1})
-        for left, right in zip(env.get_states(), before, strict=True):
-            assert_same(left, right)
+        assert_start_is_refused(env, good, state, 1, r"return what envs\.worlds\.get_state returned", before)
     env.set_start_states(lambda start: good)
     env.reset(options={"task_id": 1})
     assert_same(env.worlds.get_state(1), good)

@@ -334,14 +334,20 @@ def test_a_damaged_file_of_an_unpacked_archive_is_unpacked_anew(damage: str, arc
     assert file.read_bytes() == content
 
 
-def test_archives_without_a_list_of_files_are_read(archive_file: Path, use, tmp_path: Path):
-    path, entries = tmp_path / "older.tar", list[Any]()
-    with tarfile.open(archive_file) as known:
-        for entry in known:
-            content = known.extractfile(entry)
+def read_entries(path: Path) -> list[tuple[str, bytes]]:
+    """Return the names and contents of an archive's files."""
+    entries: list[tuple[str, bytes]] = []
+    with tarfile.open(path) as archive:
+        for entry in archive:
+            content = archive.extractfile(entry)
             assert content is not None
             entries.append((entry.name, content.read()))
-    (name, first), *rest = entries
+    return entries
+
+
+def test_archives_without_a_list_of_files_are_read(archive_file: Path, use, tmp_path: Path):
+    path = tmp_path / "older.tar"
+    (name, first), *rest = read_entries(archive_file)
     assert name == "archive.json"
     kept = ("suites", "versions")
     older = {"format": 1, **{key: value for key, value in json.loads(first).items() if key in kept}}
@@ -406,13 +412,7 @@ def test_a_suite_of_ones_own_is_the_same_from_an_archive(own_archive: Path, use,
 
 def rewrite_index(path: Path, old: Path, **changes: Any) -> None:
     """Write the archive `old` with another index; None leaves an entry out."""
-    entries = list[Any]()
-    with tarfile.open(old) as known:
-        for entry in known:
-            content = known.extractfile(entry)
-            assert content is not None
-            entries.append((entry.name, content.read()))
-    (name, index), *rest = entries
+    (name, index), *rest = read_entries(old)
     kept = {key: value for key, value in (json.loads(index) | changes).items() if value is not None}
     write_tar(path, [(name, json.dumps(kept).encode()), *rest], "w")
 
