@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from algorithms import grpo_gr00t, ppo_gr00t
-from algorithms.common import presets
+from algorithms.common import dry_run, presets
 from algorithms.common.processes import group_means, mean_and_variance
 from algorithms.ppo_gr00t import PRESETS, policy_loss, select_decisions
 from examples.own_agent_in_ppo import MLPAgent
@@ -208,7 +208,7 @@ def test_a_dry_run_counts_the_updates_of_a_fraction(tmp_path: Path, monkeypatch:
     def told(*_: Any, sizes: dict[str, int], passes: list[float], **others: Any) -> dict[str, float]:
         return dict(epoch=sizes["minibatches of an epoch"], all=sizes["updates of all iterations"], last=passes[-1])
 
-    monkeypatch.setattr(ppo_gr00t, "measure", told)
+    monkeypatch.setattr(dry_run, "measure", told)
     options: dict[str, Any] = dict(make_agent=make_tiny_agent, dry_run=True, num_iterations=3)
     assert train("ppo", tmp_path, **options) == dict(epoch=4, all=48, last=4)
     assert train("ppo", tmp_path, **options, update_fraction=0.25) == dict(epoch=1, all=12, last=1)
