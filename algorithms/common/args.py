@@ -204,6 +204,8 @@ RANGES = {
     "video_interval": "[0, inf)",
     "keep_last": "[1, inf)",
     "keep_best": "[0, inf)",
+    # report
+    "max_video_mb": "[0, inf]",
 }
 
 

@@ -28,7 +28,7 @@ MAX_DOTS = 25
 
 ACCENT, GOOD, SOFT, LINE, CARD = "#010101", "#010102", "#010103", "#010104", "#010105"
 _VARIABLES = {ACCENT: "--accent", GOOD: "--good", SOFT: "--soft", LINE: "--line", CARD: "--card"}
-# From nothing solved to all solved.
+# From nothing to a heatmap's full value, which of success is all solved.
 _SHADES = LinearSegmentedColormap.from_list("solved", [to_rgba(GOOD, 0.06), to_rgba(GOOD, 1.0)])
 # Of `curves`: colour and dashes; names for a legend beside them.
 LINE_STYLES = ((ACCENT, "-"), (GOOD, "-"), (SOFT, "-"), (ACCENT, ":"), (GOOD, ":"), (SOFT, ":"))
@@ -186,10 +186,10 @@ def _labelled_axes(axis_labels: tuple[str, str], *, is_whole: bool) -> tuple[Fig
 def heat_cells(
     rows: Mapping[int, Sequence[float | None]], x: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns rates [R, C] and the edges [C + 1] of their columns; more than `MAX_COLUMNS` are joined by their means.
+    """Returns values [R, C] and the edges [C + 1] of their columns; more than `MAX_COLUMNS` are joined by their means.
 
     Args:
-        rows: rates by task; None, NaN in what is returned, where there is none.
+        rows: values by task; None, NaN in what is returned, where there is none.
         x: steps at the end of each column.
     """
     size = math.ceil(len(x) / MAX_COLUMNS)
@@ -206,9 +206,17 @@ def heat_cells(
 
 
 def heatmap(
-    rows: Mapping[int, Sequence[float | None]], x: Sequence[float], label: str, axis_labels: tuple[str, str] = ("", "")
+    rows: Mapping[int, Sequence[float | None]],
+    x: Sequence[float],
+    label: str,
+    axis_labels: tuple[str, str] = ("", ""),
+    *,
+    full: float = 1.0,
 ) -> Markup:
-    """Returns rates by task (rows, by id) over steps (columns); see `heat_cells` and `curve`."""
+    """Returns values by task (rows, by id) over steps (columns); see `heat_cells` and `curve`.
+
+    `full` is the value that has the full colour; 0 has nearly none.
+    """
     values, edges = heat_cells(rows, x)
     with rc_context(_STYLE):
         height = 18 * len(rows) + 42  # points, of 720
@@ -217,7 +225,7 @@ def heatmap(
         axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
         axes.spines[:].set_visible(False)
         mesh = axes.pcolormesh(
-            edges, np.arange(len(rows) + 1), np.ma.masked_invalid(values), cmap=_SHADES, vmin=0.0, vmax=1.0
+            edges, np.arange(len(rows) + 1), np.ma.masked_invalid(values), cmap=_SHADES, vmin=0.0, vmax=full
         )
         mesh.set(edgecolor=CARD, linewidth=1.0, gid="cells")
         axes.invert_yaxis()

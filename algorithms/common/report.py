@@ -24,6 +24,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from rich.console import Console
 
+from algorithms.common.args import check_ranges
 from algorithms.common.charts import LINE_NAMES, compact, curve, curves, heatmap
 from gr00t_agent.files import read_json, write_text
 from libero_gym.outputs import check_output_file
@@ -44,6 +45,11 @@ GROUP_TITLES = {
 }
 CLOSED_GROUPS = ("charts", "time")
 TASK_METRIC = re.compile(r"(.+)_task_(\d+)$")
+# In every line of metrics.jsonl.
+COUNTERS = ("iteration", "global_step")
+# What a run's steps may be.
+ENV_STEPS = "environment steps"
+OPTIMISER_STEPS = "optimiser steps"
 
 
 @dataclass(kw_only=True)
@@ -98,11 +104,16 @@ def read_run(path: Path) -> Run:
     """Returns what `path` holds.
 
     Raises:
-        FileNotFoundError: it holds neither a run nor an evaluation.
+        FileNotFoundError: it holds neither a run nor an evaluation that has ended.
         ValueError: a JSON file, or a line of metrics.jsonl (the last one excepted while it is being written), is none.
     """
     results = [path / "result.json"] if (path / "result.json").is_file() else []
     if not results and not (path / "args.json").is_file():
+        if (path / "protocol.json").is_file():
+            raise FileNotFoundError(
+                f"{path} holds an evaluation that has not ended (protocol.json, but no result.json): wait for its end, "
+                "or go on with it by the command that began it and --resume"
+            )
         raise FileNotFoundError(
             f"{path} is no folder of a run (args.json) or of an evaluation (result.json): give one with --run"
         )
@@ -123,16 +134,27 @@ def read_run(path: Path) -> Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl; none if there is no such file."""
+    """Returns the lines of metrics.jsonl; none if there is no such file.
+
+    Raises:
+        ValueError: a line, the last one excepted while it is being written, is no JSON object with `iteration` and
+            `global_step`.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     metrics: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if number == len(lines) and not line.endswith("\n"):
             break  # still being written
         try:
-            metrics.append(json.loads(line))
+            content = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is no JSON ({error})") from error
+            raise ValueError(f"{path} line {number} is no JSON ({error}): remove the line") from error
+        if not isinstance(content, dict) or not all(_is_finite(content.get(name)) for name in COUNTERS):
+            raise ValueError(
+                f"{path} line {number} is {line.strip()[:40]!r}, and must be an object with numbers for "
+                f"{' and '.join(COUNTERS)}: remove the line"
+            )
+        metrics.append(content)
     return metrics
 
 
@@ -167,13 +189,25 @@ def duration(seconds: float) -> str:
 
 
 def series_of(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Returns environment steps (iterations where these are not logged), and a metric's finite values there."""
-    points = [
-        (line.get("global_step", line.get("iteration", i)), line[name])
-        for i, line in enumerate(metrics)
-        if isinstance(line.get(name), int | float) and math.isfinite(line[name])
-    ]
+    """Returns the steps, as `unit_of` names them, at which a metric has finite values, and these."""
+    points = [(line["global_step"], line[name]) for line in metrics if _is_finite(line.get(name))]
     return [x for x, _ in points], [y for _, y in points]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def env_steps_per_s(metrics: Sequence[Mapping[str, Any]]) -> float | None:
+    """Returns environment steps over the time that they took, of the lines that tell both; None without any.
+
+    It is no mean of the lines' speeds, in which a short iteration would weigh as much as a long one.
+    """
+    told = [line for line in metrics if _is_finite(line.get("charts/SPS")) and _is_finite(line.get("time/total_s"))]
+    seconds = sum(line["time/total_s"] for line in told)
+    if not seconds:
+        return None
+    return sum(line["charts/SPS"] * line["time/total_s"] for line in told) / seconds
 
 
 def tiles_of(run: Run) -> list[dict[str, str]]:
@@ -195,13 +229,13 @@ def tiles_of(run: Run) -> list[dict[str, str]]:
         last = run.metrics[-1]
         planned = run.args.get("num_iterations", run.args.get("num_steps"))
         add("iterations", compact(last["iteration"]), f"of {planned}" if planned else "")
-        if last["global_step"] != last["iteration"]:
-            add("environment steps", compact(last["global_step"]))
+        if unit_of(run) == ENV_STEPS:
+            add(ENV_STEPS, compact(last["global_step"]))
     seconds = sum(series_of(run.metrics, "time/total_s")[1])
     if seconds:
-        _, speed = series_of(run.metrics, "charts/SPS")
+        speed = env_steps_per_s(run.metrics)
         evaluated = sum(evaluation.content["seconds"] for evaluation in run.evaluations)
-        notes = [f"{compact(sum(speed) / len(speed))} env-steps/s"] if speed else []
+        notes = [f"{compact(speed)} env-steps/s"] if speed is not None else []
         if evaluated:
             notes.append(f"{duration(evaluated)} of it evaluations")
         add("time", duration(seconds + evaluated), ", ".join(notes))
@@ -290,15 +324,19 @@ def _curves(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
         x, y = series_of(run.metrics, name)
         if not y or _is_constant(y):
             continue
-        is_rate = "success" in name
         short = name.partition("/")[2] or name
-        picture = curve(x, y, name, axis_labels=(unit_of(run), short), is_rate=is_rate)
+        picture = curve(x, y, name, axis_labels=(unit_of(run), short), is_rate=_is_rate(name))
         charts.append(dict(name=short, last=f"last {_value(name, y[-1])}", picture=picture))
     return charts
 
 
+def _is_rate(name: str) -> bool:
+    """Returns whether a metric is a rate of success, from 0 to 1."""
+    return "success" in name
+
+
 def _value(name: str, value: float) -> str:
-    return percent(value) if "success" in name else compact(value)
+    return percent(value) if _is_rate(name) else compact(value)
 
 
 def _is_constant(y: Sequence[float]) -> bool:
@@ -313,7 +351,10 @@ def _constants(run: Run, names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _heatmaps(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns a heatmap for each metric that is logged by task, such as env/success_once_task_3."""
+    """Returns a heatmap for each metric that is logged by task, such as env/success_once_task_3.
+
+    Success is drawn from 0 to 1; others, such as the weights of adaptive task sampling, up to their largest value.
+    """
     by_metric: dict[str, dict[int, str]] = {}
     for name in names:
         if match := TASK_METRIC.match(name):
@@ -321,16 +362,32 @@ def _heatmaps(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
     x = [float(line["global_step"]) for line in run.metrics]
     charts: list[dict[str, Any]] = []
     for metric, tasks in by_metric.items():
-        rows = {task: [line.get(tasks[task]) for line in run.metrics] for task in sorted(tasks)}
-        picture = heatmap(rows, x, f"{metric} by task", (unit_of(run), "task"))
-        charts.append(dict(name=metric.partition("/")[2], picture=picture))
+        rows = {
+            task: [line[tasks[task]] if _is_finite(line.get(tasks[task])) else None for line in run.metrics]
+            for task in sorted(tasks)
+        }
+        values = [value for row in rows.values() for value in row if value is not None]
+        if not values:
+            continue
+        full = 1.0 if _is_rate(metric) else max(values)
+        picture = heatmap(rows, x, f"{metric} by task", (unit_of(run), "task"), full=full)
+        note = "full colour: solved" if _is_rate(metric) else f"full colour: {compact(full)}"
+        charts.append(dict(name=metric.partition("/")[2], note=note, picture=picture))
     return charts
 
 
 def unit_of(run: Run) -> str:
-    """Returns what curves are over."""
-    counts_iterations = all(line.get("global_step") == line.get("iteration") for line in run.metrics)
-    return "optimiser steps" if counts_iterations else "environment steps"
+    """Returns what curves are over.
+
+    Only fine-tuning counts optimiser steps, and has no iterations. Other trainers begin at step 0 of both, too.
+    """
+    counts_steps = all(line["global_step"] == line["iteration"] for line in run.metrics)
+    return OPTIMISER_STEPS if counts_steps and "num_iterations" not in run.args else ENV_STEPS
+
+
+def _units(runs: Mapping[str, Run]) -> str:
+    """Returns what curves of several runs are over; an evaluation has none."""
+    return " or ".join(sorted({unit_of(run) for run in runs.values() if run.metrics}))
 
 
 def videos_of(run: Run, max_video_mb: float) -> dict[str, Any] | None:
@@ -403,7 +460,7 @@ def comparison_groups(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
     """Returns a picture for each metric that changes in a run or differs between them, in groups as `groups_of`."""
     names = sorted({name for run in runs.values() for line in run.metrics for name in line if "/" in name})
     by_group: dict[str, list[dict[str, Any]]] = {}
-    unit = " or ".join(sorted({unit_of(run) for run in runs.values()}))
+    unit = _units(runs)
     for name in names:
         lines = {run_name: series_of(run.metrics, name) for run_name, run in runs.items()}
         values = {value for _, y in lines.values() for value in y}
@@ -411,7 +468,7 @@ def comparison_groups(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
             continue
         group, _, short = name.partition("/")
         last = ", ".join(_value(name, y[-1]) if y else "-" for _, y in lines.values())
-        picture = curves(lines, name, axis_labels=(unit, short), is_rate="success" in name)
+        picture = curves(lines, name, axis_labels=(unit, short), is_rate=_is_rate(name))
         by_group.setdefault(group, []).append(dict(name=short, last=f"last {last}", picture=picture))
     order = [*(g for g in GROUP_TITLES if g in by_group), *(g for g in by_group if g not in GROUP_TITLES)]
     return [
@@ -430,7 +487,7 @@ def write_comparison(paths: Sequence[Path], output: Path) -> None:
     """Writes a page that shows several runs side by side, whole or not at all.
 
     Raises:
-        FileNotFoundError: a folder holds neither a run nor an evaluation.
+        FileNotFoundError: a folder holds neither a run nor an evaluation that has ended.
     """
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
@@ -443,7 +500,7 @@ def write_comparison(paths: Sequence[Path], output: Path) -> None:
         runs=comparison_rows(runs),
         success=None,
         groups=comparison_groups(runs),
-        unit=" or ".join(sorted({unit_of(run) for run in runs.values()})),
+        unit=_units(runs),
         videos=None,
         facts=[],
     )
@@ -488,7 +545,7 @@ def write_report(run_path: Path, *, max_video_mb: float = MAX_VIDEO_MB) -> Path:
     """Writes report.html into a run's folder, whole or not at all, and returns its path.
 
     Raises:
-        FileNotFoundError: the folder holds neither a run nor an evaluation.
+        FileNotFoundError: the folder holds neither a run nor an evaluation that has ended.
     """
     path = run_path / "report.html"
     write_text(path, render(read_run(run_path), max_video_mb))
@@ -499,9 +556,11 @@ def check_args(args: Args) -> None:
     """Checks what is shown, and where.
 
     Raises:
-        ValueError: more runs than a picture can tell apart, one twice, or a place for a page that has its own.
+        ValueError: more runs than a picture can tell apart, one twice, a place for a page that has its own, or a number
+            that is not in its range.
         OSError: `output` cannot be written.
     """
+    check_ranges(args)
     if not 1 <= len(args.run) <= len(LINE_NAMES):
         raise ValueError(f"run names {len(args.run)} folders (valid: 1-{len(LINE_NAMES)})")
     if len({path.resolve() for path in args.run}) < len(args.run):

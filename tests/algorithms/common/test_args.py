@@ -204,7 +204,7 @@ def test_groups_that_a_process_cannot_hold_are_refused():
 SCRIPTS = ("ppo", "async_ppo", "grpo", "dsrl", "sft", "eval", "compare")
 
 
-@pytest.mark.parametrize("script", [*(f"{name}_gr00t" for name in SCRIPTS), "collect_demos"])
+@pytest.mark.parametrize("script", [*(f"{name}_gr00t" for name in SCRIPTS), "collect_demos", "report"])
 def test_every_number_of_a_script_has_a_range_which_its_default_and_presets_are_in(script: str):
     module = pytest.importorskip(f"algorithms.{script}")  # async_ppo_gr00t needs Ray
     hints = get_type_hints(module.Args)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -201,13 +202,79 @@ def test_a_run_that_has_only_begun(tmp_path: Path):
     assert 'class="curve"' not in content
 
 
+def test_the_speed_is_that_of_all_steps_over_all_of_their_time(run: Path):
+    lines = [
+        {"iteration": 1, "global_step": 1000, "time/total_s": 100.0, "charts/SPS": 10.0},
+        {"iteration": 2, "global_step": 2000, "time/total_s": 1.0, "charts/SPS": 1000.0},
+        {"iteration": 2, "global_step": 2000, "time/total_s": 50.0},  # tells no speed
+        {"iteration": 2, "global_step": 2000, "charts/SPS": 7.0},  # tells no time
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert any(text.startswith("19.8 env-steps/s") for text in page(run).texts)  # 2000 in 101 s
+    assert report.env_steps_per_s(lines[2:]) is None
+
+
+@pytest.mark.parametrize(
+    ("args", "line", "unit"),
+    [
+        (dict(num_iterations=50), dict(iteration=0, global_step=0), "environment steps"),  # evaluated before training
+        (dict(num_iterations=50), dict(iteration=2, global_step=2), "environment steps"),
+        (dict(num_steps=50), dict(iteration=20, global_step=20), "optimiser steps"),  # fine-tuning
+    ],
+)
+def test_what_curves_are_over_follows_from_what_is_trained(
+    run: Path, args: dict[str, int], line: dict[str, int], unit: str
+):
+    (run / "args.json").write_text(json.dumps(args))
+    (run / "metrics.jsonl").write_text(f"{json.dumps({**line, 'eval/loss': 0.5})}\n")
+    titles = {text.strip() for text in page(run).texts}
+    assert titles & {"over environment steps", "over optimiser steps"} == {f"over {unit}"}
+    tiles = {tile["title"] for tile in report.tiles_of(report.read_run(run))}
+    assert ("environment steps" in tiles) == (unit == "environment steps")
+
+
+def test_only_success_is_drawn_from_nothing_to_all_solved(run: Path):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line |= {"env/weight_task_0": 0.25 * i, "env/weight_task_3": 1.0, "env/gone_task_3": math.nan}
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    heatmaps = {chart["name"]: chart for group in report.groups_of(report.read_run(run)) for chart in group["heatmaps"]}
+    notes = {name: chart["note"] for name, chart in heatmaps.items()}
+    assert notes == {"success_once": "full colour: solved", "weight": "full colour: 2.25"}
+
+    drawn: dict[str, float] = {}
+    for name, chart in heatmaps.items():
+        (cells,) = re.findall(r'<g class="cells">(.*?)</g>', chart["picture"], re.DOTALL)
+        opacities = [float(opacity) for opacity in re.findall(r"fill-opacity: ([\d.]+)", cells)]
+        drawn[name] = min(opacities[len(opacities) // 2 :])  # of task 3, which is drawn last
+    assert drawn["success_once"] == pytest.approx(0.06, abs=0.005)
+    assert drawn["weight"] == pytest.approx(0.06 + 0.94 / 2.25, abs=0.01)
+
+
+@pytest.mark.parametrize("size", [-1.0, math.nan])
+def test_a_size_of_videos_that_cannot_be_is_refused(run: Path, size: float):
+    report.check_args(report.Args(run=(run,), max_video_mb=0.0))
+    with pytest.raises(ValueError, match=rf"max_video_mb={size} must be at least 0"):
+        report.check_args(report.Args(run=(run,), max_video_mb=size))
+
+
 def test_what_is_no_run_and_what_is_broken(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"is no folder of a run \(args.json\) or of an evaluation"):
         write_report(tmp_path)
+    for name in ("protocol.json", "episodes.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(FileNotFoundError, match=r"holds an evaluation that has not ended .*: wait for .* --resume"):
+        write_report(tmp_path)
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 1}\nnonsense\n{"iteration": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is no JSON"):
+    whole = '{"iteration": 1, "global_step": 5}\n'
+    path.write_text(f"{whole}nonsense\n{whole}")
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is no JSON .*: remove the line"):
         read_metrics(path)
+    for line in ("[1, 2]", "7", '{"iteration": 2}', '{"global_step": 9}', '{"iteration": 2, "global_step": NaN}'):
+        path.write_text(f"{whole}{line}\n{whole}")
+        message = rf"line 2 is {re.escape(repr(line[:40]))}, and must be an object with numbers for iteration and global"
+        with pytest.raises(ValueError, match=message):
+            read_metrics(path)
     (tmp_path / "args.json").write_text('{"suite": ')
     with pytest.raises(ValueError, match=r"args.json is no JSON, or only a part of it"):
         write_report(tmp_path)
@@ -252,8 +319,9 @@ def test_several_runs_are_one_page(run: Path, tmp_path: Path):
     result(8).save(evaluation / "result.json")  # it has no curve
     (other / "metrics.jsonl").write_text('{"iteration": 1, "global_step": 5, "env/a": 2}\n')
     path = report.main(report.Args(run=(run, other, evaluation)))
-    labels = [str(picture["aria-label"]) for picture in Page(path.read_text()).named("svg")]
-    assert labels == ["env/success_once", "actor/loss"]
+    shown = Page(path.read_text())
+    assert [str(picture["aria-label"]) for picture in shown.named("svg")] == ["env/success_once", "actor/loss"]
+    assert not any("optimiser steps" in text for text in shown.texts)  # an evaluation has no steps
 
     with pytest.raises(ValueError, match="names a folder twice"):
         report.main(report.Args(run=(run, run)))
