@@ -23,10 +23,11 @@ from typing import Literal
 
 from algorithms.common.args import check_ranges
 from algorithms.common.command_line import launch, parse_args
+from algorithms.common.jobs import chosen_tasks
 from libero_gym.experts import ExpertConfig
 from libero_gym.outputs import check_output_folder
 from libero_gym.tasks.initial_states import check_init_state_id, check_init_states
-from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks
+from libero_gym.tasks.suites import TaskSpec, get_task
 
 
 @dataclass(kw_only=True)
@@ -94,9 +95,7 @@ class Args:
 
 def tasks_of(args: Args) -> list[TaskSpec]:
     """Returns the tasks that are recorded."""
-    if args.task_ids is None:
-        return list_tasks(args.suite)
-    return [get_task(args.suite, task_id) for task_id in args.task_ids]
+    return [task for _, task in chosen_tasks(args.suite, args.task_ids)]
 
 
 def check_args(args: Args) -> None:

@@ -254,8 +254,6 @@ PRESETS = {name: Args(**settings) for name, settings in presets.DSRL.items()}
 def check_args(args: Args) -> None:
     """Raises ValueError for arguments that would otherwise fail late, or teach the wrong thing."""
     check_ranges(args)
-    if not args.hidden_dims:
-        raise ValueError("hidden_dims=() must be one width or more")
     if args.replay_capacity < args.num_decisions:
         raise ValueError(
             f"replay_capacity={args.replay_capacity} does not hold the {args.num_decisions} "

@@ -338,7 +338,7 @@ def check_args(args: Args) -> None:
         )
     check_folders(args, STATE_MODEL)
     check_state_model(args)
-    check_near_goal(args)
+    check_near_goal(args, PRESETS)
     check_starts(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     check_imitation(args)
@@ -351,7 +351,7 @@ def check_args(args: Args) -> None:
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
 ARGS = (
-    parse_args(Args, __doc__, PRESETS, check_args, check_agent_options)
+    parse_args(Args, __doc__, PRESETS, check_args, lambda args: check_agent_options(args, PRESETS))
     if __name__ == "__main__"
     else None
 )
@@ -450,7 +450,7 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
 
 def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     """Returns the agent that `args` ask for, on the CPU."""
-    check_agent_options(args)
+    check_agent_options(args, PRESETS)
     if args.model == STATE_MODEL:
         return StateFlowAgent.from_args(args)
     agent = Gr00tAgent.load(

@@ -400,7 +400,7 @@ def check_args(args: Args) -> None:
     kept_minibatches(args)
     check_folders(args, STATE_MODEL)
     check_state_model(args)
-    check_near_goal(args)
+    check_near_goal(args, PRESETS)
     check_starts(args)
     check_schedule(args.lr_schedule, args.target_kl, args.lr_hold)
     check_imitation(args)
@@ -413,7 +413,7 @@ def check_args(args: Args) -> None:
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
 ARGS = (
-    parse_args(Args, __doc__, PRESETS, check_args, check_agent_options)
+    parse_args(Args, __doc__, PRESETS, check_args, lambda args: check_agent_options(args, PRESETS))
     if __name__ == "__main__"
     else None
 )
@@ -520,7 +520,7 @@ def make_envs(
 
 def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     """Returns the agent that `args` ask for, on the CPU."""
-    check_agent_options(args)
+    check_agent_options(args, PRESETS)
     if args.model == STATE_MODEL:
         return StateFlowAgent.from_args(args)
     agent = Gr00tAgent.load(

@@ -35,20 +35,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from algorithms.common.args import (
     Augmentation,
     LoraPart,
+    check_adapters,
     check_folder,
     check_folders,
     check_ranges,
     check_sizes,
     exact_quotient,
+    names_run,
     share_of_process,
 )
 from algorithms.common.command_line import launch, parse_args
-from algorithms.common.jobs import jobs_in_training
+from algorithms.common.jobs import chosen_tasks, jobs_in_training
+from gr00t_agent.config import PresetName
 
 # What may differ between a run and its continuation.
 FREE_ARGS = {
@@ -253,6 +256,15 @@ def check_args(args: Args) -> None:
         raise ValueError("dataset is not given: name a LeRobot dataset with --dataset")
     check_folder("dataset", args.dataset, "make one by algorithms/collect_demos.py")
     check_folders(args)
+    check_adapters(args, PRESETS)
+    is_preset = args.model in get_args(PresetName)
+    if is_preset and args.statistics == "checkpoint" and not names_run(args):
+        raise ValueError(
+            f"statistics='checkpoint' takes those of a checkpoint, and model={args.model!r} is a preset, which has "
+            "random weights and none: leave it out, or give a checkpoint as --model"
+        )
+    if args.task_ids is not None:
+        chosen_tasks(args.suite, args.task_ids)
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from gr00t_agent.config import PresetName
@@ -22,6 +23,10 @@ LoraPart = Literal["action_head", "language_model", "vision_model"]
 STATE_MODEL = "state"
 # Environments that two cores simulate and draw beside a network, for advice.
 CPU_ENVS = 8
+# Of a script that has none.
+NO_PRESETS: Mapping[str, Any] = MappingProxyType({})
+# Why a setting of starts near the goal has no effect.
+NOT_NEAR_GOAL = "without --steps-before-success episodes begin at the tasks' initial states"
 # Where Accelerate reads the number of processes.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -99,7 +104,7 @@ def check_state_model(args: Any) -> None:
 RANGES = {
     # run and cluster
     "seed": "[0, 4294967295]",
-    "seeds": "[0, inf)",
+    "seeds": "[0, 4294967295]",
     "num_iterations": "[1, inf)",
     "max_restarts": "[0, inf)",
     "env_workers": "[1, inf)",
@@ -210,12 +215,20 @@ RANGES = {
 
 
 def check_ranges(args: Any) -> None:
-    """Raises ValueError if an argument that is a number, or several, is not in its range."""
+    """Raises ValueError if an argument that is a number, or several, is not in its range.
+
+    So it is if it holds several and is empty, unless that is its default.
+    """
     for item in fields(args):
         given = getattr(args, item.name)
         if item.name not in RANGES or given is None:
             continue
         interval = RANGES[item.name]
+        if given == () and item.default != ():
+            raise ValueError(
+                f"{item.name}=() names none (valid: one or more in {interval}); give some, or leave --"
+                f"{item.name.replace('_', '-')} out"
+            )
         low, high = (float(bound) for bound in interval[1:-1].split(", "))
         for value in given if isinstance(given, tuple) else (given,):
             is_above = low < value or (interval[0] == "[" and low == value)
@@ -323,10 +336,16 @@ def largest_divisor(number: int, limit: int) -> int:
     return max((n for n in range(1, min(number, limit) + 1) if number % n == 0), default=1)
 
 
-def check_agent_options(args: Any) -> None:
-    """Raises ValueError for what the trainers' own agents have not; others may have it."""
+def check_agent_options(args: Any, presets: Mapping[str, Any] = NO_PRESETS) -> None:
+    """Raises ValueError for what the trainers' own agents have not; others may have it.
+
+    Args:
+        args: a trainer's.
+        presets: the trainer's, see `check_left_out`.
+    """
     _check_noise(args)
-    _check_lora(args)
+    check_adapters(args, presets)
+    _check_adapted_parts(args)
 
 
 def check_agent_takes(agent: Any, args: Any) -> None:
@@ -353,18 +372,48 @@ def check_agent_takes(agent: Any, args: Any) -> None:
             )
 
 
-def check_left_out(args: Any, names: Iterable[str], why: str) -> None:
+def check_left_out(args: Any, names: Iterable[str], why: str, presets: Mapping[str, Any] = NO_PRESETS) -> None:
     """Raises ValueError if one of the arguments `names` is not its default: where it would have no effect.
 
     Args:
-        args: a trainer's.
+        args: a script's.
         names: of arguments that nothing reads; such that `args` has not are passed over.
         why: ends the message's "... has no effect: ".
+        presets: arguments by the name that `args.preset` may have: what the chosen one sets was not asked for.
     """
+    preset = presets.get(getattr(args, "preset", None) or "")
     for item in fields(args):
+        if item.name not in names:
+            continue
         given = getattr(args, item.name)
-        if item.name in names and given != item.default:
+        is_preset = preset is not None and given == getattr(preset, item.name)
+        if given != item.default and not is_preset:
             raise ValueError(f"{item.name}={given!r} has no effect: {why}; leave it out")
+
+
+def names_run(args: Any) -> bool:
+    """Returns whether a trainer's arguments name the run that it goes on with.
+
+    They are to be those that the run began with: what has no effect among them is none to leave out.
+    """
+    return args.resume is not None and str(args.resume) != "auto"
+
+
+def check_adapters(args: Any, presets: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings of low-rank adapters where there are none, and for adapters of nothing.
+
+    Args:
+        args: a trainer's.
+        presets: the trainer's, see `check_left_out`.
+    """
+    if args.lora_rank and not args.lora_parts:
+        raise ValueError(
+            f"lora_parts=() names nothing that could get the adapters of lora_rank={args.lora_rank} (valid: one or "
+            f"more of {', '.join(get_args(LoraPart))}); give some, or --lora-rank 0"
+        )
+    if args.lora_rank == 0 and not names_run(args):
+        settings = ("lora_alpha", "lora_dropout", "lora_parts")
+        check_left_out(args, settings, "without --lora-rank there are no adapters", presets)
 
 
 def _check_noise(args: Any) -> None:
@@ -432,7 +481,7 @@ def nearest_fraction(num_minibatches: int, fraction: float) -> float:
     return max(1, round(num_minibatches * fraction)) / num_minibatches
 
 
-def _check_lora(args: Any) -> None:
+def _check_adapted_parts(args: Any) -> None:
     """Raises ValueError if `args.lora_parts` name a part of the backbone, and the backbone is frozen."""
     frozen = [part for part in args.lora_parts if part != "action_head"]
     if args.lora_rank and frozen and not args.train_backbone:
@@ -452,8 +501,15 @@ def check_stages(args: Any) -> None:
         )
 
 
-def check_near_goal(args: Any) -> None:
-    """Raises ValueError for starts near the goal that cannot be."""
+def check_near_goal(args: Any, presets: Mapping[str, Any]) -> None:
+    """Raises ValueError for starts near the goal that cannot be, and for settings of them where there are none.
+
+    Args:
+        args: a trainer's.
+        presets: the trainer's, see `check_left_out`.
+    """
+    if not args.steps_before_success and not names_run(args):
+        check_left_out(args, ("num_near_goal_states",), NOT_NEAR_GOAL, presets)
     if args.steps_before_success and args.physics != "cpu":
         raise ValueError(f"steps_before_success needs --physics cpu (given: {args.physics!r}), where experts run")
 

@@ -1,4 +1,4 @@
-"""Which episodes an evaluation plays; needs no PyTorch, so that a task that does not exist is told at once.
+"""Which episodes an evaluation plays, and where; needs no PyTorch, so that what cannot be is told at once.
 
 A job is (task id, initial state id), a key is (seed, task id, initial state id).
 """
@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from libero_gym.tasks.initial_states import InitStates, check_init_states, count_init_states
 from libero_gym.tasks.suites import TaskSpec, get_task, horizon, list_tasks, member_suites, task_number
 
+# What an evaluation's folder holds from its first moment on.
+PROTOCOL_FILE = "protocol.json"
+
 Job = tuple[int, int]
 Key = tuple[int, int, int]
+
+
+def check_evaluation_folder(folder: Path, *, resume: bool) -> None:
+    """Raises FileExistsError if `folder` holds an evaluation that is not to be gone on with."""
+    if not resume and (folder / PROTOCOL_FILE).is_file():
+        raise FileExistsError(f"{folder} holds an evaluation: go on with it by --resume, or give another --output-dir")
 
 
 def evaluation_jobs(
@@ -22,11 +32,11 @@ def evaluation_jobs(
     """Returns every job of the protocol; None is the suite's default kind of states.
 
     Raises:
-        ValueError: if a task is not in the suite or has fewer initial states.
+        ValueError: if no task is named, or one that is not in the suite or has fewer initial states.
         FileNotFoundError: if the suite has no initial states of this kind.
     """
     kind = check_init_states(init_states, suite)
-    tasks = _chosen_tasks(suite, task_ids)
+    tasks = chosen_tasks(suite, task_ids)
     for task_id, task in tasks:
         stored = count_init_states(task, kind)
         if not 1 <= episodes_per_task <= stored:
@@ -37,28 +47,41 @@ def evaluation_jobs(
     return [(task_id, state) for task_id, _ in tasks for state in range(episodes_per_task)]
 
 
-def stored_starts(suite: str, task_ids: Sequence[int] | None) -> list[Job]:
-    """Returns a job of every stored initial state; of a task that is named twice, all of them twice."""
-    kind = check_init_states(None, suite)
-    tasks = _chosen_tasks(suite, task_ids)
+def stored_starts(suite: str, task_ids: Sequence[int] | None, init_states: InitStates | None = None) -> list[Job]:
+    """Returns a job of every stored initial state; of a task that is named twice, all of them twice.
+
+    `init_states` and what is raised are as of `evaluation_jobs`.
+    """
+    kind = check_init_states(init_states, suite)
+    tasks = chosen_tasks(suite, task_ids)
     return [(task_id, state) for task_id, task in tasks for state in range(count_init_states(task, kind))]
 
 
 def check_starts(args: Any) -> None:
-    """Checks which tasks a trainer plays, and from where.
+    """Checks which tasks a trainer, or an evaluation, plays, and from where.
 
     Args:
-        args: a trainer's.
+        args: a trainer's or eval_gr00t.py's.
 
     Raises:
-        ValueError: the suite, or a task of it, does not exist, or has fewer initial states than there are starts near
-            the goal.
+        ValueError: the suite, or a task of it, does not exist, has fewer initial states than there are starts near the
+            goal, or has episodes that end before an expert would succeed from one of these.
+        FileNotFoundError: the suite has no initial states of the kind that is asked for.
     """
     named = None if args.task_ids is None else tuple(dict.fromkeys(args.task_ids))
-    num_states = Counter(task_id for task_id, _ in stored_starts(args.suite, named))
+    kind = getattr(args, "init_states", None)
+    num_states = Counter(task_id for task_id, _ in stored_starts(args.suite, named, kind))
     times = getattr(args, "steps_before_success", None)
     if not times:
         return
+    for task_id, task in chosen_tasks(args.suite, named):
+        longest_episode = horizon(task.suite) if args.horizon is None else args.horizon
+        if max(times) > longest_episode:
+            raise ValueError(
+                f"steps_before_success={times} hold {max(times)}, but episodes of task {task_id} of {args.suite} end "
+                f"after horizon={longest_episode} steps, before an expert would succeed; give steps of at most the "
+                "horizon, or a longer --horizon"
+            )
     task_id, fewest = min(num_states.items(), key=lambda item: item[1])
     if args.num_near_goal_states * len(times) > fewest:
         raise ValueError(
@@ -68,8 +91,17 @@ def check_starts(args: Any) -> None:
         )
 
 
-def _chosen_tasks(suite: str, task_ids: Sequence[int] | None) -> list[tuple[int, TaskSpec]]:
-    """Returns tasks with their numbers in `suite`; None chooses all."""
+def chosen_tasks(suite: str, task_ids: Sequence[int] | None) -> list[tuple[int, TaskSpec]]:
+    """Returns tasks with their numbers in `suite`; None chooses all.
+
+    Raises:
+        ValueError: the suite, or a task of it, does not exist, or `task_ids` is empty.
+    """
+    if task_ids is not None and not task_ids:
+        raise ValueError(
+            f"task_ids={task_ids} names no task of {suite} (valid: 0-{len(list_tasks(suite)) - 1}); name one or more, "
+            "or leave it out for all"
+        )
     tasks = [get_task(suite, i) for i in task_ids] if task_ids is not None else list_tasks(suite)
     return [(task_number(suite, task), task) for task in tasks]
 

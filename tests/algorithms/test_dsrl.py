@@ -443,7 +443,8 @@ def test_functions_that_ppo_has_too_are_the_same():
     ("changes", "message"),
     [
         (dict(warmup_iterations=0), "warmup_iterations=0 must be at least 1"),
-        (dict(hidden_dims=()), r"hidden_dims=\(\) must be one width or more"),
+        (dict(hidden_dims=()), r"hidden_dims=\(\) names none .*one or more in \[1, inf\)"),
+        (dict(task_ids=()), r"task_ids=\(\) names no task of libero_spatial \(valid: 0-9\)"),
         (dict(polyak=0.0), r"polyak=0.0 is not in \(0, 1\]"),
         (dict(noise_bound=-1.0), "noise_bound=-1.0 must be more than 0"),
         (dict(replay_capacity=63), "replay_capacity=63 does not hold the 64 decisions of an iteration"),

@@ -102,6 +102,7 @@ def test_a_function_of_ppo_is_the_same_in_the_asynchronous_trainer():
             "17 times 3 .* 50 .* --num-near-goal-states 16",
         ),
         (dict(pipeline_stage_num=48), "pipeline_stage_num=48 must divide the 64 .* --pipeline-stage-num 32"),
+        (dict(task_ids=(), eval_episodes_per_task=0), r"task_ids=\(\) names no task of libero_spatial \(valid: 0-9\)"),
     ],
 )
 def test_arguments_that_would_fail_late_are_refused(trainer: Any, changes: dict[str, Any], message: str):
@@ -149,6 +150,51 @@ def test_what_our_agents_have_not_is_refused_on_the_command_line(trainer: str, c
         check_agent_options(args)
     with pytest.raises(ValueError, match=message):
         module.make_agent(args)
+
+
+TRAINERS = ("ppo_gr00t", "grpo_gr00t", "async_ppo_gr00t")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_starts_that_an_expert_comes_to_only_after_the_horizon_are_refused(trainer: str):
+    module = pytest.importorskip(f"algorithms.{trainer}")  # the last one needs Ray
+    module.check_args(module.Args(steps_before_success=(3, 240)))
+    with pytest.raises(ValueError, match="hold 500, but episodes of task 0 of libero_spatial end after horizon=240"):
+        module.check_args(module.Args(steps_before_success=(3, 500)))
+    module.check_args(module.Args(steps_before_success=(3, 500), horizon=500))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_settings_of_what_is_not_asked_for_are_refused(trainer: str):
+    module = pytest.importorskip(f"algorithms.{trainer}")  # the last one needs Ray
+    with pytest.raises(ValueError, match="num_near_goal_states=9 has no effect: without --steps-before-success"):
+        module.check_args(module.Args(num_near_goal_states=9))
+    for setting in (dict(lora_alpha=3.0), dict(lora_parts=("action_head", "language_model"))):
+        with pytest.raises(ValueError, match=r"lora_\w+=.* has no effect: without --lora-rank there are no adapters"):
+            module.make_agent(module.Args(**setting))
+        check_agent_options(module.Args(**setting, resume=FOLDER))  # a run that began so
+        check_agent_options(module.Args(**setting, lora_rank=4, train_backbone=True))
+    with pytest.raises(
+        ValueError, match=r"lora_parts=\(\) names nothing .* one or more of action_head, language_model"
+    ):
+        check_agent_options(module.Args(lora_rank=4, lora_parts=()))
+
+
+def test_what_a_preset_sets_may_be_left_without_effect():
+    def chosen(preset: str, **changes: Any) -> ppo_gr00t.Args:
+        return replace(ppo_gr00t.PRESETS[preset], preset=preset, **changes)
+
+    from_the_start = chosen("libero_spatial_laptop", steps_before_success=())
+    assert from_the_start.num_near_goal_states != ppo_gr00t.Args().num_near_goal_states
+    ppo_gr00t.check_args(from_the_start)
+    with pytest.raises(ValueError, match="num_near_goal_states=9 has no effect"):
+        ppo_gr00t.check_args(replace(from_the_start, num_near_goal_states=9))
+
+    without_adapters = chosen("libero_spatial_24gb", lora_rank=0)
+    assert without_adapters.lora_alpha != ppo_gr00t.Args().lora_alpha
+    check_agent_options(without_adapters, ppo_gr00t.PRESETS)
+    with pytest.raises(ValueError, match=r"lora_alpha=3\.0 has no effect"):
+        check_agent_options(replace(without_adapters, lora_alpha=3.0), ppo_gr00t.PRESETS)
 
 
 class Bare:
@@ -261,6 +307,15 @@ def test_groups_that_none_can_be_in_are_refused():
         (dict(warmup_fraction=2.0), r"warmup_fraction=2.0 is not in \[0, 1\]"),
         (dict(learning_rate=-1.0), "learning_rate=-1.0 must be at least 0"),
         (dict(betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\) is not in \[0, 1\)"),
+        (dict(task_ids=()), r"task_ids=\(\) names no task of libero_spatial \(valid: 0-9\)"),
+        (dict(task_ids=(), eval_episodes_per_task=0), r"task_ids=\(\) names no task of libero_spatial"),
+        (dict(lora_alpha=3.0), "lora_alpha=3.0 has no effect: without --lora-rank there are no adapters"),
+        (dict(lora_dropout=0.5), "lora_dropout=0.5 has no effect: without --lora-rank"),
+        (dict(lora_rank=4, lora_parts=()), r"lora_parts=\(\) names nothing .* adapters of lora_rank=4"),
+        (
+            dict(model="nano", statistics="checkpoint"),
+            "statistics='checkpoint' .* model='nano' is a preset, .* leave it out, or give a checkpoint as --model",
+        ),
     ],
 )
 def test_fine_tuning_refuses_at_once_what_would_fail_late(changes: dict[str, Any], message: str):
@@ -268,6 +323,13 @@ def test_fine_tuning_refuses_at_once_what_would_fail_late(changes: dict[str, Any
     sft_gr00t.check_args(sft_gr00t.Args(dataset=dataset))
     with pytest.raises(ValueError, match=message):
         sft_gr00t.check_args(sft_gr00t.Args(dataset=dataset, **changes))
+
+
+def test_a_collection_of_no_task_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"task_ids=\(\) names no task of libero_spatial \(valid: 0-9\)"):
+        collect_demos.check_args(collect_demos.Args(output=tmp_path, task_ids=()))
+    with pytest.raises(ValueError, match=r"init_state_ids=\(\) names none .* or leave --init-state-ids out"):
+        collect_demos.check_args(collect_demos.Args(output=tmp_path, init_state_ids=()))
 
 
 def test_videos_of_an_odd_size_are_refused_before_any_is_recorded(tmp_path: Path):
