@@ -71,8 +71,8 @@ class EvalResult:
         protocol: what decides the outcomes.
         task_descriptions: instruction by task id.
         episodes: all of them.
-        seconds: time that this process took; without what a resumed evaluation did before.
-        timing: those seconds by phase: predict, step, reset and other.
+        seconds: time that it took; of an evaluation that was resumed, with what it had taken before.
+        timing: those seconds by phase: predict, step, reset and other, and if it was resumed what it had taken before.
         videos: files of single episodes.
     """
 

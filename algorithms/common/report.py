@@ -26,6 +26,7 @@ from rich.console import Console
 
 from algorithms.common.args import check_ranges
 from algorithms.common.charts import LINE_NAMES, compact, curve, curves, heatmap
+from algorithms.common.jobs import PROTOCOL_FILE
 from gr00t_agent.files import read_json, write_text
 from libero_gym.outputs import check_output_file
 
@@ -109,10 +110,10 @@ def read_run(path: Path) -> Run:
     """
     results = [path / "result.json"] if (path / "result.json").is_file() else []
     if not results and not (path / "args.json").is_file():
-        if (path / "protocol.json").is_file():
+        if (path / PROTOCOL_FILE).is_file():
             raise FileNotFoundError(
-                f"{path} holds an evaluation that has not ended (protocol.json, but no result.json): wait for its end, "
-                "or go on with it by the command that began it and --resume"
+                f"{path} holds an evaluation that has not ended ({PROTOCOL_FILE}, but no result.json): wait for its "
+                "end, or go on with it by the command that began it and --resume"
             )
         raise FileNotFoundError(
             f"{path} is no folder of a run (args.json) or of an evaluation (result.json): give one with --run"

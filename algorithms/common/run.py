@@ -45,7 +45,7 @@ from algorithms.common.provenance import describe_environment
 from algorithms.common.stages import EnvStages
 from gr00t_agent.files import remove_folder, whole_file, write_json, write_text
 
-# Of the runs that this process works on; closed files would unlock them.
+# Of the runs and evaluations that this process works on; closed files would unlock them.
 _LOCKS: dict[Path, TextIO] = {}
 # What every start of a run writes, besides trackers.
 _FIRST_FILES = {"args.json", "environment.json", ".lock"}
@@ -78,8 +78,12 @@ def write_args(path: Path, args: Any) -> None:
     write_json(path / "args.json", args)
 
 
-def lock(path: Path) -> None:
-    """Makes this process the only one that works on the run in `path`, until it ends or unlocks.
+def lock(path: Path, otherwise: str = "start a new run under another run_name") -> None:
+    """Makes this process the only one that works on the run, or the evaluation, in `path`, until it ends or unlocks.
+
+    Args:
+        path: its folder.
+        otherwise: what else there is to do than to wait for the other process.
 
     Raises:
         RuntimeError: another process does.
@@ -94,9 +98,7 @@ def lock(path: Path) -> None:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise RuntimeError(
-            f"{path} is in use by {holder}; wait for its end, stop it, or start a new run under another run_name"
-        ) from None
+        raise RuntimeError(f"{path} is in use by {holder}; wait for its end, stop it, or {otherwise}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
@@ -104,7 +106,7 @@ def lock(path: Path) -> None:
 
 
 def unlock(path: Path) -> None:
-    """Lets other processes work on the run again."""
+    """Lets other processes work on the run, or the evaluation, again."""
     if file := _LOCKS.pop(path.resolve(), None):
         file.close()
 

@@ -24,6 +24,7 @@ from algorithms.common.evaluation import (
     evaluation_file,
 )
 from algorithms.common.jobs import evaluation_jobs, stated_horizon, stored_starts
+from algorithms.common.run import unlock
 from algorithms.common.video import CAPTION_HEIGHT, VIEW_SIZE, read_pictures
 from libero_gym.physics.simulation import PhysicsError
 from libero_gym.tasks.suites import horizon
@@ -279,10 +280,72 @@ def test_the_log_keeps_whole_episodes_only(tmp_path: Path):
     again = EpisodeLog(tmp_path / "eval", protocol, resume=True)
     assert again.episodes == [episode(True), episode(False, state=1)]
     again.append(episode(True, state=2))
-    assert path.read_bytes() == whole + (json.dumps(asdict(episode(True, state=2))) + "\n").encode()
-    path.write_text('{"task_id": 0}\n')
+    added = json.loads(path.read_bytes().removeprefix(whole))
+    assert added.pop("seconds") >= 0
+    assert added == asdict(episode(True, state=2))
+    path.write_text('{"task_id": 0, "seconds": 1}\n')
     with pytest.raises(ValueError, match=r"episodes.jsonl line 1 is no episode \(.*missing"):
         EpisodeLog(tmp_path / "eval", protocol, resume=True)
+    for line in ("[]", "3", json.dumps(asdict(episode(True)))):
+        path.write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=r"line 1 is no episode \(it is no object with a number for seconds\)"):
+            EpisodeLog(tmp_path / "eval", protocol, resume=True)
+
+
+def logged(episode: EvalEpisode, seconds: float) -> str:
+    return json.dumps({**asdict(episode), "seconds": seconds}) + "\n"
+
+
+def test_an_episode_that_was_logged_twice_counts_once_or_is_refused(tmp_path: Path):
+    EpisodeLog(tmp_path, {}, resume=False)
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(logged(episode(True), 2.0) + logged(episode(False, state=1), 3.0) + logged(episode(True), 4.0))
+    assert EpisodeLog(tmp_path, {}, resume=True).episodes == [episode(True), episode(False, state=1)]
+    path.write_text(logged(episode(True), 2.0) + logged(episode(False, state=1), 3.0) + logged(episode(False), 4.0))
+    message = r"lines 1 and 3 differ in the outcome of .* \(0, 0, 0\), .* remove both lines, and it is played again"
+    with pytest.raises(ValueError, match=message):
+        EpisodeLog(tmp_path, {}, resume=True)
+
+
+def test_the_time_of_all_parts_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("algorithms.common.episode_log.time.perf_counter", lambda: now)
+    log = EpisodeLog(tmp_path, {}, resume=False)
+    assert log.seconds_before == 0.0
+    now += 7.0
+    log.append(episode(True))
+    now += 50.0  # interrupted
+    again = EpisodeLog(tmp_path, {}, resume=True)
+    assert again.seconds_before == 7.0
+    now += 3.0
+    again.append(episode(True, state=1))
+    assert EpisodeLog(tmp_path, {}, resume=True).seconds_before == 10.0
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from algorithms.common.episode_log import EpisodeLog
+
+EpisodeLog(Path(sys.argv[1]), {}, resume=True)
+print("holds it", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_evaluates_into_a_folder(tmp_path: Path):
+    place = tmp_path / "eval"
+    command = [sys.executable, "-c", HOLDER, str(place)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds it\n"
+        for resume in (False, True):
+            message = rf"eval is in use by process {holder.pid} on .*; wait for its end, .* give another --output-dir"
+            with pytest.raises(RuntimeError, match=message):
+                EpisodeLog(place, {}, resume=resume)
+        holder.communicate()
+    EpisodeLog(place, {}, resume=True)
+    unlock(place)
 
 
 def test_another_protocol_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -315,6 +378,9 @@ def test_jobs_of_a_suite():
         evaluation_jobs("libero_goal", None, 51)
     with pytest.raises(ValueError, match=r"episodes_per_task=0"):
         evaluation_jobs("libero_goal", None, 0)
+    for choose in (stored_starts, lambda suite, task_ids: evaluation_jobs(suite, task_ids, 1)):
+        with pytest.raises(ValueError, match=r"task_ids=\(\) names no task of libero_40 \(valid: 0-39\); name one or"):
+            choose("libero_40", ())
 
 
 class TrainerArgs:
