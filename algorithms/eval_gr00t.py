@@ -12,29 +12,38 @@ Python by --policy, one behind openpi's or Isaac-GR00T's server by --policy-serv
     python algorithms/eval_gr00t.py --checkpoint checkpoints/libero_spatial_rl --num-envs 20
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --seeds 0 1 2
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --reference-env
-    python algorithms/eval_gr00t.py --checkpoint runs/dsrl_libero_spatial_1/checkpoints/iteration_65
+    python algorithms/eval_gr00t.py --checkpoint runs/dsrl_libero_spatial_1/checkpoints/iteration_32
     python algorithms/eval_gr00t.py --checkpoint runs/demo/checkpoints/iteration_18
         --suite libero_goal --task-ids 0 --horizon 40 --steps-before-success 3 6 9
     python algorithms/eval_gr00t.py --policy my_policy.py:make
     python algorithms/eval_gr00t.py --policy-server ws://localhost:8000
 
 Writes result.json (the protocol, the tables, every episode), one video per task and one of all, and
-report.html with all of that. Episodes are also written as they end, and the same command with
---resume goes on after an interruption: on the same kind of machine its outcome is that of an
-uninterrupted evaluation. --reference-env runs the policy in LIBERO's own environment instead of
-ours. How episodes stream through the environments is in `algorithms.common.evaluation`.
+report.html with all of that, into runs/eval_<policy>_<suite> if no --output-dir is given. Episodes
+are also written as they end, and the same command with --resume goes on after an interruption: on
+the same kind of machine its outcome is that of an uninterrupted evaluation. --reference-env runs
+the policy in LIBERO's own environment instead of ours. How episodes stream through the environments
+is in `algorithms.common.evaluation`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from algorithms.common.args import check_folder, check_ranges
+from algorithms.common.args import NOT_NEAR_GOAL, check_folder, check_left_out, check_ranges
 from algorithms.common.command_line import launch, parse_args
-from algorithms.common.jobs import Job, episode_keys, evaluation_jobs, stated_horizon
-from algorithms.common.policy_sources import check_address
+from algorithms.common.jobs import (
+    Job,
+    check_evaluation_folder,
+    check_starts,
+    episode_keys,
+    evaluation_jobs,
+    stated_horizon,
+)
+from algorithms.common.policy_sources import check_address, server_name
 from gr00t_agent.config import PresetName
 from libero_gym.outputs import check_output_folder
 from libero_gym.own_policies import policy_file
@@ -111,21 +120,57 @@ class Args:
     # --- output ---
     videos_per_task: int = 1
     """Episodes per task, from the first on, that are recorded (of the first seed)."""
-    output_dir: Path = Path("runs/eval")
-    """Where the result and the videos are written."""
+    output_dir: Path | None = None
+    """Where the result and the videos are written; runs/eval_<policy>_<suite> if not given, where
+    the policy is named by its checkpoint's folder (behind the run's, of a checkpoint of a trainer),
+    the file or module of --policy, or the server's host and port."""
     resume: bool = False
-    """Go on with the evaluation in output_dir, if there is one; give the same arguments."""
+    """Go on with the evaluation in that folder, if there is one; give the same arguments."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the result and the videos are written."""
+        if self.output_dir is not None:
+            return self.output_dir
+        return Path("runs") / f"eval_{policy_name(self)}_{self.suite}"
+
+
+def policy_name(args: Args) -> str:
+    """Returns what names the policy in the name of a folder."""
+    if args.policy_server is not None:
+        name = server_name(args.policy_server)
+    elif args.policy is not None:
+        place = args.policy.rpartition(":")[0]
+        name = Path(place).stem if place.endswith(".py") else place
+    else:
+        name = checkpoint_name(str(args.checkpoint))
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def checkpoint_name(checkpoint: str) -> str:
+    """Returns the name of a checkpoint's folder, behind that of the run in which a trainer saved it."""
+    if not Path(checkpoint).is_dir():  # a preset's name, or a hub id
+        return checkpoint.rpartition("/")[2]
+    folder = Path(checkpoint).resolve()
+    if not re.fullmatch(r"(iteration|step)_\d+", folder.name):
+        return folder.name
+    is_in_run = folder.parent.name == "checkpoints"
+    run = folder.parents[1] if is_in_run else folder.parent
+    return f"{run.name}_{folder.name}"
 
 
 def check_args(args: Args) -> None:
     """Raises ValueError or OSError for arguments that would otherwise fail late."""
     check_ranges(args)
     check_source(args)
-    check_output_folder("output_dir", args.output_dir)
+    check_output_folder("output_dir", args.folder)
+    check_evaluation_folder(args.folder, resume=args.resume)
     if args.base_model is not None:
         check_folder("base_model", args.base_model, "give that of the policy that is steered")
+    if not args.steps_before_success:
+        check_left_out(args, ("num_near_goal_states",), NOT_NEAR_GOAL)
+    check_reference_env(args)
     check_starts(args)
-    check_look(args)
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
     episode_keys(args.seeds, jobs)
     if args.videos_per_task > args.episodes_per_task:
@@ -136,18 +181,19 @@ def check_args(args: Args) -> None:
         )
 
 
-def check_starts(args: Args) -> None:
-    """Raises ValueError for starts near the goal that cannot be."""
-    if args.steps_before_success and args.reference_env:
+def check_reference_env(args: Args) -> None:
+    """Raises ValueError for what LIBERO's own environment has not, if it is to be taken."""
+    if not args.reference_env:
+        return
+    from algorithms.common.reference_env import check_reference_renderer  # MuJoCo takes a second
+
+    check_reference_renderer(args.renderer)
+    if args.steps_before_success:
         raise ValueError(
             "steps_before_success sets the state of our environment, and reference_env=True is "
             "LIBERO's own; leave one of them out"
         )
-
-
-def check_look(args: Args) -> None:
-    """Raises ValueError for colours that the environment cannot have."""
-    if args.texture_colorspace is not None and args.reference_env:
+    if args.texture_colorspace is not None:
         raise ValueError(
             f"texture_colorspace={args.texture_colorspace!r} is a choice of our environment, and "
             "reference_env=True is LIBERO's own, which looks as the installed MuJoCo draws; leave "
@@ -164,6 +210,9 @@ def check_source(args: Args) -> None:
             "give one of --checkpoint, --policy and --policy-server "
             f"(given: {', '.join(given) or 'none'})"
         )
+    if args.policy_server is None:
+        why = f"with --{given[0]} there is no server to wait for"
+        check_left_out(args, ("policy_timeout",), why)
     if args.checkpoint is not None:
         if args.checkpoint not in get_args(PresetName):
             hint = "for example checkpoints/libero_spatial_rl"
@@ -196,7 +245,7 @@ from accelerate.utils import set_seed
 from gymnasium.vector import AutoresetMode
 from rich.console import Console
 
-from algorithms.common.episode_log import EpisodeLog, EvalEpisode
+from algorithms.common.episode_log import OTHERWISE, EpisodeLog, EvalEpisode
 from algorithms.common.evaluation import EvalResult, appearance_of, evaluate
 from algorithms.common.policies import (
     ChunkSource,
@@ -209,6 +258,7 @@ from algorithms.common.policy_clients import connect
 from algorithms.common.processes import check_alone
 from algorithms.common.reference_env import ReferenceVectorEnv
 from algorithms.common.report import write_report
+from algorithms.common.run import lock, unlock
 from algorithms.common.state_agent import StateFlowAgent, is_state_agent
 from algorithms.common.steering import (
     WEIGHTS_FILE,
@@ -496,8 +546,14 @@ def main(args: Args) -> EvalResult:
     jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
     num_episodes = len(episode_keys(args.seeds, jobs))
     num_envs = min(args.num_envs, num_episodes)
+    folder = args.folder
 
     with ExitStack() as resources:
+        resources.callback(unlock, folder)
+        # That it is in use is told at once; a new one is made, and locked, by the log.
+        if folder.is_dir():
+            lock(folder, OTHERWISE)
+
         # --- policy and environments ---
         set_seed(args.seeds[0])  # a preset's random weights
         candidate = make_candidate(args, resources)
@@ -506,28 +562,36 @@ def main(args: Args) -> EvalResult:
 
         # --- evaluate ---
         protocol = make_protocol(args, candidate, envs, jobs)
-        log = ShownEpisodeLog(args.output_dir, protocol, resume=args.resume, total=num_episodes)
+        log = ShownEpisodeLog(folder, protocol, resume=args.resume, total=num_episodes)
         result = evaluate(
             candidate.agent,
             envs,
             jobs,
             seed=args.seeds,
             record=lambda _, init_state_id: init_state_id < args.videos_per_task,
-            video_dir=args.output_dir / "videos",
+            video_dir=folder / "videos",
             log=log,
         )
 
-    # --- result and report ---
-    texts = {task_id: get_task(args.suite, task_id).language for task_id in protocol["task_ids"]}
-    result = replace(result, protocol=result.protocol | protocol, task_descriptions=texts)
-    result.save(args.output_dir / "result.json")
-    report_path = write_report(args.output_dir)
+        # --- result and report ---
+        task_ids = protocol["task_ids"]
+        texts = {task_id: get_task(args.suite, task_id).language for task_id in task_ids}
+        before = {"before_s": log.seconds_before} if log.seconds_before else {}
+        result = replace(
+            result,
+            protocol=result.protocol | protocol,
+            task_descriptions=texts,
+            seconds=log.seconds_before + result.seconds,
+            timing=before | result.timing,
+        )
+        result.save(folder / "result.json")
+        report_path = write_report(folder)
 
     result.print_table()
     phases = [f"{name.removesuffix('_s')} {s:.1f} s" for name, s in result.timing.items()]
     for name, shown in (
         ("time", "  ".join(phases)),
-        ("result", args.output_dir / "result.json"),
+        ("result", folder / "result.json"),
         ("report", report_path),
     ):
         log.console.print(f"{name:7} {shown}", highlight=False, soft_wrap=True)

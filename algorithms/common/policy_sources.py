@@ -11,6 +11,12 @@ from urllib.parse import urlsplit
 SCHEMES = ("ws", "wss", "zmq")
 
 
+def server_name(address: str) -> str:
+    """Returns the host of an address, and its port if it names one."""
+    parts = urlsplit(address)
+    return str(parts.hostname) if parts.port is None else f"{parts.hostname}_{parts.port}"
+
+
 def check_address(address: str) -> None:
     """Raises ValueError unless `address` names a protocol, a host and a port."""
     remedy = "give ws://host:port (openpi's protocol) or zmq://host:port (Isaac-GR00T's)"

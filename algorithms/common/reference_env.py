@@ -64,6 +64,12 @@ _LOG_TAIL = 2000
 BoolArray = npt.NDArray[np.bool_]
 
 
+def check_reference_renderer(renderer: str | None) -> None:
+    """Raises ValueError unless LIBERO's own environment can draw by `renderer`; None is its default, egl."""
+    if renderer not in (None, "egl", "osmesa"):
+        raise ValueError(f"renderer={renderer!r} is none that LIBERO has (valid: None, 'egl', 'osmesa')")
+
+
 class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[np.float32], npt.NDArray[Any]]):
     """N environments of LIBERO, one in a process; spaces, observations and infos as of `LiberoVectorEnv`.
 
@@ -104,8 +110,7 @@ class ReferenceVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], npt.NDArray[
         horizon: int | None = None,
         init_states: InitStates | None = None,
     ) -> None:
-        if renderer not in (None, "egl", "osmesa"):
-            raise ValueError(f"renderer={renderer!r} is none that LIBERO has (valid: None, 'egl', 'osmesa')")
+        check_reference_renderer(renderer)
         if num_envs < 1 or num_action_chunks < 1:
             raise ValueError(f"num_envs={num_envs} and num_action_chunks={num_action_chunks} must be at least 1")
         self.num_envs = num_envs

@@ -1,5 +1,7 @@
 """The evaluation script: from a checkpoint to its files, interrupted and resumed, in both environments."""
 
+import fcntl
+import json
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
@@ -82,10 +84,13 @@ def test_a_checkpoint_is_evaluated_interrupted_and_resumed(checkpoint: Path, tmp
     assert [path.name for path in whole.videos] == ["task_0_state_0_failure.mp4", "task_6_state_0_failure.mp4"]
     log = tmp_path / "whole" / "episodes.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(b"".join(lines[:1]) + lines[1][:9])
+    first = json.loads(lines[0]) | {"seconds": 1000.0}
+    log.write_bytes(json.dumps(first).encode() + b"\n" + lines[1][:9])
     again = eval_gr00t.main(small_args(checkpoint, tmp_path / "whole", resume=True))
     assert replace(again, seconds=0, timing={}) == replace(whole, seconds=0, timing={})
     assert len(log.read_bytes().splitlines()) == 4
+    assert again.timing["before_s"] == 1000.0
+    assert again.seconds == pytest.approx(sum(again.timing.values()))
     assert (tmp_path / "whole" / "videos" / "all_tasks.mp4").is_file()
     assert "turn on the stove" not in (report := (tmp_path / "whole" / "report.html").read_text())
     assert get_task("libero_goal", 6).language in report
@@ -216,6 +221,75 @@ def test_what_is_not_played_or_played_twice_is_refused(checkpoint: Path, tmp_pat
     with pytest.raises(ValueError, match=r"are asked for twice, .*; name each seed and each task only once"):
         eval_gr00t.check_args(replace(args, task_ids=(1, 1)))
     eval_gr00t.check_args(replace(args, videos_per_task=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(seeds=()),
+            r"seeds=\(\) names none \(valid: one or more in \[0, 4294967295\]\); give some, or leave --seeds",
+        ),
+        (dict(seeds=(0, 2**32)), r"seeds=\(0, 4294967296\) is not in \[0, 4294967295\]"),
+        (dict(task_ids=()), r"task_ids=\(\) names no task of libero_goal \(valid: 0-9\)"),
+        (
+            dict(policy_timeout=3.0),
+            "policy_timeout=3.0 has no effect: with --checkpoint there is no server to wait for",
+        ),
+        (dict(reference_env=True), "renderer='warp' is none that LIBERO has"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_policy_is_loaded(
+    checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str
+):
+    eval_gr00t.check_args(small_args(checkpoint, tmp_path))
+    with pytest.raises(ValueError, match=message):
+        eval_gr00t.check_args(small_args(checkpoint, tmp_path, **changes))
+
+
+def test_a_folder_that_holds_an_evaluation_is_refused_before_a_policy_is_loaded(checkpoint: Path, tmp_path: Path):
+    (tmp_path / "protocol.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"holds an evaluation: go on with it by --resume, or give another"):
+        eval_gr00t.check_args(small_args(checkpoint, tmp_path))
+    eval_gr00t.check_args(small_args(checkpoint, tmp_path, resume=True))
+
+
+def test_an_evaluation_that_is_under_way_is_told_before_a_policy_is_loaded(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(eval_gr00t, "make_candidate", lambda *_: pytest.fail("a policy was loaded"))
+    with (tmp_path / ".lock").open("w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match=r"is in use by another process; .* or give another --output-dir"):
+            eval_gr00t.main(small_args(checkpoint, tmp_path, resume=True))
+
+
+def test_a_folder_is_named_after_the_policy_and_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def named(**source: str) -> str:
+        folder = Args(**source, suite="libero_goal").folder
+        assert folder.parent == Path("runs")
+        return folder.name
+
+    monkeypatch.chdir(tmp_path)
+    for folder in (
+        "kept/my policy",
+        "runs/demo/checkpoints/iteration_18",
+        "runs/sft/checkpoints/step_5",
+        "copy/step_5",
+    ):
+        Path(folder).mkdir(parents=True)
+    assert named(checkpoint="kept/my policy/") == "eval_my_policy_libero_goal"
+    assert named(checkpoint="runs/demo/checkpoints/iteration_18") == "eval_demo_iteration_18_libero_goal"
+    assert named(checkpoint="runs/sft/checkpoints/step_5") == "eval_sft_step_5_libero_goal"
+    assert named(checkpoint="copy/step_5") == "eval_copy_step_5_libero_goal"
+    assert named(checkpoint="nano") == "eval_nano_libero_goal"
+    assert named(checkpoint="RLinf/RLinf-Gr00t-SFT-Goal") == "eval_RLinf-Gr00t-SFT-Goal_libero_goal"
+    assert named(policy="path/to/mover.py:make") == "eval_mover_libero_goal"
+    assert named(policy="package.module:make") == "eval_package.module_libero_goal"
+    assert named(policy_server="ws://localhost:8000") == "eval_localhost_8000_libero_goal"
+    assert named(policy_server="wss://policies.org/pi0") == "eval_policies.org_libero_goal"
+    assert named(policy_server="zmq://[::1]:5555") == "eval__1_5555_libero_goal"
+    assert Args(checkpoint="nano", output_dir=tmp_path).folder == tmp_path
 
 
 def test_the_reference_environment_is_chosen(checkpoint: Path, tmp_path: Path):

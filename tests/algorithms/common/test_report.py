@@ -272,7 +272,7 @@ def test_what_is_no_run_and_what_is_broken(tmp_path: Path):
         read_metrics(path)
     for line in ("[1, 2]", "7", '{"iteration": 2}', '{"global_step": 9}', '{"iteration": 2, "global_step": NaN}'):
         path.write_text(f"{whole}{line}\n{whole}")
-        message = rf"line 2 is {re.escape(repr(line[:40]))}, and must be an object with numbers for iteration and global"
+        message = rf"line 2 is {re.escape(repr(line[:40]))}, and must be an object with numbers for iteration and gl"
         with pytest.raises(ValueError, match=message):
             read_metrics(path)
     (tmp_path / "args.json").write_text('{"suite": ')

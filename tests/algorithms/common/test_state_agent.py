@@ -119,8 +119,18 @@ def test_arguments_of_what_it_has_not_are_refused(trainer: str, setting: dict[st
         (dict(steps_before_success=(3, 0)), r"steps_before_success=\(3, 0\) must be at least 1"),
         (dict(steps_before_success=(3,), reference_env=True), "reference_env=True is LIBERO's own"),
         (dict(num_near_goal_states=0), "num_near_goal_states=0"),
+        (dict(num_near_goal_states=9), "num_near_goal_states=9 has no effect: without --steps-before-success"),
+        (
+            dict(steps_before_success=(3, 6), num_near_goal_states=40),
+            "num_near_goal_states=40 times 2 .* than the 50 .* --num-near-goal-states 25 at most",
+        ),
+        (
+            dict(steps_before_success=(3, 500)),
+            "hold 500, but episodes of task 0 of libero_spatial end after horizon=240 steps, .* or a longer --horizon",
+        ),
+        (dict(steps_before_success=(3, 9), horizon=8), "hold 9, but episodes .* after horizon=8 steps"),
     ],
 )
-def test_starts_near_the_goal_that_cannot_be_are_refused(options: dict[str, Any], message: str):
+def test_starts_near_the_goal_that_cannot_be_are_refused(tmp_path: Path, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        eval_gr00t.check_args(eval_gr00t.Args(checkpoint="nano", **options))
+        eval_gr00t.check_args(eval_gr00t.Args(checkpoint="nano", output_dir=tmp_path, **options))
