@@ -21,12 +21,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
-import libero_gym  # noqa: F401 - registers the ids
+import libero_gym  # which registers the ids
+from algorithms.common.args import check_ranges
+from algorithms.common.command_line import launch, parse_args
 from gr00t_agent import FlowAction, Gr00tAgent
 from libero_gym.adapters import ModalityVectorObservation
+from libero_gym.tasks.suites import check_assets, get_task
 
 
 @dataclass(kw_only=True)
@@ -79,13 +81,35 @@ def index(values: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return {key: value[rows.numpy()] for key, value in values.items()}
 
 
-def main(args: Args) -> tuple[Gr00tAgent, dict[str, float]]:
-    """Trains, and returns the agent and the metrics of the last update."""
+def check_args(args: Args) -> None:
+    """Raises ValueError for arguments that would otherwise fail late."""
+    check_ranges(args)
+    if args.total_timesteps < 1:
+        raise ValueError(f"total_timesteps={args.total_timesteps} must be at least 1")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         raise ValueError(
             f"num_envs * num_steps = {batch_size} must be a multiple of num_minibatches={args.num_minibatches}"
         )
+    if batch_size < 2 * args.num_minibatches:
+        raise ValueError(
+            f"num_envs * num_steps = {batch_size} makes minibatches of one decision, and one advantage has no standard "
+            f"deviation: give a product of at least {2 * args.num_minibatches}, twice "
+            f"num_minibatches={args.num_minibatches}"
+        )
+    if args.env_id not in gym.registry or "suite" not in gym.spec(args.env_id).kwargs:
+        raise ValueError(
+            f"env_id={args.env_id!r} is no environment of LIBERO: give libero_gym/SUITE-v0, where SUITE is one of "
+            f"{', '.join(libero_gym.list_suites())}"
+        )
+    suite = gym.spec(args.env_id).kwargs["suite"]
+    check_assets([get_task(suite, args.task_id)])
+
+
+def main(args: Args) -> tuple[Gr00tAgent, dict[str, float]]:
+    """Trains, and returns the agent and the metrics of the last update."""
+    check_args(args)
+    batch_size = args.num_envs * args.num_steps
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
 
@@ -187,4 +211,4 @@ def main(args: Args) -> tuple[Gr00tAgent, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    launch(main, parse_args(Args, __doc__, None, check_args))

@@ -171,6 +171,25 @@ def test_gr00t_agent_in_cleanrl():
         gr00t_in_cleanrl.main(gr00t_in_cleanrl.Args(num_envs=2, num_steps=3))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(num_envs=2, num_steps=2), "num_steps = 4 makes minibatches of one decision.* at least 8, twice"),
+        (dict(num_envs=0), "num_envs=0 must be at least 1"),
+        (dict(total_timesteps=0), "total_timesteps=0 must be at least 1"),
+        (dict(gamma=1.5), "gamma=1.5 is not in"),
+        (dict(env_id="CartPole-v1"), "env_id='CartPole-v1' is no environment of LIBERO: give libero_gym/SUITE-v0"),
+        (dict(task_id=10), r"task_id=10 is not in libero_spatial \(valid: 0-9\)"),
+    ],
+)
+def test_gr00t_agent_in_cleanrl_refuses_what_would_fail_late(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
+):
+    monkeypatch.setattr(Gr00tAgent, "load", None)  # it is told before
+    with pytest.raises(ValueError, match=message):
+        gr00t_in_cleanrl.main(gr00t_in_cleanrl.Args(**given))
+
+
 def test_own_agent_takes_observations_to_its_weights():
     keys, dim = own_agent_in_ppo.STATE_KEYS, own_agent_in_ppo.STATE_DIM
     agent = own_agent_in_ppo.MLPAgent(keys, dim, 5).to("meta")
