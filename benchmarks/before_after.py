@@ -28,12 +28,13 @@ from PIL import Image, ImageDraw, ImageFont
 from algorithms.common.evaluation import evaluate
 from algorithms.common.video import TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
 from algorithms.eval_gr00t import Args, make_envs, weights_digest
+from benchmarks.command_line import integer, launch_benchmark, refusals, suite_name, tasks_of
 from benchmarks.publish import publish
 from gr00t_agent import Gr00tAgent
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
 from libero_gym.options import DEFAULT_CAMERAS
 from libero_gym.rendering.renderers import make_renderer
-from libero_gym.tasks.initial_states import InitStates, check_init_states
+from libero_gym.tasks.initial_states import InitStates, check_init_state_id, check_init_states
 
 # Environment steps from one picture to the next, the film's speed by the robot's, and how long its last picture stays.
 STRIDE, SPEED, FINAL_SECONDS = 5, 2, 2
@@ -139,22 +140,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", default="checkpoints/libero_spatial_fewshot", help="checkpoint of the upper row")
     parser.add_argument("--after", required=True, help="checkpoint of the lower row")
-    parser.add_argument("--suite", default="libero_spatial")
-    parser.add_argument("--task-ids", type=int, nargs="+", required=True, help="a column each")
-    parser.add_argument("--init-state-id", type=int, default=0, help="initial state of every episode")
+    parser.add_argument("--suite", type=suite_name, default="libero_spatial")
+    parser.add_argument("--task-ids", type=integer(at_least=0), nargs="+", required=True, help="a column each")
+    parser.add_argument("--init-state-id", type=integer(at_least=0), default=0, help="initial state of every episode")
     parser.add_argument("--init-states", choices=get_args(InitStates), help="default: the suite's own")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise and the environments")
-    parser.add_argument("--horizon", type=int, help="environment steps before an episode fails; default: the suite's")
+    parser.add_argument("--seed", type=integer(at_least=0), default=0, help="of the initial noise and the environments")
+    parser.add_argument(
+        "--horizon", type=integer(at_least=1), help="environment steps before an episode fails; default: the suite's"
+    )
     parser.add_argument("--renderer", choices=["egl", "osmesa", "warp"], help="default: the best there is")
     parser.add_argument("--tile-size", type=int, default=192, help="height and width of a view, pixels, even")
     parser.add_argument("--output", type=Path, required=True, help=f"file that ends in {' or '.join(VIDEO_SUFFIXES)}")
     args = parser.parse_args(arguments)
     if args.output.suffix not in VIDEO_SUFFIXES or args.tile_size < 144 or args.tile_size % 2:
         parser.error(f"--output must end in {' or '.join(VIDEO_SUFFIXES)}, --tile-size be even and at least 144")
-    kind, jobs = check_init_states(args.init_states, args.suite), [(i, args.init_state_id) for i in args.task_ids]
+    with refusals(parser):
+        kind = check_init_states(args.init_states, args.suite)
+        for task in tasks_of(args.suite, args.task_ids):
+            check_init_state_id(args.init_state_id, task, kind)
+    jobs = [(task_id, args.init_state_id) for task_id in args.task_ids]
     settings = dict(suite=args.suite, horizon=args.horizon, renderer=args.renderer, init_states=kind)
     checkpoints = {"before": args.before, "after": args.after}
-    digests = {name: weights_digest(checkpoint) for name, checkpoint in checkpoints.items()}  # both are there
+    with refusals(parser):
+        digests = {name: weights_digest(checkpoint) for name, checkpoint in checkpoints.items()}  # both are there
     rows: dict[str, list[list[Frame]]] = {}
     results: list[dict[str, Any]] = []
     for name, checkpoint in checkpoints.items():
@@ -179,4 +187,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.command_line import integer, launch_benchmark, make_parser, refusals, tasks_of
+from benchmarks.publish import Table, judge, publish
 from libero_gym.physics.simulation import Simulation
 from libero_gym.tasks.initial_states import InitStates, has_recorded_states
 from libero_gym.tasks.scene_builder import reference_env
@@ -46,15 +47,19 @@ AT_MOST = {"bare ms": 5.0, "512 environments s": 10.0, "environment MB": 20.0}
 
 
 def measure_task(task: TaskSpec, *, num_resets: int) -> dict[str, float]:
-    """Return median milliseconds a reset of "libero", "bare", "settling" and, where they are recorded, "settled"."""
+    """Return median milliseconds a reset of "libero", "bare", "settling" and, where they are recorded, "settled".
+
+    Resets go through the stored states, and begin again where these end.
+    """
     simulation = Simulation(load_scene(task))
     states = load_init_states(task)
 
-    def reset_libero(env: Any, state_id: int) -> None:
+    def reset_libero(env: Any, i: int) -> None:
         env.reset()
-        env.set_init_state(states[state_id])
+        env.set_init_state(states[i % len(states)])
 
-    def reset_ours(state_id: int, init_states: InitStates, num_settling_steps: int) -> None:
+    def reset_ours(i: int, init_states: InitStates, num_settling_steps: int) -> None:
+        state_id = i % len(states)
         random_state = np.random.RandomState(state_id)
         simulation.reset(task, state_id, random_state, init_states=init_states, num_settling_steps=num_settling_steps)
 
@@ -108,15 +113,17 @@ def _resident_mb() -> float:
 def main() -> dict[str, Any]:
     """Measures, prints, returns the document."""
     parser = make_parser(__doc__)
-    parser.add_argument("--num-resets", type=int, default=50)
+    parser.add_argument("--num-resets", type=integer(at_least=1), default=50, help="of each kind")
     args = parser.parse_args()
+    with refusals(parser):
+        tasks = [task for suite, task_id in TASKS for task in tasks_of(suite, [task_id])]
     table = Table({"ms a reset": "<26"} | dict.fromkeys(WAYS, ">9.2f") | {"libero/bare": ">14.0f"})
     results: dict[str, dict[str, float]] = {}
-    for suite, task_id in TASKS:
-        ms = measure_task(get_task(suite, task_id), num_resets=args.num_resets)
+    for task in tasks:
+        ms = measure_task(task, num_resets=args.num_resets)
         ratio = ms["libero"] / ms["bare"]
-        table.add(f"{suite}/{task_id}", *(ms.get(way, "-") for way in WAYS), ratio)
-        results[f"{suite}/{task_id}"] = {
+        table.add(f"{task.suite}/{task.task_id}", *(ms.get(way, "-") for way in WAYS), ratio)
+        results[f"{task.suite}/{task.task_id}"] = {
             **{f"{way} ms": round(value, 3) for way, value in ms.items()},
             "libero / bare": round(ratio, 1),
         }
@@ -136,4 +143,4 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

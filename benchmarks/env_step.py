@@ -15,13 +15,14 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.command_line import integer, launch_benchmark, make_parser, refusals, tasks_of
 from benchmarks.parity import make_actions
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.publish import Table, judge, publish
 from libero_gym.physics import controller
 from libero_gym.physics.simulation import Simulation
 from libero_gym.tasks.scene_builder import reference_env
 from libero_gym.tasks.scenes import Scene, load_scene
-from libero_gym.tasks.suites import TaskSpec, get_task, load_init_states
+from libero_gym.tasks.suites import TaskSpec, load_init_states
 
 TASKS = (
     ("libero_spatial", 0),
@@ -144,27 +145,26 @@ def judge_worst(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any
 def main() -> dict[str, Any]:
     """Measures, prints, returns the document."""
     parser = make_parser(__doc__)
-    parser.add_argument("--num-steps", type=int, default=60)
-    parser.add_argument("--num-rounds", type=int, default=7)
-    parser.add_argument("--suites", nargs="*", help="suites of the tasks to measure (default: all of a fixed list)")
+    parser.add_argument("--num-steps", type=integer(at_least=1), default=60)
+    parser.add_argument("--num-rounds", type=integer(at_least=1), default=7)
+    suites = sorted({suite for suite, _ in TASKS})
+    parser.add_argument("--suites", choices=suites, nargs="+", default=suites, help="suites of the tasks to measure")
     args = parser.parse_args()
-    tasks = [(suite, task_id) for suite, task_id in TASKS if not args.suites or suite in args.suites]
-    if not tasks:
-        measured = ", ".join(sorted({suite for suite, _ in TASKS}))
-        parser.error(f"--suites {' '.join(args.suites)}: none of these is measured (valid: {measured})")
+    with refusals(parser):
+        tasks = [task for suite, task_id in TASKS if suite in args.suites for task in tasks_of(suite, [task_id])]
     table = Table({"ms a step": "<26"} | dict.fromkeys(WAYS, ">9.2f") | {f"  {a}/{b}": ">14.2f" for a, b in RATIOS})
     results: dict[str, dict[str, float]] = {}
-    for suite, task_id in tasks:
-        ms = measure_task(get_task(suite, task_id), num_steps=args.num_steps, num_rounds=args.num_rounds)
+    for task in tasks:
+        ms = measure_task(task, num_steps=args.num_steps, num_rounds=args.num_rounds)
         ratios = {f"{a} / {b}": ms[a] / ms[b] for a, b in RATIOS}
-        table.add(f"{suite}/{task_id}", *ms.values(), *ratios.values())
-        results[f"{suite}/{task_id}"] = {
+        table.add(f"{task.suite}/{task.task_id}", *ms.values(), *ratios.values())
+        results[f"{task.suite}/{task.task_id}"] = {
             **{f"{way} ms": round(value, 3) for way, value in ms.items()},
             **{name: round(value, 2) for name, value in ratios.items()},
         }
-    settings = {"num_steps": args.num_steps, "num_rounds": args.num_rounds}
+    settings = {"suites": args.suites, "num_steps": args.num_steps, "num_rounds": args.num_rounds}
     return publish("env_step", results, settings=settings, targets=judge_worst(results), output=args.output)
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

@@ -9,7 +9,8 @@ and with both views of each size at the end of each chunk, left on the GPU. An e
 `--compare` measures suites of several scenes with as many worlds and views of the first size, and tells their rates as
 parts of that of `--suite`. With `--horizon 25 --num-warmup-chunks 15`, resets, and with them worlds that go to other
 scenes, are part of what is timed, far more of them than training has. With `--num-worlds 4 --num-chunks 1 --image-sizes
-16` a CPU does all of it.
+16` a CPU does all of it. A row's GPU memory is what its worlds, scenes and views hold of Warp's memory pool after the
+timed chunks; Warp tells the most that was ever in use of a whole process only.
 
 Agreement: the actions of scripted experts, recorded on the CPU's physics, are replayed open-loop on the GPU's, which
 may take up to five steps longer; and, to tell what chaos alone does to pushes and slides, on the CPU's from a start
@@ -33,12 +34,14 @@ import numpy as np
 import numpy.typing as npt
 import warp as wp
 
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.command_line import integer, launch_benchmark, make_parser, refusals, suite_name, tasks_of
+from benchmarks.publish import Table, judge, publish
 from libero_gym.experts import ExpertEpisode, run_expert
 from libero_gym.physics.simulation import Simulation
 from libero_gym.physics.warp_groups import GroupedWarpWorlds, make_warp_worlds
 from libero_gym.physics.warp_worlds import WarpOptions, WarpWorlds
-from libero_gym.tasks.initial_states import EpisodeStart
+from libero_gym.rendering.raycast import default_device, load_device_scene
+from libero_gym.tasks.initial_states import EpisodeStart, check_init_states, count_init_states
 from libero_gym.tasks.scenes import load_scene, scene_key
 from libero_gym.tasks.suites import TaskSpec, list_tasks
 from libero_gym.vector import LiberoVectorEnv
@@ -63,6 +66,11 @@ def with_images(size: int) -> str:
     return f"{NO_IMAGES}_{size}px"
 
 
+def pool_bytes_in_use(device: str) -> int:
+    """Returns the bytes of Warp's memory pool that are in use now; 0 on a CPU, which has none."""
+    return 0 if device == "cpu" else wp.get_mempool_used_mem_current(device)
+
+
 def measure_rate(
     args: argparse.Namespace, suite: str, num_worlds: int, *, image_size: int | None = None
 ) -> dict[str, float]:
@@ -70,6 +78,10 @@ def measure_rate(
 
     `image_size` None draws nothing.
     """
+    load_device_scene.cache_clear()  # or a row's scenes would be there already, or count as the next row's
+    gc.collect()
+    device = default_device()
+    memory_before = pool_bytes_in_use(device)
     images: dict[str, Any] = dict(observe_images=False)
     if image_size is not None:
         images = dict(images_as_torch=True, image_size=image_size)
@@ -87,7 +99,6 @@ def measure_rate(
     worlds = env.worlds
     if not isinstance(worlds, WarpWorlds | GroupedWarpWorlds):
         raise TypeError(f"physics='warp' made a {type(worlds).__name__}")
-    device = worlds.device
     env.reset(seed=0)
     rng = np.random.default_rng(0)
     shape = (num_worlds, CHUNK, 7)
@@ -101,11 +112,9 @@ def measure_rate(
         steps += int(infos["num_steps"].sum())
     wp.synchronize_device(device)
     rate = steps / (time.perf_counter() - start)
-    memory = wp.get_mempool_used_mem_high(device) / 2**30 if device != "cpu" else 0.0
+    memory = (pool_bytes_in_use(device) - memory_before) / 2**30
     num_rows = sum(worlds.num_rows) if isinstance(worlds, GroupedWarpWorlds) else num_worlds
     env.close()
-    del env, worlds
-    gc.collect()
     return {"env_steps_per_s": rate, "open_s": opening, "gpu_memory_gib": memory, "num_rows": num_rows}
 
 
@@ -216,26 +225,55 @@ def compare_suites(args: argparse.Namespace, one_scene: dict[str, float]) -> lis
     return rows
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for suites that cannot be compared, tasks that cannot run, and episodes that there are not."""
+    tasks = tasks_of(args.suite)
+    for suite in args.compare:
+        tasks_of(suite)
+    num_scenes = len({scene_key(task) for task in tasks})
+    if args.compare and num_scenes > 1:
+        raise ValueError(
+            f"--suite {args.suite} has {num_scenes} scenes, and --compare needs one of a single scene, such as "
+            "libero_spatial or libero_goal"
+        )
+    kind = check_init_states(None, args.suite)
+    num_stored = len(tasks) * min(count_init_states(task, kind) for task in tasks)
+    if args.num_episodes > num_stored:
+        raise ValueError(f"--num-episodes {args.num_episodes}: {args.suite} has {num_stored} stored initial states")
+
+
 def main() -> dict[str, Any]:
     """Measures, prints, returns the document."""
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--suite", default="libero_spatial", help="whose tasks; libero_spatial and libero_goal are of one scene"
+        "--suite",
+        type=suite_name,
+        default="libero_spatial",
+        help="whose tasks; libero_spatial and libero_goal are of one scene",
     )
     parser.add_argument(
-        "--compare", nargs="*", default=[], help="suites of several scenes, at the last of --num-worlds"
+        "--compare",
+        type=suite_name,
+        nargs="+",
+        default=[],
+        help="suites of several scenes, at the last of --num-worlds",
     )
-    parser.add_argument("--num-worlds", type=int, nargs="*", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--num-chunks", type=int, default=6, help="chunks of five steps that are timed")
-    parser.add_argument("--num-warmup-chunks", type=int, default=1, help="chunks before these")
+    count = integer(at_least=1)
+    parser.add_argument("--num-worlds", type=count, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--num-chunks", type=count, default=6, help="chunks of five steps that are timed")
+    parser.add_argument("--num-warmup-chunks", type=integer(at_least=0), default=1, help="chunks before these")
     parser.add_argument(
-        "--horizon", type=int, help="steps of an episode; a suite's own is too long to reset within them"
+        "--horizon", type=count, help="steps of an episode; a suite's own is too long to reset within them"
     )
-    parser.add_argument("--image-sizes", type=int, nargs="+", default=[256], help="pixels of both views")
-    parser.add_argument("--num-episodes", type=int, default=50, help="replayed expert episodes; 0 for none")
-    parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)), help="to record them")
-    parser.add_argument("--solver-iterations", type=int, default=WarpOptions().solver_iterations)
+    parser.add_argument("--image-sizes", type=count, nargs="+", default=[256], help="pixels of both views")
+    parser.add_argument(
+        "--num-episodes", type=integer(at_least=0), default=50, help="replayed expert episodes; 0 for none"
+    )
+    parser.add_argument("--num-threads", type=count, default=len(os.sched_getaffinity(0)), help="to record them")
+    parser.add_argument("--solver-iterations", type=count, default=WarpOptions().solver_iterations)
     args = parser.parse_args()
+    with refusals(parser):
+        check_options(args)
 
     columns = {"worlds": ">7", "env-steps/s": ">13.0f"} | {f"{size} px": ">13.0f" for size in args.image_sizes}
     table = Table(columns | {"open s": ">9.1f", "with images": ">13.1f", "GPU GiB": ">9.2f"})
@@ -289,4 +327,4 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

@@ -7,6 +7,7 @@ horizons, with the exact stepping; the seed of an episode is `--seed` plus the i
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -17,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.command_line import LARGEST_SEED, integer, launch_benchmark, make_parser, refusals, suite_name, tasks_of
+from benchmarks.publish import Table, judge, publish
 from libero_gym.experts import HUMAN_LIKE, ExpertConfig, run_expert
 from libero_gym.physics.simulation import Simulation
-from libero_gym.tasks.initial_states import check_init_states
+from libero_gym.tasks.initial_states import check_init_state_id, check_init_states
 from libero_gym.tasks.scenes import load_scene, load_scenes
-from libero_gym.tasks.suites import get_task, horizon, list_tasks, load_init_states
+from libero_gym.tasks.suites import get_task, horizon, load_init_states
 
 SUCCESS_TARGETS = {"libero_spatial": 0.95, "libero_object": 0.95, "libero_goal": 0.95, "libero_10": 0.80}
 """Success rate that the experts of a suite shall reach at least, within the suite's horizon and within the length of
@@ -100,17 +102,10 @@ def run_tasks(
         seed: added to the index of the initial state.
         style: key of `STYLES`.
         pool: where the episodes run.
-
-    Raises:
-        ValueError: a state is not among the stored ones.
     """
     futures: list[tuple[int, list[Any]]] = []
     for task_id in task_ids:
-        num_stored = len(load_init_states(get_task(suite, task_id)))
-        chosen = list(range(num_stored)) if states is None else states
-        absent = [state for state in chosen if not 0 <= state < num_stored]
-        if absent:
-            raise ValueError(f"state {absent[0]} of {suite} task {task_id} is not stored (valid: 0-{num_stored - 1})")
+        chosen = list(range(len(load_init_states(get_task(suite, task_id))))) if states is None else states
         jobs = [
             Job(
                 suite=suite,
@@ -153,25 +148,29 @@ def measure(suite: str, rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> dict[str, Any]:
-    """Parses the command line, runs, prints; returns the document.
-
-    Raises:
-        ValueError: a task or state does not exist.
-    """
+    """Parses the command line, runs, prints; returns the document."""
     parser = make_parser(__doc__)
-    parser.add_argument("--suites", nargs="+", default=list(SUCCESS_TARGETS))
-    parser.add_argument("--task-ids", nargs="+", type=int, help="tasks of each suite; all if absent")
-    parser.add_argument("--states", nargs="+", type=int, help="stored initial states; all if absent")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--suites", type=suite_name, nargs="+", default=list(SUCCESS_TARGETS))
+    parser.add_argument("--task-ids", type=integer(at_least=0), nargs="+", help="tasks of each suite; all if absent")
+    parser.add_argument("--states", type=integer(at_least=0), nargs="+", help="stored initial states; all if absent")
+    parser.add_argument("--seed", type=integer(at_least=0, at_most=LARGEST_SEED), default=0)
     parser.add_argument("--style", choices=list(STYLES), default="plain")
-    parser.add_argument("--num-workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument(
+        "--num-workers", type=integer(at_least=1), default=len(os.sched_getaffinity(0)), help="processes"
+    )
     args = parser.parse_args()
+    with refusals(parser):
+        specs = {suite: tasks_of(suite, args.task_ids) for suite in args.suites}
+        for task in itertools.chain.from_iterable(specs.values()):
+            for state in args.states or ():
+                check_init_state_id(state, task, "original")
 
     results: dict[str, Any] = {}
     targets: dict[str, Any] = {}
-    tasks = {suite: args.task_ids or list(range(len(list_tasks(suite)))) for suite in args.suites}
     # Missing scenes are built here, once, and not by whichever worker comes first.
-    load_scenes([get_task(suite, task_id) for suite, task_ids in tasks.items() for task_id in task_ids])
+    load_scenes(list(itertools.chain.from_iterable(specs.values())))
+    # The numbers of a combined suite's tasks are not those that they have in their own.
+    tasks = {suite: args.task_ids or list(range(len(found))) for suite, found in specs.items()}
     with ProcessPoolExecutor(args.num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for suite, task_ids in tasks.items():
             start = time.perf_counter()
@@ -204,9 +203,10 @@ def main() -> dict[str, Any]:
             if args.states is None and args.task_ids is None and suite in SUCCESS_TARGETS:
                 values = measure(suite, rows)
                 targets |= judge(values, at_least=dict.fromkeys(values, SUCCESS_TARGETS[suite]))
-    settings = {"seed": args.seed, "style": args.style}
+    names = ("task_ids", "states", "seed", "style", "num_workers")
+    settings = {name: getattr(args, name) for name in names}
     return publish("experts", results, settings=settings, targets=targets, output=args.output)
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

@@ -1,4 +1,4 @@
-"""What benchmarks of whole iterations of PPO have in common: sizes that fit, rows, and where the time goes."""
+"""What benchmarks of PPO have in common: sizes that fit, rows, losses that agree, and where the time goes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from algorithms.common.args import check_ranges, largest_divisor, share_of_proce
 from algorithms.ppo_gr00t import Args
 
 PHASES = ("total_s", "env_s", "env_wait_s", "policy_s", "update_s")
+# By how much the losses of the same work in two orders may differ. In benchmarks/results, rounding makes 2.4e-4 of it,
+# in training on an H100; the episodes of another seed make 4e-3, features of wrong rows 1e-2 (nano, on a CPU).
+LOSS_TOLERANCE = 1e-3
 # Of a table, for `cells`.
 COLUMNS = {"iteration s": ">12.2f", "env s": ">8.2f", "wait s": ">8.2f", "policy s": ">10.2f", "update s": ">10.2f"}
 
@@ -74,6 +77,22 @@ def check_shares(args: Args, num_processes: int) -> None:
             f"num_envs={args.num_envs} cannot be shared by {num_processes} process(es) of {args.pipeline_stage_num} "
             f"stages: give a multiple of {num_processes * args.pipeline_stage_num}"
         )
+
+
+def check_losses(variant: str, losses: Sequence[float], reference: Sequence[float]) -> float:
+    """Returns the largest difference between a variant's losses and those of the reference, one by one.
+
+    Raises:
+        RuntimeError: it is more than `LOSS_TOLERANCE`, or not a number: the variant does other work.
+    """
+    difference = float(np.abs(np.array(losses) - np.array(reference)).max())
+    if not difference <= LOSS_TOLERANCE:  # nor is NaN
+        raise RuntimeError(
+            f"{variant!r}: losses differ by {difference:.2g} from those of the same work in another order (at most "
+            f"{LOSS_TOLERANCE:g} is rounding in float32): measure with --compute-dtype float32 where there is this "
+            "option; if they still differ, one of the two orders is wrong"
+        )
+    return difference
 
 
 def measure_rows(

@@ -10,7 +10,7 @@ images; it is a velocity network of two hidden layers under the flow sampler tha
 `algorithms/` with their `demo` presets, except for the number of iterations.
 
 Before: success rate in the first iteration, when the policy is untouched. After: in the last three iterations, with
-exploration noise.
+exploration noise. So there are four iterations at least.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from typing import Any, Literal, cast
 
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.common.episodes import wilson_interval
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.command_line import LARGEST_SEED, integer, launch_benchmark, make_parser
+from benchmarks.publish import Table, judge, publish
 
+# Iterations that tell what was learned.
+NUM_LAST = 3
 # Of the seed that fares worst, for each algorithm.
 AT_LEAST = {"after": 0.9}
 AT_MOST = {"before": 0.5, "cpu_minutes": 10.0}
@@ -74,16 +77,21 @@ def main() -> dict[str, Any]:
     """Trains with each algorithm and seed, prints, returns the document."""
     parser = make_parser(__doc__)
     parser.add_argument("--algorithms", nargs="+", choices=["ppo", "grpo"], default=["ppo", "grpo"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--num-iterations", type=int, help="default: 30 of PPO, 35 of GRPO")
+    parser.add_argument("--seeds", type=integer(at_least=0, at_most=LARGEST_SEED), nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--num-iterations",
+        type=integer(at_least=1 + NUM_LAST),
+        help=f"default: {PPO_ARGS.num_iterations} of PPO, {GRPO_ARGS.num_iterations} of GRPO",
+    )
     args = parser.parse_args()
-    changes = {} if args.num_iterations is None else {"num_iterations": args.num_iterations}
+    defaults = {"ppo": PPO_ARGS.num_iterations, "grpo": GRPO_ARGS.num_iterations}
+    num_iterations = {algorithm: args.num_iterations or defaults[algorithm] for algorithm in args.algorithms}
     results: list[dict[str, Any]] = []
     for algorithm in args.algorithms:
         for seed in args.seeds:
             with TemporaryDirectory() as folder:
                 start, cpu = time.perf_counter(), time.process_time()
-                lines = train(algorithm, seed, Path(folder), **changes)
+                lines = train(algorithm, seed, Path(folder), num_iterations=num_iterations[algorithm])
                 lines = [line for line in lines if "env/success_once" in line]
                 wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
             good = (line["iteration"] for line in lines if line["env/success_once"] >= 0.9)
@@ -92,7 +100,7 @@ def main() -> dict[str, Any]:
                     algorithm=algorithm,
                     seed=seed,
                     before=success_of(lines[:1]),
-                    after=success_of(lines[-3:]),
+                    after=success_of(lines[-NUM_LAST:]),
                     env_steps=lines[-1]["global_step"],
                     first_iteration_at_90_percent=next(good, None),
                     cpu_minutes=cpu_s / 60,
@@ -124,9 +132,9 @@ def main() -> dict[str, Any]:
             row["cpu_minutes"],
         )
     names = ("suite", "task_ids", "steps_before_success", "num_near_goal_states", "horizon")
-    settings = {name: getattr(PPO_ARGS, name) for name in names}
+    settings = {name: getattr(PPO_ARGS, name) for name in names} | {"num_iterations": num_iterations}
     return publish("learning", results, settings=settings, targets=worst_seeds(results), output=args.output)
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

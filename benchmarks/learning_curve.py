@@ -65,6 +65,7 @@ from matplotlib.transforms import Bbox
 
 from algorithms.common.episodes import wilson_interval
 from algorithms.common.report import TASK_METRIC, percent, read_metrics
+from benchmarks.command_line import launch_benchmark
 
 # --- what was measured ---
 
@@ -672,4 +673,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +18,13 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.command_line import integer, launch_benchmark, make_parser, refusals, suite_name, tasks_of
+from benchmarks.publish import Table, judge, publish
 from libero_gym.physics.controller import axis_angle_from_quat
 from libero_gym.physics.simulation import Simulation, Stepping, load_task_data
 from libero_gym.tasks.scene_builder import reference_env
 from libero_gym.tasks.scenes import Scene, load_scenes
-from libero_gym.tasks.suites import TaskSpec, get_task, list_tasks, load_init_states
+from libero_gym.tasks.suites import TaskSpec, load_init_states
 
 SEQUENCES = ("contact", "random", "smooth")
 FULL_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -46,7 +48,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Largest differences from LIBERO over one run; all zero when the two are identical.
+    """Largest differences from LIBERO over one run; all zero when the two are identical, NaN where one has NaN.
 
     Attributes:
         suite: suite name.
@@ -77,6 +79,12 @@ class Comparison:
     def is_exact(self) -> bool:
         """Return whether nothing differs."""
         return not any((self.max_qpos, self.max_qvel, self.max_states, self.max_fixture, self.num_success_mismatches))
+
+
+def largest_differences(runs: Sequence[Comparison]) -> dict[str, float]:
+    """Return the largest differences of several runs by name; NaN if it is one's."""
+    names = ("max_qpos", "max_qvel", "max_states", "max_fixture")
+    return {name: float(np.max([getattr(run, name) for run in runs])) for name in names}
 
 
 def make_actions(sequence: str, num_steps: int, seed: int) -> FloatArray:
@@ -131,8 +139,10 @@ def compare_run(
         num_libero_resets=num_resets,
     )
     live = env.sim.model._model
-    fixtures = np.abs(live.body_pos - simulation.model.body_pos).max()
-    fixtures = max(fixtures, np.abs(live.body_quat - simulation.model.body_quat).max())
+    fixtures = [
+        np.abs(live.body_pos - simulation.model.body_pos).max(),
+        np.abs(live.body_quat - simulation.model.body_quat).max(),
+    ]
     differences = {"qpos": [0.0], "qvel": [0.0], "states": [compare_states(observation, simulation)]}
     mismatches = successes = contacts = 0
     for action in make_actions(sequence, num_steps, seed):
@@ -148,10 +158,10 @@ def compare_run(
         task_id=task.task_id,
         sequence=sequence,
         num_steps=num_steps,
-        max_qpos=float(max(differences["qpos"])),
-        max_qvel=float(max(differences["qvel"])),
-        max_states=float(max(differences["states"])),
-        max_fixture=float(fixtures),
+        max_qpos=float(np.max(differences["qpos"])),  # which is NaN if one of them is, unlike max
+        max_qvel=float(np.max(differences["qvel"])),
+        max_states=float(np.max(differences["states"])),
+        max_fixture=float(np.max(fixtures)),
         num_success_mismatches=mismatches,
         num_successes=successes,
         max_contacts=contacts,
@@ -244,15 +254,18 @@ def _perturb(
 def main() -> dict[str, Any]:
     """Compares, prints, returns the document."""
     parser = make_parser(__doc__)
-    parser.add_argument("--suites", nargs="*", default=list(FULL_SUITES))
-    parser.add_argument("--tasks", nargs="*", type=int, help="task ids (default: all)")
-    parser.add_argument("--num-steps", type=int, default=200)
-    parser.add_argument("--num-predicate-states", type=int, default=300, help="randomised states a task")
+    parser.add_argument("--suites", type=suite_name, nargs="+", default=list(FULL_SUITES))
+    parser.add_argument("--tasks", type=integer(at_least=0), nargs="+", help="task ids of each suite (default: all)")
+    parser.add_argument("--num-steps", type=integer(at_least=1), default=200)
+    parser.add_argument(
+        "--num-predicate-states", type=integer(at_least=1), default=300, help="randomised states a task"
+    )
     parser.add_argument("--no-sample", action="store_true", help="leave out LIBERO-90 and LIBERO-PRO")
     args = parser.parse_args()
-    tasks = [task for suite in args.suites for task in list_tasks(suite) if task.task_id in (args.tasks or range(99))]
-    if not args.no_sample:
-        tasks += [get_task(suite, task_id) for suite, task_id in SAMPLE]
+    with refusals(parser):
+        tasks = [task for name in args.suites for task in tasks_of(name, args.tasks)]
+        if not args.no_sample:
+            tasks += [task for name, task_id in SAMPLE for task in tasks_of(name, [task_id])]
 
     started = time.perf_counter()
     differences = dict.fromkeys(("qpos", "qvel", "states", "fixture"), ">9.1e")
@@ -280,10 +293,7 @@ def main() -> dict[str, Any]:
     print(f"successes of goals with each predicate: {by_kind}")
 
     zero = {
-        "max_qpos": max(run.max_qpos for run in results),
-        "max_qvel": max(run.max_qvel for run in results),
-        "max_states": max(run.max_states for run in results),
-        "max_fixture": max(run.max_fixture for run in results),
+        **largest_differences(results),
         "num_success_mismatches": sum(run.num_success_mismatches for run in results),
         "predicate_mismatches": num_mismatches,
     }
@@ -307,11 +317,17 @@ def main() -> dict[str, Any]:
     return publish(
         "parity",
         outcome,
-        settings={"num_steps": args.num_steps, "num_predicate_states": args.num_predicate_states},
+        settings={
+            "suites": args.suites,
+            "tasks": args.tasks,
+            "has_sample": not args.no_sample,
+            "num_steps": args.num_steps,
+            "num_predicate_states": args.num_predicate_states,
+        },
         targets=judge(zero | judged, at_most=dict.fromkeys(zero, 0), at_least=enough),
         output=args.output,
     )
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

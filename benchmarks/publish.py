@@ -7,7 +7,6 @@ A benchmark whose rows take minutes writes that file after each of them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Mapping
@@ -15,15 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from algorithms.common.provenance import describe_environment
-
-
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser that shows a module's docstring as it is written and takes `--output`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--output", type=Path, help="file for the JSON document")
-    return parser
 
 
 class Table:

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.command_line import integer, launch_benchmark, make_parser, refusals, tasks_of
+from benchmarks.publish import Table, judge, publish
 from libero_gym.physics.simulation import Simulation
 from libero_gym.rendering.raycast import WarpRenderer
 from libero_gym.rendering.renderers import GlRenderer
@@ -107,11 +108,16 @@ def main() -> dict[str, Any]:
     """Compares, prints, leaves the contact sheet; returns the document."""
     parser = make_parser(__doc__)
     parser.add_argument("--gl", choices=("egl", "osmesa"), default="osmesa")
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--num-moments", type=int, default=4)
+    parser.add_argument("--image-size", type=integer(at_least=1), default=256)
+    parser.add_argument("--num-moments", type=integer(at_least=1), default=4)
     parser.add_argument("--contact-sheet", type=Path, help="PNG to write")
     parser.add_argument("--texture-colorspace", choices=("linear", "auto"), default="linear")
     args = parser.parse_args()
+    with refusals(parser):
+        for suite, task_id in TASKS:
+            tasks_of(suite, [task_id])
+    if args.contact_sheet is not None and args.contact_sheet.suffix != ".png":
+        parser.error(f"--contact-sheet {args.contact_sheet} must end in .png")
     look: Any = {"texture_colorspace": args.texture_colorspace}
     renderers: dict[str, Any] = {
         "classic": GlRenderer(args.gl, CAMERAS, args.image_size, **look),
@@ -151,6 +157,7 @@ def main() -> dict[str, Any]:
         scene = f"{row['suite']}/{row['task_id']}"
         against.add(scene, row["camera"], row["classic_psnr_db"], row["warp_psnr_db"])
     if args.contact_sheet is not None:
+        args.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.concatenate(sheets)).save(args.contact_sheet)
         print(f"contact sheet (classic, ray caster, 4 x difference): {args.contact_sheet}")
 
@@ -172,4 +179,4 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

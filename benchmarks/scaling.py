@@ -42,7 +42,8 @@ import torch
 from algorithms.common import placement
 from algorithms.ppo_gr00t import PRESETS, Args, check_args
 from benchmarks import iterations
-from benchmarks.publish import Table, make_parser, publish
+from benchmarks.command_line import integer, launch_benchmark, make_parser, positive_number, refusals
+from benchmarks.publish import Table, publish
 from gr00t_agent import Gr00tAgent
 from gr00t_agent.config import ModelConfig
 from gr00t_agent.data_config import LiberoFrankaDataConfig, read_metadata
@@ -257,21 +258,22 @@ def main() -> dict[str, Any]:
     """Measures, prints, returns the document."""
     parser = make_parser(__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="libero_spatial_nano")
-    parser.add_argument("--processes", action=Asked, type=int, nargs="*", help="by Accelerate, DDP")
-    parser.add_argument("--fsdp", action=Asked, type=int, nargs="*", help="by Accelerate, FSDP2")
-    parser.add_argument("--placements", action=Asked, nargs="*", help="by Ray")
+    count = integer(at_least=1)
+    parser.add_argument("--processes", action=Asked, type=count, nargs="+", help="by Accelerate, DDP")
+    parser.add_argument("--fsdp", action=Asked, type=count, nargs="+", help="by Accelerate, FSDP2")
+    parser.add_argument("--placements", action=Asked, nargs="+", help="by Ray")
     parser.set_defaults(asked=[])
     parser.add_argument("--staleness", type=int, choices=(0, 1, 2), nargs="+", default=[0], help="of each placement")
-    parser.add_argument("--num-envs", type=int, help="default: the preset's")
-    parser.add_argument("--num-steps", type=int, help="decisions of each, default: the preset's")
-    parser.add_argument("--micro-batch-size", type=int, help="of a process, default: the preset's")
-    parser.add_argument("--num-iterations", type=int, default=2, help="counted ones")
+    parser.add_argument("--num-envs", type=count, help="default: the preset's")
+    parser.add_argument("--num-steps", type=count, help="decisions of each, default: the preset's")
+    parser.add_argument("--micro-batch-size", type=count, help="of a process, default: the preset's")
+    parser.add_argument("--num-iterations", type=count, default=2, help="counted ones")
     parser.add_argument("--random-weights", action="store_true", help="GR00T-N1.5 with them, nothing downloaded")
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="of a row")
+    parser.add_argument("--timeout-s", type=positive_number, default=600.0, help="of a row")
     options = parser.parse_args()
     if not options.asked:
         parser.error("nothing to measure: give --processes, --fsdp or --placements")
-    try:
+    with refusals(parser):
         args = iterations.resized(
             replace(
                 PRESETS[options.preset],
@@ -287,8 +289,6 @@ def main() -> dict[str, Any]:
         check_args(args)
         for option, value in options.asked:
             micro_batch_of(option, value, args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     arguments = {
         "preset": options.preset,
         "num-envs": args.num_envs,
@@ -349,4 +349,4 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

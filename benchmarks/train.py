@@ -1,15 +1,16 @@
 """How fast PPO trains end to end, and where the time goes: a table, then one JSON line.
 
     python -m benchmarks.train                        # the nano policy on LIBERO-Spatial
-    python -m benchmarks.train --num-envs 64 --num-steps 48 --image-size 256
+    python -m benchmarks.train --num-envs 128 --num-steps 12 --num-iterations 2
 
 The same training three times, with `algorithms/ppo_gr00t.py`:
     * plain: the order of work of a straightforward trainer: images at every environment step, one environment step a
       call, observations stored and the backbone run again in every minibatch, deciding and simulating in turn;
     * cached: images once a decision, a chunk of steps in one native call, backbone features computed once;
     * overlapped: the same, with two stages of environments, one simulating while the other is decided.
-Episodes, actions and losses are the same in all three, which is checked. The first iteration opens scenes and compiles
-kernels and is not counted. Ratios are of one run.
+Episodes, actions and losses are the same in all three; losses that are not (`benchmarks.iterations.check_losses`) end
+it. The first iteration opens scenes and compiles kernels and is not counted. Minibatches are half of an iteration's
+decisions, or the largest part that divides them. Ratios are of one run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from gymnasium.vector import AutoresetMode
 from algorithms import ppo_gr00t
 from algorithms.ppo_gr00t import Args, make_agent
 from benchmarks import iterations
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.command_line import integer, launch_benchmark, make_parser, refusals, suite_name
+from benchmarks.publish import Table, judge, publish
 from libero_gym.adapters import ModalityVectorObservation
 from libero_gym.vector import LiberoVectorEnv
 
@@ -98,55 +100,69 @@ def main() -> dict[str, Any]:
     """Measures, prints, returns the document."""
     parser = make_parser(__doc__)
     parser.add_argument("--model", default="nano", help="a preset's name or a checkpoint")
-    parser.add_argument("--suite", default="libero_spatial")
-    parser.add_argument("--num-envs", type=int, default=4)
-    parser.add_argument("--num-steps", type=int, default=8)
-    parser.add_argument("--num-iterations", type=int, default=3, help="counted ones; one more comes first")
-    parser.add_argument("--update-epochs", type=int, default=2)
-    parser.add_argument("--micro-batch-size", type=int, default=64)
+    count = integer(at_least=1)
+    parser.add_argument("--suite", type=suite_name, default="libero_spatial")
+    parser.add_argument("--num-envs", type=count, default=4, help="an even number: they are decided in two stages")
+    parser.add_argument("--num-steps", type=count, default=8, help="decisions of each")
+    parser.add_argument("--num-iterations", type=count, default=3, help="counted ones; one more comes first")
+    parser.add_argument("--update-epochs", type=count, default=2)
+    parser.add_argument("--micro-batch-size", type=count, default=64, help="at most")
     parser.add_argument("--renderer", choices=("egl", "osmesa", "warp"))
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"))
     options = parser.parse_args()
-    size = options.num_envs * options.num_steps // 2
-    options.micro_batch_size = min(size, options.micro_batch_size)
-    args = Args(
-        model=options.model,
-        suite=options.suite,
-        num_envs=options.num_envs,
-        num_steps=options.num_steps,
-        num_iterations=options.num_iterations + 1,
-        update_epochs=options.update_epochs,
-        minibatch_size=size,
-        micro_batch_size=options.micro_batch_size,
-        renderer=options.renderer,
-        compute_dtype=options.compute_dtype,
-        eval_episodes_per_task=0,
-        log_with=(),
-        save_interval=10**6,
-    )
-    variants = {
-        "plain": (replace(args, feature_storage="none"), make_plain_envs),
-        "cached": (args, ppo_gr00t.make_envs),
-        "overlapped": (replace(args, pipeline_stage_num=2), ppo_gr00t.make_envs),
-    }
+    if options.num_envs % 2:
+        parser.error(f"--num-envs {options.num_envs} cannot be decided in two stages: give an even number")
+    with refusals(parser):
+        args = iterations.resized(
+            Args(
+                model=options.model,
+                suite=options.suite,
+                num_iterations=options.num_iterations + 1,
+                update_epochs=options.update_epochs,
+                renderer=options.renderer,
+                compute_dtype=options.compute_dtype,
+                eval_episodes_per_task=0,
+                log_with=(),
+                save_interval=10**6,
+                output_dir=Path(tempfile.gettempdir()),
+            ),
+            num_envs=options.num_envs,
+            num_steps=options.num_steps,
+            minibatch_size=options.num_envs * options.num_steps // 2,
+            micro_batch_size=options.micro_batch_size,
+        )
+        variants = {
+            "plain": (replace(args, feature_storage="none"), make_plain_envs),
+            "cached": (args, ppo_gr00t.make_envs),
+            "overlapped": (replace(args, pipeline_stage_num=2), ppo_gr00t.make_envs),
+        }
+        for changed, _ in variants.values():
+            ppo_gr00t.check_args(changed)
     results: list[dict[str, Any]] = []
     losses: list[list[float]] = []
     for name, (changed, make_envs) in variants.items():
         lines = measure(changed, make_envs)
         losses.append([line["actor/loss"] for line in lines])
         row: dict[str, Any] = {"order": name, **iterations.summarise(lines)}
-        row["largest_loss_difference"] = float(np.abs(np.array(losses[-1]) - losses[0]).max())
+        row["largest_loss_difference"] = iterations.check_losses(name, losses[-1], losses[0])
         results.append(row)
     table = Table({"order of work": "<14", "env-steps/s": ">12.1f", "times plain": ">12.2f", **iterations.COLUMNS})
     for row in results:
         row["speedup"] = row["env_steps_per_s"] / results[0]["env_steps_per_s"]
         table.add(row["order"], row["env_steps_per_s"], row["speedup"], *iterations.cells(row))
     print("losses differ from plain by at most", *(f"{row['largest_loss_difference']:.2g}" for row in results[1:]))
-    names = ("model", "suite", "num_envs", "num_steps", "update_epochs", "micro_batch_size", "renderer")
-    settings = {name: getattr(options, name) for name in names}
-    settings |= dict(
-        num_iterations=options.num_iterations,
+    settings: dict[str, Any] = dict(
+        model=args.model,
+        suite=args.suite,
+        num_envs=args.num_envs,
+        num_steps=args.num_steps,
         num_action_chunks=args.num_action_chunks,
+        num_iterations=options.num_iterations,
+        update_epochs=args.update_epochs,
+        minibatch_size=args.minibatch_size,
+        micro_batch_size=args.micro_batch_size,
+        renderer=args.renderer,
+        compute_dtype=args.compute_dtype,
         num_threads=torch.get_num_threads(),
     )
     speedup = max(row["speedup"] for row in results)
@@ -159,4 +175,4 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

@@ -9,8 +9,8 @@ stored chains, PPO's loss, backward, clip, AdamW. What differs is where the stor
     * device, host: all in the device's memory, or all in (pinned) host memory;
     * mixed: half on the device, half in host memory;
     * device, VL: all on the device, and with them what the VL self-attention makes of them, which is not trained then.
-Step sizes are 0, so that all see the same weights: their losses must agree, which is checked. Weights are random; the
-time does not depend on them. Ratios are of one run.
+Step sizes are 0, so that all see the same weights: losses that do not agree (`benchmarks.iterations.check_losses`) end
+it. Weights are random; the time does not depend on them. Ratios are of one run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from algorithms.common.args import largest_divisor
 from algorithms.common.batch import concatenate, index
 from algorithms.common.features import FeatureStore, Placement
 from algorithms.common.frozen import store_frozen_as
 from algorithms.ppo_gr00t import policy_loss, value_loss
-from benchmarks.policy import make_agent, make_observation, seconds
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks import iterations
+from benchmarks.command_line import integer, launch_benchmark, make_parser, refusals
+from benchmarks.policy import make_agent, make_observation, seconds, targets_apply
+from benchmarks.publish import Table, judge, publish
 from gr00t_agent import Gr00tAgent, preset_policy
 from gr00t_agent.config import PresetName
+from gr00t_agent.weights import to_device
 
 # Where features are kept, and whether the VL self-attention is trained.
 VARIANTS: dict[str, tuple[Placement, bool]] = {
@@ -40,7 +44,7 @@ VARIANTS: dict[str, tuple[Placement, bool]] = {
     "mixed": ("mixed", True),
     "device, VL": ("device", False),
 }
-# For the released size on a GPU.
+# For the released size on a GPU, see `benchmarks.policy.targets_apply`.
 TARGETS = {"cached_speedup": 2.0}
 
 
@@ -61,8 +65,8 @@ def collect(
     generator = torch.Generator().manual_seed(0)
     decisions: list[dict[str, Any]] = []
     row_bytes = 0.0
-    for _ in range(num_rows // num_envs):
-        obs = make_observation(num_envs, agent.image_size)
+    for decision in range(num_rows // num_envs):
+        obs = make_observation(num_envs, agent.image_size, seed=decision)  # rows in each other's place show
         encoded = encode(obs)
         row_bytes = sum(value[0].nbytes for value in encoded.values())
         with torch.no_grad():
@@ -102,20 +106,31 @@ def main() -> dict[str, Any]:
     parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=["nano", "gr00t_n1d5"], help="default: by device")
-    parser.add_argument("--num-rows", type=int, help="decisions of the rollout (default: 1024 on a GPU, else 128)")
-    parser.add_argument("--num-envs", type=int, help="environments (default: 64 on a GPU, else 8)")
-    parser.add_argument("--minibatch-size", type=int, help="default: 64 on a GPU, else 32")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--num-rows", type=integer(at_least=1), help="decisions of the rollout (default: 1024 on a GPU, else 128)"
+    )
+    parser.add_argument("--num-envs", type=integer(at_least=1), help="environments (default: 64 on a GPU, else 8)")
+    parser.add_argument("--minibatch-size", type=integer(at_least=1), help="default: 64 on a GPU, else 32")
+    parser.add_argument("--repeats", type=integer(at_least=1), default=3)
     args = parser.parse_args()
-    device, on_gpu = torch.device(args.device), args.device.startswith("cuda")
+    with refusals(parser):
+        device = to_device(args.device)
+    on_gpu = device.type == "cuda"
     preset: PresetName = args.preset or ("gr00t_n1d5" if on_gpu else "nano")
-    num_rows, num_envs = args.num_rows or (1024 if on_gpu else 128), args.num_envs or (64 if on_gpu else 8)
+    num_rows = args.num_rows or (1024 if on_gpu else 128)
+    num_envs = args.num_envs or (64 if on_gpu else 8)
     minibatch_size = args.minibatch_size or (64 if on_gpu else 32)
+    for name, part in (("--num-envs", num_envs), ("--minibatch-size", minibatch_size)):
+        if num_rows % part:
+            parser.error(
+                f"{name} {part} does not divide --num-rows {num_rows}: give for example "
+                f"{name} {largest_divisor(num_rows, part)}"
+            )
     policy = replace(preset_policy(preset), embodiment_id=0, compute_dtype="bfloat16" if on_gpu else "float32")
     agent = make_agent(preset, policy, device, torch.float32)
     results: list[dict[str, Any]] = []
     losses_of: dict[str, list[float]] = {}
-    row_bytes = 0.0
+    difference = row_bytes = 0.0
     for name, (placement, trains_vl) in VARIANTS.items():
         agent.set_trainable(**(agent.trainable | {"tune_vl_self_attention": trains_vl}))
         store_frozen_as(agent, policy.torch_dtype)
@@ -127,11 +142,9 @@ def main() -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         update_s = seconds(update, device, args.repeats, warmup=1)
         peak_gb = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+        difference = max(difference, iterations.check_losses(name, losses_of[name], losses_of["none"]))
         results.append(dict(kept=name, samples_per_s=num_rows / update_s, peak_memory_gb=peak_gb))
         del rollout, update
-    difference = max(
-        abs(a - b) for losses in losses_of.values() for a, b in zip(losses, losses_of["none"], strict=True)
-    )
     table = Table({"features kept": "<16", "samples/s": ">12.1f", "times none": ">12.2f", "peak GB": ">10.1f"})
     for row in results:
         row["speedup"] = row["samples_per_s"] / results[0]["samples_per_s"]
@@ -143,15 +156,16 @@ def main() -> dict[str, Any]:
         num_rows=num_rows,
         num_envs=num_envs,
         minibatch_size=minibatch_size,
+        repeats=args.repeats,
         compute_dtype=policy.compute_dtype,
         num_threads=torch.get_num_threads(),
         row_bytes=row_bytes,
         largest_loss_difference=difference,
     )
     speedup = {"cached_speedup": max(row["speedup"] for row in results[:-1])}  # the same computation
-    targets = judge(speedup, at_least=TARGETS) if preset == "gr00t_n1d5" else {}
+    targets = judge(speedup, at_least=TARGETS) if targets_apply(preset, device) else {}
     return publish("update", results, settings=settings, targets=targets, output=args.output)
 
 
 if __name__ == "__main__":
-    main()
+    launch_benchmark(main)

@@ -91,9 +91,9 @@ def test_of_a_single_minibatch_no_part_is_a_recipe():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--num-envs", "0"), "num_envs=0 must be at least 1"),
-        (("--num-iterations", "0"), "num_iterations=0 must be at least 1"),
-        (("--minibatch-size", "0"), "minibatch_size=0 must be at least 1"),
+        (("--num-envs", "0"), "--num-envs: 0 is out of range (valid: 1 or more)"),
+        (("--num-iterations", "0"), "--num-iterations: 0 is out of range (valid: 1 or more)"),
+        (("--minibatch-size", "0"), "--minibatch-size: 0 is out of range (valid: 1 or more)"),
         (("--num-envs", "5"), "pipeline_stage_num=2 must divide the 5 environments of a process"),
         (("--physics", "warp"), "physics='warp' simulates on a GPU, and PyTorch finds no CUDA device"),
     ],

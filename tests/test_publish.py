@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.publish import Table, judge, make_parser, publish
+from benchmarks.command_line import make_parser
+from benchmarks.publish import Table, judge, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in p.read_text())

@@ -203,7 +203,7 @@ def _is_ours(error: BaseException) -> bool:
 def _folders() -> list[Path]:
     specs = [find_spec(name) for name in ("algorithms", "gr00t_agent", "libero_gym")]
     folders = [Path(folder) for spec in specs if spec is not None for folder in spec.submodule_search_locations or ()]
-    return [*folders, *(_ROOT / name for name in ("tools", "examples"))]  # these are programs, not imported by name
+    return [*folders, *(_ROOT / name for name in ("benchmarks", "examples", "tools"))]  # these are programs
 
 
 def _local_rank() -> int:
