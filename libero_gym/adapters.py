@@ -231,7 +231,8 @@ def action_from_modality(action: Mapping[str, Any], modality: Modality | None = 
     missing = sorted(set(keys) - set(action))
     if missing:
         raise ValueError(f"the action lacks {missing} (got: {sorted(action)})")
-    parts = {key: np.asarray(action[key], dtype=np.float32) for key in keys}
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        parts = {key: np.asarray(action[key], dtype=np.float32) for key in keys}
     lead = next(iter(parts.values())).shape[:-1]
     result = np.zeros((*lead, ACTION_DIM), dtype=np.float32)  # [..., 7]
     for key, (start, end) in keys.items():

@@ -25,6 +25,7 @@ from gymnasium.error import DependencyNotInstalled
 
 from libero_gym.adapters import observation_to_modality
 from libero_gym.conventions import ACTION_DIM
+from libero_gym.tasks.suites import is_integer
 
 
 def policy_file(name: str) -> Path:
@@ -68,7 +69,7 @@ def check_for_evaluations(name: str, policy: Any) -> None:
     """Raise ValueError unless `policy`, which `name` made, has what `gr00t_agent.Policy` says."""
     for attribute in ("image_size", "num_action_chunks"):
         value = getattr(policy, attribute, None)
-        if not isinstance(value, int) or value < 1:
+        if not is_integer(value) or value < 1:
             raise ValueError(
                 f"policy={name!r} made a {type(policy).__name__}, whose {attribute} is {value!r}; give it a positive "
                 "whole number, see gr00t_agent.Policy"
@@ -103,7 +104,7 @@ class EvaluatedPolicy:
             raise DependencyNotInstalled(
                 f"policy={name!r} is one for evaluations, which draw from PyTorch's generators: `pip install torch`"
             ) from error
-        self.image_size: int = policy.image_size
+        self.image_size = int(policy.image_size)
         self._name, self._policy = name, policy
         self._generator = torch.Generator()
 

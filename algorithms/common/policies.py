@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,20 @@ class ChunkSource(Protocol):
         ...
 
 
+def check_is_numbers(value: Any, what: str, expected: str) -> None:
+    """Raises ValueError unless `value` is an array of whole or real numbers: no truth values, complex ones or dates.
+
+    Args:
+        value: what should be an array.
+        what: it is called, with who gave it.
+        expected: of it, for the message.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        return
+    kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+    raise ValueError(f"{what} is {kind}; expected an array of {expected}")
+
+
 def checked_chunk(
     value: Any, num_steps: int, who: str, *, num_rows: int | None = None, what: str = "actions"
 ) -> NDArray[np.float32]:
@@ -43,21 +57,27 @@ def checked_chunk(
         what: it is called.
 
     Raises:
-        ValueError: it is no array of finite numbers of such a shape with at least C steps.
+        ValueError: it is no array of numbers of such a shape with at least C steps, or one is not finite in float32.
     """
     rows = () if num_rows is None else (num_rows,)
     expected = f"numbers of shape {[*rows, 'H', ACTION_DIM]} with H >= {num_steps} (num_action_chunks)".replace("'", "")
-    array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
-        kind = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(value).__name__}"
-        raise ValueError(f"{who}: {what} is {kind}; expected an array of {expected}")
+    array = _from_tensor(value) if isinstance(value, Tensor) else value
+    check_is_numbers(array, f"{who}: {what}", expected)
     shape = array.shape
     if len(shape) != len(rows) + 2 or shape[: len(rows)] != rows or shape[-1] != ACTION_DIM or shape[-2] < num_steps:
         raise ValueError(f"{who}: {what} has shape {list(shape)}; expected {expected}")
-    if not np.isfinite(array).all():
-        place = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
-        raise ValueError(f"{who}: {what}{place} is {array[tuple(place)]}; expected finite {expected}")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        chunk = array.astype(np.float32)
+    if not np.isfinite(chunk).all():
+        place = [int(i) for i in np.argwhere(~np.isfinite(chunk))[0]]
+        raise ValueError(f"{who}: {what}{place} is {array[tuple(place)]}; expected finite {expected}, in float32")
+    return chunk
+
+
+def _from_tensor(tensor: Tensor) -> NDArray[Any]:
+    """Returns a tensor's values; NumPy has not all of PyTorch's types of real numbers, and float64 holds them."""
+    on_cpu = tensor.detach().cpu()
+    return (on_cpu.double() if on_cpu.is_floating_point() else on_cpu).numpy()
 
 
 class OwnPolicy:
@@ -79,8 +99,8 @@ class OwnPolicy:
         policy = load_factory(name)()
         self._policy, self._name = policy, name
         check_for_evaluations(name, policy)
-        self.image_size = cast(int, policy.image_size)
-        self.num_action_chunks = num_action_chunks or cast(int, policy.num_action_chunks)
+        self.image_size = int(policy.image_size)
+        self.num_action_chunks = num_action_chunks or int(policy.num_action_chunks)
         self._reset = getattr(policy, "reset", None)
 
     def begin_episodes(self, env_ids: Sequence[int]) -> None:
@@ -187,7 +207,14 @@ class TemporalEnsemble(FirstSteps):
         actions: list[Tensor] = []
         for step in range(self._num_steps):
             known = torch.stack([chunk[step] for chunk in chunks if len(chunk) > step])  # [n, 7], the oldest first
-            weights = torch.exp(-self._coefficient * torch.arange(len(known), dtype=torch.float64))
+            weights = self._weights(len(known))
             actions.append((known * weights[:, None]).sum(dim=0) / weights.sum())
         self._chunks[env_id] = [chunk[self._num_steps :] for chunk in chunks if len(chunk) > self._num_steps]
         return torch.stack(actions).float()
+
+    def _weights(self, count: int) -> Tensor:
+        """Returns the weights of so many chunks, the oldest first, float64 [count]; the largest is 1."""
+        age = torch.arange(count, dtype=torch.float64)
+        # A negative k favours the newest: counted from there, no exponential overflows.
+        rank = age if self._coefficient >= 0 else age.flip(0)
+        return torch.exp(-abs(self._coefficient) * rank)

@@ -41,11 +41,13 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_websocket
 
-from algorithms.common.policies import checked_chunk
+from algorithms.common.policies import check_is_numbers, checked_chunk
 from algorithms.common.policy_sources import check_address
 from algorithms.common.video import IMAGE_KEYS, TASK_KEY
 from gr00t_agent.messages import pack, pack_npy, unpack, unpack_npy
 from libero_gym.adapters import action_from_modality
+from libero_gym.options import MAX_IMAGE_SIZE
+from libero_gym.tasks.suites import is_integer
 
 # openpi's LIBERO client: LIBERO_ENV_RESOLUTION and resize_size; its keys of the two cameras.
 CAMERA_SIZE, SENT_SIZE = 256, 224
@@ -185,10 +187,12 @@ class OpenpiClient(_Client):
             raise ValueError(f"{self._who}: metadata are {metadata!r:.200}; expected a dict, as openpi's servers send")
         self.description: dict[str, Any] = _json_values(metadata)
         size = metadata.get("image_size")
-        if size is not None and (not isinstance(size, int) or size < 1):
-            raise ValueError(f"{self._who}: image_size is {size!r}; expected pixels, a positive whole number")
+        if size is not None and (not is_integer(size) or not 1 <= size <= MAX_IMAGE_SIZE):
+            raise ValueError(
+                f"{self._who}: image_size is {size!r}; expected pixels, a whole number in 1-{MAX_IMAGE_SIZE}"
+            )
         self._is_resized = size is None
-        self.image_size = CAMERA_SIZE if size is None else size
+        self.image_size = CAMERA_SIZE if size is None else int(size)
         self._takes_seed = metadata.get("takes_seed") is True
 
     def _decide(
@@ -301,6 +305,8 @@ class IsaacClient(_Client):
         if not isinstance(action, Mapping) or not all(isinstance(part, np.ndarray) for part in action.values()):
             raise ValueError(f"{self._who}: the action is {action!r:.200}; expected a dict of arrays action.x, ...")
         parts = cast(Mapping[str, NDArray[Any]], action)
+        for key, part in parts.items():
+            check_is_numbers(part, f"{self._who}: {key}", "numbers")
         # N1.5 leaves out every axis of one element: action.x of a single observation is [H].
         widened = {key: part[:, None] if num_rows is None and part.ndim == 1 else part for key, part in parts.items()}
         try:
@@ -359,39 +365,72 @@ def _dialect(who: str, config: Any) -> tuple[bool, tuple[str, ...]]:
     """Returns whether modality configs are those of N1.6 or N1.7, not of N1.5, and the keys of the instruction.
 
     Raises:
-        ValueError: they are neither, or ask for what LIBERO's environments do not show.
+        ValueError: they are neither, or ask for what LIBERO's environments do not show, or for no instruction.
     """
-    texts = {name: entry.get("as_json") for name, entry in config.items()} if _has_configs(config) else {}
-    is_n1d5 = all(isinstance(text, str) for text in texts.values())
-    entries: dict[str, Any] = {name: json.loads(text) if is_n1d5 else text for name, text in texts.items()}
-    whole = [e for e in entries.values() if isinstance(e, Mapping) and {"modality_keys", "delta_indices"} <= set(e)]
-    if not {"video", "state", "language"} <= set(entries) or len(whole) < len(entries):
+    configs = {name: entry.get("as_json") for name, entry in config.items()} if _has_configs(config) else {}
+    if not {"video", "state", "language"} <= set(configs):
         raise ValueError(
             f"{who}: the answer to get_modality_config is {config!r:.200}; expected the configs of video, state, "
             "language and action of Isaac-GR00T N1.5, N1.6 or N1.7"
         )
+    is_n1d5 = all(isinstance(given, str) for given in configs.values())
+    entries: dict[str, Mapping[str, Any]] = {}
+    for name, given in configs.items():
+        entry = _from_json(given) if is_n1d5 else given
+        if not _is_modality_config(entry):
+            raise ValueError(
+                f"{who}: its modality config of {name} is {given!r:.200}; expected modality_keys, a list of names, "
+                "and delta_indices, a list of whole numbers"
+            )
+        entries[name] = entry
     for name, keys in (("video", IMAGE_KEYS), ("state", STATE_KEYS)):
         wanted = [f"{name}.{key.removeprefix(f'{name}.')}" for key in entries[name]["modality_keys"]]
         if unknown := sorted(set(wanted) - set(keys)):
             raise ValueError(f"{who}: its model reads {', '.join(unknown)}; expected of {name}: {', '.join(keys)}")
-        if len(entries[name]["delta_indices"]) != 1:
+        if entries[name]["delta_indices"] != [0]:
             raise ValueError(
                 f"{who}: its model reads {name} at the steps {entries[name]['delta_indices']}; expected the present "
                 "alone, [0]"
             )
-    return not is_n1d5, tuple(entries["language"]["modality_keys"])
+    language_keys = tuple(entries["language"]["modality_keys"])
+    if not language_keys:
+        raise ValueError(
+            f"{who}: its model reads no instruction, for the modality_keys of language are []; expected the key that "
+            f"an instruction goes under, such as {TASK_KEY}"
+        )
+    return not is_n1d5, language_keys
 
 
 def _has_configs(config: Any) -> bool:
     return isinstance(config, Mapping) and all(isinstance(entry, Mapping) for entry in config.values())
 
 
+def _from_json(text: str) -> Any:
+    """Returns what a text says in JSON; None, which is no config, if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_modality_config(entry: Any) -> bool:
+    if not isinstance(entry, Mapping):
+        return False
+    keys, indices = entry.get("modality_keys"), entry.get("delta_indices")
+    if not isinstance(keys, list) or not isinstance(indices, list):
+        return False
+    return all(isinstance(key, str) for key in keys) and all(is_integer(index) for index in indices)
+
+
 def _json_values(value: Any) -> Any:
-    """Returns what a message holds as JSON can hold it; arrays as lists, bytes in hexadecimal digits."""
+    """Returns what a message holds as JSON can hold it: arrays as lists, bytes in hexadecimal digits, dates as text."""
     if isinstance(value, Mapping):
         return {str(key): _json_values(item) for key, item in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, list | tuple):
         return [_json_values(item) for item in cast(Sequence[Any], value)]
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    return value.hex() if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return value.hex()
+    is_plain = value is None or isinstance(value, bool | int | float | str)
+    return value if is_plain else str(value)

@@ -69,6 +69,13 @@ def test_the_coefficient_weighs_old_against_new(coefficient: float, expected: fl
     assert executed(TemporalEnsemble(Script(*chunks), 1, coefficient), 3)[2][0][0] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("coefficient", [-50.0, 50.0, -1e308, 1e308])
+def test_chunks_that_agree_are_executed_whatever_the_coefficient(coefficient: float):
+    constant = [[0.25] * 20]
+    steps = executed(TemporalEnsemble(Script(*[constant] * 20), 1, coefficient), 20)
+    assert steps == [[[0.25]]] * 20
+
+
 def test_chunks_that_are_several_steps_apart_are_averaged_where_they_overlap():
     chunks = [[1.0, 2.0, 3.0, 4.0, 5.0]], [[10.0, 20.0, 30.0, 40.0, 50.0]], [[6.0, 7.0, 8.0, 9.0, 10.0]]
     steps = executed(TemporalEnsemble(Script(*chunks), 2, 0.0), 3)
@@ -182,6 +189,10 @@ def test_episodes_begin_and_end_once_each():
         (np.where(np.arange(70).reshape(2, 5, 7) == 38, np.nan, 0), r"me: actions\[1, 0, 3\] is nan; expected finite"),
         ([[0.0] * 7] * 5, r"actions is a list; expected an array of numbers"),
         (np.zeros((2, 5, 7), dtype=bool), r"actions is an array of bool; expected"),
+        (torch.zeros(2, 5, 7, dtype=torch.bool), r"actions is an array of bool; expected"),
+        (torch.zeros(2, 5, 7, dtype=torch.complex64), r"actions is an array of complex64; expected"),
+        (np.full((2, 5, 7), -1e300), r"actions\[0, 0, 0\] is -1e\+300; expected finite .*, in float32"),
+        (torch.full((2, 5, 7), 1e300, dtype=torch.float64), r"actions\[0, 0, 0\] is 1e\+300; expected finite"),
         (None, r"actions is a NoneType; expected"),
     ],
 )
@@ -204,6 +215,7 @@ def test_chunks_of_any_number_type_are_taken():
             r"make, whose image_size is None; give it a positive",
         ),
         ("class make:\n    image_size = 8\n    num_action_chunks = 0", r"make, whose num_action_chunks is 0; give it"),
+        ("class make:\n    image_size = True", r"make, whose image_size is True; give it a positive whole number"),
         (
             "class make:\n    image_size = num_action_chunks = 8",
             r"make, which has no method predict\(obs, \*, generator\)",

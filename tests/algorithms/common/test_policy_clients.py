@@ -155,13 +155,22 @@ def test_a_wrong_answer_names_address_given_and_expected(reply: Any, message: st
     ("metadata", "message"),
     [
         (pack([1]), r"metadata are \[1\]; expected a dict"),
-        (pack({"image_size": "large"}), "image_size is 'large'; expected pixels, a positive whole number"),
+        (pack({"image_size": "large"}), "image_size is 'large'; expected pixels, a whole number in 1-4096"),
+        (pack({"image_size": True}), "image_size is True; expected pixels"),
+        (pack({"image_size": 10_000_000}), "image_size is 10000000; expected pixels, a whole number in 1-4096"),
         ("no model is loaded", "answers with an error:\nno model is loaded"),
     ],
 )
 def test_metadata_of_another_kind_are_refused(metadata: Any, message: str):
     with openpi_server(lambda request: None, metadata) as address, pytest.raises(ValueError, match=message):
         connect(address, 5)
+
+
+def test_metadata_may_hold_what_json_cannot():
+    metadata = {"image_size": np.int64(32), "trained": msgpack.Timestamp(0), "digest": b"\x01"}
+    with openpi_client(lambda request: None, pack(metadata)) as client:
+        assert client.image_size == 32
+        assert json.loads(json.dumps(client.description))["digest"] == "01"
 
 
 def test_a_server_that_dies_or_hangs_midway_is_told():
@@ -345,6 +354,10 @@ def test_n1d6_gets_all_environments_at_once():
         ({"action.yaw": np.full((1, H, 1), np.inf)}, r"action.yaw holds values that are not finite"),
         ({"action.yaw": np.zeros((1, H, 2))}, r"action.yaw has shape \((1, )?6, 2\), expected"),
         ({"action.yaw": "text"}, r"(?s)the action is .*; expected a dict of arrays"),
+        ({"action.yaw": np.ones((1, H, 1), complex)}, "action.yaw is an array of complex128; expected an array of num"),
+        ({"action.yaw": np.ones((1, H, 1), bool)}, "action.yaw is an array of bool; expected an array of numbers"),
+        ({"action.yaw": np.ones((1, H, 1), "M8[s]")}, r"action.yaw is an array of datetime64\[s\]; expected an array"),
+        ({"action.yaw": np.full((1, H, 1), 1e300)}, "action.yaw holds values that are not finite"),
     ],
 )
 def test_wrong_actions_of_isaac_are_told(version: str, action: dict[str, Any], message: str):
@@ -389,13 +402,40 @@ def test_a_pickle_is_recognised_and_never_loaded():
             modality_config("n1.5", state={"delta_indices": [-1, 0], "modality_keys": ["x"]}),
             r"its model reads state at the steps \[-1, 0\]; expected the present alone, \[0\]",
         ),
+        (
+            modality_config("n1.6", video={"delta_indices": [5], "modality_keys": ["image"]}),
+            r"its model reads video at the steps \[5\]; expected the present alone, \[0\]",
+        ),
+        (
+            modality_config("n1.6", language={"delta_indices": [0], "modality_keys": []}),
+            r"its model reads no instruction, for the modality_keys of language are \[\]; expected .*annotation",
+        ),
+        *(
+            (
+                modality_config("n1.6", **{name: {"delta_indices": [0], "modality_keys": [TASK_KEY]} | wrong}),
+                f"its modality config of {name} is .*; expected modality_keys, a list of names, and delta_indices, a l",
+            )
+            for name, wrong in (
+                ("video", {"modality_keys": 5}),
+                ("state", {"modality_keys": [5]}),
+                ("state", {"delta_indices": 0}),
+                ("state", {"delta_indices": ["0"]}),
+                ("language", {"modality_keys": TASK_KEY}),
+            )
+        ),
+        (
+            modality_config("n1.5") | {"state": {"as_json": "not json"}},
+            r"its modality config of state is 'not json'; expected modality_keys",
+        ),
         (msgpack.packb(3), "the answer to get_modality_config is 3; expected"),
         (b"\xc1", "are no msgpack message .*; expected Isaac-GR00T's messages"),
     ],
 )
 def test_a_server_of_another_robot_is_refused(config: Any, message: str):
-    with isaac_server(lambda request: None, config) as address, pytest.raises(ValueError, match=message):
-        connect(address, 5)
+    with isaac_server(lambda request: None, config) as address:
+        with pytest.raises(ValueError, match=message) as error:
+            connect(address, 5)
+        assert str(error.value).startswith(f"policy server {address}")
 
 
 def test_errors_of_isaac_are_told():
