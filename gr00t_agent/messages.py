@@ -30,6 +30,11 @@ except ModuleNotFoundError as error:
 
 # NumPy's kinds of types whose bytes are no numbers or text: structures, objects, and complex numbers.
 _REFUSED_KINDS = "VOc"
+# What Python, NumPy and Pillow raise where a message says of an array or a picture what cannot be.
+_DAMAGED = (
+    ValueError, TypeError, KeyError, AttributeError, OverflowError, SyntaxError, EOFError, OSError,
+    Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def pack(message: Any) -> bytes:
@@ -92,7 +97,7 @@ def unpack_vla_eval(data: bytes) -> Any:
 def _unpacked(data: bytes, from_map: Callable[[dict[Any, Any]], Any]) -> Any:
     try:
         return msgpack.unpackb(data, object_hook=from_map)
-    except (ValueError, TypeError, KeyError, EOFError, OSError) as error:  # Pillow's is an OSError
+    except _DAMAGED as error:
         raise ValueError(
             f"{len(data)} bytes that begin with {bytes(data[:8])!r} are no msgpack message with arrays "
             f"({type(error).__name__}: {error})"

@@ -125,8 +125,10 @@ class ServedPolicy:
 
     def _picture(self, key: str, value: Any, size: tuple[int, int] | None) -> NDArray[np.uint8]:
         picture = np.asarray(value)
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(f"{key} is {picture.dtype} {picture.shape}; it must be uint8 (height, width, 3)")
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+            raise ValueError(
+                f"{key} is {picture.dtype} {picture.shape}; it must be uint8 (height, width, 3) of at least one pixel"
+            )
         if size is None or picture.shape[:2] == size:
             return picture
         if not self._resize:
@@ -151,9 +153,10 @@ class ServedPolicy:
 
 
 def _seed_of(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or not 0 <= value < 2**63:
         raise ValueError(f"{SEED_KEY} is {value!r}; it must be a whole number in 0 to 2^63 - 1")
-    return value
+    return int(value)
 
 
 def make_server(

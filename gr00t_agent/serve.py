@@ -19,6 +19,8 @@ from typing import get_args
 from gr00t_agent.config import PresetName
 from gr00t_agent.files import is_hub_name
 
+MAX_SEED = 2**63 - 1  # as of an observation's own
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load a model and answer until interrupted."""
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if not 0 <= given.port <= 65535:
         parser.error(f"--port {given.port} is no TCP port (valid: 0-65535; 0 takes a free one)")
+    if not 0 <= given.seed <= MAX_SEED:
+        parser.error(f"--seed {given.seed} is no seed (valid: 0-{MAX_SEED})")
 
     import torch  # which takes seconds: a mistake is told at once
 
@@ -56,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         agent = agent.to(device).eval()
         policy = ServedPolicy(agent, Path(given.model).name, seed=given.seed, resize=given.resize)
         server = make_server(policy, given.host, given.port, protocol=given.protocol)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+    except (ValueError, OSError, KeyError) as error:
+        text = error.args[0] if isinstance(error, KeyError) else error  # Python would put it in quotes
+        parser.exit(1, f"error: {text}\n")
     host, port = server.socket.getsockname()[:2]
     print(f"serving {given.model} at ws://{host}:{port}", flush=True)
     with server:

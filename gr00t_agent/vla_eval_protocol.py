@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection
 
+from gr00t_agent.files import is_whole
 from gr00t_agent.messages import pack_vla_eval, unpack_vla_eval
 
 if TYPE_CHECKING:
@@ -168,8 +169,10 @@ def _read(data: str | bytes) -> tuple[str, Mapping[str, Any], int]:
         raise ValueError(f"a message is a msgpack map of {', '.join(KEYS)}; this one is another")
     if not isinstance(message["payload"], dict):
         raise ValueError(f"payload is {type(message['payload']).__name__}; it must be a map")
+    if not is_whole(message["seq"]):
+        raise ValueError(f"seq is {message['seq']!r:.80}; it must be a whole number, which the answer has too")
     found = cast(dict[str, Any], message)
-    return str(found["type"]), found["payload"], int(found["seq"])
+    return str(found["type"]), found["payload"], found["seq"]
 
 
 def _message(kind: str, payload: Mapping[str, Any], seq: int) -> bytes:

@@ -68,7 +68,7 @@ def is_for_evaluations(policy: Any) -> bool:
 def check_for_evaluations(name: str, policy: Any) -> None:
     """Raise ValueError unless `policy`, which `name` made, has what `gr00t_agent.Policy` says."""
     for attribute in ("image_size", "num_action_chunks"):
-        value = getattr(policy, attribute, None)
+        value: Any = getattr(policy, attribute, None)
         if not is_integer(value) or value < 1:
             raise ValueError(
                 f"policy={name!r} made a {type(policy).__name__}, whose {attribute} is {value!r}; give it a positive "

@@ -7,7 +7,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from gr00t_agent.messages import pack, pack_npy, unpack, unpack_npy
+from gr00t_agent.messages import pack, pack_npy, unpack, unpack_npy, unpack_vla_eval
 
 
 def test_openpis_form_byte_by_byte():
@@ -71,6 +71,14 @@ def test_nothing_is_pickled_or_unpickled():
 def test_damaged_arrays_are_refused(entries: dict[bytes, Any]):
     with pytest.raises(ValueError, match="are no msgpack message with arrays"):
         unpack(msgpack.packb({b"__ndarray__": True, **entries}))
+
+
+def test_damaged_scalars_and_names_are_refused():
+    too_large = {b"__npgeneric__": True, b"data": 1000, b"dtype": "|i1"}
+    unnamed = {"__ndarray__": True, b"data": b""}
+    for read, message in ((unpack, too_large), (unpack_vla_eval, unnamed)):
+        with pytest.raises(ValueError, match="are no msgpack message with arrays"):
+            read(msgpack.packb(message))
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x81\xa1a", b"PK\x03\x04", pack({"a": 1}) + b"\0"])

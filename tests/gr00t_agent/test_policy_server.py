@@ -1,6 +1,7 @@
 """The server over real sockets: what it answers, by value, and what it says to clients that do wrong."""
 
 import io
+import json
 import subprocess
 import sys
 import threading
@@ -100,8 +101,8 @@ def test_answers_are_the_agents_whole_chunks_and_depend_on_the_seed_alone(agent:
                 answer = ask(connection, observation(i))
                 np.testing.assert_array_equal(answer["actions"], expected[i])
                 assert answer["server_timing"]["infer_ms"] > 0
-                # One with a seed of its own takes nothing from the others' noise.
-                with_seed = ask(connection, observation(i, seed=99))["actions"]
+                # One with a seed of its own takes nothing from the others' noise; openpi's client may send NumPy's.
+                with_seed = ask(connection, observation(i, seed=np.int64(99) if i else 99))["actions"]
                 np.testing.assert_array_equal(
                     with_seed, predicted(agent, observation(i), torch.Generator().manual_seed(99))
                 )
@@ -119,14 +120,21 @@ def test_it_is_healthy(port: int):
         ({"prompt": 3}, "prompt is 3; it must be the instruction, a str"),
         (
             {"observation/image": np.zeros((3, 32, 32), np.uint8)},
-            "observation/image is uint8 (3, 32, 32); it must be uint8 (height, width, 3)",
+            "observation/image is uint8 (3, 32, 32); it must be uint8 (height, width, 3) of at least one pixel",
         ),
         (
             {"observation/state": np.zeros(7)},
             "observation/state is float64 (7,); it must be numbers (8,): state.x (1), state.y (1)",
         ),
         ({"observation/state": np.full(8, np.nan)}, "state.x of row 0 is [nan]; it must be finite numbers"),
+        (
+            {"observation/image": np.zeros((0, 5, 3), np.uint8)},
+            "observation/image is uint8 (0, 5, 3); it must be uint8 (height, width, 3) of at least one pixel",
+        ),
         ({"seed": -1}, "seed is -1; it must be a whole number in 0 to 2^63 - 1"),
+        ({"seed": np.uint64(2**63)}, "it must be a whole number in 0 to 2^63 - 1"),
+        ({"seed": np.float32(3)}, "it must be a whole number in 0 to 2^63 - 1"),
+        ({"seed": True}, "seed is True; it must be a whole number in 0 to 2^63 - 1"),
     ],
 )
 def test_a_wrong_observation_is_told_and_the_server_goes_on(port: int, changes: dict[str, Any], message: str):
@@ -171,6 +179,9 @@ def test_pictures_of_another_size_are_refused_or_resized(agent: Gr00tAgent, monk
     resizing = ServedPolicy(agent, "tiny", resize=True)
     one, two = (resizing.infer(request, torch.Generator().manual_seed(1))["actions"] for request in (large, small))
     np.testing.assert_array_equal(one, two)
+    empty = large | {"observation/image": np.zeros((0, 5, 3), np.uint8)}
+    with pytest.raises(ValueError, match=r"observation/image is uint8 \(0, 5, 3\); it must be .* at least one pixel"):
+        resizing.infer(empty, torch.Generator())
 
 
 def test_a_mistake_on_the_command_line_is_told_before_torch_is_imported():
@@ -191,6 +202,31 @@ def test_ports_that_there_are_not_are_refused(port: str, capsys: pytest.CaptureF
         serve.main(["--model", "nano", "--port", port])
     assert ended.value.code == 2
     assert f"error: --port {port} is no TCP port (valid: 0-65535; 0 takes a free one)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
+def test_seeds_that_there_are_not_are_refused(seed: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        serve.main(["--model", "nano", "--seed", seed])
+    assert ended.value.code == 2
+    assert f"error: --seed {seed} is no seed (valid: 0-9223372036854775807)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_statistic_is_told_in_one_line(
+    agent: Gr00tAgent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    agent.save_pretrained(tmp_path)
+    file = tmp_path / "experiment_cfg" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    del metadata["libero_franka"]["statistics"]["state"]["x"]["q01"]
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(SystemExit) as ended:
+        serve.main(["--model", str(tmp_path), "--device", "cpu"])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {tmp_path}")
+    assert "q01" in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
@@ -307,6 +343,19 @@ def test_vla_eval_is_told_what_it_does_wrong(vla_eval_port: int):
             connection.recv(timeout=60)
 
 
+@pytest.mark.parametrize("seq", [None, [1], "5", 1.5, True])
+def test_vla_eval_is_told_that_a_message_has_no_number(vla_eval_port: int, seq: Any):
+    with open_at(vla_eval_port) as connection:
+        say(connection, "hello", {"protocol_version": 1}, seq=seq)
+        kind, payload, _ = hear(connection)
+        assert (kind, payload["error"]) == (
+            "error",
+            f"seq is {seq!r}; it must be a whole number, which the answer has too",
+        )
+        with pytest.raises(ConnectionClosed):
+            connection.recv(timeout=60)
+
+
 def test_vla_eval_asks_no_policy_of_another_robot(agent: Gr00tAgent):
     policy = ServedPolicy(agent, "tiny")
     policy.metadata["action_dim"] = 32
@@ -318,6 +367,11 @@ def test_damaged_pictures_are_no_message():
     broken = {"__image__": True, "format": "png", "data": b"nothing", "shape": [2, 2, 3]}
     with pytest.raises(ValueError, match="are no msgpack message with arrays"):
         unpack_vla_eval(pack_vla_eval(broken))
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, format="PNG")  # 400 million pixels in 50 kB
+    bomb = broken | {"data": file.getvalue()}
+    with pytest.raises(ValueError, match=r"are no msgpack message with arrays .*exceeds limit"):
+        unpack_vla_eval(pack_vla_eval(bomb))
     raw = {"__image__": True, "format": "raw", "data": bytes(range(12)), "dtype": "|u1", "shape": [2, 2, 3]}
     np.testing.assert_array_equal(unpack_vla_eval(pack_vla_eval(raw)), np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
     assert unpack_vla_eval(pack_vla_eval({"a": np.float32(0.5), "b": np.int64(3)})) == {"a": 0.5, "b": 3}
