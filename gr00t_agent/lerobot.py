@@ -325,8 +325,8 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
     Raises:
         FileNotFoundError: no dataset, no `modality.json`, or a file is missing.
         ValueError: no episodes, cameras of several sizes, damaged files, a key of the data config that is not in
-            `modality.json`, a column that is not in the dataset, a gripper of another convention than the data
-            config's, or values that contradict each other or cannot be read with certainty.
+            `modality.json` or is at another's place there, a column that is not in the dataset, a gripper of another
+            convention than the data config's, or values that contradict each other or cannot be read with certainty.
     """
 
     def __init__(
@@ -345,6 +345,9 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         self.fps = to_number(self.info["fps"], "fps")
         self._modality = self._read_modality(modality_file)
         self.cameras = [self._camera_column(key) for key in self.data_config.video_keys]
+        self._check_places_differ(
+            {key: f"column {name!r}" for key, name in zip(self.data_config.video_keys, self.cameras, strict=True)}
+        )
         self._features = {column: feature_of(self.folder, self.info, column) for column in self.cameras}
         self._axes = {
             column: image_axes(feature, f"{self.folder / INFO_FILE}: features[{column!r}]")
@@ -407,6 +410,17 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"{key} is column {name!r}, which holds no images by {self.folder / INFO_FILE}")
         return name
 
+    def _check_places_differ(self, places: Mapping[str, str]) -> None:
+        """Check that no two keys of the data config are read from one place."""
+        first: dict[str, str] = {}
+        for key, place in places.items():
+            other = first.setdefault(place, key)
+            if other != key:
+                raise ValueError(
+                    f"{other} and {key} are both {place} of {self.folder}; correct the modality file, or give a "
+                    "data config with one of them"
+                )
+
     def _check_resolutions(self, image_size: int | None) -> tuple[int, int]:
         sizes: dict[str, tuple[int, int]] = {}
         for key, column in zip(self.data_config.video_keys, self.cameras, strict=True):
@@ -430,6 +444,9 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
                     f"{self.folder / INFO_FILE}"
                 )
             result[key] = (name, slice(entry.start, entry.end))
+        self._check_places_differ(
+            {key: f"[{where.start}, {where.stop}) of column {name!r}" for key, (name, where) in result.items()}
+        )
         return result
 
     def _width(self, column: str) -> int:
@@ -505,6 +522,8 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         # Only videos need the timestamps: nothing else is found by time.
         names = {*widths, language, "episode_index", "frame_index"} | ({"timestamp"} if has_times else set())
         table = read_table(file, sorted(names))
+        if not table.num_rows:
+            raise ValueError(f"{file} has no rows, and meta/ says that episodes lie there; download or write it again")
         where = {name: f"{file}: column {name!r}" for name in names}
         columns: dict[str, NDArray[np.float32]] = {}
         for name, width in widths.items():

@@ -156,8 +156,8 @@ def read_episodes(folder: Path, info: Mapping[str, Any], cameras: Sequence[str] 
 
     Raises:
         FileNotFoundError: a file of `meta/` is missing.
-        ValueError: a file of `meta/` is damaged or lacks a field, an episode is missing or listed with two lengths or
-            places, or two episodes or cameras share frames.
+        ValueError: a file of `meta/` is damaged or lacks a field, episodes are not as many as info.json says, one is
+            listed with two lengths or places, or two episodes or cameras share frames.
     """
     is_v3 = str(info["codebase_version"]).startswith("v3")
     if cameras is None:
@@ -169,7 +169,7 @@ def read_episodes(folder: Path, info: Mapping[str, Any], cameras: Sequence[str] 
         if entries.setdefault(entry.episode_id, entry) != entry:
             raise ValueError(f"{where} lists episode {entry.episode_id} again, with other values; keep one of them")
     total = info.get("total_episodes")
-    if isinstance(total, int) and 0 < len(entries) < total:
+    if total is not None and entries and len(entries) != to_whole(total, f"{folder / INFO_FILE}: total_episodes"):
         raise ValueError(
             f"{folder}/meta lists {len(entries)} episodes, {INFO_FILE} says total_episodes={total}; download or write "
             "the list again, or correct the number"

@@ -124,11 +124,11 @@ def to_text(value: Any, where: str) -> str:
 
 
 def is_no_text(value: str) -> bool:
-    """Return whether a text is what programs print of a number or of a missing value."""
+    """Return whether a text is empty, or what programs print of a number or of a missing value."""
     try:
         float(value)
     except ValueError:
-        return value.strip().lower() in ("none", "null", "<na>")
+        return value.strip().lower() in ("", "none", "null", "<na>")
     return True
 
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gr00t_agent.files import whole_folder
+from gr00t_agent.lerobot_values import is_no_text
 
 Version = Literal["v2.1", "v3.0"]
 VERSIONS: tuple[Version, ...] = ("v2.1", "v3.0")
@@ -107,8 +108,8 @@ def stage_episode(folder: Path, episode: Episode, recording: Recording) -> None:
     """Write one episode to `folder`, replacing what was there.
 
     Raises:
-        ValueError: no frames, lengths or widths that differ, values that are not finite, odd image sizes in a video, or
-            a name in `info` that the dataset needs itself.
+        ValueError: no frames, lengths or widths that differ, values that are not finite in float32, an instruction that
+            says nothing, odd image sizes in a video, or a name in `info` that the dataset needs itself.
         OSError: it cannot be written, because the disk is full, say; `folder` is as it was.
     """
     _check(episode, recording)
@@ -144,6 +145,8 @@ def _check(episode: Episode, recording: Recording) -> None:
     reserved = [name for name in episode.info if name in EPISODE_FIELDS or "/" in name]
     if reserved:
         raise ValueError(f"info has {', '.join(reserved)}; its names hold no '/' and are none of {EPISODE_FIELDS}")
+    if is_no_text(episode.instruction):
+        raise ValueError(f"instruction is {episode.instruction!r}; it must be a sentence, which says what is done")
     lengths = {"states": len(episode.states), "actions": len(episode.actions)}
     lengths |= {camera: len(frames) for camera, frames in episode.frames.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
@@ -156,8 +159,13 @@ def _check(episode: Episode, recording: Recording) -> None:
             raise ValueError(
                 f"{name} has shape {values.shape}, expected ({len(values)}, {len(names)}): {', '.join(names)}"
             )
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} is not finite in frame {np.argwhere(~np.isfinite(values))[0, 0]}")
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"{name} is {values.dtype}; it must hold numbers")
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            written = values.astype(np.float32)
+        if not np.isfinite(written).all():
+            frame = np.argwhere(~np.isfinite(written))[0, 0]
+            raise ValueError(f"{name} is not finite in frame {frame}: {values[frame].tolist()}, written as float32")
     for camera, frames in episode.frames.items():
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise ValueError(f"{camera} is {frames.dtype} {frames.shape}; it must be uint8 [frames, height, width, 3]")

@@ -586,11 +586,16 @@ def test_statistics_of_other_widths_or_resolutions(datasets):
 
 def test_bad_episodes_are_not_staged(tmp_path):
     episode = make_episode(0, 4)
-    fields = dict(frames=episode.frames, states=episode.states, actions=episode.actions, instruction="")
+    fields = dict(frames=episode.frames, states=episode.states, actions=episode.actions, instruction="go")
     for change, message in (
         ({"states": episode.states[:3]}, "one length"),
         ({"actions": episode.actions[:, :6]}, r"actions has shape \(4, 6\), expected \(4, 7\)"),
         ({"states": episode.states * np.nan}, "states is not finite in frame 0"),
+        ({"actions": np.full((4, 7), 1e300)}, r"actions is not finite in frame 0: \[1e\+300, .*, written as float32"),
+        ({"actions": episode.actions * 1j}, "actions is complex64; it must hold numbers"),
+        ({"instruction": ""}, "instruction is ''; it must be a sentence"),
+        ({"instruction": " "}, "instruction is ' '; it must be a sentence"),
+        ({"instruction": "None"}, "instruction is 'None'; it must be a sentence"),
         ({"frames": {"a": np.zeros((4, 31, 32, 3), np.uint8)}}, "videos need even sizes"),
         ({"frames": {"a": np.zeros((4, 32, 32, 3), np.float32)}}, "must be uint8"),
     ):

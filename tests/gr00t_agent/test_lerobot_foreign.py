@@ -353,6 +353,8 @@ def test_instructions_in_a_column_of_their_own(dtype, make, tmp_path):
         (["1.0"] * 12, r"has the instruction '1.0'"),
         (["nan"] * 12, r"has the instruction 'nan'"),
         (["None"] * 12, r"has the instruction 'None'"),
+        ([""] * 12, r"has the instruction ''; it must be a sentence, or name a task by number"),
+        (["pick up the bowl", " \n"] * 6, r"has the instruction ' \\n'; it must be a sentence"),
         ([["a", "b"]] * 12, r"holds list<.*string.*>; it must hold one text a row"),
         ([b"pick"] * 12, r"holds binary; it must hold numbers"),
         ([5] * 12, r"names tasks \[5\], which meta/ does not list \(it lists 0, 1\)"),
@@ -366,8 +368,10 @@ def test_instructions_that_are_none(cells, message, tmp_path):
 
 def test_a_task_that_is_a_missing_value(tmp_path):
     foreign = Foreign()
-    foreign.tasks[1]["task"] = "nan"
-    refused(foreign.write(tmp_path / "d"), r"episode_000001.parquet: column 'task_index' has the instruction 'nan'")
+    for task in ("nan", "", " "):
+        foreign.tasks[1]["task"] = task
+        message = rf"episode_000001.parquet: column 'task_index' has the instruction '{task}'"
+        refused(foreign.write(tmp_path / f"d{task}"), message)
 
 
 def rows_of(width: int):
@@ -475,6 +479,28 @@ def test_a_list_of_episodes_that_was_cut(version, tmp_path):
     refused(foreign.write(tmp_path / "d"), r"/meta lists 1 episodes, .*info.json says total_episodes=2")
     foreign.info["total_episodes"] = 1
     assert shown(LeRobotDataset(foreign.write(tmp_path / "e"))) == EVERY_ROW[:1]
+
+
+@pytest.mark.parametrize(
+    ("total", "message"),
+    [
+        (1, r"/meta lists 2 episodes, .*info.json says total_episodes=1; download or write the list again, or correct"),
+        ("2", r"info.json: total_episodes is '2'; it must be a whole number"),
+    ],
+)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_number_of_episodes_that_is_not_the_lists(version, total, message, tmp_path):
+    foreign = Foreign(version)
+    foreign.info["total_episodes"] = total
+    refused(foreign.write(tmp_path / "d"), message)
+
+
+def test_a_table_without_rows(tmp_path):
+    foreign = Foreign()
+    foreign.columns[1] = {name: column.slice(0, 0) for name, column in foreign.columns[1].items()}
+    refused(
+        foreign.write(tmp_path / "d"), r"episode_000001.parquet has no rows, and meta/ says that episodes lie there"
+    )
 
 
 @pytest.mark.parametrize(
@@ -725,6 +751,29 @@ def test_modality_that_is_none(edit, message, tmp_path):
     refused(foreign.write(tmp_path / "d"), rf"modality.json: {message}")
     (tmp_path / "d/meta/modality.json").write_text("[]")
     refused(tmp_path / "d", "modality.json holds a list; it must hold an object")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            change("video", "wrist_image", "original_key", to=CAMERAS[0]),
+            r"video.image and video.wrist_image are both column 'observation.images.image' of .*; correct the modality",
+        ),
+        (
+            change("state", "y", to={"start": 0, "end": 1}),
+            r"state.x and state.y are both \[0, 1\) of column 'observation.state'",
+        ),
+        (
+            change("action", "yaw", to={"start": 4, "end": 5}),
+            r"action.pitch and action.yaw are both \[4, 5\) of column 'action'",
+        ),
+    ],
+)
+def test_two_keys_of_one_place(edit, message, tmp_path):
+    foreign = Foreign()
+    edit(foreign.modality)
+    refused(foreign.write(tmp_path / "d"), message)
 
 
 @pytest.mark.parametrize(
