@@ -17,6 +17,7 @@ episodes begin after `first_step` steps, in which the expert has missed an objec
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -40,7 +41,7 @@ class Args:
     suite: str = "libero_spatial"
     """LIBERO suite."""
     task_ids: tuple[int, ...] | None = None
-    """Tasks to record; all of the suite if not given."""
+    """Tasks to record, each once; all of the suite if not given."""
     episodes_per_task: int = 50
     """Successful episodes per task."""
     max_attempts_per_task: int | None = None
@@ -77,7 +78,8 @@ class Args:
     crf: int = 18
     """Quality of the videos, 0 (lossless) to 51."""
     keep_staged: bool = False
-    """Keep the staged episodes, to write another version or to add episodes later."""
+    """Keep the staged episodes, to write another version or to add episodes later. Those that are not
+    in the dataset, of other tasks or of more episodes than asked for, are always kept."""
 
     # --- processes ---
     num_workers: int = 0
@@ -109,6 +111,19 @@ def check_args(args: Args) -> None:
             f"image_size={args.image_size} is odd, and H.264 videos need even sizes: give "
             f"--image-size {args.image_size + 1}, or --storage image"
         )
+    if args.max_attempts < args.episodes_per_task and not args.allow_fewer:
+        raise ValueError(
+            f"max_attempts_per_task={args.max_attempts} is less than "
+            f"episodes_per_task={args.episodes_per_task}, so no task can have its episodes: give "
+            f"--max-attempts-per-task {args.episodes_per_task} or more, or --allow-fewer to write "
+            "what there is"
+        )
+    counts = Counter(args.task_ids or ())
+    if repeated := sorted(task_id for task_id, count in counts.items() if count > 1):
+        raise ValueError(
+            f"task_ids={args.task_ids} names tasks {repeated} more than once, but a task's episodes "
+            "are recorded once; name each task only once"
+        )
     for task in tasks_of(args):
         kind = check_init_states(None, task.suite)
         for init_state_id in args.init_state_ids or ():
@@ -121,13 +136,12 @@ ARGS = parse_args(Args, __doc__, None, check_args) if __name__ == "__main__" els
 import dataclasses
 import functools
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from importlib import resources
 from multiprocessing import get_context
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mujoco
 import numpy as np
@@ -135,7 +149,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from gr00t_agent.files import json_ready, write_json
+from gr00t_agent.files import clean_up, json_ready, remove_folder, write_json
 from gr00t_agent.lerobot_writer import (
     EPISODE_FILE,
     Episode,
@@ -166,7 +180,6 @@ FREE_SETTINGS = {
     "episodes_per_task",
     "max_attempts_per_task",
     "allow_fewer",
-    "renderer",
     "render_batch_size",
     "version",
     "keep_staged",
@@ -421,16 +434,18 @@ class Staging:
 
     Args:
         folder: the folder.
-        args: decide the data; a folder made with others is refused.
+        args: decide the data, with the installed MuJoCo; a folder made with others is refused. Their
+            renderer is the one that draws.
 
     Raises:
-        ValueError: the folder was made with other arguments.
+        ValueError: the folder was made with other arguments, or another MuJoCo.
     """
 
     def __init__(self, folder: Path, args: Args) -> None:
         self.folder = folder
         given = json_ready(dataclasses.asdict(args))
         settings = {name: value for name, value in given.items() if name not in FREE_SETTINGS}
+        settings["mujoco"] = mujoco.__version__
         path = folder / SETTINGS_FILE
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -439,11 +454,12 @@ class Staging:
         found = json.loads(path.read_text("utf-8"))
         # Of a folder that was begun before there were some of them: how they were then.
         found["expert"] = json_ready(dataclasses.asdict(ExpertConfig())) | found.get("expert", {})
-        changed = [
-            f"{name} was {found.get(name)!r}, now {value!r}"
-            for name, value in settings.items()
-            if found.get(name) != value
-        ]
+        changed: list[str] = []
+        for name, value in settings.items():
+            if name not in found:
+                changed.append(f"{name} was not kept, now {value!r}")
+            elif found[name] != value:
+                changed.append(f"{name} was {found[name]!r}, now {value!r}")
         if changed:
             listing = ", ".join(changed)
             remedy = "remove it or give another output"
@@ -470,6 +486,21 @@ class Staging:
         """Returns the steps of a staged attempt."""
         file = self.folder / attempt.name / EPISODE_FILE
         return json.loads(file.read_text("utf-8"))["length"]
+
+    def remove(self, attempts: Iterable[Attempt]) -> list[str]:
+        """Deletes what there is of attempts, and the folder if there is nothing else.
+
+        Returns:
+            Names of what is left: episodes and failures of other attempts.
+        """
+        for attempt in attempts:
+            remove_folder(self.folder / attempt.name)
+            self._failure_file(attempt).unlink(missing_ok=True)
+        clean_up(self.folder)  # what a killed process was writing
+        left = {path.name for path in self.folder.iterdir()} - {SETTINGS_FILE}
+        if not left:
+            remove_folder(self.folder)
+        return sorted(left)
 
     def _failure_file(self, attempt: Attempt) -> Path:
         return self.folder / f"{attempt.name}.json"
@@ -571,6 +602,13 @@ def make_recording(args: Args) -> Recording:
     return Recording(fps=CONTROL_FREQUENCY_HZ, storage=args.storage, crf=args.crf)
 
 
+def counted_attempts(args: Args, task: TaskSpec, kept: Sequence[Attempt]) -> list[Attempt]:
+    """Returns the attempts that the kept ones were chosen from."""
+    is_complete = len(kept) == args.episodes_per_task
+    last = kept[-1].attempt_id if is_complete else args.max_attempts - 1
+    return [make_attempt(args, task, attempt_id) for attempt_id in range(last + 1)]
+
+
 def count_outcomes(
     args: Args,
     task: TaskSpec,
@@ -578,9 +616,7 @@ def count_outcomes(
     kept: Sequence[Attempt],
 ) -> dict[str, Any]:
     """Returns how many attempts were kept and discarded, and why, and the kept ones' lengths."""
-    is_complete = len(kept) == args.episodes_per_task
-    last = kept[-1].attempt_id if is_complete else args.max_attempts - 1
-    reasons = staging.failures(make_attempt(args, task, i) for i in range(last + 1))
+    reasons = staging.failures(counted_attempts(args, task, kept))
     lengths = [staging.length(attempt) for attempt in kept]
     return {
         "instruction": task.language,
@@ -620,6 +656,8 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
         image_size=args.image_size,
         num_worlds=args.render_batch_size,
     )
+    # Without a name it is the machine's best, and another one draws other pixels.
+    args = dataclasses.replace(args, renderer=cast(Any, renderer.name))
     try:
         staging = Staging(args.output.with_name(f"{args.output.name}.staged"), args)
         collect(args, tasks, staging, renderer, make_demonstrator)
@@ -651,9 +689,11 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
         modality=libero_modality(),
     )
     write_json(args.output / "meta" / "collection.json", {"args": args, "tasks": report})
-    if not args.keep_staged:
-        shutil.rmtree(staging.folder)
     print(f"\ndataset      {args.output}")
+    if not args.keep_staged:
+        written = [a for n, task in numbered.items() for a in counted_attempts(args, task, kept[n])]
+        if left := staging.remove(written):
+            print(f"staged       {len(left)} more attempts are kept in {staging.folder}")
     print(f"inspect      python tools/show_dataset.py --dataset {args.output}")
     return {"tasks": report}
 

@@ -147,6 +147,71 @@ def test_staged_episodes_extend_a_dataset(faked, tmp_path):
     np.testing.assert_array_equal(large.action[:16], small.action[:16])
 
 
+def test_what_is_not_in_the_dataset_stays_staged(faked, tmp_path, capsys):
+    collect_demos.main(small_args(tmp_path, episodes_per_task=4, keep_staged=True))
+    (tmp_path / "data").rename(tmp_path / "both")
+    staged = tmp_path / "data.staged"
+    before = {path.name for path in staged.iterdir()}
+    (staged / ".tmp-01234567-task_004_attempt_00009").mkdir()  # of a killed process
+
+    collect_demos.main(small_args(tmp_path, task_ids=(4,)))
+    assert f"7 more attempts are kept in {staged}" in capsys.readouterr().out
+    # Of task 4 the fourth success, of task 7 everything.
+    written = {f"task_004_attempt_{i:05d}{'.json' if i in (1, 2) else ''}" for i in range(5)}
+    assert {path.name for path in staged.iterdir()} == before - written
+
+    (tmp_path / "data").rename(tmp_path / "narrow")
+    collect_demos.main(small_args(tmp_path, episodes_per_task=4))
+    assert "are kept" not in capsys.readouterr().out
+    assert not staged.exists()
+    whole, again = LeRobotDataset(tmp_path / "both"), LeRobotDataset(tmp_path / "data")
+    np.testing.assert_array_equal(again.action, whole.action)
+
+
+def test_a_collection_goes_on_under_its_renderer_and_mujoco(faked, tmp_path, monkeypatch):
+    collect_demos.main(small_args(tmp_path, keep_staged=True))
+    collection = json.loads((tmp_path / "data" / "meta" / "collection.json").read_text())
+    assert collection["args"]["renderer"] == "egl"  # though none was asked for
+    (tmp_path / "data").rename(tmp_path / "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(BlankRenderer, "name", "warp")
+        with pytest.raises(ValueError, match=r"was recorded otherwise \(renderer was 'egl', now 'warp'\); remove it"):
+            collect_demos.main(small_args(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(collect_demos.mujoco, "__version__", "0.0")
+        with pytest.raises(ValueError, match=r"was recorded otherwise \(mujoco was '.*', now '0.0'\)"):
+            collect_demos.main(small_args(tmp_path))
+    file = tmp_path / "data.staged" / collect_demos.SETTINGS_FILE
+    settings = json.loads(file.read_text())
+    del settings["renderer"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"was recorded otherwise \(renderer was not kept, now 'egl'\)"):
+        collect_demos.main(small_args(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"max_attempts_per_task": 2},
+            r"max_attempts_per_task=2 is less than episodes_per_task=3, .*: give --max-attempts-per-task 3 or more",
+        ),
+        (
+            {"task_ids": (4, 7, 4)},
+            r"task_ids=\(4, 7, 4\) names tasks \[4\] more than once, .*; name each task only once",
+        ),
+    ],
+)
+def test_what_cannot_be_collected_is_told_before_anything_is(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        collect_demos.check_args(small_args(tmp_path, **changes))
+
+
+def test_fewer_attempts_than_episodes_are_for_whoever_takes_fewer(faked, tmp_path):
+    collect_demos.main(small_args(tmp_path, max_attempts_per_task=2, allow_fewer=True))
+    assert len(LeRobotDataset(tmp_path / "data").episodes) == 2
+
+
 def test_attempts_differ_and_do_not_depend_on_each_other(tmp_path):
     task = get_task("libero_spatial", 4)
     args = small_args(tmp_path, init_state_ids=(5, 9))
