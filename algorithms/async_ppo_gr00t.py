@@ -455,7 +455,7 @@ from algorithms.common.cluster import LearnerGroup, RolloutGroup, connect
 from algorithms.common.episodes import Cohorts, cohort_metrics, played_tasks
 from algorithms.common.evaluation import compare_evaluations, evaluation_file
 from algorithms.common.features import FeatureStore
-from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.frozen import StartPolicy, origin_of, store_frozen_as
 from algorithms.common.lora import LoraSettings, add_lora, save_merged
 from algorithms.common.monitor import TrainingProgress, describe_iteration
 from algorithms.common.processes import (
@@ -897,6 +897,7 @@ class Learner(LearnerRole):
         set_seed(args.seed)  # the same weights on every process
         self.agent = self.make_agent(args).to(device).eval()
         check_agent_takes(self.agent, args)
+        origin = origin_of(accelerator, self.agent, with_trained=args.kl_coef > 0)
         self.start_policy = None
         if args.kl_coef:
             self.start_policy = StartPolicy(self.agent, share_frozen=True)
@@ -920,6 +921,7 @@ class Learner(LearnerRole):
             self.optimizer,
             keep_last=args.keep_last,
             keep_best=args.keep_best,
+            origin=origin,
             write_agent=partial(save_merged, self.agent) if args.lora_rank else None,
         )
 

@@ -306,7 +306,7 @@ from torch import Tensor, nn
 
 from algorithms.common.batch import index, mean_of
 from algorithms.common.evaluation import evaluate_into, evaluation_file
-from algorithms.common.frozen import store_frozen_as
+from algorithms.common.frozen import origin_of, store_frozen_as
 from algorithms.common.monitor import Monitor
 from algorithms.common.processes import (
     for_all,
@@ -696,6 +696,7 @@ def main(
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval().requires_grad_(False)
     check_agent_takes(agent, args)
+    origin = origin_of(accelerator, agent)
     if args.compile:
         agent.compile_network()
     is_own_agent = make_agent is not agent_of_args
@@ -775,6 +776,7 @@ def main(
             optimizer,
             keep_last=args.keep_last,
             keep_best=args.keep_best,
+            origin=origin,
             write_agent=write_agent,
         ) as checkpoints,
         Monitor(

@@ -378,7 +378,7 @@ from algorithms.common.dry_run import measure_run
 from algorithms.common.episodes import played_episodes
 from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
 from algorithms.common.features import FeatureStore
-from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.frozen import StartPolicy, origin_of, store_frozen_as
 from algorithms.common.lora import LoraSettings, add_lora, save_merged
 from algorithms.common.monitor import Monitor
 from algorithms.common.processes import (
@@ -700,6 +700,7 @@ def main(
             for parameter in group["params"]:
                 parameter.requires_grad_(False)
     param_groups = [group for group in param_groups if group.get("name") != "value"]
+    origin = origin_of(accelerator, agent, with_trained=args.kl_coef > 0)
     start_policy = None
     if args.kl_coef:
         start_policy = StartPolicy(agent, share_frozen=True)
@@ -748,6 +749,7 @@ def main(
             optimizer,
             keep_last=args.keep_last,
             keep_best=args.keep_best,
+            origin=origin,
             write_agent=partial(save_merged, agent) if args.lora_rank else None,
         ) as checkpoints,
         Monitor(

@@ -440,7 +440,7 @@ from algorithms.common.dry_run import measure_run
 from algorithms.common.episodes import played_tasks
 from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
 from algorithms.common.features import FeatureStore
-from algorithms.common.frozen import StartPolicy, store_frozen_as
+from algorithms.common.frozen import StartPolicy, origin_of, store_frozen_as
 from algorithms.common.lora import LoraSettings, add_lora, save_merged
 from algorithms.common.monitor import Monitor
 from algorithms.common.processes import (
@@ -785,6 +785,7 @@ def main(
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval()
     check_agent_takes(agent, args)
+    origin = origin_of(accelerator, agent, with_trained=args.kl_coef > 0)
     start_policy = None
     if args.kl_coef:
         start_policy = StartPolicy(agent, share_frozen=not accelerator.is_fsdp2)
@@ -840,6 +841,7 @@ def main(
             optimizer,
             keep_last=args.keep_last,
             keep_best=args.keep_best,
+            origin=origin,
             write_agent=partial(save_merged, agent) if args.lora_rank else None,
         ) as checkpoints,
         Monitor(

@@ -292,11 +292,18 @@ from torch import Tensor, nn
 
 from algorithms.common.augmentation import NUM_DRAWS, augment
 from algorithms.common.evaluation import evaluate_into, evaluation_file
+from algorithms.common.frozen import origin_of
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
-from algorithms.common.processes import for_all, main_first, make_accelerator
+from algorithms.common.processes import for_all, from_main, main_first, make_accelerator
 from algorithms.common.randomness import seed_of
-from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
+from algorithms.common.resume import (
+    Checkpoints,
+    StopSignal,
+    check_origin,
+    missing_evaluation,
+    open_run,
+)
 from gr00t_agent import DataConfig, DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
 from gr00t_agent.loading import resolve_checkpoint, saved_data_config, saved_policy
@@ -494,6 +501,9 @@ def main(
         num_iterations=args.num_steps,
         free_args=FREE_ARGS,
     )
+    facts = {f"{name} of dataset {args.dataset}": fact for name, fact in dataset.facts().items()}
+    if checkpoint is not None:  # before frames are decoded
+        from_main(accelerator, partial(check_origin, checkpoint, facts))
     num_episodes = len(dataset.episodes)
     console.print(f"{num_episodes} episodes, {len(dataset)} frames of {dataset.image_size} pixels")
 
@@ -520,6 +530,7 @@ def main(
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args, metadata).to(device)
     check_metadata(agent.preprocessor.metadata, metadata, dataset.data_config)
+    origin = facts | origin_of(accelerator, agent)
     if args.compile:
         agent.compile_network()
 
@@ -592,6 +603,7 @@ def main(
             optimizer,
             keep_last=args.keep_last,
             keep_best=args.keep_best,
+            origin=origin,
             unit="step",
             write_agent=write_agent,
             generators=False,

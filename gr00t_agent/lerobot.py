@@ -852,18 +852,44 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         height, width = self.image_size
         for key in config.video_keys:
             modalities["video"][key.partition(".")[2]] = {"resolution": [width, height], "channels": 3, "fps": self.fps}
-        columns = dict(self.state)
-        start = 0
-        for key, (_, where) in self._slices(config.action_keys).items():
-            columns[key] = self.action[:, start : start + where.stop - where.start]
-            start += where.stop - where.start
-        for key, values in columns.items():
+        for key, values in self._columns().items():
             modality, _, part = key.partition(".")
             statistics[modality][part] = column_statistics(values)
             modalities[modality][part] = {
                 "absolute": True, "rotation_type": None, "shape": [values.shape[1]], "continuous": True,
             }  # fmt: skip
         return DatasetMetadata(statistics=statistics, modalities=modalities, embodiment_tag=config.embodiment_tag)
+
+    def _columns(self) -> dict[str, NDArray[np.float32]]:
+        """Return key -> [F, width] of states and actions."""
+        columns = dict(self.state)
+        start = 0
+        for key, (_, where) in self._slices(self.data_config.action_keys).items():
+            columns[key] = self.action[:, start : start + where.stop - where.start]
+            start += where.stop - where.start
+        return columns
+
+    # -- identity --------------------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """Return what tells this dataset from another, JSON values by name; equal on every machine.
+
+        Counts, instructions, and digests of all numbers that are read. Of pictures only the names and sizes of their
+        files are looked at.
+        """
+        arrays: dict[str, NDArray[Any]] = {"the episodes' lengths": np.diff(self.starts)}
+        arrays |= self._columns()
+        arrays["each frame's instruction"] = self.instruction_id
+        files = sorted({file for entry in self.episodes for file in self._frame_files(entry)})
+        sizes = {str(file.relative_to(self.folder)): existing_file(file).stat().st_size for file in files}
+        return {
+            "number of episodes": len(self.episodes),
+            "number of frames": len(self),
+            "size of the pictures": list(self.image_size),
+            "instructions": self.instructions,
+            **{f"SHA-256 of {name}": hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()},
+            "SHA-256 of the sizes of the pictures' files": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
+        }
 
 
 def column_statistics(values: NDArray[Any]) -> dict[str, list[float]]:

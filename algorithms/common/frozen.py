@@ -1,17 +1,22 @@
-"""What is not trained: frozen parameters in a smaller type, and the policy that training started from."""
+"""What is not trained: frozen parameters in a smaller type, and what training started from."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.common.batch import index
 from algorithms.common.features import FeatureStore
+from gr00t_agent import DatasetMetadata, Gr00tAgent
 
 AgentT = TypeVar("AgentT", bound=nn.Module)
 
@@ -22,6 +27,52 @@ def store_frozen_as(agent: AgentT, dtype: torch.dtype) -> AgentT:
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return agent
+
+
+def origin_of(accelerator: Accelerator, agent: nn.Module, *, with_trained: bool = False) -> dict[str, str]:
+    """Returns what a resumed run takes once more from where it began, as digests by name; reads all these weights.
+
+    A checkpoint's state has trained parameters alone. Frozen ones, and how a GR00T agent normalises, come from the
+    model that the run began with, and that may be another one by then.
+
+    Args:
+        accelerator: of this process.
+        agent: as it was made: not yet prepared, which may split its weights.
+        with_trained: trained parameters count as well, as they do where a `StartPolicy` is made of them.
+
+    Returns:
+        See `Checkpoints`; empty on other processes than the main one.
+    """
+    if not accelerator.is_main_process:
+        return {}
+    parameters: dict[str, Tensor] = dict(agent.named_parameters())
+    frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+    origin = {"SHA-256 of the agent's frozen weights": _weights_digest(frozen)}
+    if with_trained:
+        origin["SHA-256 of the weights that training started from"] = _weights_digest(parameters)
+    if isinstance(agent, Gr00tAgent):
+        origin["SHA-256 of the agent's statistics"] = _metadata_digest(agent.preprocessor.metadata)
+    return origin
+
+
+def _weights_digest(weights: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _metadata_digest(metadata: DatasetMetadata) -> str:
+    # In float32, as they are used: those of a dataset may differ in the last bits of float64 from machine to machine.
+    content = [metadata.embodiment_tag, _in_float32(metadata.statistics), metadata.modalities]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _in_float32(item) for key, item in cast(Mapping[str, Any], value).items()}
+    return np.asarray(value, np.float32).tolist()
 
 
 class StartPolicy:

@@ -6,7 +6,8 @@
             optimizer.safetensors  its state by parameter name
             <further>.safetensors  what else the trainer keeps, such as averaged weights
             envs.npz               state of every environment, if environments can give it
-            state.json             iteration, environment steps, score, step sizes, random number generators
+            state.json             iteration, environment steps, score, step sizes, random number generators, and what
+                                   tells whether the run goes on with what it began with, such as frozen weights
 
 A checkpoint appears under its name only when it is whole. It describes the boundary between two iterations. What
 belongs to a boundary besides weights and optimiser is taken there, in memory, at every iteration; as long as no
@@ -134,6 +135,29 @@ def _checkpoint_folders(run_path: Path) -> list[tuple[int, Path]]:
         if match := re.fullmatch(r"(?:iteration|step)_(\d+)", path.name):
             found.append((int(match[1]), path))
     return sorted(found)
+
+
+def check_origin(folder: Path, origin: Mapping[str, Any]) -> list[str]:
+    """Checks that what a run began with is still there: a checkpoint does not hold it, and goes on with no other.
+
+    Args:
+        folder: the checkpoint.
+        origin: what there is now: all that `Checkpoints` is given, or some of it.
+
+    Returns:
+        Names of what the checkpoint says nothing of, as one of an earlier version.
+
+    Raises:
+        ValueError: something is another, or the checkpoint is damaged.
+    """
+    before: Mapping[str, Any] = _read_state(folder).get("origin", {})
+    for name, now in origin.items():
+        if name in before and before[name] != now:
+            raise ValueError(
+                f"{folder} cannot go on: {name} was {before[name]!r:.200} when its run began, and is {now!r:.200} now; "
+                "put back what was there, or start a new run"
+            )
+    return [name for name in origin if name not in before]
 
 
 def missing_evaluation(folder: Path) -> str:
@@ -272,6 +296,8 @@ class Checkpoints:
         optimizer: the prepared optimiser, one whose state is tensors, such as AdamW.
         keep_last: newest checkpoints that are kept.
         keep_best: checkpoints that are kept besides for their score.
+        origin: what the run takes from outside whenever it is resumed, JSON values by name, such as digests of frozen
+            weights (`algorithms.common.frozen.origin_of`); the main process's counts.
         unit: what a checkpoint's name counts.
         write_agent: writes into a folder what `from_pretrained` loads; `save_pretrained` of the agent if not given.
         generators: take the global random number generators too, for which processes exchange them at every boundary;
@@ -287,6 +313,7 @@ class Checkpoints:
         *,
         keep_last: int,
         keep_best: int,
+        origin: Mapping[str, Any],
         unit: Literal["iteration", "step"] = "iteration",
         write_agent: Callable[[Path], None] | None = None,
         generators: bool = True,
@@ -297,6 +324,7 @@ class Checkpoints:
         self._model, self._agent = model, accelerator.unwrap_model(model)
         self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._keep_last, self._keep_best = keep_last, keep_best
+        self._origin = origin
         self._unit, self._write_agent, self._generators = unit, write_agent, generators
         self._boundary: _Boundary | None = None
 
@@ -398,6 +426,7 @@ class Checkpoints:
             "iteration": boundary.iteration,
             "global_step": boundary.global_step,
             "score": score,
+            "origin": self._origin,
             "num_processes": self._accelerator.num_processes,
             "generators": list(boundary.generators),
             "learning_rates": [group["lr"] for group in self._optimizer.param_groups],
@@ -423,13 +452,19 @@ class Checkpoints:
         Metrics of later iterations, which are about to be written again, are dropped, and old checkpoints deleted.
 
         Raises:
-            ValueError: the checkpoint is of another network, or a file of it is damaged.
+            ValueError: the checkpoint is of another network, the run began with something else than what is there now
+                (`check_origin`), or a file of it is damaged.
         """
         content, files = _read_state(folder), _read_tensors(folder)
         env_states = _read_env_states(folder)
         self._put_weights(files.pop("weights"), folder)
+        unknown = from_main(self._accelerator, lambda: check_origin(folder, self._origin))
         self._put_optimizer_state(files.pop("optimizer"), content["learning_rates"])
         notes = [f"going on from {folder}"]
+        if unknown:
+            notes.append(
+                f"{folder} is of an earlier version, so this is not compared with the start: {', '.join(unknown)}"
+            )
         rank, num_processes = (self._accelerator.process_index, self._accelerator.num_processes)
         if self._generators and content["num_processes"] == num_processes:
             restore_generators(content["generators"][rank])

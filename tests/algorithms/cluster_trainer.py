@@ -106,6 +106,14 @@ class MarkedAgent(MLPAgent):
         return super().forward(obs, action, generator=generator)
 
 
+class LouderAgent(MLPAgent):
+    """Explores more from the start."""
+
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__(*inputs)
+        self.log_std.data += 0.1
+
+
 def make_line_envs(
     args: Any,
     num_envs: int,

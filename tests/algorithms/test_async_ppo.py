@@ -380,6 +380,15 @@ def test_a_driver_that_is_killed_goes_on_by_resume_auto(nodes: Nodes, tmp_path: 
 
 
 @pytest.mark.slow
+def test_a_start_that_was_replaced_is_refused(nodes: Nodes, tmp_path: Path):
+    options: dict[str, Any] = dict(kl_coef=0.1, ray_address=nodes.address)
+    cluster_trainer.train(tmp_path, num_iterations=1, **options)
+    options |= dict(resume=Path("auto"), num_iterations=2, agent=cluster_trainer.LouderAgent, marks=tmp_path)
+    with pytest.raises(ValueError, match="SHA-256 of the weights that training started from was"):
+        cluster_trainer.train(tmp_path, **options)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["driver", "env worker", "learner"])
 def test_a_request_to_stop_any_process_saves_and_ends_all(nodes: Nodes, tmp_path: Path, role: str):
     def ask() -> None:

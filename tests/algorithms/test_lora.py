@@ -134,3 +134,12 @@ def test_a_resumed_run_with_adapters_is_the_same_run(tmp_path: Path, algorithm: 
     assert logged(parts) == logged(whole)
     weights = [load_file(run / "checkpoints" / "iteration_3" / "model.safetensors") for run in (whole, parts)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    def make_another(args: Any) -> Gr00tAgent:
+        agent = make_adapted(args)
+        name = next(name for name, _ in agent.named_parameters() if name.endswith("base_layer.weight"))
+        agent.get_parameter(name).data[0, 0] += 1e-3
+        return agent
+
+    with pytest.raises(ValueError, match="iteration_3 cannot go on: SHA-256 of the agent's frozen weights was"):
+        train(algorithm, tmp_path / "parts", resume="auto", **options | dict(num_iterations=4, make_agent=make_another))

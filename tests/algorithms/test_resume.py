@@ -337,6 +337,74 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
     assert json.loads((run / "args.json").read_text())["num_iterations"] == 3
 
 
+def make_tiny_of_another_backbone(args: Any) -> Gr00tAgent:
+    agent = make_tiny_agent(args)
+    frozen = next(p for p in agent.backbone.parameters() if not p.requires_grad)
+    frozen.data.view(-1)[0] += 1e-3
+    return agent
+
+
+def make_tiny_of_other_statistics(args: Any) -> Gr00tAgent:
+    agent = make_tiny_agent(args)
+    agent.preprocessor.metadata.statistics["state"]["x"]["q01"][0] += 1e-3
+    return agent
+
+
+def make_tiny_of_another_policy(args: Any) -> Gr00tAgent:
+    agent = make_tiny_agent(args)
+    agent.policy_parameters()[0].data.view(-1)[0] += 1e-3
+    return agent
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dsrl"])
+@pytest.mark.parametrize(
+    ("make_agent", "what"),
+    [
+        (make_tiny_of_another_backbone, "SHA-256 of the agent's frozen weights"),
+        (make_tiny_of_other_statistics, "SHA-256 of the agent's statistics"),
+    ],
+)
+def test_a_base_that_was_replaced_is_refused(tmp_path: Path, algorithm: str, make_agent: Any, what: str):
+    options: dict[str, Any] = {} if algorithm == "dsrl" else dict(update_epochs=1)
+    options |= dict(num_steps=4, minibatch_size=16, micro_batch_size=16) if algorithm == "ppo" else {}
+    train(algorithm, tmp_path, num_iterations=1, make_agent=make_tiny_agent, **options)
+    run = run_folder(tmp_path)
+    message = (
+        rf"iteration_1 cannot go on: {what} was '\w+' when its run began, and is '\w+' now; put back what was there"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(algorithm, tmp_path, num_iterations=2, resume=run, make_agent=make_agent, **options)
+    train(algorithm, tmp_path, num_iterations=2, resume=run, make_agent=make_tiny_agent, **options)
+    assert len(logged(run)) == 2
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_trained_weights_of_the_base_count_where_the_start_is_kept(tmp_path: Path, algorithm: str):
+    options: dict[str, Any] = dict(update_epochs=1)
+    options |= dict(num_steps=4, minibatch_size=16, micro_batch_size=16) if algorithm == "ppo" else {}
+    for kl_coef in (0.0, 0.1):
+        options |= dict(kl_coef=kl_coef, run_name=f"run_{kl_coef}")
+        train(algorithm, tmp_path, num_iterations=1, make_agent=make_tiny_agent, **options)
+    options |= dict(num_iterations=2, resume="auto", make_agent=make_tiny_of_another_policy)
+    with pytest.raises(ValueError, match="SHA-256 of the weights that training started from was"):
+        train(algorithm, tmp_path, **options)
+    # They are restored, and without a distance from the start nothing else is made of them.
+    train(algorithm, tmp_path, **(options | dict(kl_coef=0.0, run_name="run_0.0")))
+    assert len(logged(tmp_path / "run_0.0")) == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train("ppo", tmp_path, num_iterations=1)
+    (_, folder), *_ = checkpoints_in(run_folder(tmp_path))
+    file = folder / resume.STATE_FOLDER / resume.STATE_FILE
+    content = json.loads(file.read_text())
+    del content["origin"]
+    file.write_text(json.dumps(content))
+    train("ppo", tmp_path, num_iterations=2, resume="auto")
+    told = capsys.readouterr().out
+    assert f"{folder} is of an earlier version, so this is not compared with the start: SHA-256 of the agent's" in told
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

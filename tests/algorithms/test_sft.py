@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -281,6 +283,54 @@ def test_a_resumed_run_equals_an_uninterrupted_one(demonstrations, tmp_path, mon
         sft_gr00t.main(sft_args(tmp_path, demonstrations, **options, resume=run, batch_size=16), make_tiny)
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint to go on from"):
         sft_gr00t.main(sft_args(tmp_path, demonstrations, resume=tmp_path), make_tiny)
+
+
+def test_a_dataset_that_was_replaced_is_refused_before_its_frames_are_decoded(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    write_dataset(folder, "v3.0", "image", lengths=(12, 9))
+    args = sft_args(tmp_path, folder)
+    sft_gr00t.main(args, make_tiny)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_6")
+    resumed = replace(args, resume=Path("auto"))
+
+    def replaced_by(lengths: tuple[int, ...], **options: Any) -> None:
+        folder.rename(tmp_path / f"before_{len(list(tmp_path.iterdir()))}")
+        shutil.rmtree(tmp_path / "data_staged")
+        write_dataset(folder, "v3.0", "image", lengths=lengths, **options)
+
+    for lengths, options, told in (
+        ((12, 9, 5), {}, "number of episodes of dataset {} was 2 when its run began, and is 3 now"),
+        ((12, 8), {}, "number of frames of dataset {} was 21 when its run began, and is 20 now"),
+        ((9, 12), {}, "SHA-256 of the episodes' lengths of dataset {} was"),
+        ((12, 9), {"has_constant_actions": True}, "SHA-256 of action.x of dataset {} was"),
+    ):
+        replaced_by(lengths, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(LeRobotDataset, "cache_frames", lambda *_, **__: pytest.fail("frames were decoded"))
+            message = f"step_3 cannot go on: {told.format(folder)}"
+            with pytest.raises(ValueError, match=message):
+                sft_gr00t.main(resumed, make_tiny)
+
+    replaced_by((12, 9))  # the same again, written anew
+    sft_gr00t.main(resumed, make_tiny)
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_frozen_weights_that_were_replaced_are_refused(demonstrations, tmp_path):
+    def make_half_frozen(args: Args, metadata: Any, change: float = 0.0) -> Gr00tAgent:
+        agent = make_tiny(args, metadata)
+        agent.set_trainable(tune_visual=False, tune_llm=False, tune_value=False)
+        next(agent.backbone.parameters()).data.view(-1)[0] += change
+        return agent
+
+    args = sft_args(tmp_path, demonstrations)
+    sft_gr00t.main(args, make_half_frozen)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_6")
+    resumed = replace(args, resume=Path("auto"))
+    with pytest.raises(ValueError, match="step_3 cannot go on: SHA-256 of the agent's frozen weights was"):
+        sft_gr00t.main(resumed, partial(make_half_frozen, change=1e-3))
+    sft_gr00t.main(resumed, make_half_frozen)
+    assert len(losses(tmp_path / "run")) == 6
 
 
 def test_what_was_not_logged_is_kept_over_a_stop(demonstrations, tmp_path, monkeypatch):

@@ -192,6 +192,26 @@ def test_frame_cache_holds_what_decoding_gives(datasets, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == [path]
 
 
+def test_facts_tell_datasets_apart_and_are_the_same_wherever_they_lie(datasets, copy):
+    original = LeRobotDataset(datasets[0]["v2.1", "image"])
+    folder = copy(storage="image")
+    facts = original.facts()
+    assert LeRobotDataset(folder).facts() == facts == json.loads(json.dumps(facts))
+    assert (facts["number of episodes"], facts["number of frames"]) == (4, 60)
+    assert facts["instructions"] == ["close the drawer", "open the drawer"]
+
+    def differing(dataset: LeRobotDataset) -> list[str]:
+        return [name for name, value in dataset.facts().items() if value != facts[name]]
+
+    assert differing(LeRobotDataset(folder, image_size=16)) == ["size of the pictures"]
+    file = min((folder / "data").rglob("*.parquet"))
+    edit_column(file, "observation.state", lambda rows: rows[2].__setitem__(1, 5.0))
+    assert differing(LeRobotDataset(folder))[0] == "SHA-256 of state.y"
+    tasks = folder / "meta" / "tasks.jsonl"
+    tasks.write_text(tasks.read_text().replace("open the drawer", "open it"))
+    assert differing(LeRobotDataset(folder))[0] == "instructions"
+
+
 def test_a_changed_dataset_gets_another_cache(copy, tmp_path):
     folder = copy()
     first = LeRobotDataset(folder).cache_frames(tmp_path / "cache")
