@@ -381,7 +381,7 @@ def test_a_driver_that_is_killed_goes_on_by_resume_auto(nodes: Nodes, tmp_path: 
 
 @pytest.mark.slow
 def test_a_start_that_was_replaced_is_refused(nodes: Nodes, tmp_path: Path):
-    options: dict[str, Any] = dict(kl_coef=0.1, ray_address=nodes.address)
+    options: dict[str, Any] = dict(kl_coef=0.1)
     cluster_trainer.train(tmp_path, num_iterations=1, **options)
     options |= dict(resume=Path("auto"), num_iterations=2, agent=cluster_trainer.LouderAgent, marks=tmp_path)
     with pytest.raises(ValueError, match="SHA-256 of the weights that training started from was"):
