@@ -897,7 +897,7 @@ class Learner(LearnerRole):
         set_seed(args.seed)  # the same weights on every process
         self.agent = self.make_agent(args).to(device).eval()
         check_agent_takes(self.agent, args)
-        origin = origin_of(accelerator, self.agent, with_trained=args.kl_coef > 0)
+        origin = origin_of(accelerator, self.agent, with_trained=bool(args.kl_coef))
         self.start_policy = None
         if args.kl_coef:
             self.start_policy = StartPolicy(self.agent, share_frozen=True)

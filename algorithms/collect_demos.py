@@ -691,7 +691,11 @@ def main(args: Args, make_demonstrator: MakeDemonstrator = make_expert) -> dict[
     write_json(args.output / "meta" / "collection.json", {"args": args, "tasks": report})
     print(f"\ndataset      {args.output}")
     if not args.keep_staged:
-        written = [a for n, task in numbered.items() for a in counted_attempts(args, task, kept[n])]
+        written = [
+            attempt
+            for number, task in numbered.items()
+            for attempt in counted_attempts(args, task, kept[number])
+        ]
         if left := staging.remove(written):
             print(f"staged       {len(left)} more attempts are kept in {staging.folder}")
     print(f"inspect      python tools/show_dataset.py --dataset {args.output}")

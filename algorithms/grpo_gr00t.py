@@ -700,7 +700,7 @@ def main(
             for parameter in group["params"]:
                 parameter.requires_grad_(False)
     param_groups = [group for group in param_groups if group.get("name") != "value"]
-    origin = origin_of(accelerator, agent, with_trained=args.kl_coef > 0)
+    origin = origin_of(accelerator, agent, with_trained=bool(args.kl_coef))
     start_policy = None
     if args.kl_coef:
         start_policy = StartPolicy(agent, share_frozen=True)

@@ -785,7 +785,7 @@ def main(
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval()
     check_agent_takes(agent, args)
-    origin = origin_of(accelerator, agent, with_trained=args.kl_coef > 0)
+    origin = origin_of(accelerator, agent, with_trained=bool(args.kl_coef))
     start_policy = None
     if args.kl_coef:
         start_policy = StartPolicy(agent, share_frozen=not accelerator.is_fsdp2)

@@ -10,7 +10,8 @@ A message is a msgpack map {"type", "payload", "seq", "timestamp"}; an answer ha
                     -> action {"actions": float32 [7]}: of a chunk, its steps one after another, as many as the policy
                     executes of one
     episode_end     no answer
-    error           {"error": str}, in answer to what the client can mend, and to other types; the connection stays open
+    error           {"error": str}, in answer to what the client can mend, and to other types: the connection stays open
+                    (to what is no such message it has seq 0, and the connection is closed)
 
 An episode's noise depends on the server's seed and on nothing else, so that an episode that is played again is the
 same, whatever was played before it and beside it.
