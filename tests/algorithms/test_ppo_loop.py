@@ -445,7 +445,7 @@ def test_presets_have_the_published_settings_and_sizes_that_divide():
     assert (spatial.learning_rate, spatial.value_learning_rate, spatial.update_epochs) == (5e-6, 1e-4, 4)
     assert ten.num_envs * ten.num_steps * 10 == 512 * 480
     assert (ten.learning_rate, ten.value_learning_rate, ten.update_epochs, ten.num_action_chunks) == (2e-5, 2e-5, 1, 10)
-    for name in ("spatial", "object", "goal", "10"):
+    for name in ("spatial", "object", "goal", "10", "40"):
         start = presets.CHECKPOINTS / f"libero_{name}_fewshot"
         assert Path(PRESETS[f"libero_{name}_nano"].model) == start
         assert start.is_dir()
