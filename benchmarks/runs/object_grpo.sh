@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-python algorithms/grpo_gr00t.py --preset libero_object_nano --num-iterations 8 --run-name object_grpo --seed 1 \
-    --save-interval 2 --keep-last 9 --keep-best 0 --eval-interval 0 --eval-episodes-per-task 0
+python algorithms/grpo_gr00t.py --preset libero_object_nano --run-name object_grpo --resume auto --seed 1 \
+    --num-iterations 8 --save-interval 2 --keep-last 9 --keep-best 0 --eval-interval 0 --eval-episodes-per-task 0
 benchmarks/runs/round_and_evaluate.sh runs/object_grpo/checkpoints/iteration_8 runs/libero_object_grpo \
     libero_object 0 --num-envs 20

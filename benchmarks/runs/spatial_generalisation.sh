@@ -7,10 +7,10 @@ cd "$(dirname "$0")/../.."
 for checkpoint in libero_spatial_fewshot libero_spatial_rl; do
     for variant in swap object lan task; do
         python algorithms/eval_gr00t.py --checkpoint "checkpoints/$checkpoint" --suite "libero_spatial_$variant" \
-            --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 \
+            --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 --resume \
             --output-dir "runs/eval_${checkpoint}_$variant"
     done
     python algorithms/eval_gr00t.py --checkpoint "checkpoints/$checkpoint" --suite libero_spatial \
-        --init-states held_out --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 \
+        --init-states held_out --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 --resume \
         --output-dir "runs/eval_${checkpoint}_held_out"
 done

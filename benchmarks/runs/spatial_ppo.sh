@@ -4,11 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_ppo --seed 1 --save-interval 2 \
-    --keep-last 9 --keep-best 0 --eval-interval 0 --eval-episodes-per-task 0
+python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name spatial_ppo --resume auto --seed 1 \
+    --save-interval 2 --keep-last 9 --keep-best 0 --eval-interval 0 --eval-episodes-per-task 0
 for iteration in 4 6 12 19; do
     python algorithms/eval_gr00t.py --checkpoint "runs/spatial_ppo/checkpoints/iteration_$iteration" \
-        --suite libero_spatial --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 \
+        --suite libero_spatial --episodes-per-task 50 --seeds 0 --num-envs 100 --videos-per-task 0 --resume \
         --output-dir "runs/eval_spatial_ppo_$iteration"
 done
 benchmarks/runs/round_and_evaluate.sh runs/spatial_ppo/checkpoints/iteration_19 runs/libero_spatial_one_run \

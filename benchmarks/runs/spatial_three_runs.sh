@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 # What was the preset then.
-settings=(--preset libero_spatial_nano --num-steps 24 --task-sampling uniform --no-center-adv-by-task --no-tf32
-    --lr-schedule constant --lr-hold 0 --policy-warmup-iterations 0 --imitation-coef 0 --imitation-iterations 0
+settings=(--preset libero_spatial_nano --resume auto --num-steps 24 --task-sampling uniform
+    --no-center-adv-by-task --no-tf32 --lr-schedule constant --lr-hold 0 --policy-warmup-iterations 0 --imitation-coef 0 --imitation-iterations 0
     --adam-eps 1e-5 --save-interval 0 --eval-interval 0 --eval-episodes-per-task 0)
 hard_tasks_more_often=(--task-ids 0 1 2 2 3 3 4 4 4 5 6 6 6 7 7 8 8 8 8 9 9 9 9)
 
@@ -25,4 +25,5 @@ benchmarks/runs/round_and_evaluate.sh runs/spatial_ppo_l/checkpoints/iteration_3
     libero_spatial "0 1 2" --num-envs 100
 # The check in LIBERO's own environment, drawn by OpenGL: five minutes with 20 processes.
 python algorithms/eval_gr00t.py --checkpoint runs/libero_spatial_rl --suite libero_spatial --episodes-per-task 20 \
-    --seeds 0 --num-envs 20 --videos-per-task 0 --reference-env --renderer egl --output-dir runs/eval_spatial_rl_reference
+    --seeds 0 --num-envs 20 --videos-per-task 0 --resume --reference-env --renderer egl \
+    --output-dir runs/eval_spatial_rl_reference
