@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from algorithms.common.command_line import launch
 from libero_gym.tasks.suites import TaskSpec, check_assets, get_task, list_tasks
 
 LARGEST_SEED = 2**31 - 1
@@ -35,7 +34,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def launch_benchmark(main: Callable[[], object]) -> None:
-    """Calls a benchmark's `main`; what only the run tells and the user can mend ends it with a message, status 1."""
+    """Calls a benchmark's `main`; what only the run tells and the user can mend ends it with a message, status 1.
+
+    Imports tyro late: tests of the environment compare by a benchmark's functions where only the environment is
+    installed.
+    """
+    from algorithms.common.command_line import launch
+
     launch(lambda _: main(), None)
 
 
