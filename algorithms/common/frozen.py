@@ -22,9 +22,15 @@ AgentT = TypeVar("AgentT", bound=nn.Module)
 
 
 def store_frozen_as(agent: AgentT, dtype: torch.dtype) -> AgentT:
-    """Converts the frozen parameters of `agent`, which need no float32 for small steps, and returns it."""
+    """Converts the frozen parameters of `agent`, which need no float32 for small steps, and returns it.
+
+    Those of layer norms stay as they are: what trained layers give them is float32, and on a CPU PyTorch's layer norm
+    takes no weights of a smaller type than its input's.
+    """
+    norms = [module for module in agent.modules() if isinstance(module, nn.LayerNorm)]
+    kept = {id(parameter) for norm in norms for parameter in norm.parameters()}
     for parameter in agent.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
     return agent
 
