@@ -44,7 +44,7 @@ from algorithms.common.jobs import (
     stated_horizon,
 )
 from algorithms.common.policy_sources import check_address, server_name
-from gr00t_agent.config import PresetName
+from gr00t_agent.config import CHECKPOINT_NAME, PresetName
 from libero_gym.outputs import check_output_folder
 from libero_gym.own_policies import policy_file
 from libero_gym.tasks.initial_states import InitStates, check_init_states
@@ -152,7 +152,7 @@ def checkpoint_name(checkpoint: str) -> str:
     if not Path(checkpoint).is_dir():  # a preset's name, or a hub id
         return checkpoint.rpartition("/")[2]
     folder = Path(checkpoint).resolve()
-    if not re.fullmatch(r"(iteration|step)_\d+", folder.name):
+    if not CHECKPOINT_NAME.fullmatch(folder.name):
         return folder.name
     is_in_run = folder.parent.name == "checkpoints"
     run = folder.parents[1] if is_in_run else folder.parent

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from algorithms.common.evaluation import evaluate
 from algorithms.common.video import TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
 from algorithms.eval_gr00t import Args, make_envs, weights_digest
-from benchmarks.command_line import integer, launch_benchmark, refusals, suite_name, tasks_of
+from benchmarks.command_line import LARGEST_SEED, integer, launch_benchmark, refusals, suite_name, tasks_of
 from benchmarks.publish import publish
 from gr00t_agent import Gr00tAgent
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
@@ -144,7 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task-ids", type=integer(at_least=0), nargs="+", required=True, help="a column each")
     parser.add_argument("--init-state-id", type=integer(at_least=0), default=0, help="initial state of every episode")
     parser.add_argument("--init-states", choices=get_args(InitStates), help="default: the suite's own")
-    parser.add_argument("--seed", type=integer(at_least=0), default=0, help="of the initial noise and the environments")
+    parser.add_argument(
+        "--seed",
+        type=integer(at_least=0, at_most=LARGEST_SEED),
+        default=0,
+        help="of the initial noise and the environments",
+    )
     parser.add_argument(
         "--horizon", type=integer(at_least=1), help="environment steps before an episode fails; default: the suite's"
     )

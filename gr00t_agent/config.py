@@ -19,6 +19,9 @@ from gr00t_agent.files import JsonDict, has_file, naming, read_json, require, ty
 
 PresetName = Literal["nano", "gr00t_n1d5"]
 
+# Seeds of a served policy's noise; an observation's seed too.
+MAX_SEED = 2**63 - 1
+
 EAGLE_FOLDER = "eagle2_hg_model"
 
 DATA = Path(__file__).parent / "data"

@@ -43,6 +43,7 @@ from websockets.sync.server import Server, ServerConnection
 from websockets.sync.server import serve as listen
 
 from gr00t_agent.agent import Gr00tAgent
+from gr00t_agent.config import MAX_SEED
 from gr00t_agent.messages import pack, unpack
 from gr00t_agent.vla_eval_protocol import Conversation
 
@@ -154,7 +155,7 @@ class ServedPolicy:
 
 def _seed_of(value: Any) -> int:
     is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_whole or not 0 <= value < 2**63:
+    if not is_whole or not 0 <= value <= MAX_SEED:
         raise ValueError(f"{SEED_KEY} is {value!r}; it must be a whole number in 0 to 2^63 - 1")
     return int(value)
 

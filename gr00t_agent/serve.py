@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from gr00t_agent.config import PresetName
+from gr00t_agent.config import MAX_SEED, PresetName
 from gr00t_agent.files import is_hub_name
-
-MAX_SEED = 2**63 - 1  # as of an observation's own
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The scripts in benchmarks/runs, without what they start: their commands parse, hand on to each other what there is,
 and have the settings that the recorded runs had."""
 
+import functools
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -76,17 +78,23 @@ class Command(NamedTuple):
     args: Any  # as the program parses them; the two folders of the one that rounds a policy
 
 
-def commands_of(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Command]:
+@functools.cache
+def calls_of(script: str) -> list[list[str]]:
     """Runs a script with a `python` that only writes down how it is called."""
-    called, stand_in = folder / "called.jsonl", folder / "python"
-    stand_in.write_text(STAND_IN.format(python=sys.executable, called=str(called)))
-    stand_in.chmod(0o755)
-    environment = os.environ | dict(PATH=f"{folder}:{os.environ['PATH']}")
-    path = ROOT / "benchmarks/runs" / script
-    subprocess.run([str(path), *shlex.split(ARGUMENTS[script])], env=environment, check=True, timeout=60)
+    with TemporaryDirectory() as folder:
+        called, stand_in = Path(folder, "called.jsonl"), Path(folder, "python")
+        stand_in.write_text(STAND_IN.format(python=sys.executable, called=str(called)))
+        stand_in.chmod(0o755)
+        environment = os.environ | dict(PATH=f"{folder}:{os.environ['PATH']}")
+        path = ROOT / "benchmarks/runs" / script
+        subprocess.run([str(path), *shlex.split(ARGUMENTS[script])], env=environment, check=True, timeout=60)
+        return [json.loads(line) for line in called.read_text().splitlines()]
+
+
+def commands_of(script: str, monkeypatch: pytest.MonkeyPatch) -> list[Command]:
+    """Returns what a script starts."""
     commands = []
-    for line in called.read_text().splitlines():
-        program, *given = json.loads(line)
+    for program, *given in calls_of(script):
         if program == "-":
             commands.append(Command(program, given))
             continue
@@ -101,10 +109,10 @@ def test_every_script_is_tested():
 
 
 @pytest.mark.parametrize("script", ARGUMENTS)
-def test_commands_are_those_of_the_programs(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_commands_are_those_of_the_programs(script: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     made: set[str] = set()
-    for program, args in commands_of(script, tmp_path, monkeypatch):
+    for program, args in commands_of(script, monkeypatch):
         if program == "-":
             source, target = args
             assert source in made
@@ -132,8 +140,8 @@ def saved(args: Any, last: int, unit: str) -> set[str]:
 
 
 @pytest.mark.parametrize("script", ARGUMENTS)
-def test_settings_are_those_of_the_recorded_runs(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for program, args in commands_of(script, tmp_path, monkeypatch):
+def test_settings_are_those_of_the_recorded_runs(script: str, monkeypatch: pytest.MonkeyPatch):
+    for program, args in commands_of(script, monkeypatch):
         if program not in TRAINERS:
             continue
         lines = [json.loads(line) for line in (RESULTS / RECORDED[args.run_name]).read_text().splitlines()]

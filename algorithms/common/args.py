@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -372,7 +372,7 @@ def check_agent_takes(agent: Any, args: Any) -> None:
             )
 
 
-def check_left_out(args: Any, names: Iterable[str], why: str, presets: Mapping[str, Any] = NO_PRESETS) -> None:
+def check_left_out(args: Any, names: Collection[str], why: str, presets: Mapping[str, Any] = NO_PRESETS) -> None:
     """Raises ValueError if one of the arguments `names` is not its default: where it would have no effect.
 
     Args:

@@ -44,18 +44,19 @@ def origin_of(accelerator: Accelerator, agent: nn.Module, *, with_trained: bool 
     Args:
         accelerator: of this process.
         agent: as it was made: not yet prepared, which may split its weights.
-        with_trained: trained parameters count as well, as they do where a `StartPolicy` is made of them.
+        with_trained: of all weights, and not of the frozen ones alone, since a `StartPolicy` is made of them.
 
     Returns:
         See `Checkpoints`; empty on other processes than the main one.
     """
     if not accelerator.is_main_process:
         return {}
-    parameters: dict[str, Tensor] = dict(agent.named_parameters())
-    frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
-    origin = {"SHA-256 of the agent's frozen weights": _weights_digest(frozen)}
-    if with_trained:
-        origin["SHA-256 of the weights that training started from"] = _weights_digest(parameters)
+    weights: dict[str, Tensor] = dict(agent.named_parameters())
+    what = "weights that training started from"
+    if not with_trained:
+        weights = {name: parameter for name, parameter in weights.items() if not parameter.requires_grad}
+        what = "agent's frozen weights"
+    origin = {f"SHA-256 of the {what}": _weights_digest(weights)}
     if isinstance(agent, Gr00tAgent):
         origin["SHA-256 of the agent's statistics"] = _metadata_digest(agent.preprocessor.metadata)
     return origin
