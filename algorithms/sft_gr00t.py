@@ -66,6 +66,7 @@ FREE_ARGS = {
     "eval_episodes_per_task",
     "log_interval",
     "log_with",
+    "tracker_project",
     "num_envs",
     "renderer",
     "frame_cache",
@@ -110,6 +111,8 @@ class Args:
     """Steps between logged metrics."""
     log_with: tuple[str, ...] = ("tensorboard",)
     """Accelerate trackers that receive the metrics."""
+    tracker_project: str = "libero-gr00t"
+    """Project that the run belongs to in trackers that have projects, such as `wandb`."""
 
     # --- data ---
     dataset: str = ""
