@@ -47,6 +47,7 @@ RECORDED = {
     "goal_third": "goal_ppo/third_metrics.jsonl",
     "long_grpo": "long_grpo/metrics.jsonl",
     "libero_40_ppo": "forty/second_ppo_metrics.jsonl",
+    "libero_40_ppo_long": "forty/third_ppo_metrics.jsonl",
     "object_grpo": "object_grpo/metrics.jsonl",
     "object_ppo": "object_ppo/metrics.jsonl",
     "spatial_falling": "spatial_ppo/m_metrics.jsonl",

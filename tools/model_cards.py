@@ -45,7 +45,7 @@ ORIGINS = {
     "libero_object_rl": Origin(method="PPO with sparse rewards from `libero_object_fewshot`", script="object_ppo.sh"),
     "libero_goal_rl": Origin(method="PPO with sparse rewards from `libero_goal_fewshot`", script="goal_ppo.sh"),
     "libero_40_rl": Origin(
-        method="PPO with sparse rewards on the forty tasks from `libero_40_fewshot`", script="forty.sh"
+        method="PPO with sparse rewards on the forty tasks from `libero_40_fewshot`, in two runs", script="forty.sh"
     ),
 }
 """What made each policy, by its folder's name."""
