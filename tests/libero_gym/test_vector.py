@@ -359,8 +359,8 @@ def test_a_combined_suite_plays_the_tasks_of_its_members():
         env.set_state(0, foreign.get_state(0))
     with pytest.raises(ValueError, match=r"task_id=3 of libero_40 is not among .*\(valid: \[2, 25, 31\]\)"):
         env.reset(options={"task_id": 3})
-    with pytest.raises(FileNotFoundError, match="no held_out states are recorded for libero_object"):
-        LiberoVectorEnv("libero_40", 1, observe_images=False, init_states="held_out")
+    with pytest.raises(FileNotFoundError, match="no held_out states are recorded for libero_90"):
+        LiberoVectorEnv("libero_100", 1, observe_images=False, init_states="held_out")
 
 
 def test_relative_reward_pays_the_change():

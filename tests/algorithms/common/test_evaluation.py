@@ -371,11 +371,12 @@ def test_jobs_of_a_suite():
     assert len(evaluation_jobs("libero_goal", None, 50)) == 500
     assert evaluation_jobs("libero_goal", (7, 2), 1) == [(7, 0), (2, 0)]
     assert evaluation_jobs("libero_spatial", (3,), 50, "held_out")[-1] == (3, 49)
+    assert len(evaluation_jobs("libero_40", None, 50, "held_out")) == 2000
     assert evaluation_jobs("libero_40", None, 2)[::20] == [(0, 0), (10, 0), (20, 0), (30, 0)]
     assert evaluation_jobs("libero_40", (25,), 1) == [(25, 0)]
     assert stored_starts("libero_40", (25,))[-1] == (25, 49)
-    with pytest.raises(FileNotFoundError, match="no held_out states are recorded for libero_goal"):
-        evaluation_jobs("libero_goal", None, 1, "held_out")
+    with pytest.raises(FileNotFoundError, match="no held_out states are recorded for libero_90"):
+        evaluation_jobs("libero_90", None, 1, "held_out")
     with pytest.raises(ValueError, match=r"episodes_per_task=51 .* task 0 of libero_goal, .* \(valid: 1-50\)"):
         evaluation_jobs("libero_goal", None, 51)
     with pytest.raises(ValueError, match=r"episodes_per_task=0"):

@@ -20,6 +20,7 @@ from libero_gym.physics.warp_stepping import Substep
 from libero_gym.physics.warp_worlds import WarpWorlds
 from libero_gym.rendering import raycast
 from libero_gym.rendering.raycast import WarpRenderer
+from libero_gym.tasks import initial_states
 from libero_gym.tasks.initial_states import EpisodeStart
 from libero_gym.tasks.scenes import load_scene
 from libero_gym.tasks.suites import get_task, list_tasks
@@ -312,10 +313,13 @@ def test_faults_move_along_with_their_rows(worlds):
         worlds.step(random_actions(4), ALL, MANY)
 
 
-def test_refusals_leave_the_worlds_as_they_were(worlds):
+def test_refusals_leave_the_worlds_as_they_were(worlds, monkeypatch: pytest.MonkeyPatch):
     before = worlds.get_states()
     with pytest.raises(ValueError, match=r"\['libero_object/0'\] are not among those of these worlds"):
         worlds.reset(np.array([0, 1]), [MIXED[1], start("libero_object", 0, 0)], init_states="settled")
+    monkeypatch.setattr(initial_states, "has_recorded_states", lambda _, kind: kind == "settled")
+    initial_states.load_recorded_states.cache_clear()
+    initial_states.count_init_states.cache_clear()
     with pytest.raises(FileNotFoundError, match="no held_out states are recorded for libero_goal"):
         worlds.reset(np.array([0, 1]), [MIXED[1], MIXED[0]], init_states="held_out")
     for world_id, state in enumerate(before):

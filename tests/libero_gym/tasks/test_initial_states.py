@@ -33,7 +33,8 @@ def _reset(suite: str, task_id: int, init_state_id: int, **options) -> Simulatio
     return simulation
 
 
-RECORDED = [*(("settled", suite) for suite in HORIZONS), ("held_out", "libero_spatial")]
+HELD_OUT = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+RECORDED = [*(("settled", suite) for suite in HORIZONS), *(("held_out", suite) for suite in HELD_OUT)]
 
 
 @pytest.mark.parametrize(("kind", "suite"), RECORDED)
@@ -107,8 +108,9 @@ def test_recording_again_gives_the_shipped_state(suite, task_id, state_id):
     np.testing.assert_allclose(outcome["physics"], states.physics[state_id], rtol=0, atol=1e-11)
 
 
-def test_held_out_states_are_not_the_stored_ones():
-    for task in list_tasks("libero_spatial"):
+@pytest.mark.parametrize("suite", HELD_OUT)
+def test_held_out_states_are_not_the_stored_ones(suite: str):
+    for task in list_tasks(suite):
         scene = load_scene(task)
         held_out, settled = (load_recorded_states(task, kind) for kind in ("held_out", "settled"))
         movable = [thing.joint_qpos_adr[0] for thing in scene.objects.values() if not thing.is_fixture]
@@ -120,9 +122,19 @@ def test_held_out_states_are_not_the_stored_ones():
 
 
 @pytest.mark.skipif(not hasattr(mujoco.MjModel, "M_rowadr"), reason="before 3.3.6 LIBERO's extra passes matter")
-@pytest.mark.parametrize(("task_id", "state_id"), [(0, 1), (4, 17), (9, 49)])  # task 4 opens a drawer
-def test_held_out_states_are_what_liberos_reset_samples(task_id: int, state_id: int):
-    task = get_task("libero_spatial", task_id)
+@pytest.mark.parametrize(
+    ("suite", "task_id", "state_id"),
+    [
+        ("libero_spatial", 0, 1),
+        ("libero_spatial", 4, 17),  # a drawer is open
+        ("libero_spatial", 9, 49),
+        ("libero_object", 2, 5),
+        ("libero_goal", 7, 30),
+        ("libero_10", 3, 11),
+    ],
+)
+def test_held_out_states_are_what_liberos_reset_samples(suite: str, task_id: int, state_id: int):
+    task = get_task(suite, task_id)
     simulation = Simulation(load_scene(task))
     states = load_recorded_states(task, "held_out")
     with np.load(recorded_file(task.suite, "held_out")) as archive:
@@ -175,11 +187,11 @@ def test_suites_without_recorded_states():
     with pytest.raises(FileNotFoundError, match="recorded for libero_spatial_swap; use init_states='original'"):
         load_recorded_states(task, "settled")
     message = (
-        "no held_out states are recorded for libero_goal; use init_states='settled' or 'original' "
-        r"\(recorded for: libero_spatial\)"
+        "no held_out states are recorded for libero_90; use init_states='settled' or 'original' "
+        r"\(recorded for: libero_10, libero_goal, libero_object, libero_spatial\)"
     )
     with pytest.raises(FileNotFoundError, match=message):
-        LiberoEnv("libero_goal", observe_images=False, init_states="held_out")
+        LiberoEnv("libero_90", task_id=0, observe_images=False, init_states="held_out")
 
 
 def test_a_task_that_got_another_id_keeps_its_states():
