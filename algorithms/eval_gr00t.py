@@ -107,7 +107,7 @@ class Args:
     """Environment steps before an episode counts as failed; the suite's own if not given."""
     init_states: InitStates | None = None
     """Stored initial states as they came to rest under MuJoCo 3.3, states that are none of the
-    stored ones (held_out, libero_spatial), or the stored ones as LIBERO has them, to settle under
+    stored ones (held_out, not libero_90), or the stored ones as LIBERO has them, to settle under
     the installed version; settled if not given, where the suite has them."""
     renderer: Literal["egl", "osmesa", "warp"] | None = None
     """Renderer; if not given, the best that the machine has (egl for the reference environment)."""

@@ -120,7 +120,7 @@ class LiberoEnv(Uncopied, gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]
     One of the initial states of the task (50 of each kind), after the customary ten steps without motion in which
     objects come to rest, which count for nothing. `init_states="settled"` takes them as they came to rest under
     MuJoCo 3.3, before a change of contacts that makes some of them end elsewhere (see
-    `libero_gym.tasks.initial_states`), fixtures included; `"held_out"` (libero_spatial) takes states that LIBERO's
+    `libero_gym.tasks.initial_states`), fixtures included; `"held_out"` (not libero_90) takes states that LIBERO's
     reset sampled and that are none of the stored ones, come to rest alike; `"original"` places fixtures at random as
     LIBERO does and settles under the installed version.
     Without options the task (unless fixed by `task_id`), the state and the seed of the fixtures are sampled from the
