@@ -183,7 +183,9 @@ def check_args(args: Args) -> None:
         check_left_out(args, ("num_near_goal_states",), NOT_NEAR_GOAL)
     check_reference_env(args)
     check_starts(replace(args, suite=args.played_suite))
-    jobs = evaluation_jobs(args.played_suite, args.task_ids, args.episodes_per_task, args.init_states)
+    jobs = evaluation_jobs(
+        args.played_suite, args.task_ids, args.episodes_per_task, args.init_states
+    )
     episode_keys(args.seeds, jobs)
     if args.videos_per_task > args.episodes_per_task:
         raise ValueError(
@@ -554,7 +556,9 @@ def main(args: Args) -> EvalResult:
     """Evaluates, prints the tables, writes result.json and videos."""
     check_args(args)
     check_alone()
-    jobs = evaluation_jobs(args.played_suite, args.task_ids, args.episodes_per_task, args.init_states)
+    jobs = evaluation_jobs(
+        args.played_suite, args.task_ids, args.episodes_per_task, args.init_states
+    )
     num_episodes = len(episode_keys(args.seeds, jobs))
     num_envs = min(args.num_envs, num_episodes)
     folder = args.folder

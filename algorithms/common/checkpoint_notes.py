@@ -1,7 +1,6 @@
 """What a checkpoint says of itself beside its weights: the suite that it was trained on, and how it decides.
 
-Needs no PyTorch, so that an evaluation of the wrong suite is no surprise after minutes. Of a hub id only the small files
-that say it are downloaded.
+Needs no PyTorch, so that what is missing is told at once. Of a hub id only the small files that say it are downloaded.
 """
 
 from __future__ import annotations
@@ -97,10 +96,15 @@ def tell_start(args: Any) -> None:
         )
 
 
-def _tell_differences(args: Any) -> None:
-    path, content = _policy_file(args.model)
+def settings_of(checkpoint: str | Path) -> dict[str, Any]:
+    """Returns which of the `OVERRIDDEN` settings a checkpoint says, and their values."""
+    path, content = _policy_file(str(checkpoint))
     policy: dict[str, Any] = typed(content.get("policy", {}), dict, f"{path}: policy")
-    saved = {name: policy.get(name) for name in OVERRIDDEN} | {"suite": suite_of(args.model)}
+    return {name: policy[name] for name in OVERRIDDEN if name in policy}
+
+
+def _tell_differences(args: Any) -> None:
+    saved = settings_of(args.model) | {"suite": suite_of(args.model)}
     for name, value in saved.items():
         given = getattr(args, name)
         if None not in (value, given) and value != given:
