@@ -521,9 +521,10 @@ def main(
     micro_size = share_of_process(args, "micro_batch_size", num_processes)
     num_micro_batches = args.num_micro_batches
 
-    # --- data ---
     if is_main and make_agent is from_model:
         tell_start(args)
+
+    # --- data ---
     # An agent of one's own is LIBERO's, whatever model is named.
     dataset = make_dataset(
         args, saved_data_config(args.model) if make_agent is from_model else None

@@ -284,7 +284,9 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_noise_actor(folder: Path, actor: NoiseActor, base: BasePolicy | None, trained_on: Mapping[str, Any]) -> None:
+def save_noise_actor(
+    folder: Path, actor: NoiseActor, base: BasePolicy | None, trained_on: Mapping[str, Any] | None
+) -> None:
     """Writes the actor into `folder`.
 
     Args:
