@@ -77,10 +77,10 @@ def suite_to_play(suite: str | None, *checkpoints: str) -> str:
 
 
 def tell_start(args: Any) -> None:
-    """Prints where a trainer's arguments override what the checkpoint they start from says, a line for each.
+    """Prints what is easily overlooked in a trainer's arguments, a line for each.
 
-    So it prints that random weights at the tasks' initial states have no success to learn from. A run that is gone on
-    with began with what it has.
+    It is an argument that is not what the checkpoint says, and random weights that begin where they will not succeed.
+    Nothing is told of a run that is named to be gone on with.
     """
     if names_run(args):
         return

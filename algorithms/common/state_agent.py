@@ -63,7 +63,7 @@ class StateFlowAgent(nn.Module):
         config: sizes and sampler, as a checkpoint keeps them.
         image_size: of the images that an evaluation films.
         looks_at_images: the agent needs none, so that an evaluation draws only what it films.
-        trained_on: see `gr00t_agent.Gr00tAgent`.
+        trained_on: see `gr00t_agent.loading.Pretrained`.
     """
 
     image_size = 128

@@ -293,7 +293,7 @@ def save_noise_actor(
         folder: where it is written.
         actor: decides the noise.
         base: which policy it steers; None for one of one's own.
-        trained_on: as in `gr00t_agent.Gr00tAgent`, of the actor.
+        trained_on: what the actor was trained on, as in `gr00t_agent.loading.Pretrained`.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in actor.state_dict().items()}
     with whole_file(folder / WEIGHTS_FILE) as temporary:

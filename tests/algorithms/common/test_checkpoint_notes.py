@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from algorithms import dsrl_gr00t, grpo_gr00t, ppo_gr00t
+from algorithms import compare_gr00t, dsrl_gr00t, grpo_gr00t, ppo_gr00t
 from algorithms.common.checkpoint_notes import note_suite, settings_of, suite_of, suite_to_play, tell_start
 from examples.own_agent_in_ppo import MLPAgent
 from tests.algorithms.line_trainer import make_args
@@ -68,6 +68,18 @@ def test_without_a_suite_the_error_lists_them(tmp_path: Path):
         suite_to_play(None, goal, spatial)
     with pytest.raises(ValueError, match=r"not all trained on the same \(.*goal: libero_goal; .*silent: does not say"):
         suite_to_play(None, goal, silent)
+
+
+def test_a_comparison_plays_the_suite_of_all_its_checkpoints(tmp_path: Path):
+    def args(*suites: str) -> compare_gr00t.Args:
+        folders = [checkpoint(tmp_path / f"{i}_{suite}", trained_on={"suite": suite}) for i, suite in enumerate(suites)]
+        return compare_gr00t.Args(checkpoints=tuple(folders), output_dir=tmp_path / "out")
+
+    assert args("libero_goal", "libero_goal").played_suite == "libero_goal"
+    with pytest.raises(ValueError, match="not all trained on the same"):
+        compare_gr00t.check_args(args("libero_goal", "libero_10"))
+    with pytest.raises(ValueError, match="suite='mine' is not installed"):
+        compare_gr00t.check_args(args("mine", "mine"))
 
 
 def test_only_agents_that_keep_notes_get_one():
