@@ -1010,7 +1010,6 @@ def main(
             f"iteration_{args.num_iterations}",
             args.suite,
             is_whole_policy=False,
-            is_own_agent=is_own_agent,
         )
         print(summary)
     return metrics

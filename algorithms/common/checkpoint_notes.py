@@ -31,9 +31,10 @@ def note_suite(agent: Any, suite: str | None) -> None:
         agent.trained_on = trained_on(suite)
 
 
-def has_policy_file(folder: Path) -> bool:
-    """Returns whether `folder` holds a policy that a trainer has saved, and not one of somebody's own."""
-    return any((folder / name).is_file() for name in POLICY_FILES)
+def can_be_evaluated(folder: Path) -> bool:
+    """Returns whether eval_gr00t.py loads a trainer's checkpoint: not an agent of one's own, or what steers one."""
+    _, content = _policy_file(str(folder))
+    return bool(content) and content.get("base", "not steered") is not None
 
 
 def suite_of(checkpoint: str) -> str | None:

@@ -50,7 +50,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from algorithms.common.args import base_name
-from algorithms.common.checkpoint_notes import has_policy_file
+from algorithms.common.checkpoint_notes import can_be_evaluated
 from algorithms.common.cluster_process import exit_status
 from algorithms.common.processes import check_same_args, from_main, leave, over_processes, wait_for_main
 from algorithms.common.run import RunFolder, choose_folder, lock, write_args
@@ -170,7 +170,7 @@ def missing_evaluation(folder: Path, args: Any) -> str:
         args: the trainer's, which say what its evaluations play.
     """
     told = f"the evaluation of {folder} was interrupted and is not done again"
-    return f"{told}: `{_evaluation_command(folder, args)}` does it" if has_policy_file(folder) else told
+    return f"{told}: `{_evaluation_command(folder, args)}` does it" if can_be_evaluated(folder) else told
 
 
 def _evaluation_command(folder: Path, args: Any) -> str:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from algorithms.common import presets
 from algorithms.common.args import base_name
-from algorithms.common.checkpoint_notes import has_policy_file, settings_of
+from algorithms.common.checkpoint_notes import can_be_evaluated, settings_of
 from algorithms.common.processes import leave
 from algorithms.common.provenance import describe_environment
 from algorithms.common.stages import EnvStages
@@ -205,13 +205,7 @@ class RunFolder:
             )
 
     def summary(
-        self,
-        checkpoint: str,
-        suite: str | None,
-        *,
-        is_whole_policy: bool = True,
-        is_state_policy: bool = False,
-        is_own_agent: bool = False,
+        self, checkpoint: str, suite: str | None, *, is_whole_policy: bool = True, is_state_policy: bool = False
     ) -> str:
         """Returns what to tell at the end of a run: where its files are and what to run next on such a machine.
 
@@ -220,7 +214,6 @@ class RunFolder:
             suite: that it is evaluated on; None if nothing says it.
             is_whole_policy: the checkpoint is one that another training can start from.
             is_state_policy: it is that of --model state, which is for a task's end and no other trainer.
-            is_own_agent: it steers an agent of one's own, which no script of ours loads.
         """
         weights = self.path / "checkpoints" / checkpoint
         seconds = round(time.perf_counter() - self._start)
@@ -237,18 +230,13 @@ class RunFolder:
                 f"time         {seconds // 60} min {seconds % 60:02d} s, evaluations included",
                 f"run folder   {self.path}",
                 *(f"{name:12} {path}" for name, path in files.items() if path.exists()),
-                *self._next(weights, suite, is_whole_policy, is_state_policy, is_own_agent),
+                *self._next(weights, suite, is_whole_policy, is_state_policy),
             )
         )
 
-    def _next(
-        self, weights: Path, suite: str | None, is_whole_policy: bool, is_state_policy: bool, is_own_agent: bool
-    ) -> list[str]:
-        """Returns commands that this machine can run in reasonable time, under a title, if there are any.
-
-        A checkpoint of an agent of one's own has none of our files, and no script of ours loads it.
-        """
-        is_ours = has_policy_file(weights) and not is_own_agent and suite is not None
+    def _next(self, weights: Path, suite: str | None, is_whole_policy: bool, is_state_policy: bool) -> list[str]:
+        """Returns commands that this machine can run in reasonable time, under a title, if there are any."""
+        is_ours = can_be_evaluated(weights) and suite is not None
         has_gpu = torch.cuda.is_available()
         place = shlex.quote(str(weights))
         commands: list[str] = []

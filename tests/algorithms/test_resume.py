@@ -337,7 +337,10 @@ def test_the_command_for_a_missing_evaluation_plays_what_training_would_have(
     folder.mkdir(parents=True)
     own = f"the evaluation of {folder} was interrupted and is not done again"
     assert resume.missing_evaluation(folder, args) == own
-    (folder / "policy_config.json").write_text("{}")
+    (folder / "noise_actor.json").write_text('{"base": null}')  # steers an agent of one's own
+    assert resume.missing_evaluation(folder, args) == own
+    (folder / "noise_actor.json").unlink()
+    (folder / "policy_config.json").write_text('{"policy": {}}')
     told = resume.missing_evaluation(folder, args)
     assert told.startswith(f"{own}: `python algorithms/eval_gr00t.py ")
     _, *words = shlex.split(told.split("`")[1])
