@@ -12,7 +12,8 @@ Every frame holds what the policy observes before an action, and that action, gr
 `object_shift` are kept in `meta/`, so it can be simulated again. With `--expert.mistakes` some
 episodes begin after `first_step` steps, in which the expert has missed an object on purpose.
 
-    python algorithms/collect_demos.py --output runs/data/libero_spatial --suite libero_spatial
+    python algorithms/collect_demos.py --preset fewshot --output runs/data/libero_spatial
+    python algorithms/collect_demos.py --suite libero_goal --output runs/data/libero_goal
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from algorithms.common.args import check_ranges
-from algorithms.common.command_line import launch, parse_args
+from algorithms.common.command_line import REQUIRED, launch, parse_args
 from algorithms.common.jobs import chosen_tasks
 from libero_gym.experts import ExpertConfig
 from libero_gym.outputs import check_output_folder
@@ -36,6 +37,8 @@ class Args:
     """Command-line arguments; each one's help follows it."""
 
     # --- what is recorded ---
+    preset: str | None = None
+    """Name of a set of defaults in `PRESETS`; every other argument overrides it."""
     output: Path
     """Folder of the new dataset; episodes are staged in `<output>.staged` first."""
     suite: str = "libero_spatial"
@@ -95,6 +98,19 @@ class Args:
         return self.max_attempts_per_task
 
 
+PRESETS: dict[str, Args] = {
+    # What the policies in checkpoints/*_fewshot learned from, see benchmarks/runs/fewshot.sh.
+    "fewshot": Args(
+        output=REQUIRED,
+        episodes_per_task=20,
+        object_shift=0.02,
+        expert=ExpertConfig(speed_spread=0.1, noise=0.06, via_noise=0.01),
+        image_size=118,
+        storage="image",
+    ),
+}
+
+
 def tasks_of(args: Args) -> list[TaskSpec]:
     """Returns the tasks that are recorded."""
     return [task for _, task in chosen_tasks(args.suite, args.task_ids)]
@@ -131,7 +147,7 @@ def check_args(args: Args) -> None:
 
 
 # Before the rest is imported, which takes seconds: a mistake on the command line is told at once.
-ARGS = parse_args(Args, __doc__, None, check_args) if __name__ == "__main__" else None
+ARGS = parse_args(Args, __doc__, PRESETS, check_args) if __name__ == "__main__" else None
 
 import dataclasses
 import functools
@@ -175,6 +191,7 @@ from libero_gym.tasks.suites import horizon, load_init_states, task_number
 SETTINGS_FILE = "settings.json"
 # What may differ between a collection and its continuation.
 FREE_SETTINGS = {
+    "preset",
     "output",
     "task_ids",
     "episodes_per_task",

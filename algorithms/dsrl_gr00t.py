@@ -211,6 +211,8 @@ class Args:
     # --- logging ---
     log_with: tuple[str, ...] = ("tensorboard",)
     """Accelerate trackers that receive the metrics."""
+    tracker_project: str = "libero-gr00t"
+    """Project that the run belongs to in trackers that have projects, such as `wandb`."""
     video_interval: int = 0
     """Iterations between films of what four environments do in a rollout; 0 films none."""
 

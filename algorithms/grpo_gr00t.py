@@ -273,6 +273,8 @@ class Args:
     # --- logging ---
     log_with: tuple[str, ...] = ("tensorboard",)
     """Accelerate trackers that receive the metrics."""
+    tracker_project: str = "libero-gr00t"
+    """Project that the run belongs to in trackers that have projects, such as `wandb`."""
 
     def only_imitates(self, iteration: int) -> bool:
         """Returns whether the policy learns by imitation alone in `iteration`."""

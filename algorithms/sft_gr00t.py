@@ -66,6 +66,7 @@ FREE_ARGS = {
     "eval_episodes_per_task",
     "log_interval",
     "log_with",
+    "tracker_project",
     "num_envs",
     "renderer",
     "frame_cache",
@@ -110,6 +111,8 @@ class Args:
     """Steps between logged metrics."""
     log_with: tuple[str, ...] = ("tensorboard",)
     """Accelerate trackers that receive the metrics."""
+    tracker_project: str = "libero-gr00t"
+    """Project that the run belongs to in trackers that have projects, such as `wandb`."""
 
     # --- data ---
     dataset: str = ""
@@ -225,17 +228,23 @@ class Args:
 
 
 PRESETS: dict[str, Args] = {
+    # Made checkpoints/libero_spatial_fewshot (step 400), and with other num_steps those of other
+    # suites: benchmarks/runs/fewshot.sh.
     "nano": Args(
         model="nano",
+        num_steps=1_200,
+        save_interval=200,
+        keep_last=8,
         tune_visual=True,
         tune_llm=True,
         dropout=False,
-        batch_size=256,
-        micro_batch_size=256,
-        learning_rate=5e-4,
+        batch_size=512,
+        micro_batch_size=512,
+        learning_rate=7e-4,
         weight_decay=1e-4,
         betas=(0.9, 0.95),
         ema_decay=0.999,
+        augmentation=Augmentation(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02),
         frame_cache="device",
     ),
     "gr00t_n1d5": Args(),

@@ -9,6 +9,7 @@ from algorithms.common.checkpoint_notes import suite_of
 from algorithms.eval_gr00t import weights_digest
 from gr00t_agent import Gr00tAgent
 from libero_gym import list_tasks
+from tools.model_cards import model_card
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "checkpoints").glob("*/config.json"))
 
@@ -28,6 +29,12 @@ def test_evaluation_is_of_these_weights(folder: Path):
     assert len(successes) == len(protocol["task_ids"]) * protocol["episodes_per_task"] >= 500
     assert protocol["num_episodes"] == len(successes)
     assert result["success_once"] == sum(successes) / len(successes)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_model_card_tells_the_evaluation(folder: Path):
+    # `python tools/model_cards.py` writes it.
+    assert (folder / "README.md").read_text(encoding="utf-8") == model_card(folder)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

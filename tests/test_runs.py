@@ -4,6 +4,7 @@ and have the settings that the recorded runs had."""
 import functools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from algorithms import collect_demos, eval_gr00t, grpo_gr00t, ppo_gr00t, sft_gr00t
+from algorithms.common.args import Augmentation
 from algorithms.common.command_line import parse_args
 from algorithms.common.step_sizes import StepSizes
+from libero_gym.experts import ExpertConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -44,6 +47,7 @@ RECORDED = {
     "goal_third": "goal_ppo/third_metrics.jsonl",
     "long_grpo": "long_grpo/metrics.jsonl",
     "libero_40_ppo": "forty/second_ppo_metrics.jsonl",
+    "libero_40_ppo_long": "forty/third_ppo_metrics.jsonl",
     "object_grpo": "object_grpo/metrics.jsonl",
     "object_ppo": "object_ppo/metrics.jsonl",
     "spatial_falling": "spatial_ppo/m_metrics.jsonl",
@@ -155,3 +159,40 @@ def test_settings_are_those_of_the_recorded_runs(script: str, monkeypatch: pytes
         assert last["actor/lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
         # Nothing but imitation at first, if anything.
         assert (lines[0]["actor/num_updates"] > last["actor/num_updates"]) == (args.imitation_iterations > 0)
+
+
+# What the few-shot policies were collected and fine-tuned with; the programs' own presets say it too.
+FEWSHOT_DEMONSTRATIONS: dict[str, Any] = dict(
+    episodes_per_task=20, seed=0, object_shift=0.02, image_size=118, storage="image", horizon=None, init_state_ids=None,
+    expert=ExpertConfig(speed=1.0, speed_spread=0.1, noise=0.06, via_noise=0.01, mistakes=0.0),
+)  # fmt: skip
+FEWSHOT_TRAINING: dict[str, Any] = dict(
+    model="nano", seed=1, batch_size=512, micro_batch_size=512, learning_rate=7e-4, warmup_fraction=0.05,
+    weight_decay=1e-4, betas=(0.9, 0.95), ema_decay=0.999, dropout=False, compute_dtype="bfloat16", save_interval=200,
+    augmentation=Augmentation(random_crop=True, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "mistakes", "num_steps", "tf32"), [("fewshot.sh", 0.0, 600, True), ("forty.sh", 0.5, 4400, True)]
+)
+def test_fewshot_policies_are_made_as_the_shipped_ones_were(
+    script: str, mistakes: float, num_steps: int, tf32: bool, monkeypatch: pytest.MonkeyPatch
+):
+    made = dict(commands_of(script, monkeypatch))
+    demonstrations, training = made["algorithms/collect_demos.py"], made["algorithms/sft_gr00t.py"]
+    expert = replace(FEWSHOT_DEMONSTRATIONS["expert"], mistakes=mistakes)
+    assert vars(demonstrations).items() >= (FEWSHOT_DEMONSTRATIONS | dict(expert=expert)).items()
+    assert vars(training).items() >= (FEWSHOT_TRAINING | dict(num_steps=num_steps, tf32=tf32)).items()
+
+
+def test_the_first_commands_of_the_readme_make_the_shipped_policy(monkeypatch: pytest.MonkeyPatch):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for program, settings in (
+        ("algorithms/collect_demos.py", FEWSHOT_DEMONSTRATIONS | dict(suite="libero_spatial")),
+        ("algorithms/sft_gr00t.py", FEWSHOT_TRAINING | dict(suite="libero_spatial", num_steps=1200, tf32=False)),
+    ):
+        (command,) = re.findall(rf"^(?:python|accelerate launch) {program} (.+)$", readme, re.MULTILINE)
+        monkeypatch.setattr("sys.argv", [program, *command.split()])
+        args = parse_args(PROGRAMS[program].Args, None, PROGRAMS[program].PRESETS)
+        assert vars(args).items() >= settings.items()

@@ -41,6 +41,8 @@ import tyro
 
 ArgsT = TypeVar("ArgsT")
 
+# Of an argument in a preset: it has no default there either.
+REQUIRED: Any = tyro.MISSING
 # What the project raises where a user gave something that cannot be.
 _USER_ERRORS = (ValueError, OSError)
 # What it raises where an outcome, a library or an entry of a file is not there; in other hands mostly faults.
@@ -117,7 +119,7 @@ def _groups(args_class: type[Any], presets: Mapping[str, Any]) -> type[Any]:
             settings |= dict(metavar="NAME", help=f"{text} Names: {', '.join(presets)}.")
         hint = Annotated[hints[item.name], tyro.conf.arg(**settings)]
         default: dict[str, Any] = dict(default=item.default, default_factory=item.default_factory)
-        if chosen is not None:
+        if chosen is not None and getattr(chosen, item.name) is not REQUIRED:
             default = dict(default_factory=partial(getattr, chosen, item.name))
         blocks.setdefault(title, []).append((item.name, hint, field(**default)))
     groups: list[Any] = []

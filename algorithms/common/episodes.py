@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -154,7 +156,42 @@ def cohort_metrics(tallies: NDArray[np.float64]) -> dict[str, float]:
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """Returns Wilson's 95 % interval of a success probability; raises ValueError unless 0 <= successes <= episodes."""
-    from scipy.stats import binomtest  # an eighth of what a trainer imports, which each of its processes would wait for
+    if not 0 <= successes <= episodes or episodes == 0:
+        raise ValueError(f"successes={successes} of episodes={episodes}: give 0 <= successes <= episodes > 0")
+    return _wilson(successes / episodes, episodes)
 
-    interval = binomtest(successes, episodes).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+
+def clustered_interval(clusters: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """Returns a 95 % interval of the success probability of episodes that come in clusters, such as initial states.
+
+    Episodes of one initial state tend to end alike, and then tell less than as many episodes of different ones. So this
+    is Wilson's interval of fewer episodes: their number divided by the design effect (Kish, Survey Sampling, 1965), the
+    variance of the rate, estimated from how clusters differ, over that of independent episodes, at least 1. Where all
+    episodes end alike, nothing can be estimated, and clusters are counted. With one episode in each cluster this is
+    `wilson_interval`.
+
+    Raises:
+        ValueError: there is no cluster, or one without episodes.
+    """
+    sizes = np.array([len(cluster) for cluster in clusters])
+    if not len(sizes) or not sizes.all():
+        raise ValueError(f"the clusters have sizes {sizes.tolist()}: give at least one, each with an episode")
+    successes = np.array([sum(cluster) for cluster in clusters])
+    episodes = int(sizes.sum())
+    rate = int(successes.sum()) / episodes
+
+    if rate in (0.0, 1.0):
+        return _wilson(rate, len(sizes))
+    variance = float(((successes - rate * sizes) ** 2).sum()) / episodes**2
+    design_effect = max(1.0, variance / (rate * (1 - rate) / episodes))
+    return _wilson(rate, episodes / design_effect)
+
+
+def _wilson(rate: float, episodes: float) -> tuple[float, float]:
+    z_squared = NormalDist().inv_cdf(0.975) ** 2
+    center = rate + z_squared / (2 * episodes)
+    half_width = math.sqrt(z_squared * (rate * (1 - rate) / episodes + z_squared / (4 * episodes**2)))
+    scale = 1 + z_squared / episodes
+    low = 0.0 if rate == 0 else (center - half_width) / scale
+    high = 1.0 if rate == 1 else (center + half_width) / scale
+    return low, high

@@ -14,6 +14,7 @@ Jobs and keys are those of `algorithms.common.jobs`. Shape legend: N environment
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from algorithms.common.episode_log import EpisodeStore, EvalEpisode
-from algorithms.common.episodes import wilson_interval
+from algorithms.common.episodes import clustered_interval
 from algorithms.common.jobs import Job, Key, episode_keys, jobs_in_training, stated_horizon
 from algorithms.common.provenance import describe_environment
 from algorithms.common.randomness import EVALUATIONS, seed_of
@@ -89,9 +90,10 @@ class EvalResult:
         return sum(e.success for e in self.episodes) / len(self.episodes)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns a row per task and one for all: successes, episodes, rate and Wilson 95 % interval.
+        """Returns a row per task and one for all: successes, episodes, rate and 95 % interval.
 
-        With several seeds the episodes of all count as independent.
+        The interval is Wilson's, with several seeds of fewer episodes the more alike those of one initial state end
+        (`clustered_interval`).
         """
         rows: list[dict[str, Any]] = []
         for task_id, description in self.task_descriptions.items():
@@ -132,7 +134,10 @@ class EvalResult:
 
 def _rate(episodes: Sequence[EvalEpisode]) -> dict[str, Any]:
     successes, total = sum(e.success for e in episodes), len(episodes)
-    low, high = wilson_interval(successes, total)
+    of_states: defaultdict[tuple[int, int], list[bool]] = defaultdict(list)
+    for episode in episodes:
+        of_states[episode.task_id, episode.init_state_id].append(episode.success)
+    low, high = clustered_interval(list(of_states.values()))
     return dict(successes=successes, episodes=total, success_rate=successes / total, low=low, high=high)
 
 

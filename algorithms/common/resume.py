@@ -63,8 +63,9 @@ STATE_FILE = "state.json"
 # Arguments of the reinforcement-learning trainers that may differ between a run and its continuation.
 FREE_ARGS = {
     "preset", "resume", "output_dir", "run_name", "num_iterations", "save_interval", "keep_last", "keep_best",
-    "eval_interval", "eval_episodes_per_task", "video_interval", "log_with", "micro_batch_size",
-    "feature_storage", "feature_memory_gb", "pipeline_stage_num", "env_timeout_s", "compile", "max_ratio_deviation",
+    "eval_interval", "eval_episodes_per_task", "video_interval", "log_with", "tracker_project",
+    "micro_batch_size", "feature_storage", "feature_memory_gb", "pipeline_stage_num", "env_timeout_s", "compile",
+    "max_ratio_deviation",
 }  # fmt: skip
 _STATE_NAMES = {"iteration", "global_step", "score", "num_processes", "generators", "learning_rates"}
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -207,7 +208,7 @@ def open_run(
     """
     check_same_args(accelerator, args)
     path, checkpoint = from_main(accelerator, lambda: _choose(args, num_iterations, free_args))
-    return RunFolder.open(path, accelerator), checkpoint
+    return RunFolder.open(path, accelerator, args), checkpoint
 
 
 def _choose(args: Any, num_iterations: int, free_args: Collection[str]) -> tuple[Path, Path | None]:

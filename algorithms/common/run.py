@@ -4,7 +4,8 @@
         args.json          every argument
         environment.json   git commit, package versions, hardware
         metrics.jsonl      one line per iteration
-        logs/              TensorBoard or whatever else Accelerate's trackers write
+        logs/              TensorBoard
+        tracker.json       the run's id in trackers that keep runs elsewhere, if it has such
         checkpoints/       what `from_pretrained` loads, and what training goes on from
         evaluations/       one JSON per evaluation
         videos/            mp4
@@ -45,12 +46,13 @@ from algorithms.common.checkpoint_notes import can_be_evaluated, settings_of
 from algorithms.common.processes import leave
 from algorithms.common.provenance import describe_environment
 from algorithms.common.stages import EnvStages
+from algorithms.common.trackers import ID_FILE, TENSORBOARD_FOLDER, start_trackers
 from gr00t_agent.files import remove_folder, whole_file, write_json, write_text
 
 # Of the runs and evaluations that this process works on; closed files would unlock them.
 _LOCKS: dict[Path, TextIO] = {}
-# What every start of a run writes, besides trackers.
-_FIRST_FILES = {"args.json", "environment.json", ".lock"}
+# What a start of a run writes, besides TensorBoard.
+_FIRST_FILES = {"args.json", "environment.json", ".lock", ID_FILE}
 
 
 def choose_folder(args: Any) -> Path:
@@ -69,10 +71,16 @@ def _remove_if_unused(path: Path, place: Path, pid: int) -> None:
     if os.getpid() != pid or not place.is_dir():
         return
     files = [file.relative_to(place) for file in place.rglob("*") if not file.is_dir()]
-    if all(str(file) in _FIRST_FILES or (file.parts[0] == "logs" and "tfevents" in file.name) for file in files):
+    if all(_is_of_a_start(file) for file in files):
         unlock(place)
         remove_folder(place)
         print(f"{path} is removed: the run ended before anything was trained", file=sys.stderr)
+
+
+def _is_of_a_start(file: Path) -> bool:
+    """Returns whether a start of a run writes `file`, a path in the run's folder."""
+    is_of_tensorboard = file.parts[0] == TENSORBOARD_FOLDER and "tfevents" in file.name
+    return is_of_tensorboard or str(file) in _FIRST_FILES
 
 
 def write_args(path: Path, args: Any) -> None:
@@ -122,10 +130,9 @@ class RunFolder:
         self._start = time.perf_counter()
 
     @classmethod
-    def open(cls, path: Path, accelerator: Accelerator) -> RunFolder:
-        """Returns the run's folder, in which the accelerator's trackers log from now on."""
-        accelerator.project_configuration.logging_dir = str(path)
-        accelerator.init_trackers("logs")
+    def open(cls, path: Path, accelerator: Accelerator, args: Any) -> RunFolder:
+        """Returns the folder of the run with arguments `args`, and starts its trackers."""
+        start_trackers(accelerator, path, args)
         return cls(path, accelerator)
 
     def log(self, metrics: dict[str, float], global_step: int, iteration: int) -> None:
@@ -220,7 +227,7 @@ class RunFolder:
         files = {
             "checkpoint": weights,
             "videos": self.path / "videos",
-            "TensorBoard": self.path / "logs",
+            "TensorBoard": self.path / TENSORBOARD_FOLDER,
             "metrics": self.path / "metrics.jsonl",
             "report": self.path / "report.html",
         }
@@ -240,7 +247,7 @@ class RunFolder:
         has_gpu = torch.cuda.is_available()
         place = shlex.quote(str(weights))
         commands: list[str] = []
-        if (self.path / "logs").is_dir():
+        if (self.path / TENSORBOARD_FOLDER).is_dir():
             commands.append(f"tensorboard --logdir {self.path.parent}")
         if is_state_policy:
             commands.append("accelerate launch algorithms/ppo_gr00t.py --preset libero_spatial_laptop")

@@ -21,16 +21,12 @@ name=${suite}_fewshot
 data=runs/data/$name
 
 if [ ! -f "$data/meta/collection.json" ]; then
-    python algorithms/collect_demos.py --suite "$suite" --episodes-per-task 20 --object-shift 0.02 \
-        --expert.speed-spread 0.1 --expert.noise 0.06 --expert.via-noise 0.01 --expert.mistakes "$mistakes" \
-        --image-size 118 --storage image --num-workers 8 --num-writers 7 --render-batch-size 256 --output "$data"
+    python algorithms/collect_demos.py --preset fewshot --suite "$suite" --expert.mistakes "$mistakes" \
+        --num-workers 8 --num-writers 7 --render-batch-size 256 --output "$data"
 fi
 
-python algorithms/sft_gr00t.py --preset nano --dataset "$data" --suite "$suite" \
-    --run-name "$name" --resume auto --batch-size 512 --micro-batch-size 512 --learning-rate 7e-4 \
-    --num-steps "$num_steps" --save-interval 200 --keep-last 8 \
-    --augmentation.brightness 0.1 --augmentation.contrast 0.1 --augmentation.saturation 0.1 --augmentation.hue 0.02 \
-    --eval-episodes-per-task 0 "${options[@]}"
+python algorithms/sft_gr00t.py --preset nano --dataset "$data" --suite "$suite" --num-steps "$num_steps" \
+    --run-name "$name" --resume auto --eval-episodes-per-task 0 "${options[@]}"
 
 benchmarks/runs/round_and_evaluate.sh "runs/$name/checkpoints/step_$kept_step" "runs/kept/$name" "$suite" 0 \
     --num-envs 100

@@ -168,6 +168,14 @@ def test_what_is_not_in_the_dataset_stays_staged(faked, tmp_path, capsys):
     np.testing.assert_array_equal(again.action, whole.action)
 
 
+def test_a_collection_goes_on_whether_a_preset_or_its_values_are_given(faked: None, tmp_path: Path):
+    collect_demos.main(small_args(tmp_path, keep_staged=True))
+    (tmp_path / "data").rename(tmp_path / "first")
+    collect_demos.main(small_args(tmp_path, preset="fewshot"))
+    first, again = LeRobotDataset(tmp_path / "first"), LeRobotDataset(tmp_path / "data")
+    np.testing.assert_array_equal(again.action, first.action)
+
+
 def test_a_collection_goes_on_under_its_renderer_and_mujoco(faked, tmp_path, monkeypatch):
     collect_demos.main(small_args(tmp_path, keep_staged=True))
     collection = json.loads((tmp_path / "data" / "meta" / "collection.json").read_text())

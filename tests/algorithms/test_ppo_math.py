@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from algorithms import grpo_gr00t, ppo_gr00t
 from algorithms.common.args import share_of_process
 from algorithms.common.batch import concatenate, index, mean_of
-from algorithms.common.episodes import Episode, finished_episodes, wilson_interval
+from algorithms.common.episodes import Episode, clustered_interval, finished_episodes, wilson_interval
 from algorithms.common.processes import explained_variance, group_means, mean_and_variance
 from algorithms.ppo_gr00t import (
     Args,
@@ -402,8 +402,34 @@ def test_wilson_interval_matches_the_closed_form():
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert wilson_interval(45, 50) == pytest.approx((centre - half, centre + half), abs=1e-9)
-    with pytest.raises(ValueError, match="must not be greater"):
+    assert wilson_interval(0, 50)[0] == 0.0
+    assert wilson_interval(50, 50)[1] == 1.0
+    with pytest.raises(ValueError, match="successes=51 of episodes=50: give 0 <= successes <= episodes > 0"):
         wilson_interval(51, 50)
+
+
+def test_episodes_of_one_state_that_end_alike_count_less():
+    # Three episodes of each state that always end alike are as good as one.
+    alike = [[True] * 3] * 8 + [[False] * 3] * 2
+    assert clustered_interval(alike) == pytest.approx(wilson_interval(8, 10), abs=1e-12)
+    # In clusters of one, and where states differ by no more than chance, episodes are independent.
+    assert clustered_interval([[True]] * 8 + [[False]] * 2) == pytest.approx(wilson_interval(8, 10), abs=1e-12)
+    assert clustered_interval([[True, False]] * 5) == pytest.approx(wilson_interval(5, 10), abs=1e-12)
+    # Between: of four states with two episodes, two end alike. By hand: rate 1/2, deviations 1, -1, 0, 0 of the
+    # states' successes, variance 2 / 8^2 = 1/32, as large as that of independent episodes.
+    assert clustered_interval([[True, True], [False, False], [True, False], [False, True]]) == pytest.approx(
+        wilson_interval(4, 8), abs=1e-12
+    )
+    # Twelve episodes of six states, four of which end alike: deviations 1, 1, -1, -1, 0, 0, variance 4 / 12^2, a third
+    # more than that of independent episodes, 3 / 12^2, so that they count as nine.
+    some = [[True, True]] * 2 + [[False, False]] * 2 + [[True, False]] * 2
+    z_squared = 1.959963984540054**2
+    half_width = math.sqrt(z_squared * (0.25 / 9 + z_squared / 324)) / (1 + z_squared / 9)
+    assert clustered_interval(some) == pytest.approx((0.5 - half_width, 0.5 + half_width), abs=1e-9)
+    # Where nothing failed, states count.
+    assert clustered_interval([[True] * 3] * 10) == pytest.approx(wilson_interval(10, 10), abs=1e-12)
+    with pytest.raises(ValueError, match=r"sizes \[2, 0\]: give at least one, each with an episode"):
+        clustered_interval([[True, True], []])
 
 
 def test_index_and_concatenate_keep_the_nesting():

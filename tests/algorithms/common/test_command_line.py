@@ -15,7 +15,7 @@ import pytest
 
 from algorithms.common import command_line
 from algorithms.common.charts import thin
-from algorithms.common.command_line import launch, parse_args
+from algorithms.common.command_line import REQUIRED, launch, parse_args
 from algorithms.common.resume import restore_generators
 from gr00t_agent.files import require
 from libero_gym import get_task
@@ -224,11 +224,16 @@ def test_arguments_override_a_preset_which_overrides_defaults(monkeypatch: pytes
     assert parse(monkeypatch, "--preset", "big", "--seed", "8", presets=presets) == big
 
 
-def test_what_has_no_default_must_be_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("given", [["--seed", "3"], ["--preset", "unnamed"]])
+def test_what_has_no_default_must_be_given(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    presets = {"unnamed": Args(name=REQUIRED, seed=3)}
     with pytest.raises(SystemExit) as ended:
-        parse(monkeypatch, "--seed", "3")
+        parse(monkeypatch, *given, presets=presets)
     assert ended.value.code == 2
     assert "--name" in capsys.readouterr().err
+    assert parse(monkeypatch, *given, "--name", "x", presets=presets).seed == 3
 
 
 def no_such_task(args: Args) -> None:
