@@ -453,6 +453,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.checkpoint_notes import note_suite, tell_start
 from algorithms.common.cluster import LearnerGroup, RolloutGroup, connect
 from algorithms.common.episodes import Cohorts, cohort_metrics, played_tasks
 from algorithms.common.evaluation import compare_evaluations, evaluation_file
@@ -581,6 +582,9 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         )
         add_lora(agent, settings)
     return store_frozen_as(agent, agent.policy.torch_dtype)
+
+
+agent_of_args = make_agent  # told apart from an agent of one's own, of which `model` says nothing
 
 
 def compute_gae(
@@ -899,6 +903,7 @@ class Learner(LearnerRole):
         set_seed(args.seed)  # the same weights on every process
         self.agent = self.make_agent(args).to(device).eval()
         check_agent_takes(self.agent, args)
+        note_suite(self.agent, args.suite)
         origin = origin_of(accelerator, self.agent, with_trained=bool(args.kl_coef))
         self.start_policy = None
         if args.kl_coef:
@@ -1219,6 +1224,8 @@ def main(
     `make_envs` takes the number of threads, too.
     """
     check_args(args)
+    if make_agent is agent_of_args:
+        tell_start(args)
     with connect(args.ray_address) as cluster:
         placement = cluster.place(args)
         accelerator = make_accelerator(args.log_with, args.output_dir, cpu=True)
@@ -1306,7 +1313,7 @@ def train(
         if task_sampler is not None:
             task_sampler.load_state_dict(restored.tensors["episodes"])
         if args.evaluates(done) and not evaluation_file(run.path, done).is_file():
-            progress.print(missing_evaluation(checkpoint))
+            progress.print(missing_evaluation(checkpoint, args))
     task_weights = None if task_sampler is None else task_sampler.weights
     env_states = rollouts.begin(done, env_states, task_weights)
 

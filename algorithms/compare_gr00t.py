@@ -11,10 +11,12 @@ column for each task.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from algorithms.common.args import check_folder, check_ranges
+from algorithms.common.checkpoint_notes import suite_to_play
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import evaluation_jobs
 from libero_gym.outputs import check_output_folder
@@ -26,8 +28,8 @@ class Args:
 
     checkpoints: tuple[str, ...]
     """Folders or hub ids of the policies, at least two."""
-    suite: str = "libero_spatial"
-    """LIBERO suite."""
+    suite: str | None = None
+    """LIBERO suite; if not given, the one that all of them were trained on, if they say so."""
     task_ids: tuple[int, ...] | None = None
     """Tasks to play; all of the suite if not given."""
     episodes_per_task: int = 1
@@ -45,6 +47,11 @@ class Args:
     since: float | None = None
     """Seconds since 1970 from which the whole time is told; this program's start if not given."""
 
+    @cached_property
+    def played_suite(self) -> str:
+        """The suite that is played; raises ValueError if neither `suite` nor the checkpoints say it."""
+        return suite_to_play(self.suite, *self.checkpoints)
+
 
 def check_args(args: Args) -> None:
     """Raises ValueError or OSError for arguments that would otherwise fail late."""
@@ -54,7 +61,7 @@ def check_args(args: Args) -> None:
         raise ValueError(f"checkpoints={args.checkpoints} must be two or more different ones")
     for checkpoint in args.checkpoints:
         check_folder("checkpoints", checkpoint, "for example checkpoints/libero_spatial_rl")
-    evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task)
+    evaluation_jobs(args.played_suite, args.task_ids, args.episodes_per_task)
 
 
 # Before PyTorch is imported, which takes seconds: a mistake on the command line is told at once.
@@ -94,10 +101,10 @@ def play(args: Args, checkpoint: str, video_dir: Path) -> tuple[EvalResult, floa
     """Returns what the policy of `checkpoint` does, and how many decisions a second it makes in robot time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     agent = Gr00tAgent.load(checkpoint).to(device).eval()
-    jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task)
+    jobs = evaluation_jobs(args.played_suite, args.task_ids, args.episodes_per_task)
     chunk = agent.policy.num_action_chunks
     envs = gym.make_vec(
-        f"libero_gym/{args.suite}-v0",
+        f"libero_gym/{args.played_suite}-v0",
         num_envs=min(args.num_envs, len(jobs)),
         vectorization_mode="vector_entry_point",
         num_action_chunks=chunk,
@@ -143,10 +150,11 @@ def main(args: Args) -> dict[str, EvalResult]:
     film = args.output_dir / "comparison.mp4"
     write_tiled_video(film, films, fps, columns=num_columns)
     table = {checkpoint: result.rows() for checkpoint, result in results.items()}
-    write_json(args.output_dir / "comparison.json", {"arguments": asdict(args), "tables": table})
+    arguments = asdict(args) | {"suite": args.played_suite}
+    write_json(args.output_dir / "comparison.json", {"arguments": arguments, "tables": table})
 
     num_episodes = len(next(iter(results.values())).episodes)
-    print(f"{args.suite}: the same {num_episodes} episodes from the tasks' own starts")
+    print(f"{args.played_suite}: the same {num_episodes} episodes from the tasks' own starts")
     width = max(len(Path(checkpoint).name) for checkpoint in results)
     for checkpoint, rows in table.items():
         print(f"  {Path(checkpoint).name:{width}} {success_in_words(rows[-1])}")

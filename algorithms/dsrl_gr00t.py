@@ -307,6 +307,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
 from algorithms.common.batch import index, mean_of
+from algorithms.common.checkpoint_notes import tell_start, trained_on
 from algorithms.common.evaluation import evaluate_into, evaluation_file
 from algorithms.common.frozen import origin_of, store_frozen_as
 from algorithms.common.monitor import Monitor
@@ -681,6 +682,9 @@ def main(
     is_main = accelerator.is_main_process
     num_envs = share_of_process(args, "num_envs", num_processes)
     minibatch_share = share_of_process(args, "minibatch_size", num_processes)
+    is_own_agent = make_agent is not agent_of_args
+    if is_main and not is_own_agent:
+        tell_start(args)
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
 
     # Environments are numbered over all processes. Every process draws the whole of a minibatch
@@ -701,7 +705,6 @@ def main(
     origin = origin_of(accelerator, agent)
     if args.compile:
         agent.compile_network()
-    is_own_agent = make_agent is not agent_of_args
     base = BasePolicy.of(args) if is_main and not is_own_agent else None
 
     # --- what steers it, and the optimiser ---
@@ -751,7 +754,7 @@ def main(
         return stop.watched(make_envs(args, num_envs, agent.image_size, AutoresetMode.DISABLED))
 
     def write_agent(folder: Path) -> None:
-        save_noise_actor(folder, actor, base)
+        save_noise_actor(folder, actor, base, trained_on(args.suite))
 
     def kept_tensors() -> dict[str, Mapping[str, Tensor]]:
         """Returns what belongs to a checkpoint besides weights and optimiser."""
@@ -812,7 +815,7 @@ def main(
             elif is_main:
                 print(f"{checkpoint} holds no environment states: new episodes begin")
             if args.evaluates(done) and not evaluation_file(run.path, done).is_file() and is_main:
-                print(missing_evaluation(checkpoint))
+                print(missing_evaluation(checkpoint, args))
         for stage in stages:
             if env_states is None:
                 key = (args.seed, EPISODES, done)
@@ -1009,7 +1012,6 @@ def main(
             f"iteration_{args.num_iterations}",
             args.suite,
             is_whole_policy=False,
-            is_own_agent=is_own_agent,
         )
         print(summary)
     return metrics

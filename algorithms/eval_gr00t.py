@@ -4,8 +4,9 @@ Protocol: every chosen task from each of its first `episodes_per_task` stored in
 exactly once per seed (10 x 50 = 500 episodes for a whole suite and one seed); deterministic Euler
 sampling from an initial noise that depends on nothing but (seed, task, initial state);
 `success_once`, that is success at any step before the suite's horizon; Wilson 95 % intervals. Any
-suite that is installed, LIBERO-PRO's included; settings of the policy that are not given are those
-saved with the checkpoint. An exception ends the evaluation: it never counts as a failed episode.
+suite that is installed, LIBERO-PRO's included; the suite and settings of the policy that are not
+given are those saved with the checkpoint. An exception ends the evaluation: it never counts as a
+failed episode.
 Anybody's policy is evaluated by the same protocol, but for the noise, which is its own: one in
 Python by --policy, one behind openpi's or Isaac-GR00T's server by --policy-server.
 
@@ -14,9 +15,9 @@ Python by --policy, one behind openpi's or Isaac-GR00T's server by --policy-serv
     python algorithms/eval_gr00t.py --checkpoint my/checkpoint --suite libero_goal --reference-env
     python algorithms/eval_gr00t.py --checkpoint runs/dsrl_libero_spatial_1/checkpoints/iteration_32
     python algorithms/eval_gr00t.py --checkpoint runs/demo/checkpoints/iteration_18
-        --suite libero_goal --task-ids 0 --horizon 40 --steps-before-success 3 6 9
-    python algorithms/eval_gr00t.py --policy my_policy.py:make
-    python algorithms/eval_gr00t.py --policy-server ws://localhost:8000
+        --task-ids 0 --horizon 40 --steps-before-success 3 6 9
+    python algorithms/eval_gr00t.py --policy my_policy.py:make --suite libero_goal
+    python algorithms/eval_gr00t.py --policy-server ws://localhost:8000 --suite libero_goal
 
 Writes result.json (the protocol, the tables, every episode), one video per task and one of all, and
 report.html with all of that, into runs/eval_<policy>_<suite> if no --output-dir is given. Episodes
@@ -29,11 +30,15 @@ is in `algorithms.common.evaluation`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+import tyro
 
 from algorithms.common.args import NOT_NEAR_GOAL, check_folder, check_left_out, check_ranges
+from algorithms.common.checkpoint_notes import suite_to_play
 from algorithms.common.command_line import launch, parse_args
 from algorithms.common.jobs import (
     Job,
@@ -55,7 +60,7 @@ class Args:
     """Command-line arguments; each one's help follows it."""
 
     # --- what is evaluated ---
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, tyro.conf.arg(aliases=("--model",))] = None
     """A folder or hub id that `Gr00tAgent.from_pretrained` loads, a preset's name (random weights),
     a checkpoint of a trainer's --model state, or one of dsrl_gr00t.py, which names the policy that
     it steers."""
@@ -68,8 +73,9 @@ class Args:
     policy_server: str | None = None
     """Instead of a checkpoint, the address of a server that decides: ws://host:port for openpi's
     protocol, zmq://host:port for Isaac-GR00T's."""
-    suite: str = "libero_spatial"
-    """LIBERO suite; `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
+    suite: str | None = None
+    """LIBERO suite; if not given, the one that the checkpoint was trained on, if it says so.
+    `python -c "import libero_gym; print(libero_gym.list_suites())"` lists them."""
     task_ids: tuple[int, ...] | None = None
     """Tasks to evaluate; all of the suite if not given."""
     episodes_per_task: int = 50
@@ -127,12 +133,18 @@ class Args:
     resume: bool = False
     """Go on with the evaluation in that folder, if there is one; give the same arguments."""
 
+    @cached_property
+    def played_suite(self) -> str:
+        """The suite that is played; raises ValueError if neither `suite` nor the checkpoint says it."""
+        checkpoints = () if self.checkpoint is None else (self.checkpoint,)
+        return suite_to_play(self.suite, *checkpoints)
+
     @property
     def folder(self) -> Path:
         """Where the result and the videos are written."""
         if self.output_dir is not None:
             return self.output_dir
-        return Path("runs") / f"eval_{policy_name(self)}_{self.suite}"
+        return Path("runs") / f"eval_{policy_name(self)}_{self.played_suite}"
 
 
 def policy_name(args: Args) -> str:
@@ -170,8 +182,10 @@ def check_args(args: Args) -> None:
     if not args.steps_before_success:
         check_left_out(args, ("num_near_goal_states",), NOT_NEAR_GOAL)
     check_reference_env(args)
-    check_starts(args)
-    jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
+    check_starts(replace(args, suite=args.played_suite))
+    jobs = evaluation_jobs(
+        args.played_suite, args.task_ids, args.episodes_per_task, args.init_states
+    )
     episode_keys(args.seeds, jobs)
     if args.videos_per_task > args.episodes_per_task:
         raise ValueError(
@@ -235,7 +249,6 @@ ARGS = parse_args(Args, __doc__, None, check_args) if __name__ == "__main__" els
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -458,9 +471,9 @@ def make_envs(
         renderer=args.renderer,
     )
     if args.reference_env:
-        return ModalityVectorObservation(ReferenceVectorEnv(args.suite, num_envs, **options))
+        return ModalityVectorObservation(ReferenceVectorEnv(args.played_suite, num_envs, **options))
     envs = gym.make_vec(
-        f"libero_gym/{args.suite}-v0",
+        f"libero_gym/{args.played_suite}-v0",
         num_envs=num_envs,
         vectorization_mode="vector_entry_point",
         autoreset_mode=AutoresetMode.DISABLED,
@@ -493,13 +506,13 @@ def make_protocol(
         | starts
         | appearance_of(envs)
         | {
-            "suite": args.suite,
+            "suite": args.played_suite,
             "task_ids": sorted({task_id for task_id, _ in jobs}),
             "episodes_per_task": args.episodes_per_task,
             "seeds": list(args.seeds),
-            "horizon": stated_horizon(args.suite, args.horizon),
+            "horizon": stated_horizon(args.played_suite, args.horizon),
             "environment": "LIBERO" if args.reference_env else "libero_gym",
-            "init_states": check_init_states(args.init_states, args.suite),
+            "init_states": check_init_states(args.init_states, args.played_suite),
             "image_size": candidate.image_size,
             "num_envs": envs.num_envs,
         }
@@ -543,10 +556,15 @@ def main(args: Args) -> EvalResult:
     """Evaluates, prints the tables, writes result.json and videos."""
     check_args(args)
     check_alone()
-    jobs = evaluation_jobs(args.suite, args.task_ids, args.episodes_per_task, args.init_states)
+    jobs = evaluation_jobs(
+        args.played_suite, args.task_ids, args.episodes_per_task, args.init_states
+    )
     num_episodes = len(episode_keys(args.seeds, jobs))
     num_envs = min(args.num_envs, num_episodes)
     folder = args.folder
+    policy = args.checkpoint or args.policy or args.policy_server
+    reason = ", which it was trained on" if args.suite is None else ""
+    print(f"{policy} plays {num_episodes} episodes of {args.played_suite}{reason}")
 
     with ExitStack() as resources:
         resources.callback(unlock, folder)
@@ -575,7 +593,7 @@ def main(args: Args) -> EvalResult:
 
         # --- result and report ---
         task_ids = protocol["task_ids"]
-        texts = {task_id: get_task(args.suite, task_id).language for task_id in task_ids}
+        texts = {task_id: get_task(args.played_suite, task_id).language for task_id in task_ids}
         before = {"before_s": log.seconds_before} if log.seconds_before else {}
         result = replace(
             result,

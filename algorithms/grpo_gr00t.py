@@ -376,6 +376,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.checkpoint_notes import note_suite, tell_start
 from algorithms.common.dry_run import measure_run
 from algorithms.common.episodes import played_episodes
 from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
@@ -479,6 +480,9 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         )
         add_lora(agent, settings)
     return store_frozen_as(agent, agent.policy.torch_dtype)
+
+
+agent_of_args = make_agent  # told apart from an agent of one's own, of which `model` says nothing
 
 
 def group_advantages(returns: Tensor, group_size: int) -> Tensor:
@@ -682,6 +686,8 @@ def main(
     micro_batch_size = share_of_process(args, "micro_batch_size", num_processes)
     if accelerator.is_fsdp2:
         raise ValueError("FSDP cannot be used: processes end episodes at different times; use DDP")
+    if is_main and make_agent is agent_of_args:
+        tell_start(args)
     if args.dry_run:
         return dry_run(args, accelerator, make_agent, make_envs)
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
@@ -696,6 +702,7 @@ def main(
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval()
     check_agent_takes(agent, args)
+    note_suite(agent, args.suite)
     param_groups = agent.param_groups(args.learning_rate, 0.0)
     for group in param_groups:
         if group.get("name") == "value":  # there is no critic
@@ -772,7 +779,7 @@ def main(
             if task_sampler is not None:
                 task_sampler.load_state_dict(restored.tensors["tasks"])
             if args.evaluates(done) and not evaluation_file(run.path, done).is_file() and is_main:
-                print(missing_evaluation(checkpoint))
+                print(missing_evaluation(checkpoint, args))
 
         def take_boundary(iteration: int) -> None:
             tensors = {} if task_sampler is None else {"tasks": task_sampler.state_dict()}

@@ -438,6 +438,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from algorithms.common.batch import concatenate, index, mean_of
+from algorithms.common.checkpoint_notes import note_suite, tell_start
 from algorithms.common.dry_run import measure_run
 from algorithms.common.episodes import played_tasks
 from algorithms.common.evaluation import compare_evaluations, evaluate_into, evaluation_file
@@ -550,6 +551,9 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         )
         add_lora(agent, settings)
     return store_frozen_as(agent, agent.policy.torch_dtype)
+
+
+agent_of_args = make_agent  # told apart from an agent of one's own, of which `model` says nothing
 
 
 def compute_gae(
@@ -770,6 +774,8 @@ def main(
     num_envs = share_of_process(args, "num_envs", num_processes)
     share_of_process(args, "micro_batch_size", num_processes)
     num_micro_batches = args.num_micro_batches
+    if is_main and make_agent is agent_of_args:
+        tell_start(args)
     if args.dry_run:
         return dry_run(args, accelerator, make_agent, make_envs)
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
@@ -787,6 +793,7 @@ def main(
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args).to(device).eval()
     check_agent_takes(agent, args)
+    note_suite(agent, args.suite)
     origin = origin_of(accelerator, agent, with_trained=bool(args.kl_coef))
     start_policy = None
     if args.kl_coef:
@@ -873,7 +880,7 @@ def main(
             if task_sampler is not None:
                 task_sampler.load_state_dict(restored.tensors["episodes"])
             if args.evaluates(done) and not evaluation_file(run.path, done).is_file() and is_main:
-                print(missing_evaluation(checkpoint))
+                print(missing_evaluation(checkpoint, args))
         for stage in stages:
             if task_sampler is not None:
                 stage.set_task_weights(task_sampler.weights)

@@ -189,8 +189,8 @@ class Args:
     """Decay of the moving average of weights, which is then evaluated and saved; 0 for none."""
 
     # --- evaluation ---
-    suite: str = "libero_spatial"
-    """LIBERO suite."""
+    suite: str | None = None
+    """LIBERO suite; the one that the demonstrations are of, if not given and they say so."""
     task_ids: tuple[int, ...] | None = None
     """Tasks to evaluate; all of the suite if not given."""
     num_envs: int = 50
@@ -272,8 +272,14 @@ def check_args(args: Args) -> None:
             f"statistics='checkpoint' takes those of a checkpoint, and model={args.model!r} is a preset, which has "
             "random weights and none: leave it out, or give a checkpoint as --model"
         )
+    if args.suite is not None:
+        check_tasks(args, args.suite)
+
+
+def check_tasks(args: Args, suite: str) -> None:
+    """Raises ValueError or FileNotFoundError for tasks and episodes that the suite has not."""
     if args.task_ids is not None:
-        chosen_tasks(args.suite, args.task_ids)
+        chosen_tasks(suite, args.task_ids)
     if args.eval_episodes_per_task > 0:
         jobs_in_training(args)
 
@@ -300,6 +306,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from algorithms.common.augmentation import NUM_DRAWS, augment
+from algorithms.common.checkpoint_notes import note_suite, tell_start
 from algorithms.common.evaluation import evaluate_into, evaluation_file
 from algorithms.common.frozen import origin_of
 from algorithms.common.lora import LoraSettings, add_lora, merged
@@ -317,6 +324,7 @@ from gr00t_agent import DataConfig, DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
 from gr00t_agent.loading import resolve_checkpoint, saved_data_config, saved_policy
 from libero_gym.adapters import ModalityVectorObservation
+from libero_gym.tasks.suites import list_suites
 
 
 def make_dataset(args: Args, data_config: DataConfig | None = None) -> LeRobotDataset:
@@ -328,6 +336,31 @@ def make_dataset(args: Args, data_config: DataConfig | None = None) -> LeRobotDa
         image_size=args.train_image_size,
         episodes_per_task=args.episodes_per_task,
     )
+
+
+def suite_of_data(dataset: LeRobotDataset) -> str | None:
+    """Returns the suite that all demonstrations are of; None if one does not say it, or they are of several."""
+    suites = {episode.info.get("suite") for episode in dataset.episodes}
+    return suites.pop() if len(suites) == 1 else None
+
+
+def with_suite(args: Args, data_suite: str | None) -> Args:
+    """Returns the arguments with the suite that is evaluated on: if none is given, that of the data.
+
+    Raises:
+        ValueError: there is to be an evaluation, and neither says the suite; or it has not these tasks or episodes.
+        FileNotFoundError: it has no initial states.
+    """
+    suite = data_suite if args.suite is None else args.suite
+    if suite is not None:
+        args = replace(args, suite=suite)
+        check_tasks(args, suite)
+    elif args.eval_episodes_per_task > 0:
+        raise ValueError(
+            f"suite is not given, and the episodes of dataset {args.dataset} do not name one suite that all are of: "
+            f"give --suite (valid: {', '.join(list_suites())}), or --eval-episodes-per-task 0"
+        )
+    return args
 
 
 def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
@@ -497,11 +530,16 @@ def main(
     micro_size = share_of_process(args, "micro_batch_size", num_processes)
     num_micro_batches = args.num_micro_batches
 
+    if is_main and make_agent is from_model:
+        tell_start(args)
+
     # --- data ---
     # An agent of one's own is LIBERO's, whatever model is named.
     dataset = make_dataset(
         args, saved_data_config(args.model) if make_agent is from_model else None
     )
+    data_suite = suite_of_data(dataset)
+    args = with_suite(args, data_suite)
     metadata = dataset.metadata()
     image_size = dataset.image_size[0]
     run, checkpoint = open_run(
@@ -539,6 +577,7 @@ def main(
     set_seed(args.seed)  # the same weights on every process
     agent = make_agent(args, metadata).to(device)
     check_metadata(agent.preprocessor.metadata, metadata, dataset.data_config)
+    note_suite(agent, data_suite or args.suite)
     origin = facts | origin_of(accelerator, agent)
     if args.compile:
         agent.compile_network()
@@ -631,7 +670,7 @@ def main(
                 average.optimization_step = done
             is_missing = args.evaluates(done) and not evaluation_file(run.path, done).is_file()
             if is_missing and is_main:
-                print(missing_evaluation(checkpoint))
+                print(missing_evaluation(checkpoint, args))
         checkpoints.take(done, done, tensors=more_state())
 
         batches = Prefetch(

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from algorithms.common.checkpoint_notes import suite_to_play
 from algorithms.common.evaluation import evaluate
 from algorithms.common.video import TASK_KEY, VIDEO_SUFFIXES, VIEW_SIZE, Frame, write_pictures
 from algorithms.eval_gr00t import Args, make_envs, weights_digest
@@ -140,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", default="checkpoints/libero_spatial_fewshot", help="checkpoint of the upper row")
     parser.add_argument("--after", required=True, help="checkpoint of the lower row")
-    parser.add_argument("--suite", type=suite_name, default="libero_spatial")
+    parser.add_argument("--suite", type=suite_name, help="default: the one that both were trained on")
     parser.add_argument("--task-ids", type=integer(at_least=0), nargs="+", required=True, help="a column each")
     parser.add_argument("--init-state-id", type=integer(at_least=0), default=0, help="initial state of every episode")
     parser.add_argument("--init-states", choices=get_args(InitStates), help="default: the suite's own")
@@ -160,11 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.output.suffix not in VIDEO_SUFFIXES or args.tile_size < 144 or args.tile_size % 2:
         parser.error(f"--output must end in {' or '.join(VIDEO_SUFFIXES)}, --tile-size be even and at least 144")
     with refusals(parser):
+        args.suite = suite_to_play(args.suite, args.before, args.after)
         kind = check_init_states(args.init_states, args.suite)
         for task in tasks_of(args.suite, args.task_ids):
             check_init_state_id(args.init_state_id, task, kind)
     jobs = [(task_id, args.init_state_id) for task_id in args.task_ids]
-    settings = dict(suite=args.suite, horizon=args.horizon, renderer=args.renderer, init_states=kind)
+    settings: dict[str, Any] = dict(suite=args.suite, horizon=args.horizon, renderer=args.renderer, init_states=kind)
     checkpoints = {"before": args.before, "after": args.after}
     with refusals(parser):
         digests = {name: weights_digest(checkpoint) for name, checkpoint in checkpoints.items()}  # both are there

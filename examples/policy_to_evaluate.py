@@ -1,7 +1,8 @@
 """A policy of one's own, evaluated by the protocol of this project: report, intervals, films, resuming.
 
     pip install --editable ".[train]"
-    python algorithms/eval_gr00t.py --policy examples/policy_to_evaluate.py:make --episodes-per-task 1 --num-envs 10
+    python algorithms/eval_gr00t.py --policy examples/policy_to_evaluate.py:make --suite libero_spatial
+        --episodes-per-task 1 --num-envs 10
 
 `make` returns what `gr00t_agent.Policy` describes: NumPy is enough. This one goes to where it once saw the bowl of
 libero_spatial's first task, closes the gripper and lifts; it solves nothing, but every number of it is used: pictures'

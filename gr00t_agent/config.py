@@ -23,6 +23,8 @@ PresetName = Literal["nano", "gr00t_n1d5"]
 MAX_SEED = 2**63 - 1
 
 EAGLE_FOLDER = "eagle2_hg_model"
+# Settings of the policy, which this package keeps beside weights and sizes; released checkpoints have none.
+POLICY_FILE = "policy_config.json"
 
 DATA = Path(__file__).parent / "data"
 

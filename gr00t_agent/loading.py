@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gr00t_agent.action_head import ActionHead
 from gr00t_agent.backbone import Backbone
-from gr00t_agent.config import DATA, EAGLE_FOLDER, ModelConfig, PresetName
+from gr00t_agent.config import DATA, EAGLE_FOLDER, POLICY_FILE, ModelConfig, PresetName
 from gr00t_agent.data_config import (
     METADATA_PATH,
     DataConfig,
@@ -22,7 +22,7 @@ from gr00t_agent.data_config import (
     read_metadata,
     write_metadata,
 )
-from gr00t_agent.files import has_file, naming, read_json, require, resolve_folder, typed, write_json
+from gr00t_agent.files import JsonDict, has_file, naming, read_json, require, resolve_folder, typed, write_json
 from gr00t_agent.policy import PolicyConfig, preset_policy
 from gr00t_agent.transforms import (
     TOKENIZER_FILES,
@@ -36,7 +36,6 @@ from gr00t_agent.weights import RL_ONLY, load_weights, read_weights, to_device, 
 
 logger = logging.getLogger(__name__)
 
-POLICY_FILE = "policy_config.json"
 NANO_METADATA = DATA / "nano_metadata.json"
 RELEASED_TOKENIZER = "Qwen/Qwen3-1.7B"
 # Flags of `Gr00tAgent.set_trainable`.
@@ -59,6 +58,11 @@ class Pretrained(nn.Module):
         config: Network sizes.
         policy: How the network is used.
         preprocessor: Observations to inputs, outputs to actions.
+
+    Attributes:
+        trained_on: A note of what the weights were trained on, a JSON object such as `{"suite": "libero_goal"}`; None
+            if there is none, as in released checkpoints. Whoever trains sets it; nothing in this package reads it, and
+            `from_pretrained` and `save_pretrained` keep it.
     """
 
     # What `Gr00tAgent` adds and this class needs.
@@ -72,6 +76,7 @@ class Pretrained(nn.Module):
         self.policy = policy
         self.preprocessor = preprocessor
         self.trainable: dict[str, bool] = {}
+        self.trained_on: JsonDict | None = None
 
     @classmethod
     def from_config(
@@ -213,6 +218,7 @@ class Pretrained(nn.Module):
                 noise_net.check_std_range(policy.noise_std_range)
         if saved is not None:
             agent.set_trainable(**saved.trainable)
+            agent.trained_on = saved.trained_on
         return agent
 
     @classmethod
@@ -271,11 +277,13 @@ class Pretrained(nn.Module):
         tag = self.preprocessor.data_config.embodiment_tag
         write_metadata(folder / METADATA_PATH, replace(self.preprocessor.metadata, embodiment_tag=tag))
         write_weights(self, folder, state_dict=state_dict)
-        saved = {
+        saved: JsonDict = {
             "policy": asdict(self.policy),
             "data_config": self.preprocessor.data_config.to_json(),
             "trainable": self.trainable,
         }
+        if self.trained_on is not None:
+            saved["trained_on"] = self.trained_on
         write_json(folder / POLICY_FILE, saved)
 
 
@@ -295,6 +303,7 @@ class _Settings(NamedTuple):
     policy: PolicyConfig
     data_config: DataConfig
     trainable: dict[str, bool]
+    trained_on: JsonDict | None
 
 
 def _read_settings(folder: Path, config: ModelConfig) -> _Settings | None:
@@ -303,11 +312,12 @@ def _read_settings(folder: Path, config: ModelConfig) -> _Settings | None:
     if not has_file(path):
         return None
     saved = read_json(path)
-    parts = _Settings._fields
-    if set(saved) != set(parts):
+    *needed, noted = _Settings._fields
+    if not set(needed) <= set(saved) <= {*needed, noted}:
         raise ValueError(
-            f"{path} has the entries {', '.join(saved) or 'none'}, but this package writes {', '.join(parts)}; another "
-            "program or a newer version wrote it. Delete it to load the checkpoint with default settings"
+            f"{path} has the entries {', '.join(saved) or 'none'}, but this package writes {', '.join(needed)} and "
+            f"perhaps {noted}; another program or a newer version wrote it. Delete it to load the checkpoint with "
+            "default settings"
         )
     with naming(path):
         trainable = typed(saved["trainable"], Mapping[str, bool], "trainable")
@@ -323,7 +333,8 @@ def _read_settings(folder: Path, config: ModelConfig) -> _Settings | None:
         ):
             if value != expected:
                 raise ValueError(f"{name}={value}, but {other}={expected} in config.json; make them equal")
-        return _Settings(policy, data_config, trainable)
+        trained_on = typed(saved[noted], dict, noted) if noted in saved else None
+        return _Settings(policy, data_config, trainable, trained_on)
 
 
 def _default_policy(config: ModelConfig) -> PolicyConfig:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from algorithms.common.checkpoint_notes import suite_of
 from algorithms.eval_gr00t import weights_digest
 from gr00t_agent import Gr00tAgent
 from libero_gym import list_tasks
@@ -22,6 +23,7 @@ def test_evaluation_is_of_these_weights(folder: Path):
     result = json.loads((folder / "evaluation.json").read_text())
     protocol = result["protocol"]
     assert protocol["weights_sha256"] == weights_digest(str(folder))
+    assert protocol["suite"] == suite_of(str(folder))
     assert protocol["task_ids"] == list(range(len(list_tasks(protocol["suite"]))))
     successes = [episode["success"] for episode in result["episodes"]]
     assert len(successes) == len(protocol["task_ids"]) * protocol["episodes_per_task"] >= 500

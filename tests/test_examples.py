@@ -144,8 +144,8 @@ def test_policy_to_evaluate_goes_to_its_waypoints(tmp_path: Path):
     np.testing.assert_allclose(actions[0, :, 2], down, atol=0.2)  # within the noise
     np.testing.assert_array_equal(actions[0, :, 6], -1)
     args = eval_gr00t.Args(
-        policy=f"{policy_to_evaluate.__file__}:make", task_ids=(0,), episodes_per_task=1, num_envs=1, horizon=60,
-        renderer="warp", output_dir=tmp_path,
+        policy=f"{policy_to_evaluate.__file__}:make", suite="libero_spatial", task_ids=(0,), episodes_per_task=1,
+        num_envs=1, horizon=60, renderer="warp", output_dir=tmp_path,
     )  # fmt: skip
     result = eval_gr00t.main(args)
     assert [(e.success, e.length) for e in result.episodes] == [(False, 60)]

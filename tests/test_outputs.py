@@ -19,7 +19,7 @@ FOLDERS = [
     "algorithms/dsrl_gr00t.py --preset demo --output-dir",
     "algorithms/async_ppo_gr00t.py --preset demo --output-dir",
     "algorithms/sft_gr00t.py --preset nano --dataset a/b --output-dir",
-    "algorithms/eval_gr00t.py --policy examples/policy_to_evaluate.py:make --output-dir",
+    "algorithms/eval_gr00t.py --policy examples/policy_to_evaluate.py:make --suite libero_goal --output-dir",
     f"algorithms/compare_gr00t.py --checkpoints {' '.join(SPATIAL)} --output-dir",
     "algorithms/collect_demos.py --output",
     "-m libero_gym.play --video",

@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import threading
 import time
@@ -49,6 +50,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from algorithms.common.args import base_name
+from algorithms.common.checkpoint_notes import can_be_evaluated
 from algorithms.common.cluster_process import exit_status
 from algorithms.common.processes import check_same_args, from_main, leave, over_processes, wait_for_main
 from algorithms.common.run import RunFolder, choose_folder, lock, write_args
@@ -161,12 +163,29 @@ def check_origin(folder: Path, origin: Mapping[str, Any]) -> list[str]:
     return [name for name in origin if name not in before]
 
 
-def missing_evaluation(folder: Path) -> str:
-    """Returns what to tell if the checkpoint in `folder` was to be evaluated and was not."""
-    return (
-        f"the evaluation of {folder} was interrupted and is not done again: `python algorithms/eval_gr00t.py "
-        f"--checkpoint {folder}` does it"
-    )
+def missing_evaluation(folder: Path, args: Any) -> str:
+    """Returns what to tell if the checkpoint in `folder` was to be evaluated and was not.
+
+    Args:
+        folder: the checkpoint.
+        args: the trainer's, which say what its evaluations play.
+    """
+    told = f"the evaluation of {folder} was interrupted and is not done again"
+    return f"{told}: `{_evaluation_command(folder, args)}` does it" if can_be_evaluated(folder) else told
+
+
+def _evaluation_command(folder: Path, args: Any) -> str:
+    """Returns the command that plays a checkpoint's episodes as training does, up to their noise."""
+    words = ["python", "algorithms/eval_gr00t.py", "--checkpoint", str(folder), "--suite", args.suite]
+    words += ["--episodes-per-task", str(args.eval_episodes_per_task)]
+    if args.task_ids is not None:
+        words += ["--task-ids", *(str(task_id) for task_id in dict.fromkeys(args.task_ids))]
+    if args.horizon is not None:
+        words += ["--horizon", str(args.horizon)]
+    if getattr(args, "steps_before_success", ()):
+        words += ["--steps-before-success", *(str(steps) for steps in args.steps_before_success)]
+        words += ["--num-near-goal-states", str(args.num_near_goal_states)]
+    return shlex.join(words)
 
 
 def open_run(

@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from algorithms.common import presets
 from algorithms.common.args import base_name
+from algorithms.common.checkpoint_notes import can_be_evaluated, settings_of
 from algorithms.common.processes import leave
 from algorithms.common.provenance import describe_environment
 from algorithms.common.stages import EnvStages
@@ -210,22 +212,15 @@ class RunFolder:
             )
 
     def summary(
-        self,
-        checkpoint: str,
-        suite: str,
-        *,
-        is_whole_policy: bool = True,
-        is_state_policy: bool = False,
-        is_own_agent: bool = False,
+        self, checkpoint: str, suite: str | None, *, is_whole_policy: bool = True, is_state_policy: bool = False
     ) -> str:
         """Returns what to tell at the end of a run: where its files are and what to run next on such a machine.
 
         Args:
             checkpoint: name of the last one.
-            suite: that it was trained on.
+            suite: that it is evaluated on; None if nothing says it.
             is_whole_policy: the checkpoint is one that another training can start from.
             is_state_policy: it is that of --model state, which is for a task's end and no other trainer.
-            is_own_agent: it steers an agent of one's own, which no script of ours loads.
         """
         weights = self.path / "checkpoints" / checkpoint
         seconds = round(time.perf_counter() - self._start)
@@ -242,20 +237,15 @@ class RunFolder:
                 f"time         {seconds // 60} min {seconds % 60:02d} s, evaluations included",
                 f"run folder   {self.path}",
                 *(f"{name:12} {path}" for name, path in files.items() if path.exists()),
-                *self._next(weights, suite, is_whole_policy, is_state_policy, is_own_agent),
+                *self._next(weights, suite, is_whole_policy, is_state_policy),
             )
         )
 
-    def _next(
-        self, weights: Path, suite: str, is_whole_policy: bool, is_state_policy: bool, is_own_agent: bool
-    ) -> list[str]:
-        """Returns commands that this machine can run in reasonable time, under a title, if there are any.
-
-        A checkpoint of an agent of one's own has none of Gr00tAgent's files, and no script of ours loads it.
-        """
-        is_saved_by_us = is_state_policy or not is_whole_policy or (weights / "config.json").is_file()
-        is_ours = is_saved_by_us and not is_own_agent
+    def _next(self, weights: Path, suite: str | None, is_whole_policy: bool, is_state_policy: bool) -> list[str]:
+        """Returns commands that this machine can run in reasonable time, under a title, if there are any."""
+        is_ours = can_be_evaluated(weights) and suite is not None
         has_gpu = torch.cuda.is_available()
+        place = shlex.quote(str(weights))
         commands: list[str] = []
         if (self.path / TENSORBOARD_FOLDER).is_dir():
             commands.append(f"tensorboard --logdir {self.path.parent}")
@@ -264,13 +254,14 @@ class RunFolder:
             commands.append("python algorithms/eval_gr00t.py --checkpoint checkpoints/libero_spatial_rl")
         elif is_ours:
             size = "--num-envs 20" if has_gpu else "--episodes-per-task 5"
-            commands.append(f"python algorithms/eval_gr00t.py --checkpoint {weights} --suite {suite} {size}")
+            commands.append(f"python algorithms/eval_gr00t.py --checkpoint {place} --suite {suite} {size}")
         if is_ours and is_whole_policy and not is_state_policy:
             sizes = "--num-envs 8 --num-steps 24 --minibatch-size 48 --micro-batch-size 48"
             if has_gpu:
                 sizes = f"--preset {suite}_nano" if f"{suite}_nano" in presets.PPO else ""
+            kept = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings_of(weights).items())
             commands.append(
-                f"accelerate launch algorithms/ppo_gr00t.py --model {weights} --suite {suite} {sizes}".rstrip()
+                f"accelerate launch algorithms/ppo_gr00t.py --model {place} --suite {suite} {kept} {sizes}".rstrip()
             )
         return ["", "next:", *(f"  {command}" for command in commands)] if commands else []
 

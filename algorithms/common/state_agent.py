@@ -7,7 +7,7 @@ the trainers' code is the same to the last line. Shape legend: B observations, C
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -35,7 +35,10 @@ class ChainAction(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StateAgentConfig:
-    """What a checkpoint says beside weights; see `StateFlowAgent` and `FlowSampler`."""
+    """What a checkpoint says beside weights; see `StateFlowAgent` and `FlowSampler`.
+
+    `trained_on` is None in checkpoints of earlier versions.
+    """
 
     num_action_chunks: int
     width: int
@@ -43,6 +46,7 @@ class StateAgentConfig:
     noise_method: NoiseMethod
     noise_level: float
     ignore_last: bool = False
+    trained_on: Mapping[str, Any] | None = None
 
 
 class StateFlowAgent(nn.Module):
@@ -59,6 +63,7 @@ class StateFlowAgent(nn.Module):
         config: sizes and sampler, as a checkpoint keeps them.
         image_size: of the images that an evaluation films.
         looks_at_images: the agent needs none, so that an evaluation draws only what it films.
+        trained_on: see `gr00t_agent.loading.Pretrained`.
     """
 
     image_size = 128
@@ -69,6 +74,7 @@ class StateFlowAgent(nn.Module):
     def __init__(self, num_action_chunks: int, sampler: FlowSampler, width: int = 64) -> None:
         super().__init__()
         self.sampler, self.chunk_shape = sampler, (num_action_chunks, ACTION_DIM)
+        self.trained_on: Mapping[str, Any] | None = None
         self.config = StateAgentConfig(
             num_action_chunks=num_action_chunks,
             width=width,
@@ -130,6 +136,7 @@ class StateFlowAgent(nn.Module):
             agent.load_state_dict(load_file(path / WEIGHTS_FILE))
         except RuntimeError as error:
             raise ValueError(f"{path / WEIGHTS_FILE} does not go with {CONFIG_FILE} beside it: {error}") from error
+        agent.trained_on = config.trained_on
         return agent
 
     def encode(self, obs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -180,11 +187,12 @@ class StateFlowAgent(nn.Module):
         return [{"name": "policy", "params": policy, "lr": lr}, {"name": "value", "params": value, "lr": value_lr}]
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes weights, sizes and sampler."""
+        """Writes weights, sizes and sampler, and what it was trained on."""
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / WEIGHTS_FILE) as temporary:
             save_file(dict(self.state_dict()), temporary)
-        write_json(folder / CONFIG_FILE, asdict(self.config))
+        config = replace(self.config, trained_on=self.trained_on)
+        write_json(folder / CONFIG_FILE, asdict(config))
 
     @property
     def _device(self) -> torch.device:

@@ -1,6 +1,7 @@
 """Steering a frozen flow policy by the noise that it denoises: the actor, the steered policy, and its files.
 
-    <folder>/noise_actor.json           sizes, form and bound of the noise; which base policy, and how it is used
+    <folder>/noise_actor.json           sizes, form and bound of the noise; which base policy, and how it is used; what
+                                        the actor was trained on
     <folder>/noise_actor.safetensors    weights of the actor
 
 The base policy is not copied. It is named, and its weights' digest tells whether what is loaded is what was steered.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -283,12 +284,26 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_noise_actor(folder: Path, actor: NoiseActor, base: BasePolicy | None) -> None:
-    """Writes the actor, and which policy it steers (None: one of one's own), into `folder`."""
+def save_noise_actor(
+    folder: Path, actor: NoiseActor, base: BasePolicy | None, trained_on: Mapping[str, Any] | None
+) -> None:
+    """Writes the actor into `folder`.
+
+    Args:
+        folder: where it is written.
+        actor: decides the noise.
+        base: which policy it steers; None for one of one's own.
+        trained_on: what the actor was trained on, as in `gr00t_agent.loading.Pretrained`.
+    """
     weights = {name: value.detach().cpu().contiguous() for name, value in actor.state_dict().items()}
     with whole_file(folder / WEIGHTS_FILE) as temporary:
         save_file(weights, temporary)
-    config = {"space": asdict(actor.space), "sizes": actor.sizes, "base": None if base is None else asdict(base)}
+    config = {
+        "space": asdict(actor.space),
+        "sizes": actor.sizes,
+        "base": None if base is None else asdict(base),
+        "trained_on": trained_on,
+    }
     write_json(folder / CONFIG_FILE, config)
 
 

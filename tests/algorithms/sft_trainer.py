@@ -25,6 +25,7 @@ def sft_args(folder: Path, demonstrations: Path, **changes: Any) -> Args:
         dataset=str(demonstrations), output_dir=folder, run_name="run", cache_dir=folder / "cache", num_steps=6,
         batch_size=8, micro_batch_size=8, learning_rate=2e-3, warmup_fraction=0.0, eval_episodes_per_task=0,
         save_interval=3, log_interval=1, log_with=(), compute_dtype="float32", num_loader_threads=2,
+        suite="libero_spatial",
     )  # fmt: skip
     return Args(**(defaults | changes))
 

@@ -27,6 +27,7 @@ from ray.cluster_utils import Cluster as Nodes
 
 from algorithms import async_ppo_gr00t, dsrl_gr00t, grpo_gr00t, ppo_gr00t
 from algorithms.common.args import base_name
+from algorithms.common.checkpoint_notes import suite_of
 from algorithms.common.cluster import connect
 from algorithms.common.placement import Place
 from algorithms.common.resume import checkpoints_in
@@ -318,6 +319,7 @@ def test_in_turns_it_begins_by_imitation_as_ppo_does_and_with_old_weights_too(no
         assert {k: v for k, v in other.items() if k not in ADDED} == pytest.approx(line, rel=1e-4, abs=1e-5)
     for name, value in final_weights(plain).items():
         torch.testing.assert_close(final_weights(run)[name], value, rtol=1e-4, atol=1e-6)
+    assert suite_of(str(run / "checkpoints" / "iteration_3")) == "libero_spatial"
     imitating, resting, _ = logged(plain)
     assert (imitating["actor/num_updates"], resting["actor/num_updates"]) == (6, 4)
     assert imitating["actor/imitation_loss"] > 0

@@ -21,6 +21,7 @@ from torch.distributions import AffineTransform, Independent, Normal, TanhTransf
 
 from algorithms import dsrl_gr00t, eval_gr00t
 from algorithms.common import presets
+from algorithms.common.checkpoint_notes import suite_of
 from algorithms.common.evaluation import evaluate
 from algorithms.common.randomness import MINIBATCHES, UPDATES, seed_of
 from algorithms.common.resume import checkpoints_in
@@ -75,6 +76,7 @@ def test_every_named_metric_is_logged_and_the_checkpoint_is_complete(tmp_path: P
     assert [name for name in lines[-1] if "/" not in name] == ["iteration", "global_step"]
     folder = tmp_path / NAME / "checkpoints" / "iteration_3"
     assert {path.name for path in folder.iterdir()} == {"noise_actor.json", "noise_actor.safetensors", "training_state"}
+    assert suite_of(str(folder)) == "libero_spatial"
     weights = saved(tmp_path, 3, "weights")
     num_trained = sum(value.numel() for name, value in weights.items() if "feature_" not in name)
     out = capsys.readouterr().out

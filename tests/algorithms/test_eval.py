@@ -14,6 +14,7 @@ import torch
 
 from algorithms import eval_gr00t
 from algorithms.collect_demos import Attempt, record
+from algorithms.common.command_line import parse_args
 from algorithms.common.evaluation import evaluate
 from algorithms.common.policies import TemporalEnsemble
 from algorithms.common.reference_env import ReferenceVectorEnv
@@ -290,6 +291,32 @@ def test_a_folder_is_named_after_the_policy_and_the_suite(tmp_path: Path, monkey
     assert named(policy_server="wss://policies.org/pi0") == "eval_policies.org_libero_goal"
     assert named(policy_server="zmq://[::1]:5555") == "eval__1_5555_libero_goal"
     assert Args(checkpoint="nano", output_dir=tmp_path).folder == tmp_path
+
+
+def test_the_suite_is_the_one_that_the_checkpoint_was_trained_on(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(eval_gr00t, "make_candidate", lambda *_: pytest.fail("a policy was loaded"))
+    with pytest.raises(ValueError, match=rf"{checkpoint} does not say which one it was trained on: give --suite"):
+        eval_gr00t.main(small_args(checkpoint, tmp_path / "evaluation", suite=None))
+
+    agent = Gr00tAgent.from_pretrained(checkpoint)
+    agent.trained_on = {"suite": "libero_goal"}
+    agent.save_pretrained(tmp_path / "goal")
+    args = small_args(tmp_path / "goal", tmp_path / "evaluation", suite=None)
+    assert args.played_suite == "libero_goal"
+    assert replace(args, suite="libero_10").played_suite == "libero_10"
+    assert replace(args, output_dir=None).folder == Path("runs/eval_goal_libero_goal")
+    for suite, told in ((None, "libero_goal, which it was trained on"), ("libero_10", "libero_10")):
+        with pytest.raises(pytest.fail.Exception):
+            eval_gr00t.main(replace(args, suite=suite))
+        assert capsys.readouterr().out == f"{tmp_path / 'goal'} plays 4 episodes of {told}\n"
+
+
+def test_a_checkpoint_may_be_called_model_as_trainers_do(monkeypatch: pytest.MonkeyPatch):
+    for name in ("--checkpoint", "--model"):
+        monkeypatch.setattr("sys.argv", ["eval_gr00t.py", name, "nano", "--suite", "libero_goal"])
+        assert parse_args(Args, None) == Args(checkpoint="nano", suite="libero_goal")
 
 
 def test_the_reference_environment_is_chosen(checkpoint: Path, tmp_path: Path):

@@ -88,12 +88,13 @@ def test_the_demo_shows_a_policy_that_has_become_better(tmp_path: Path, capfd: p
     # The checkpoint, evaluated by itself, does the same in the same episodes.
     again = eval_gr00t.main(
         eval_gr00t.Args(
-            checkpoint=str(run / "checkpoints" / "iteration_10"), suite=args.suite, task_ids=args.task_ids,
+            checkpoint=str(run / "checkpoints" / "iteration_10"), task_ids=args.task_ids,
             seeds=tuple(after["protocol"]["seeds"]), horizon=args.horizon, episodes_per_task=12, videos_per_task=0,
             num_envs=args.num_envs, output_dir=tmp_path / "evaluation",
             steps_before_success=args.steps_before_success, num_near_goal_states=args.num_near_goal_states,
         )
     )  # fmt: skip
+    assert again.protocol["suite"] == args.suite  # as the checkpoint says
     assert again.protocol["steps_before_success"] == list(args.steps_before_success)
     assert again.protocol["policy"] == dict(num_action_chunks=5, denoising_steps=args.denoising_steps)
     outcomes = [(e["task_id"], e["init_state_id"], e["success"], e["length"]) for e in after["episodes"]]

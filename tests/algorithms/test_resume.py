@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -18,8 +19,9 @@ from accelerate import Accelerator
 from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file
 
-from algorithms import ppo_gr00t
+from algorithms import eval_gr00t, ppo_gr00t
 from algorithms.common import resume
+from algorithms.common.command_line import parse_args
 from algorithms.common.resume import FREE_ARGS, checkpoints_in, generator_states, restore_generators
 from examples.own_agent_in_ppo import MLPAgent
 from gr00t_agent import Gr00tAgent
@@ -210,8 +212,8 @@ def test_sigterm_during_an_evaluation_keeps_the_iteration_and_the_continuation_s
     assert [iteration for iteration, _ in checkpoints_in(run)] == [2]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train("ppo", tmp_path, num_iterations=2, resume="auto", eval_interval=2, eval_episodes_per_task=1)
-    assert "the evaluation of" in (told := capsys.readouterr().out)
-    assert f"--checkpoint {run / 'checkpoints' / 'iteration_2'}` does it" in told
+    told = f"the evaluation of {run / 'checkpoints' / 'iteration_2'} was interrupted and is not done again"
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("failing", ["save_file", "np.savez", "write_json"])
@@ -311,8 +313,43 @@ def test_the_end_names_commands_only_for_checkpoints_that_they_load(tmp_path: Pa
     train("ppo", tmp_path / "ours", make_agent=make_tiny_agent, num_iterations=1, num_steps=4, update_epochs=1)
     weights = run_folder(tmp_path / "ours") / "checkpoints" / "iteration_1"
     told = capsys.readouterr().out.partition("next:")[2]
-    assert f"eval_gr00t.py --checkpoint {weights}" in told
-    assert f"ppo_gr00t.py --model {weights}" in told
+    assert f"eval_gr00t.py --checkpoint {weights} --suite libero_spatial" in told
+    assert f"ppo_gr00t.py --model {weights} --suite libero_spatial --num-action-chunks 2 --denoising-steps 4" in told
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_checkpoint_says_the_suite_that_it_was_trained_on(tmp_path: Path, algorithm: str):
+    def make_agent(args: Any) -> Gr00tAgent:
+        agent = make_tiny_agent(args)
+        agent.trained_on = {"suite": "libero_spatial"}  # before
+        return agent
+
+    train(algorithm, tmp_path, make_agent=make_agent, suite="libero_goal", num_iterations=1)
+    (folder,) = tmp_path.glob("*/checkpoints/iteration_1")
+    assert Gr00tAgent.from_pretrained(folder).trained_on == {"suite": "libero_goal"}
+
+
+def test_the_command_for_a_missing_evaluation_plays_what_training_would_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    args = replace(ppo_gr00t.PRESETS["demo"], eval_episodes_per_task=12)
+    folder = tmp_path / "my runs" / "checkpoints" / "iteration_3"
+    folder.mkdir(parents=True)
+    own = f"the evaluation of {folder} was interrupted and is not done again"
+    assert resume.missing_evaluation(folder, args) == own
+    (folder / "noise_actor.json").write_text('{"base": null}')  # steers an agent of one's own
+    assert resume.missing_evaluation(folder, args) == own
+    (folder / "noise_actor.json").unlink()
+    (folder / "policy_config.json").write_text('{"policy": {}}')
+    told = resume.missing_evaluation(folder, args)
+    assert told.startswith(f"{own}: `python algorithms/eval_gr00t.py ")
+    _, *words = shlex.split(told.split("`")[1])
+    monkeypatch.setattr("sys.argv", words)
+    assert parse_args(eval_gr00t.Args, None) == eval_gr00t.Args(
+        checkpoint=str(folder), suite=args.suite, task_ids=args.task_ids, horizon=args.horizon,
+        episodes_per_task=12, steps_before_success=args.steps_before_success,
+        num_near_goal_states=args.num_near_goal_states,
+    )  # fmt: skip
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path):

@@ -20,18 +20,20 @@ from torch import nn
 
 from algorithms import sft_gr00t
 from algorithms.common.augmentation import NUM_DRAWS, Augmentation, augment, hue_rotation, jitter
+from algorithms.common.checkpoint_notes import suite_of
 from algorithms.common.lora import LoraSettings, add_lora, merged
 from algorithms.common.prefetch import Prefetch
 from algorithms.common.resume import checkpoints_in
 from algorithms.sft_gr00t import Args, flow_matching_draws, frames_at, learning_rate_at, make_average
 from gr00t_agent import Gr00tAgent, read_metadata
 from gr00t_agent.lerobot import LeRobotDataset
+from gr00t_agent.lerobot_writer import Recording, assemble_dataset, stage_episode
 from gr00t_agent.transforms import resize_views
 from tests import preloaded
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.sft_trainer import make_tiny, sft_args
 from tests.algorithms.tiny_agent import tiny_agent
-from tests.gr00t_agent.lerobot_data import write_dataset
+from tests.gr00t_agent.lerobot_data import make_episode, modality, write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = "checkpoints/step_6/training_state"
@@ -537,3 +539,61 @@ def test_a_checkpoint_keeps_its_action_horizon(demonstrations: Path, tmp_path: P
     assert saved["data_config"]["action_horizon"] == 8
     agent = Gr00tAgent.from_pretrained(tmp_path / "run/checkpoints/step_1")
     assert agent.predict_chunk(LeRobotDataset(demonstrations).batch(np.arange(2)).obs).shape[1] == 8
+
+
+# -- the suite ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_suites(tmp_path: Path) -> Callable[..., Path]:
+    """Writes demonstrations that name these suites, an episode each."""
+
+    def write(*suites: str) -> Path:
+        folder = tmp_path / "_".join(suites)
+        staged = [folder.with_name(f"{folder.name}_staged") / f"episode_{i}" for i in range(len(suites))]
+        for i, (path, suite) in enumerate(zip(staged, suites, strict=True)):
+            episode = make_episode(i, 9)
+            stage_episode(path, replace(episode, info={"suite": suite}), Recording(storage="image"))
+        assemble_dataset(folder, staged, Recording(storage="image"), version="v3.0", modality=modality())
+        return folder
+
+    return write
+
+
+def suite_of_run(run: Path) -> tuple[str | None, str | None]:
+    """Returns the suite of a run's arguments, and the one that its policy names."""
+    args = json.loads((run / "args.json").read_text())
+    return args["suite"], suite_of(str(run / "checkpoints" / "step_1"))
+
+
+def test_the_suite_is_that_of_the_demonstrations(of_suites, tmp_path, capsys):
+    data = of_suites("libero_goal", "libero_goal")
+    options: dict[str, Any] = dict(num_steps=1, run_name="of_{suite}")
+    sft_gr00t.main(sft_args(tmp_path, data, suite=None, **options), make_tiny)
+    assert suite_of_run(tmp_path / "of_libero_goal") == ("libero_goal", "libero_goal")
+    assert "--suite libero_goal" in capsys.readouterr().out
+    # It may be evaluated elsewhere; that does not change what it was trained on.
+    sft_gr00t.main(sft_args(tmp_path, data, suite="libero_goal_lan", **options), make_tiny)
+    assert suite_of_run(tmp_path / "of_libero_goal_lan") == ("libero_goal_lan", "libero_goal")
+
+
+@pytest.mark.parametrize("suites", [("libero_goal", "libero_10"), ()])
+def test_demonstrations_that_name_no_one_suite_need_it_given(of_suites, demonstrations, tmp_path, suites, capsys):
+    data = of_suites(*suites) if suites else demonstrations
+    with pytest.raises(
+        ValueError, match=r"do not name one suite that all are of: give --suite \(valid: libero_spatial"
+    ):
+        sft_gr00t.main(sft_args(tmp_path, data, suite=None, eval_episodes_per_task=1), make_tiny)
+    assert not (tmp_path / "run").exists()
+    # Robots that are no simulation's have none: nothing is evaluated, and nothing is noted.
+    sft_gr00t.main(sft_args(tmp_path, data, suite=None, num_steps=1), make_tiny)
+    assert suite_of_run(tmp_path / "run") == (None, None)
+    assert "next:" not in capsys.readouterr().out
+    sft_gr00t.main(sft_args(tmp_path / "given", data, suite="libero_40", num_steps=1), make_tiny)
+    assert suite_of_run(tmp_path / "given" / "run") == ("libero_40", "libero_40")
+
+
+def test_tasks_that_the_suite_of_the_demonstrations_has_not_are_refused(of_suites, tmp_path):
+    args = sft_args(tmp_path, of_suites("libero_goal"), suite=None, task_ids=(12,))
+    with pytest.raises(ValueError, match=r"task_id=12 is not in libero_goal \(valid: 0-9\)"):
+        sft_gr00t.main(args, make_tiny)

@@ -383,6 +383,7 @@ def test_known_names_of_attention_pass_and_none_is_used(folder: Path):
         (put("trainable", tune_all=True), r"trainable has the unknown flag\(s\) tune_all \(known: tune_visual"),
         (put(version=2), r"has the entries policy, data_config, trainable, version, but this package writes policy"),
         (drop("trainable"), r"has the entries policy, data_config, but this package writes"),
+        (put(trained_on="libero_goal"), r"trained_on='libero_goal' is not allowed here \(allowed: an object\)"),
         (drop("trainable", "tune_llm"), r"trainable has no key 'tune_llm'"),
         (put("trainable", tune_llm="yes"), r"trainable\.tune_llm='yes' is not allowed here \(allowed: bool\)"),
         (put("policy", num_action_chunks="5"), r"policy\.num_action_chunks='5' is not allowed here \(allowed: int\)"),

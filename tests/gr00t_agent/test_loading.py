@@ -57,6 +57,18 @@ def test_load_save_load_is_bit_identical(tiny_checkpoint, tmp_path):
         assert copy == original, file
 
 
+def test_the_note_of_what_it_was_trained_on_survives_saving(tiny_checkpoint, tmp_path):
+    agent = Gr00tAgent.from_pretrained(tiny_checkpoint)
+    assert agent.trained_on is None
+    agent.save_pretrained(tmp_path / "without")
+    assert "trained_on" not in json.loads((tmp_path / "without" / "policy_config.json").read_text())
+    agent.trained_on = {"suite": "libero_goal", "seed": 3}
+    agent.save_pretrained(tmp_path / "with")
+    for load in (Gr00tAgent.from_pretrained, Gr00tAgent.load):
+        assert load(tmp_path / "without").trained_on is None
+        assert load(tmp_path / "with").trained_on == {"suite": "libero_goal", "seed": 3}
+
+
 def test_settings_survive_saving(tmp_path):
     policy = PolicyConfig(num_action_chunks=3, noise_method="reinflow", embodiment_id=0, noise_std_range=(0.05, 0.2))
     agent = Gr00tAgent.from_preset("nano", policy=policy).eval()

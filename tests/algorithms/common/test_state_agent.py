@@ -56,6 +56,17 @@ def test_the_last_step_is_noised_unless_it_is_to_be_ignored(trainer: str, ignore
     assert module.make_agent(module.Args(ignore_last=ignore_last)).policy.ignore_last == ignore_last
 
 
+def test_a_checkpoint_keeps_what_it_was_trained_on(agent: StateFlowAgent, tmp_path: Path):
+    agent.trained_on = {"suite": "libero_goal"}
+    agent.save_pretrained(tmp_path)
+    assert StateFlowAgent.from_pretrained(tmp_path).trained_on == {"suite": "libero_goal"}
+    path = tmp_path / "state_agent.json"
+    content = json.loads(path.read_text())
+    assert content.pop("trained_on") == {"suite": "libero_goal"}
+    path.write_text(json.dumps(content))  # of an earlier version
+    assert StateFlowAgent.from_pretrained(tmp_path).trained_on is None
+
+
 def test_what_is_damaged_is_refused(agent: StateFlowAgent, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"state_agent\.json does not exist"):
         StateFlowAgent.from_pretrained(tmp_path)
@@ -75,7 +86,7 @@ def test_what_is_damaged_is_refused(agent: StateFlowAgent, tmp_path: Path):
 )
 def test_an_evaluation_cannot_change_what_it_has_not(agent: StateFlowAgent, tmp_path: Path, setting: dict[str, Any]):
     agent.save_pretrained(tmp_path)
-    args = eval_gr00t.Args(checkpoint=str(tmp_path), output_dir=tmp_path / "evaluation", **setting)
+    args = eval_gr00t.Args(checkpoint=str(tmp_path), suite="libero_goal", output_dir=tmp_path / "evaluation", **setting)
     (name,) = setting
     with pytest.raises(ValueError, match=f"{name}=.* is nothing that the policy on the robot's state"):
         eval_gr00t.main(args)
@@ -133,4 +144,6 @@ def test_arguments_of_what_it_has_not_are_refused(trainer: str, setting: dict[st
 )
 def test_starts_near_the_goal_that_cannot_be_are_refused(tmp_path: Path, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        eval_gr00t.check_args(eval_gr00t.Args(checkpoint="nano", output_dir=tmp_path, **options))
+        eval_gr00t.check_args(
+            eval_gr00t.Args(checkpoint="nano", suite="libero_spatial", output_dir=tmp_path, **options)
+        )

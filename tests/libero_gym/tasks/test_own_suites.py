@@ -424,7 +424,7 @@ def test_the_environments_entries_are_checked_alike(
         "algorithms/grpo_gr00t.py --preset demo",
         "algorithms/dsrl_gr00t.py --preset libero_spatial_nano",
         "algorithms/async_ppo_gr00t.py --preset libero_spatial_nano",
-        "algorithms/sft_gr00t.py --preset nano --dataset a/b",
+        "algorithms/sft_gr00t.py --preset nano --dataset a/b --suite libero_spatial",
         "algorithms/eval_gr00t.py --checkpoint nano",
         "algorithms/compare_gr00t.py --checkpoints checkpoints/libero_spatial_fewshot checkpoints/libero_spatial_rl",
         "algorithms/collect_demos.py --output no_such_folder",
