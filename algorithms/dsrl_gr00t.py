@@ -225,7 +225,7 @@ class Args:
         """Returns whether the noise of `iteration` is the policy's own."""
         return iteration <= self.warmup_iterations
 
-    def updates(self, iteration: int) -> bool:
+    def has_update(self, iteration: int) -> bool:
         """Returns whether there is an update in `iteration`."""
         return iteration >= self.warmup_iterations
 
@@ -234,7 +234,7 @@ class Args:
         is_last = iteration == self.num_iterations
         is_due = self.eval_interval > 0 and iteration % self.eval_interval == 0
         is_wanted = (is_last or is_due) and self.eval_episodes_per_task > 0
-        return is_wanted and self.updates(iteration)
+        return is_wanted and self.has_update(iteration)
 
     def saves(self, iteration: int) -> bool:
         """Returns whether a checkpoint is saved after `iteration`."""
@@ -584,7 +584,7 @@ class Replay:
 # --- losses ---
 
 
-def reduced(values: Tensor, how: Literal["mean", "min"]) -> Tensor:
+def ensemble_value(values: Tensor, how: Literal["mean", "min"]) -> Tensor:
     """Returns the value [M] that an ensemble's values [E, M] stand for."""
     return values.mean(dim=0) if how == "mean" else values.amin(dim=0)
 
@@ -616,7 +616,7 @@ def temperature_loss(log_alpha: Tensor, logprob: Tensor, target_entropy: float) 
     return log_alpha.exp() * (-logprob.detach().mean() - target_entropy)
 
 
-def descend(
+def clipped_step(
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
     loss: Tensor,
@@ -646,7 +646,7 @@ def descend(
 
 
 @torch.no_grad()
-def follow(targets: nn.Module, source: nn.Module, part: float) -> None:
+def polyak_update(targets: nn.Module, source: nn.Module, part: float) -> None:
     """Moves the parameters of `targets` towards those of `source` by `part` of the way."""
     pairs = zip(targets.parameters(), source.parameters(), strict=True)
     for target, parameter in pairs:
@@ -901,7 +901,7 @@ def main(
 
             # --- update ---
             history: list[dict[str, Tensor]] = []  # means of each update
-            for update in range(args.num_updates if args.updates(iteration) else 0):
+            for update in range(args.num_updates if args.has_update(iteration) else 0):
                 key = (args.seed, MINIBATCHES, iteration, update)
                 inds = np.random.default_rng(key).integers(replay.size, size=args.minibatch_size)
                 batch = replay.get(torch.from_numpy(inds[mine]).to(device))
@@ -919,7 +919,9 @@ def main(
                 # The critics, towards their targets.
                 with torch.no_grad():
                     next_decision, next_logprob = actor.sample(next_z, next_eps)
-                    next_values = reduced(targets(next_z, next_decision), args.critic_reduction)
+                    next_values = ensemble_value(
+                        targets(next_z, next_decision), args.critic_reduction
+                    )
                     if args.backup_entropy:
                         next_values = next_values - alpha * next_logprob
                     if args.value_bounds is not None:
@@ -928,7 +930,7 @@ def main(
 
                 values = critics(z, batch.decision)  # [E, M]
                 q_loss = critic_loss(values, target)
-                critic_norm = descend(
+                critic_norm = clipped_step(
                     accelerator, optimizer, q_loss, critic_parameters, args.max_grad_norm
                 )
                 dump = dict(batch._asdict(), loss=q_loss, values=values, target=target)
@@ -936,10 +938,10 @@ def main(
 
                 # The actor, towards what the critics value, and the temperature.
                 decision, logprob = actor.sample(z, eps)
-                decided_values = reduced(critics(z, decision), args.critic_reduction)
+                decided_values = ensemble_value(critics(z, decision), args.critic_reduction)
                 pi_loss = actor_loss(logprob, decided_values, alpha)
                 alpha_loss = temperature_loss(networks.log_alpha, logprob, target_entropy)
-                actor_norm = descend(
+                actor_norm = clipped_step(
                     accelerator,
                     optimizer,
                     pi_loss + alpha_loss,
@@ -949,7 +951,7 @@ def main(
                 dump |= dict(loss=pi_loss, logprob=logprob, decided_values=decided_values)
                 run.check_finite(actor_norm, iteration, [dump])
 
-                follow(targets, critics, args.polyak)
+                polyak_update(targets, critics, args.polyak)
                 monitor.end_minibatch()
 
                 terms = {

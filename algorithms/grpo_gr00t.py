@@ -231,8 +231,9 @@ class Args:
     dual_clip: float | None = None
     """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
-    follow it."""
+    """Weight of the entropy bonus (closed form, in nats); the noise of reinflow alone can follow it.
+    With logprob_level `chunk` the bonus is the entropy of the whole decision, with `action` and
+    `token` the mean over its executed actions or over their elements."""
     imitation_coef: float = 0.0
     """Weight of flow matching on what the rollouts' successful episodes did (self-imitation). A
     policy whose mean moves by it needs a smaller step size than GRPO alone would bear. Successes of
@@ -397,10 +398,10 @@ from algorithms.common.randomness import (
     GROUPS,
     MINIBATCHES,
     NOISE,
-    deal,
     flow_draws_of,
     generators_of,
     seed_of,
+    stratified_minibatches,
 )
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
@@ -547,16 +548,24 @@ def policy_loss(
     return loss, is_clipped
 
 
-def divergence(logratio: Tensor) -> Tensor:
-    """Returns r - 1 - log r of each element: estimates KL(p || q) if r = q / p at draws from p."""
+def k3_kl(logratio: Tensor) -> Tensor:
+    """Returns r - 1 - log r of each element, the estimator "k3" of KL(p || q).
+
+    Args:
+        logratio: log r, with r = q / p at draws from p.
+    """
     return logratio.exp() - 1 - logratio
 
 
-def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+def mask_unexecuted(elements: Tensor, executed: Tensor, level: str) -> Tensor:
     """Returns log-probabilities or entropies of the actions that were executed, at `level`.
 
-    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
-    consequence, and are 0 here.
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. These had no
+    consequence, and their elements are 0 here. Their noise can have had one: noise at any but the
+    last denoising step reaches the executed actions through the steps after it. It is treated as
+    the environment's, as RLinf treats the noise of a chunk's steps beyond the first C. So
+    log-probabilities are those of the executed entries at the noised step, given all entries of
+    the step before.
 
     Args:
         elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
@@ -811,7 +820,7 @@ def main(
             store.clear()
             num_rollouts, num_kept = 0, 0
             kept: list[dict[str, Any]] = []
-            spare: dict[str, Any] = {}
+            padding_decision: dict[str, Any] = {}
             group_stds: list[Tensor] = []
 
             while num_rollouts < args.max_rollouts and num_kept < args.num_groups:
@@ -916,29 +925,29 @@ def main(
 
                 is_kept = (is_compared | is_won if args.imitation_coef else is_compared).numpy()
                 kept.append(index(played, np.flatnonzero(is_kept)))
-                if not spare:
-                    spare = index(played, np.zeros(1, dtype=np.intp))
-                store.free(np.setdiff1d(played["obs"][~is_kept], spare["obs"]))
+                if not padding_decision:
+                    padding_decision = index(played, np.zeros(1, dtype=np.intp))
+                store.free(np.setdiff1d(played["obs"][~is_kept], padding_decision["obs"]))
                 group_returns = returns.unflatten(0, (-1, args.group_size))
                 group_stds.append(group_returns.std(1, correction=0))
 
             # --- the batch: the decisions of informative groups, and others to imitate ---
             # The last row is a spare decision, which weighs nothing and serves where this process
             # has none in a minibatch.
-            spare["advantage"] = torch.zeros(1, device=device)
-            spare["weight"] = torch.zeros(1, device=device)
-            spare["won"] = torch.zeros(1, device=device)
-            batch = concatenate([*kept, spare])
+            padding_decision["advantage"] = torch.zeros(1, device=device)
+            padding_decision["weight"] = torch.zeros(1, device=device)
+            padding_decision["won"] = torch.zeros(1, device=device)
+            batch = concatenate([*kept, padding_decision])
             b_obs = batch["obs"]  # row numbers in the store
             b_actions = batch["action"]
             b_executed = torch.from_numpy(batch["executed"]).to(device)
-            b_logprobs = of_executed(batch["logprob"], b_executed, args.logprob_level)
+            b_logprobs = mask_unexecuted(batch["logprob"], b_executed, args.logprob_level)
             b_advantages = batch["advantage"]
             b_weights = batch["weight"]
             b_env_ids = env_ids[batch["episode"][:-1]]
-            spare_ind = len(b_obs) - 1
+            padding_ind = len(b_obs) - 1
 
-            num_decisions = torch.tensor(float(spare_ind), device=device)
+            num_decisions = torch.tensor(float(padding_ind), device=device)
             num_decisions = over_processes(accelerator, num_decisions, "sum")
             if args.loss_weighting == "decision":
                 b_weights = (b_weights > 0).float()
@@ -958,10 +967,10 @@ def main(
                         b_obs,
                         b_actions,
                         np.arange(len(b_obs)),
-                        num_passes=spare_ind // micro_batch_size + 1,
+                        num_passes=padding_ind // micro_batch_size + 1,
                         **noise,
                     )
-                b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
+                b_start_logprobs = mask_unexecuted(b_start_logprobs, b_executed, args.logprob_level)
 
             # --- update ---
             checkpoints.begin_update()
@@ -985,13 +994,13 @@ def main(
                     # Nothing is drawn for the spare decision, whose error does not count.
                     b_flow = [torch.cat([x, torch.zeros_like(x[:1])]).to(device) for x in draws]
                 key = (args.seed, MINIBATCHES, iteration, epoch)
-                for mb_inds in deal(b_env_ids, args.num_minibatches, key):
+                for mb_inds in stratified_minibatches(b_env_ids, args.num_minibatches, key):
                     mb_size = torch.tensor(float(len(mb_inds)), device=device)
                     mb_size = over_processes(accelerator, mb_size, "sum")
                     if mb_size == 0:
                         continue
                     if len(mb_inds) == 0:
-                        mb_inds = np.array([spare_ind])
+                        mb_inds = np.array([padding_ind])
                     is_measured = b_measured[torch.from_numpy(mb_inds).to(device)]
                     num_measured = over_processes(accelerator, is_measured.sum(), "sum")
                     num_micro_batches = math.ceil(len(mb_inds) / micro_batch_size)
@@ -1017,8 +1026,8 @@ def main(
                                 else:
                                     _, newlogprob, entropy, _ = model(features, decided, **noise)
                             executed = b_executed[at]
-                            newlogprob = of_executed(newlogprob, executed, args.logprob_level)
-                            entropy = of_executed(entropy, executed, args.logprob_level)
+                            newlogprob = mask_unexecuted(newlogprob, executed, args.logprob_level)
+                            entropy = mask_unexecuted(entropy, executed, args.logprob_level)
                             logratio = newlogprob - b_logprobs[at]
 
                             pg_loss, pg_clipped = policy_loss(
@@ -1031,10 +1040,10 @@ def main(
                             pg_loss = mean_of_executed(pg_loss, executed)
                             pg_clipped = mean_of_executed(pg_clipped, executed)
 
-                            approx_kl = divergence(logratio)
+                            approx_kl = k3_kl(logratio)
                             start_kl = torch.zeros_like(logratio)
                             if start_policy is not None:
-                                start_kl = divergence(b_start_logprobs[at] - newlogprob)
+                                start_kl = k3_kl(b_start_logprobs[at] - newlogprob)
 
                             # At every level these weigh against the policy loss alike.
                             loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)

@@ -265,8 +265,9 @@ class Args:
     vf_coef: float = 1.0
     """Weight of the value loss."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
-    follow it."""
+    """Weight of the entropy bonus (closed form, in nats); the noise of reinflow alone can follow it.
+    With logprob_level `chunk` the bonus is the entropy of the whole decision, with `action` and
+    `token` the mean over its executed actions or over their elements."""
     imitation_coef: float = 0.0
     """Weight of flow matching on what the rollout's successful episodes did (self-imitation). A
     policy whose mean moves by it needs a smaller step size than PPO alone would bear. Only decisions
@@ -460,10 +461,10 @@ from algorithms.common.randomness import (
     FLOW,
     MINIBATCHES,
     NOISE,
-    deal,
     flow_draws,
     generators_of,
     seed_of,
+    stratified_minibatches,
 )
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
@@ -675,16 +676,24 @@ def value_loss(
     return torch.maximum(plain, clipped), is_clipped
 
 
-def divergence(logratio: Tensor) -> Tensor:
-    """Returns r - 1 - log r of each element: estimates KL(p || q) if r = q / p at draws from p."""
+def k3_kl(logratio: Tensor) -> Tensor:
+    """Returns r - 1 - log r of each element, the estimator "k3" of KL(p || q).
+
+    Args:
+        logratio: log r, with r = q / p at draws from p.
+    """
     return logratio.exp() - 1 - logratio
 
 
-def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+def mask_unexecuted(elements: Tensor, executed: Tensor, level: str) -> Tensor:
     """Returns log-probabilities or entropies of the actions that were executed, at `level`.
 
-    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
-    consequence, and are 0 here.
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. These had no
+    consequence, and their elements are 0 here. Their noise can have had one: noise at any but the
+    last denoising step reaches the executed actions through the steps after it. It is treated as
+    the environment's, as RLinf treats the noise of a chunk's steps beyond the first C. So
+    log-probabilities are those of the executed entries at the noised step, given all entries of
+    the step before.
 
     Args:
         elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
@@ -1044,7 +1053,7 @@ def main(
                 0, 1
             )
             b_executed = b_executed.to(device)  # [K * N, C]
-            b_logprobs = of_executed(torch.cat(logprobs), b_executed, args.logprob_level)
+            b_logprobs = mask_unexecuted(torch.cat(logprobs), b_executed, args.logprob_level)
             b_values = values.flatten()
             b_advantages = advantages.flatten()
             b_returns = returns.flatten()
@@ -1065,7 +1074,7 @@ def main(
                         num_passes=num_minibatches * num_micro_batches,
                         **noise,
                     )
-                b_start_logprobs[torch.from_numpy(selected).to(device)] = of_executed(
+                b_start_logprobs[torch.from_numpy(selected).to(device)] = mask_unexecuted(
                     start_logprobs,
                     index(b_executed, selected),
                     args.logprob_level,
@@ -1094,7 +1103,7 @@ def main(
                     )
                     b_flow = [x.to(device) for x in draws]
                 key = (args.seed, MINIBATCHES, iteration, epoch)
-                for part in deal(b_groups[selected], num_minibatches, key):
+                for part in stratified_minibatches(b_groups[selected], num_minibatches, key):
                     mb_inds = selected[part]
                     stats: list[dict[str, Tensor]] = []  # means of each micro-batch
                     micro_batches: list[dict[str, Tensor]] = []  # for a dump
@@ -1120,8 +1129,8 @@ def main(
                                         features, decided, **noise
                                     )
                             executed = b_executed[at]
-                            newlogprob = of_executed(newlogprob, executed, args.logprob_level)
-                            entropy = of_executed(entropy, executed, args.logprob_level)
+                            newlogprob = mask_unexecuted(newlogprob, executed, args.logprob_level)
+                            entropy = mask_unexecuted(entropy, executed, args.logprob_level)
                             logratio = newlogprob - b_logprobs[at]
 
                             pg_loss, pg_clipped = policy_loss(
@@ -1142,10 +1151,10 @@ def main(
                                 args.huber_delta,
                             )
 
-                            approx_kl = divergence(logratio)
+                            approx_kl = k3_kl(logratio)
                             start_kl = torch.zeros_like(logratio)
                             if start_policy is not None:
-                                start_kl = divergence(b_start_logprobs[at] - newlogprob)
+                                start_kl = k3_kl(b_start_logprobs[at] - newlogprob)
 
                             # At every level these weigh against the policy loss alike.
                             loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)

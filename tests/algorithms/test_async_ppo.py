@@ -124,8 +124,8 @@ def test_the_copies_of_arguments_and_formulas_agree():
         "select_decisions": (a.flatten(), np.repeat(np.arange(6), 50), 10),
         "policy_loss": (a.flatten(), b.flatten(), 0.2, 0.28, 3.0),
         "value_loss": (a.flatten(), b.flatten(), c.flatten(), 0.2, 1.0),
-        "divergence": (a,),
-        "of_executed": (tokens, executed, "chunk"),
+        "k3_kl": (a,),
+        "mask_unexecuted": (tokens, executed, "chunk"),
         "mean_of_executed": (tokens, executed),
         "sum_per_decision": (tokens,),
     }

@@ -87,11 +87,11 @@ def test_the_copies_of_the_formulas_agree():
         theirs = ppo_gr00t.policy_loss(logratio, advantages, 0.2, 0.28, dual_clip)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     tokens = logratio.reshape(10, 10, 10)
-    assert torch.equal(grpo_gr00t.divergence(tokens), ppo_gr00t.divergence(tokens))
+    assert torch.equal(grpo_gr00t.k3_kl(tokens), ppo_gr00t.k3_kl(tokens))
     assert torch.equal(grpo_gr00t.sum_per_decision(tokens), ppo_gr00t.sum_per_decision(tokens))
     executed = torch.arange(10) < torch.arange(1, 11)[:, None]
     for level in ("chunk", "action", "token"):
-        ours, theirs = (m.of_executed(tokens, executed, level) for m in (grpo_gr00t, ppo_gr00t))
+        ours, theirs = (m.mask_unexecuted(tokens, executed, level) for m in (grpo_gr00t, ppo_gr00t))
         assert torch.equal(ours, theirs)
     assert torch.equal(grpo_gr00t.mean_of_executed(tokens, executed), ppo_gr00t.mean_of_executed(tokens, executed))
 

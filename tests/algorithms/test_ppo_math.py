@@ -17,9 +17,9 @@ from algorithms.ppo_gr00t import (
     Args,
     check_args,
     compute_gae,
-    divergence,
+    k3_kl,
+    mask_unexecuted,
     mean_of_executed,
-    of_executed,
     policy_loss,
     select_decisions,
     sum_per_decision,
@@ -315,23 +315,23 @@ def test_divergence_estimates_the_divergence_of_gaussians_and_is_never_negative(
     generator = torch.Generator().manual_seed(0)
     p, q = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.3, 1.2)
     x = torch.randn(400_000, generator=generator)
-    estimates = divergence(q.log_prob(x) - p.log_prob(x))
+    estimates = k3_kl(q.log_prob(x) - p.log_prob(x))
     assert (estimates >= -1e-6).all()
     assert estimates.mean().item() == pytest.approx(torch.distributions.kl_divergence(p, q).item(), rel=0.02)
-    assert divergence(torch.zeros(3)).tolist() == [0, 0, 0]
+    assert k3_kl(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
 def test_actions_that_were_not_executed_count_for_nothing():
     tokens = torch.arange(12.0).reshape(2, 3, 2)  # two decisions, three actions of two dimensions
     executed = torch.tensor([[True, False, False], [True, True, True]])
-    assert of_executed(tokens, executed, "chunk").tolist() == [0 + 1, 6 + 7 + 8 + 9 + 10 + 11]
-    actions = of_executed(tokens.sum(-1), executed, "action")
+    assert mask_unexecuted(tokens, executed, "chunk").tolist() == [0 + 1, 6 + 7 + 8 + 9 + 10 + 11]
+    actions = mask_unexecuted(tokens.sum(-1), executed, "action")
     assert actions.tolist() == [[1, 0, 0], [13, 17, 21]]
-    assert of_executed(tokens, executed, "token")[0].tolist() == [[0, 1], [0, 0], [0, 0]]
+    assert mask_unexecuted(tokens, executed, "token")[0].tolist() == [[0, 1], [0, 0], [0, 0]]
     assert mean_of_executed(actions, executed).tolist() == [1, 17]
     assert mean_of_executed(tokens, executed).tolist() == [0.5, 8.5]
     chunks = torch.tensor([3.0, 4.0])
-    assert of_executed(chunks, executed, "chunk").tolist() == [3, 4]
+    assert mask_unexecuted(chunks, executed, "chunk").tolist() == [3, 4]
     assert mean_of_executed(chunks, executed).tolist() == [3, 4]
     assert sum_per_decision(tokens).tolist() == [15, 51]
 
@@ -340,14 +340,14 @@ def test_actions_that_were_not_executed_count_for_nothing():
 @pytest.mark.parametrize("shape", [(2, 1), (2, 1, 7), (1, 3)])
 def test_scores_of_another_shape_are_not_spread_over_the_chunk(module: Any, shape: tuple[int, ...]):
     with pytest.raises(ValueError, match=r"shape .*; make it \[2\], or \[2, 3\] or \[2, 3, a\] by step or element"):
-        module.of_executed(torch.zeros(shape), torch.ones(2, 3, dtype=torch.bool), "chunk")
+        module.mask_unexecuted(torch.zeros(shape), torch.ones(2, 3, dtype=torch.bool), "chunk")
 
 
 def test_an_action_that_was_not_executed_gets_no_gradient():
     logprob = torch.zeros(1, 3, requires_grad=True)
     executed = torch.tensor([[True, True, False]])
     for level in ("chunk", "action"):
-        logratio = of_executed(logprob, executed, level)
+        logratio = mask_unexecuted(logprob, executed, level)
         loss = mean_of_executed(policy_loss(logratio, torch.ones(1), 0.2, 0.2, None)[0], executed)
         (gradient,) = torch.autograd.grad(loss.sum(), logprob)
         share = {"chunk": -1.0, "action": -0.5}[level]

@@ -66,8 +66,8 @@ def test_a_function_of_both_trainers_is_the_same_in_both():
     shared = ppo.keys() & grpo.keys()
     assert {
         "policy_loss",
-        "divergence",
-        "of_executed",
+        "k3_kl",
+        "mask_unexecuted",
         "mean_of_executed",
         "sum_per_decision",
         "only_imitates",
