@@ -730,6 +730,118 @@ def sum_per_decision(elements: Tensor) -> Tensor:
     return elements.float().reshape(len(elements), -1).sum(dim=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What the loss has to know of B decisions, besides what the policy now says of them.
+
+    Attributes:
+        executed: [B, C] bool, True where an action was executed.
+        logprobs: log-probabilities of the rollout's policy, [B], [B, C] or [B, C, a] by `logprob_level`,
+            0 where not executed.
+        start_logprobs: the same of the policy that training started from, 0 without kl_coef.
+        values: [B] what the critic said before the update.
+        advantages: [B].
+        returns: [B].
+        weights: [B] weights of the decisions, with mean 1.
+        imitation_weights: [B] the same for imitation, 0 where nothing is imitated.
+    """
+
+    executed: Tensor
+    logprobs: Tensor
+    start_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+    imitation_weights: Tensor
+
+    def at(self, inds: NDArray[np.intp]) -> Batch:
+        """Returns decisions `inds` [M] of these."""
+        rows = torch.from_numpy(inds).to(self.weights.device)
+        return Batch(**{name: values[rows] for name, values in vars(self).items()})
+
+
+def ppo_loss(
+    newlogprob: Tensor,
+    entropy: Tensor,
+    newvalue: Tensor,
+    flow_error: Tensor | None,
+    batch: Batch,
+    args: Args,
+    only_imitates: bool,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Returns the loss of some decisions, a scalar, what is logged of them, and their log-ratios.
+
+    Args:
+        newlogprob: log-probabilities by the policy's present weights, [B], or [B, C] or [B, C, a] by
+            step or element, of all actions.
+        entropy: of the same shape.
+        newvalue: [B] what the critic now says.
+        flow_error: [B, C, a] flow matching's error; None without imitation_coef.
+        batch: the decisions.
+        args: coefficients and clips.
+        only_imitates: train the critic, and the policy by imitation alone.
+
+    Returns:
+        The loss; by name the terms that are logged, [B] each; and the log-ratios, 0 where an action
+        was not executed. All but the loss have no gradient.
+    """
+    executed = batch.executed
+    newlogprob = mask_unexecuted(newlogprob, executed, args.logprob_level)
+    entropy = mask_unexecuted(entropy, executed, args.logprob_level)
+    logratio = newlogprob - batch.logprobs
+
+    pg_loss, pg_clipped = policy_loss(
+        logratio,
+        batch.advantages,
+        args.clip_coef,
+        args.clip_coef_high,
+        args.dual_clip,
+    )
+    pg_loss = mean_of_executed(pg_loss, executed)
+    pg_clipped = mean_of_executed(pg_clipped, executed)
+
+    v_loss, v_clipped = value_loss(
+        newvalue,
+        batch.values,
+        batch.returns,
+        args.value_clip,
+        args.huber_delta,
+    )
+
+    approx_kl = k3_kl(logratio)
+    start_kl = torch.zeros_like(logratio)
+    if args.kl_coef:
+        start_kl = k3_kl(batch.start_logprobs - newlogprob)
+
+    if only_imitates:
+        # Learned noise stays in the graph, where DDP looks for all weights.
+        loss = 0 * mean_of_executed(entropy, executed)
+    else:
+        # At every level these weigh against the policy loss alike.
+        loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
+        loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+    loss = loss + args.vf_coef * v_loss
+    loss = (batch.weights * loss).mean()
+
+    imitation_loss = torch.zeros_like(newvalue)
+    if flow_error is not None:
+        imitation_loss = batch.imitation_weights * mean_of_executed(flow_error, executed)
+        loss = loss + args.imitation_coef * imitation_loss.mean()
+
+    terms = {
+        "actor/loss": pg_loss,
+        "actor/value_loss": v_loss,
+        "actor/imitation_loss": imitation_loss,
+        "actor/entropy": sum_per_decision(entropy),
+        "actor/reference_kl": sum_per_decision(start_kl),
+        "actor/approx_kl": sum_per_decision(approx_kl),
+        "actor/pg_clipfrac": pg_clipped,
+        "actor/value_clip_ratio": v_clipped.float(),
+    }
+    return loss, {name: term.detach() for name, term in terms.items()}, logratio.detach()
+
+
 def dry_run(
     args: Args,
     accelerator: Accelerator,
@@ -1054,15 +1166,12 @@ def main(
             )
             b_executed = b_executed.to(device)  # [K * N, C]
             b_logprobs = mask_unexecuted(torch.cat(logprobs), b_executed, args.logprob_level)
-            b_values = values.flatten()
-            b_advantages = advantages.flatten()
-            b_returns = returns.flatten()
-            b_weights = weights.flatten()
-            b_won = torch.zeros_like(b_returns)
+            b_imitation_weights = torch.zeros_like(returns).flatten()
             if args.imitation_coef:
                 won = won_decisions(ended, succeeded.to(device))
                 won_mean, _ = mean_and_variance(accelerator, index(won.flatten(), selected))
-                b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
+                won = won / won_mean.clamp(min=1e-6)  # with mean 1, if any
+                b_imitation_weights = won.float().flatten()
             b_start_logprobs = torch.zeros_like(b_logprobs)  # of decisions that are not selected
             if start_policy is not None:
                 with accelerator.autocast():
@@ -1080,6 +1189,17 @@ def main(
                     args.logprob_level,
                 )
 
+            batch = Batch(
+                executed=b_executed,
+                logprobs=b_logprobs,
+                start_logprobs=b_start_logprobs,
+                values=values.flatten(),
+                advantages=advantages.flatten(),
+                returns=returns.flatten(),
+                weights=weights.flatten(),
+                imitation_weights=b_imitation_weights,
+            )
+
             # --- update ---
             checkpoints.begin_update()
             monitor.begin_update()
@@ -1092,7 +1212,8 @@ def main(
             num_epochs = args.num_epochs(iteration)
 
             for epoch in range(num_epochs):
-                b_flow: list[Tensor] = []  # fresh noise [K * N, H, A], and times to denoise it at
+                b_flow_noise: Tensor | None = None  # [K * N, H, A], drawn anew in every epoch
+                b_flow_steps: Tensor | None = None  # [K * N], at which the flow's error is taken
                 if args.imitation_coef:
                     draws = flow_draws(
                         (args.seed, FLOW, iteration, epoch),
@@ -1101,7 +1222,7 @@ def main(
                         args.denoising_steps,
                         tuple(b_actions.chain.shape[2:]),
                     )
-                    b_flow = [x.to(device) for x in draws]
+                    b_flow_noise, b_flow_steps = (x.to(device) for x in draws)
                 key = (args.seed, MINIBATCHES, iteration, epoch)
                 for part in stratified_minibatches(b_groups[selected], num_minibatches, key):
                     mb_inds = selected[part]
@@ -1111,91 +1232,43 @@ def main(
                     for micro, inds in enumerate(np.split(mb_inds, num_micro_batches)):
                         # Processes exchange gradients with the last micro-batch.
                         is_last = micro == num_micro_batches - 1
-                        at = torch.from_numpy(inds).to(device)
+                        mb = batch.at(inds)
                         with nullcontext() if is_last else accelerator.no_sync(model):
                             features = store.get(b_obs[inds])
                             decided = index(b_actions, inds)
                             flow_error = None
                             with accelerator.autocast():
                                 if args.imitation_coef:
+                                    flow = [index(x, inds) for x in (b_flow_noise, b_flow_steps)]
                                     _, newlogprob, entropy, newvalue, flow_error = model(
-                                        features,
-                                        decided,
-                                        flow_draws=[x[at] for x in b_flow],
-                                        **noise,
+                                        features, decided, flow_draws=flow, **noise
                                     )
                                 else:
                                     _, newlogprob, entropy, newvalue = model(
                                         features, decided, **noise
                                     )
-                            executed = b_executed[at]
-                            newlogprob = mask_unexecuted(newlogprob, executed, args.logprob_level)
-                            entropy = mask_unexecuted(entropy, executed, args.logprob_level)
-                            logratio = newlogprob - b_logprobs[at]
-
-                            pg_loss, pg_clipped = policy_loss(
-                                logratio,
-                                b_advantages[at],
-                                args.clip_coef,
-                                args.clip_coef_high,
-                                args.dual_clip,
-                            )
-                            pg_loss = mean_of_executed(pg_loss, executed)
-                            pg_clipped = mean_of_executed(pg_clipped, executed)
-
-                            v_loss, v_clipped = value_loss(
+                            loss, terms, logratio = ppo_loss(
+                                newlogprob,
+                                entropy,
                                 newvalue,
-                                b_values[at],
-                                b_returns[at],
-                                args.value_clip,
-                                args.huber_delta,
+                                flow_error,
+                                mb,
+                                args,
+                                only_imitates,
                             )
-
-                            approx_kl = k3_kl(logratio)
-                            start_kl = torch.zeros_like(logratio)
-                            if start_policy is not None:
-                                start_kl = k3_kl(b_start_logprobs[at] - newlogprob)
-
-                            # At every level these weigh against the policy loss alike.
-                            loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
-                            loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
-                            if only_imitates:
-                                # Learned noise stays in the graph, where DDP looks for all weights.
-                                loss = 0 * mean_of_executed(entropy, executed)
-                            loss = loss + args.vf_coef * v_loss
-                            loss = (b_weights[at] * loss).mean()
-
-                            imitation_loss = torch.zeros_like(newvalue)
-                            if flow_error is not None:
-                                imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
-                                loss = loss + args.imitation_coef * imitation_loss.mean()
                             accelerator.backward(loss / num_micro_batches)
 
-                        terms = {
-                            "actor/loss": pg_loss,
-                            "actor/value_loss": v_loss,
-                            "actor/imitation_loss": imitation_loss,
-                            "actor/entropy": sum_per_decision(entropy),
-                            "actor/reference_kl": sum_per_decision(start_kl),
-                            "actor/approx_kl": sum_per_decision(approx_kl),
-                            "actor/pg_clipfrac": pg_clipped,
-                            "actor/value_clip_ratio": v_clipped.float(),
-                        }
-                        stats.append({name: x.detach().mean() for name, x in terms.items()})
+                        stats.append({name: term.mean() for name, term in terms.items()})
                         micro_batches.append(
                             dict(
+                                vars(mb),
                                 loss=loss.detach(),
-                                logratio=logratio.detach(),
-                                logprob=b_logprobs[at],
+                                logratio=logratio,
                                 new_value=newvalue.detach(),
-                                value=b_values[at],
-                                advantage=b_advantages[at],
-                                ret=b_returns[at],
-                                weight=b_weights[at],
                             )
                         )
                         if not minibatch_means:  # no update yet: ratios are 1
-                            deviation = (logratio.detach().exp() - 1).abs().max()
+                            deviation = (logratio.exp() - 1).abs().max()
                             deviation = over_processes(accelerator, deviation, "max").item()
                             ratio_deviation = max(ratio_deviation, deviation)
 

@@ -1,6 +1,7 @@
 """The PPO trainer's formulas against cases worked out by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,14 @@ from algorithms.common.episodes import Episode, clustered_interval, finished_epi
 from algorithms.common.processes import explained_variance, group_means, mean_and_variance
 from algorithms.ppo_gr00t import (
     Args,
+    Batch,
     check_args,
     compute_gae,
     k3_kl,
     mask_unexecuted,
     mean_of_executed,
     policy_loss,
+    ppo_loss,
     select_decisions,
     sum_per_decision,
     trajectory_weights,
@@ -459,3 +462,114 @@ def test_finished_episodes_reads_only_the_ended_rows():
     got = finished_episodes(infos, np.array([False, True]))
     assert got == [Episode(task_id=4, init_state_id=8, success=False, length=240)]
     assert finished_episodes({}, np.array([False, False])) == []
+
+
+# Two decisions of two actions, of which the second one's last was not executed. Their ratios are 1.5 and 0.5.
+BATCH = Batch(
+    executed=torch.tensor([[True, True], [True, False]]),
+    logprobs=torch.tensor([-math.log(1.5), -math.log(0.5)]),
+    start_logprobs=torch.tensor([math.log(2), 0.0]),
+    values=torch.tensor([0.0, 0.0]),
+    advantages=torch.tensor([2.0, -2.0]),
+    returns=torch.tensor([1.0, 1.0]),
+    weights=torch.tensor([0.5, 1.5]),
+    imitation_weights=torch.tensor([2.0, 0.0]),
+)
+LOSS_ARGS = Args(ent_coef=0.1, kl_coef=0.5, vf_coef=2.0, imitation_coef=0.25)
+
+
+def policy_now() -> dict[str, torch.Tensor]:
+    """What the agent says of the two decisions; what it says of the action that was not executed is absurd."""
+    outputs = dict(
+        newlogprob=torch.tensor([[0.25, -0.25], [0.0, 70.0]]),
+        entropy=torch.tensor([[1.0, 2.0], [4.0, 80.0]]),
+        newvalue=torch.tensor([1.0, -1.0]),
+        flow_error=torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [90.0, 90.0]]]),
+    )
+    return {name: output.requires_grad_() for name, output in outputs.items()}
+
+
+def gradients_of(loss: torch.Tensor, outputs: dict[str, torch.Tensor]) -> dict[str, list[Any]]:
+    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    return {name: gradient.tolist() for name, gradient in zip(outputs, gradients, strict=True)}
+
+
+def test_ppo_loss_of_two_decisions_by_hand():
+    loss, terms, logratio = ppo_loss(**policy_now(), batch=BATCH, args=LOSS_ARGS, only_imitates=False)
+    assert logratio.exp().tolist() == pytest.approx([1.5, 0.5])
+    expected = {
+        "actor/loss": [-2 * 1.2, 2 * 0.8],  # both are clipped
+        "actor/value_loss": [0.5 * 0.8**2, 0.5 * 2**2],  # the first by the clipped value
+        "actor/imitation_loss": [2 * 2.5, 0.0],
+        "actor/entropy": [3.0, 4.0],
+        "actor/reference_kl": [2 - 1 - math.log(2), 0.0],
+        "actor/approx_kl": [1.5 - 1 - math.log(1.5), 0.5 - 1 - math.log(0.5)],
+        "actor/pg_clipfrac": [1.0, 1.0],
+        "actor/value_clip_ratio": [1.0, 0.0],
+    }
+    assert {name: term.tolist() for name, term in terms.items()} == {
+        name: pytest.approx(values, abs=1e-6) for name, values in expected.items()
+    }
+    first = -2.4 - 0.1 * 3 + 0.5 * (1 - math.log(2)) + 2 * 0.32
+    second = 1.6 - 0.1 * 4 + 0.5 * 0 + 2 * 2.0
+    assert loss.item() == pytest.approx((0.5 * first + 1.5 * second) / 2 + 0.25 * (5 + 0) / 2)
+
+
+def test_imitation_alone_gives_the_policy_no_other_gradient():
+    outputs = policy_now()
+    loss, terms, _ = ppo_loss(**outputs, batch=BATCH, args=LOSS_ARGS, only_imitates=True)
+    assert loss.item() == pytest.approx((0.5 * 2 * 0.32 + 1.5 * 2 * 2.0) / 2 + 0.25 * 5 / 2)
+    assert terms["actor/loss"].tolist() == pytest.approx([-2.4, 1.6])  # logged all the same
+    loss.backward()
+    assert outputs["newlogprob"].grad is None
+    # The entropy stays in the graph, for learned noise under DDP.
+    assert outputs["entropy"].grad is not None
+    assert not outputs["entropy"].grad.any()
+    assert outputs["newvalue"].grad is not None
+    assert outputs["newvalue"].grad.tolist() == pytest.approx([0.5 * 2 * -0.8 * 0, 1.5 * 2 * -2 / 2])
+    assert outputs["flow_error"].grad is not None
+    assert outputs["flow_error"].grad.flatten(1).tolist() == [[0.25 * 2 / 4 / 2] * 4, [0.0] * 4]
+
+
+def test_a_decision_counts_by_its_weight():
+    def gradients(*weights: float) -> dict[str, list[Any]]:
+        outputs, batch = policy_now(), replace(BATCH, weights=torch.tensor(weights))
+        return gradients_of(ppo_loss(**outputs, batch=batch, args=LOSS_ARGS, only_imitates=False)[0], outputs)
+
+    once, twice, never = gradients(1, 1), gradients(1, 2), gradients(1, 0)
+    for name in ("newlogprob", "entropy", "newvalue"):
+        assert once[name][0] == twice[name][0] == never[name][0]
+        assert np.array_equal(np.multiply(2, once[name][1]), twice[name][1])
+        assert not np.any(never[name][1])
+    assert once["flow_error"] == twice["flow_error"] == never["flow_error"]  # has weights of its own
+
+
+@pytest.mark.parametrize("level", ["chunk", "action", "token"])
+def test_an_action_that_was_not_executed_has_no_influence_on_the_loss(level: str):
+    generator = torch.Generator().manual_seed(0)
+    args = replace(LOSS_ARGS, logprob_level=level)
+    shape = {"chunk": (2,), "action": (2, 2), "token": (2, 2, 3)}[level]
+    batch = replace(BATCH, logprobs=torch.zeros(shape), start_logprobs=torch.full(shape, 0.1))
+    now = policy_now()
+    if level == "token":
+        now |= {name: now[name].detach()[..., None].expand(2, 2, 3).clone() for name in ("newlogprob", "entropy")}
+    results = []
+    for _ in range(2):
+        for name in ("newlogprob", "entropy", "flow_error"):
+            now[name] = now[name].detach().clone()
+            now[name][1, 1] = torch.randn(now[name][1, 1].shape, generator=generator)
+            now[name].requires_grad_()
+        results.append(ppo_loss(**now, batch=batch, args=args, only_imitates=False))
+        gradients = gradients_of(results[-1][0], now)
+        assert not any(np.any(gradients[name][1][1]) for name in ("newlogprob", "entropy", "flow_error"))
+    (loss, terms, logratio), (other_loss, other_terms, other_logratio) = results
+    assert loss == other_loss
+    assert all(torch.equal(term, other_terms[name]) for name, term in terms.items())
+    assert torch.equal(logratio, other_logratio)
+
+
+def test_a_batch_gives_some_of_its_decisions_in_any_order():
+    some = BATCH.at(np.array([1, 1, 0]))
+    assert some.executed.tolist() == [[True, False], [True, False], [True, True]]
+    assert some.weights.tolist() == [1.5, 1.5, 0.5]
+    assert vars(some).keys() == vars(BATCH).keys()
