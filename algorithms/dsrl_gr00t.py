@@ -373,7 +373,7 @@ def make_envs(
     return ModalityVectorObservation(envs)
 
 
-def make_agent(args: Args) -> Gr00tAgent:
+def load_agent(args: Args) -> Gr00tAgent:
     """Returns the policy that `args` ask for, on the CPU, frozen.
 
     Raises:
@@ -393,10 +393,6 @@ def make_agent(args: Args) -> Gr00tAgent:
     )
     return store_frozen_as(agent.requires_grad_(False), agent.policy.torch_dtype)
 
-
-agent_of_args = (
-    make_agent  # told apart from an agent of one's own, whose weights `model` does not name
-)
 
 # --- networks ---
 
@@ -661,14 +657,15 @@ def of_all_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 def main(
     args: Args,
-    make_agent: Callable[..., Any] = make_agent,
+    make_agent: Callable[..., Any] | None = None,
     make_envs: Callable[..., Any] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last iteration's metrics.
 
     `make_agent` and `make_envs` are the two places to plug in something else. An agent is a module
     with the methods of `gr00t_agent.protocol.SteerableAgent`, where the shape of every argument and
-    result is said. With --compile it has `compile_network` too.
+    result is said. With --compile it has `compile_network` too. Checkpoints do not name the policy
+    that is steered if `make_agent` is given, since `model` does not say which it is.
     """
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
@@ -696,12 +693,13 @@ def main(
 
     # --- the frozen agent ---
     set_seed(args.seed)  # the same weights on every process
-    agent = make_agent(args).to(device).eval().requires_grad_(False)
+    is_own_agent = make_agent is not None
+    agent = load_agent(args) if make_agent is None else make_agent(args)
+    agent = agent.to(device).eval().requires_grad_(False)
     check_agent_takes(agent, args)
     origin = origin_of(accelerator, agent)
     if args.compile:
         agent.compile_network()
-    is_own_agent = make_agent is not agent_of_args
     base = BasePolicy.of(args) if is_main and not is_own_agent else None
 
     # --- what steers it, and the optimiser ---

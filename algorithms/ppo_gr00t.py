@@ -467,7 +467,7 @@ from algorithms.common.randomness import (
     stratified_minibatches,
 )
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
-from algorithms.common.stages import EnvStages
+from algorithms.common.stages import EnvStages, EnvStep
 from algorithms.common.state_agent import StateFlowAgent
 from algorithms.common.step_sizes import StepSizes, imitation_step_factor
 from algorithms.common.task_sampling import TaskSampler
@@ -551,6 +551,64 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         )
         add_lora(agent, settings)
     return store_frozen_as(agent, agent.policy.torch_dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """What each decision [K, N] of a rollout has led to.
+
+    Attributes:
+        rewards: float32.
+        terminal: bool, True where nothing follows that is worth anything: no bootstrap.
+        succeeded: bool, True where the episode ended in success.
+        ended: bool, True where the episode ended (terminated or truncated).
+        executed_steps: int64, actions of the chunk that were executed.
+        episode_lengths: int64, environment steps of the episode that ended there, else 0.
+        task_ids: int64, task of the episode; 0 without center_adv_by_task.
+    """
+
+    rewards: Tensor
+    terminal: Tensor
+    succeeded: Tensor
+    ended: Tensor
+    executed_steps: Tensor
+    episode_lengths: Tensor
+    task_ids: Tensor
+
+    @classmethod
+    def zeros(cls, num_steps: int, num_envs: int) -> Outcomes:
+        """Returns room for a rollout, on the CPU."""
+        shape = (num_steps, num_envs)
+        return cls(
+            rewards=torch.zeros(shape),
+            terminal=torch.zeros(shape, dtype=torch.bool),
+            succeeded=torch.zeros(shape, dtype=torch.bool),
+            ended=torch.zeros(shape, dtype=torch.bool),
+            executed_steps=torch.zeros(shape, dtype=torch.long),
+            episode_lengths=torch.zeros(shape, dtype=torch.long),
+            task_ids=torch.zeros(shape, dtype=torch.long),
+        )
+
+    def put(self, step: int, rows: slice, outcome: EnvStep, args: Args) -> None:
+        """Enters what decision `step` of the environments `rows` has led to."""
+        is_end = outcome.terminated | outcome.truncated
+        is_terminal = outcome.terminated
+        if args.truncation == "failure":  # nothing is left of a late episode
+            is_terminal = is_end
+        self.rewards[step, rows] = torch.from_numpy(outcome.reward).float()
+        self.terminal[step, rows] = torch.from_numpy(is_terminal)
+        self.succeeded[step, rows] = torch.from_numpy(outcome.terminated)
+        self.ended[step, rows] = torch.from_numpy(is_end)
+        self.executed_steps[step, rows] = torch.from_numpy(outcome.infos["num_steps"])
+        if args.center_adv_by_task:
+            self.task_ids[step, rows] = torch.from_numpy(played_tasks(outcome.infos, is_end))
+        if is_end.any():
+            lengths = outcome.infos["final_info"]["episode_length"]
+            self.episode_lengths[step, rows] = torch.from_numpy(lengths)
+
+    def to(self, device: torch.device) -> Outcomes:
+        """Returns the same on a device."""
+        return Outcomes(**{name: values.to(device) for name, values in vars(self).items()})
 
 
 def compute_gae(
@@ -1044,39 +1102,14 @@ def main(
             actions: list[Any] = []
             logprobs: list[Tensor] = []
             values = torch.zeros((args.num_steps, num_envs), device=device)
-            rewards = torch.zeros((args.num_steps, num_envs))
-            terminal = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
-            succeeded = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
-            ended = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
-            executed_steps = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
-            episode_lengths = torch.zeros(
-                (args.num_steps, num_envs), dtype=torch.long
-            )  # at its end
-            task_ids = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
+            outcomes = Outcomes.zeros(args.num_steps, num_envs)
             final_obs: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
 
             for step in range(args.num_steps + 1):
                 for i, stage in enumerate(stages):
                     if step > 0:  # what the decision before has led to
                         outcome = stage.receive()
-                        is_end = outcome.terminated | outcome.truncated
-                        is_terminal = outcome.terminated
-                        if args.truncation == "failure":  # nothing is left of a late episode
-                            is_terminal = is_end
-                        rewards[step - 1, stage.rows] = torch.from_numpy(outcome.reward).float()
-                        terminal[step - 1, stage.rows] = torch.from_numpy(is_terminal)
-                        succeeded[step - 1, stage.rows] = torch.from_numpy(outcome.terminated)
-                        ended[step - 1, stage.rows] = torch.from_numpy(is_end)
-                        num_executed = torch.from_numpy(outcome.infos["num_steps"])
-                        executed_steps[step - 1, stage.rows] = num_executed
-                        if args.center_adv_by_task:
-                            played = played_tasks(outcome.infos, is_end)
-                            task_ids[step - 1, stage.rows] = torch.from_numpy(played)
-                        if is_end.any():
-                            lengths = torch.from_numpy(
-                                outcome.infos["final_info"]["episode_length"]
-                            )
-                            episode_lengths[step - 1, stage.rows] = lengths
+                        outcomes.put(step - 1, stage.rows, outcome, args)
 
                         cut = np.flatnonzero(outcome.truncated & ~outcome.terminated)
                         if args.truncation == "bootstrap" and len(cut):
@@ -1110,7 +1143,7 @@ def main(
             stop.check_together()
 
             # --- advantages ---
-            rewards, terminal, ended = (x.to(device) for x in (rewards, terminal, ended))
+            outcomes = outcomes.to(device)
             # A truncated episode goes on in the value of its own last observation. Every process
             # makes as many calls, which are collective where weights are sharded.
             num_calls = torch.tensor(len(final_obs), device=device)
@@ -1130,18 +1163,18 @@ def main(
                 bounded_values = values.clamp(*args.value_bounds)
                 next_values = next_values.clamp(*args.value_bounds)
             advantages, returns = compute_gae(
-                rewards * args.reward_scale,
+                outcomes.rewards * args.reward_scale,
                 bounded_values,
                 next_values,
-                terminal,
-                ended,
+                outcomes.terminal,
+                outcomes.ended,
                 args.gamma,
                 args.gae_lambda,
             )
             returns_mean, _ = mean_and_variance(accelerator, returns)
             advantages_mean, _ = mean_and_variance(accelerator, advantages)
             if args.center_adv_by_task:
-                advantages = advantages - group_means(accelerator, advantages, task_ids.to(device))
+                advantages = advantages - group_means(accelerator, advantages, outcomes.task_ids)
             if args.norm_adv:
                 center, variance = mean_and_variance(accelerator, advantages)
                 advantages = ((advantages - center) / (variance.sqrt() + 1e-5)).float()
@@ -1153,22 +1186,22 @@ def main(
 
             weights = torch.ones_like(returns)
             if args.loss_weighting == "trajectory":
-                decisions = -(-episode_lengths // args.num_action_chunks)  # rounded up
-                weights = trajectory_weights(ended, decisions.to(device), horizon_decisions)
+                decisions = -(-outcomes.episode_lengths // args.num_action_chunks)  # rounded up
+                weights = trajectory_weights(outcomes.ended, decisions, horizon_decisions)
             weights_mean, _ = mean_and_variance(accelerator, index(weights.flatten(), selected))
             weights = (weights / weights_mean).float()
 
             # --- the batch: all decisions [K * N], step by step ---
             b_obs = np.concatenate(obs)
             b_actions = concatenate(actions)
-            b_executed = (torch.arange(args.num_action_chunks) < executed_steps[..., None]).flatten(
-                0, 1
-            )
-            b_executed = b_executed.to(device)  # [K * N, C]
+            b_executed = (
+                torch.arange(args.num_action_chunks, device=device)
+                < outcomes.executed_steps[..., None]
+            ).flatten(0, 1)  # [K * N, C]
             b_logprobs = mask_unexecuted(torch.cat(logprobs), b_executed, args.logprob_level)
             b_imitation_weights = torch.zeros_like(returns).flatten()
             if args.imitation_coef:
-                won = won_decisions(ended, succeeded.to(device))
+                won = won_decisions(outcomes.ended, outcomes.succeeded)
                 won_mean, _ = mean_and_variance(accelerator, index(won.flatten(), selected))
                 won = won / won_mean.clamp(min=1e-6)  # with mean 1, if any
                 b_imitation_weights = won.float().flatten()

@@ -330,7 +330,7 @@ def make_dataset(args: Args, data_config: DataConfig | None = None) -> LeRobotDa
     )
 
 
-def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
+def load_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU, with what is not trained frozen."""
     changes: dict[str, Any] = dict(
         num_action_chunks=args.num_action_chunks,
@@ -367,9 +367,6 @@ def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
         )
         add_lora(agent, settings)
     return agent
-
-
-from_model = make_agent
 
 
 def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
@@ -478,10 +475,14 @@ def pinned(batch: Batch) -> Batch:
 
 def main(
     args: Args,
-    make_agent: Callable[[Args, DatasetMetadata], Gr00tAgent] = make_agent,
+    make_agent: Callable[[Args, DatasetMetadata], Gr00tAgent] | None = None,
     make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
 ) -> dict[str, float]:
-    """Trains, evaluates, and returns the last logged metrics."""
+    """Trains, evaluates, and returns the last logged metrics.
+
+    `make_agent` and `make_envs` are the two places to plug in something else. An agent of one's own
+    has LIBERO's data configuration, and not that of the checkpoint that `model` names.
+    """
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
@@ -499,9 +500,8 @@ def main(
 
     # --- data ---
     # An agent of one's own is LIBERO's, whatever model is named.
-    dataset = make_dataset(
-        args, saved_data_config(args.model) if make_agent is from_model else None
-    )
+    data_config = saved_data_config(args.model) if make_agent is None else None
+    dataset = make_dataset(args, data_config)
     metadata = dataset.metadata()
     image_size = dataset.image_size[0]
     run, checkpoint = open_run(
@@ -537,7 +537,8 @@ def main(
 
     # --- agent, optimiser, average ---
     set_seed(args.seed)  # the same weights on every process
-    agent = make_agent(args, metadata).to(device)
+    agent = load_agent(args, metadata) if make_agent is None else make_agent(args, metadata)
+    agent = agent.to(device)
     check_metadata(agent.preprocessor.metadata, metadata, dataset.data_config)
     origin = facts | origin_of(accelerator, agent)
     if args.compile:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,9 +14,11 @@ from algorithms.common.args import share_of_process
 from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.episodes import Episode, clustered_interval, finished_episodes, wilson_interval
 from algorithms.common.processes import explained_variance, group_means, mean_and_variance
+from algorithms.common.stages import EnvStep
 from algorithms.ppo_gr00t import (
     Args,
     Batch,
+    Outcomes,
     check_args,
     compute_gae,
     k3_kl,
@@ -464,6 +466,30 @@ def test_finished_episodes_reads_only_the_ended_rows():
     assert finished_episodes({}, np.array([False, False])) == []
 
 
+@pytest.mark.parametrize("truncation", ["bootstrap", "failure"])
+def test_outcomes_of_a_step_are_entered_where_they_belong(truncation: Literal["bootstrap", "failure"]):
+    """The second environment of three succeeds, the third is cut; both then begin with another task."""
+    terminated, truncated = np.array([False, True, False]), np.array([False, False, True])
+    infos = dict(
+        num_steps=np.array([5, 2, 3]),
+        task_id=np.array([7, 1, 1]),
+        final_info=dict(episode_length=np.array([0, 42, 60]), task_id=np.array([0, 8, 9])),
+    )
+    step = EnvStep({}, np.array([0.0, 1.0, 0.0]), terminated, truncated, infos)
+    outcomes = Outcomes.zeros(num_steps=2, num_envs=4)
+    outcomes.put(1, slice(1, 4), step, Args(truncation=truncation, center_adv_by_task=True))
+    assert {name: values[1].tolist() for name, values in vars(outcomes).items()} == dict(
+        rewards=[0, 0, 1, 0],
+        terminal=[False, False, True, truncation == "failure"],
+        succeeded=[False, False, True, False],
+        ended=[False, False, True, True],
+        executed_steps=[0, 5, 2, 3],
+        episode_lengths=[0, 0, 42, 60],
+        task_ids=[0, 7, 8, 9],
+    )
+    assert not any(values[0].any() for values in vars(outcomes).values())
+
+
 # Two decisions of two actions, of which the second one's last was not executed. Their ratios are 1.5 and 0.5.
 BATCH = Batch(
     executed=torch.tensor([[True, True], [True, False]]),
@@ -526,7 +552,7 @@ def test_imitation_alone_gives_the_policy_no_other_gradient():
     assert outputs["entropy"].grad is not None
     assert not outputs["entropy"].grad.any()
     assert outputs["newvalue"].grad is not None
-    assert outputs["newvalue"].grad.tolist() == pytest.approx([0.5 * 2 * -0.8 * 0, 1.5 * 2 * -2 / 2])
+    assert outputs["newvalue"].grad.tolist() == pytest.approx([0.0, 1.5 * 2 * -2 / 2])  # the first is clipped
     assert outputs["flow_error"].grad is not None
     assert outputs["flow_error"].grad.flatten(1).tolist() == [[0.25 * 2 / 4 / 2] * 4, [0.0] * 4]
 
