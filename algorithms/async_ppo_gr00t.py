@@ -280,8 +280,8 @@ class Args:
     vf_coef: float = 1.0
     """Weight of the value loss."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, in nats); the noise of reinflow alone can follow it.
-    With logprob_level `chunk` the bonus is the entropy of the whole decision, with `action` and
+    """Weight of the entropy bonus (closed form, in nats); the noise of reinflow alone can follow
+    it. With logprob_level `chunk` the bonus is the entropy of the whole decision, with `action` and
     `token` the mean over its executed actions or over their elements."""
     imitation_coef: float = 0.0
     """Weight of flow matching on what the rollout's successful episodes did (self-imitation). A
@@ -779,8 +779,8 @@ class Batch:
 
     Attributes:
         executed: [B, C] bool, True where an action was executed.
-        logprobs: log-probabilities of the weights that the update begins with, [B], [B, C] or [B, C, a]
-            by `logprob_level`, 0 where not executed.
+        logprobs: log-probabilities by the weights that the update begins with, [B], [B, C] or
+            [B, C, a] by `logprob_level`, 0 where not executed.
         start_logprobs: the same of the policy that training started from, 0 without kl_coef.
         values: [B] what the critic said before the update.
         advantages: [B].
@@ -818,8 +818,8 @@ def ppo_loss(
     """Returns the loss of some decisions, a scalar, what is logged of them, and their log-ratios.
 
     Args:
-        newlogprob: log-probabilities by the policy's present weights, [B], or [B, C] or [B, C, a] by
-            step or element, of all actions.
+        newlogprob: log-probabilities of all actions by the policy's present weights, [B], or
+            [B, C] or [B, C, a] by step or element.
         entropy: of the same shape.
         newvalue: [B] what the critic now says.
         flow_error: [B, C, a] flow matching's error; None without imitation_coef.

@@ -621,6 +621,13 @@ def clipped_step(
 ) -> Tensor:
     """Takes a step of `parameters` alone down the mean loss of all processes; collective.
 
+    Args:
+        accelerator: of this process.
+        optimizer: has these parameters, and perhaps others.
+        loss: scalar, this process's.
+        parameters: what is moved.
+        max_grad_norm: norm to which the mean gradient is clipped.
+
     Returns:
         The gradient's norm before it was clipped, a scalar. A step whose gradient is not finite is
         not taken.

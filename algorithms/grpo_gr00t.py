@@ -231,8 +231,8 @@ class Args:
     dual_clip: float | None = None
     """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, in nats); the noise of reinflow alone can follow it.
-    With logprob_level `chunk` the bonus is the entropy of the whole decision, with `action` and
+    """Weight of the entropy bonus (closed form, in nats); the noise of reinflow alone can follow
+    it. With logprob_level `chunk` the bonus is the entropy of the whole decision, with `action` and
     `token` the mean over its executed actions or over their elements."""
     imitation_coef: float = 0.0
     """Weight of flow matching on what the rollouts' successful episodes did (self-imitation). A
@@ -608,14 +608,15 @@ class Batch:
 
     Attributes:
         executed: [B, C] bool, True where an action was executed.
-        logprobs: log-probabilities of the rollout's policy, [B], [B, C] or [B, C, a] by `logprob_level`,
-            0 where not executed.
+        logprobs: log-probabilities of the rollout's policy, [B], [B, C] or [B, C, a] by
+            `logprob_level`, 0 where not executed.
         start_logprobs: the same of the policy that training started from; of the rollout's without
             kl_coef.
         advantages: [B].
         weights: [B] weights of the decisions, with mean 1; 0 for those that are only imitated.
         imitation_weights: [B] the same for imitation, 0 where nothing is imitated.
-        is_measured: [B] bool, True for those whose terms are logged.
+        is_measured: [B] bool, True for those of which terms are logged, all but the imitation loss,
+            which is of all.
     """
 
     executed: Tensor
@@ -644,8 +645,8 @@ def grpo_loss(
     """Returns the loss of some decisions, a scalar, what is logged of them, and their log-ratios.
 
     Args:
-        newlogprob: log-probabilities by the policy's present weights, [B], or [B, C] or [B, C, a] by
-            step or element, of all actions.
+        newlogprob: log-probabilities of all actions by the policy's present weights, [B], or
+            [B, C] or [B, C, a] by step or element.
         entropy: of the same shape.
         flow_error: [B, C, a] flow matching's error; None without imitation_coef.
         batch: the decisions.
