@@ -280,8 +280,9 @@ class Args:
     vf_coef: float = 1.0
     """Weight of the value loss."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
-    follow it."""
+    """Weight of the entropy bonus (closed form, in nats); the noise of reinflow alone can follow
+    it. With logprob_level `chunk` the bonus is the entropy of the whole decision, with `action` and
+    `token` the mean over its executed actions or over their elements."""
     imitation_coef: float = 0.0
     """Weight of flow matching on what the rollout's successful episodes did (self-imitation). A
     policy whose mean moves by it needs a smaller step size than PPO alone would bear. Only decisions
@@ -470,7 +471,14 @@ from algorithms.common.processes import (
     over_processes,
     prepare,
 )
-from algorithms.common.randomness import FLOW, MINIBATCHES, NOISE, deal, flow_draws, generators_of
+from algorithms.common.randomness import (
+    FLOW,
+    MINIBATCHES,
+    NOISE,
+    flow_draws,
+    generators_of,
+    stratified_minibatches,
+)
 from algorithms.common.resume import (
     FREE_ARGS,
     Checkpoints,
@@ -552,7 +560,7 @@ def make_envs(
     return ModalityVectorObservation(envs, modality if image_size else replace(modality, video={}))
 
 
-def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
+def load_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     """Returns the agent that `args` ask for, on the CPU."""
     check_agent_options(args, PRESETS)
     if args.model == STATE_MODEL:
@@ -582,9 +590,6 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         )
         add_lora(agent, settings)
     return store_frozen_as(agent, agent.policy.torch_dtype)
-
-
-agent_of_args = make_agent  # told apart from an agent of one's own, of which `model` says nothing
 
 
 def compute_gae(
@@ -710,16 +715,24 @@ def value_loss(
     return torch.maximum(plain, clipped), is_clipped
 
 
-def divergence(logratio: Tensor) -> Tensor:
-    """Returns r - 1 - log r of each element: estimates KL(p || q) if r = q / p at draws from p."""
+def k3_kl(logratio: Tensor) -> Tensor:
+    """Returns r - 1 - log r of each element, the estimator "k3" of KL(p || q).
+
+    Args:
+        logratio: log r, with r = q / p at draws from p.
+    """
     return logratio.exp() - 1 - logratio
 
 
-def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+def mask_unexecuted(elements: Tensor, executed: Tensor, level: str) -> Tensor:
     """Returns log-probabilities or entropies of the actions that were executed, at `level`.
 
-    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
-    consequence, and are 0 here.
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. These had no
+    consequence, and their elements are 0 here. Their noise can have had one: noise at any but the
+    last denoising step reaches the executed actions through the steps after it. It is treated as
+    the environment's, as RLinf treats the noise of a chunk's steps beyond the first C. So
+    log-probabilities are those of the executed entries at the noised step, given all entries of
+    the step before.
 
     Args:
         elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
@@ -759,6 +772,121 @@ def sum_per_decision(elements: Tensor) -> Tensor:
 def importance_weights(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor:
     """Returns min(p / b, cap) of each element, from log-probabilities of any one shape."""
     return (proximal - behaviour).exp().clamp(max=cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What the loss has to know of B decisions, besides what the policy now says of them.
+
+    Attributes:
+        executed: [B, C] bool, True where an action was executed.
+        logprobs: log-probabilities by the weights that the update begins with, [B], [B, C] or
+            [B, C, a] by `logprob_level`, 0 where not executed.
+        start_logprobs: the same of the policy that training started from, 0 without kl_coef.
+        values: [B] what the critic said before the update.
+        advantages: [B].
+        returns: [B].
+        weights: [B] weights of the decisions, with mean 1.
+        imitation_weights: [B] the same for imitation, 0 where nothing is imitated.
+        importance: of the shape of logprobs, see `importance_weights`.
+    """
+
+    executed: Tensor
+    logprobs: Tensor
+    start_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+    imitation_weights: Tensor
+    importance: Tensor
+
+    def at(self, inds: NDArray[np.intp]) -> Batch:
+        """Returns decisions `inds` [M] of these."""
+        rows = torch.from_numpy(inds).to(self.weights.device)
+        return Batch(**{name: values[rows] for name, values in vars(self).items()})
+
+
+def ppo_loss(
+    newlogprob: Tensor,
+    entropy: Tensor,
+    newvalue: Tensor,
+    flow_error: Tensor | None,
+    batch: Batch,
+    args: Args,
+    only_imitates: bool,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Returns the loss of some decisions, a scalar, what is logged of them, and their log-ratios.
+
+    Args:
+        newlogprob: log-probabilities of all actions by the policy's present weights, [B], or
+            [B, C] or [B, C, a] by step or element.
+        entropy: of the same shape.
+        newvalue: [B] what the critic now says.
+        flow_error: [B, C, a] flow matching's error; None without imitation_coef.
+        batch: the decisions.
+        args: coefficients and clips.
+        only_imitates: train the critic, and the policy by imitation alone.
+
+    Returns:
+        The loss; by name the terms that are logged, [B] each; and the log-ratios, 0 where an action
+        was not executed. All but the loss have no gradient.
+    """
+    executed = batch.executed
+    newlogprob = mask_unexecuted(newlogprob, executed, args.logprob_level)
+    entropy = mask_unexecuted(entropy, executed, args.logprob_level)
+    logratio = newlogprob - batch.logprobs
+
+    pg_loss, pg_clipped = policy_loss(
+        logratio,
+        batch.advantages,
+        args.clip_coef,
+        args.clip_coef_high,
+        args.dual_clip,
+    )
+    pg_loss = mean_of_executed(batch.importance * pg_loss, executed)
+    pg_clipped = mean_of_executed(pg_clipped, executed)
+
+    v_loss, v_clipped = value_loss(
+        newvalue,
+        batch.values,
+        batch.returns,
+        args.value_clip,
+        args.huber_delta,
+    )
+
+    approx_kl = k3_kl(logratio)
+    start_kl = torch.zeros_like(logratio)
+    if args.kl_coef:
+        start_kl = k3_kl(batch.start_logprobs - newlogprob)
+
+    if only_imitates:
+        # Learned noise stays in the graph, where DDP looks for all weights.
+        loss = 0 * mean_of_executed(entropy, executed)
+    else:
+        # At every level these weigh against the policy loss alike.
+        loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
+        loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+    loss = loss + args.vf_coef * v_loss
+    loss = (batch.weights * loss).mean()
+
+    imitation_loss = torch.zeros_like(newvalue)
+    if flow_error is not None:
+        imitation_loss = batch.imitation_weights * mean_of_executed(flow_error, executed)
+        loss = loss + args.imitation_coef * imitation_loss.mean()
+
+    terms = {
+        "actor/loss": pg_loss,
+        "actor/value_loss": v_loss,
+        "actor/imitation_loss": imitation_loss,
+        "actor/entropy": sum_per_decision(entropy),
+        "actor/reference_kl": sum_per_decision(start_kl),
+        "actor/importance_weight": mean_of_executed(batch.importance, executed),
+        "actor/approx_kl": sum_per_decision(approx_kl),
+        "actor/pg_clipfrac": pg_clipped,
+        "actor/value_clip_ratio": v_clipped.float(),
+    }
+    return loss, {name: term.detach() for name, term in terms.items()}, logratio.detach()
 
 
 def longest_episode(args: Args) -> int:
@@ -1028,18 +1156,14 @@ class Learner(LearnerRole):
         weights = (weights / weights_mean).float()
 
         # --- the batch: all decisions [K * N], step by step ---
-        b_logprobs = of_executed(proximal_logprobs, b_executed, args.logprob_level)
-        b_behaviour = of_executed(behaviour_logprobs, b_executed, args.logprob_level)
-        b_importance = importance_weights(b_logprobs, b_behaviour, args.importance_cap)
-        b_values = values.flatten()
-        b_advantages = advantages.flatten()
-        b_returns = returns.flatten()
-        b_weights = weights.flatten()
-        b_won = torch.zeros_like(b_returns)
+        b_logprobs = mask_unexecuted(proximal_logprobs, b_executed, args.logprob_level)
+        b_behaviour = mask_unexecuted(behaviour_logprobs, b_executed, args.logprob_level)
+        b_imitation_weights = torch.zeros_like(returns).flatten()
         if args.imitation_coef:
             won = won_decisions(ended, rollout.succeeded)
             won_mean, _ = mean_and_variance(accelerator, index(won.flatten(), selected))
-            b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
+            won = won / won_mean.clamp(min=1e-6)  # with mean 1, if any
+            b_imitation_weights = won.float().flatten()
         b_start_logprobs = torch.zeros_like(b_logprobs)  # of decisions that are not selected
         if start_policy is not None:
             with accelerator.autocast():
@@ -1051,11 +1175,23 @@ class Learner(LearnerRole):
                     num_passes=num_minibatches * num_micro_batches,
                     **noise,
                 )
-            b_start_logprobs[torch.from_numpy(selected).to(device)] = of_executed(
+            b_start_logprobs[torch.from_numpy(selected).to(device)] = mask_unexecuted(
                 start_logprobs,
                 index(b_executed, selected),
                 args.logprob_level,
             )
+
+        batch = Batch(
+            executed=b_executed,
+            logprobs=b_logprobs,
+            start_logprobs=b_start_logprobs,
+            values=values.flatten(),
+            advantages=advantages.flatten(),
+            returns=returns.flatten(),
+            weights=weights.flatten(),
+            imitation_weights=b_imitation_weights,
+            importance=importance_weights(b_logprobs, b_behaviour, args.importance_cap),
+        )
 
         # --- update ---
         self.checkpoints.begin_update()
@@ -1068,7 +1204,8 @@ class Learner(LearnerRole):
         num_epochs = args.num_epochs(iteration)
 
         for epoch in range(num_epochs):
-            b_flow: list[Tensor] = []  # fresh noise [K * N, H, A], and times to denoise it at
+            b_flow_noise: Tensor | None = None  # [K * N, H, A], drawn anew in every epoch
+            b_flow_steps: Tensor | None = None  # [K * N], at which the flow's error is taken
             if args.imitation_coef:
                 draws = flow_draws(
                     (args.seed, FLOW, iteration, epoch),
@@ -1077,9 +1214,9 @@ class Learner(LearnerRole):
                     args.denoising_steps,
                     tuple(b_actions.chain.shape[2:]),
                 )
-                b_flow = [x.to(device) for x in draws]
+                b_flow_noise, b_flow_steps = (x.to(device) for x in draws)
             key = (args.seed, MINIBATCHES, iteration, epoch)
-            for part in deal(self.b_groups[selected], num_minibatches, key):
+            for part in stratified_minibatches(self.b_groups[selected], num_minibatches, key):
                 mb_inds = selected[part]
                 stats: list[dict[str, Tensor]] = []  # means of each micro-batch
                 micro_batches: list[dict[str, Tensor]] = []  # for a dump
@@ -1087,90 +1224,41 @@ class Learner(LearnerRole):
                 for micro, inds in enumerate(np.split(mb_inds, num_micro_batches)):
                     # Processes exchange gradients with the last micro-batch.
                     is_last = micro == num_micro_batches - 1
-                    at = torch.from_numpy(inds).to(device)
+                    mb = batch.at(inds)
                     with nullcontext() if is_last else accelerator.no_sync(model):
                         features = store.get(b_obs[inds])
                         decided = index(b_actions, inds)
                         flow_error = None
                         with accelerator.autocast():
                             if args.imitation_coef:
+                                flow = [index(x, inds) for x in (b_flow_noise, b_flow_steps)]
                                 _, newlogprob, entropy, newvalue, flow_error = model(
-                                    features,
-                                    decided,
-                                    flow_draws=[x[at] for x in b_flow],
-                                    **noise,
+                                    features, decided, flow_draws=flow, **noise
                                 )
                             else:
                                 _, newlogprob, entropy, newvalue = model(features, decided, **noise)
-                        executed = b_executed[at]
-                        newlogprob = of_executed(newlogprob, executed, args.logprob_level)
-                        entropy = of_executed(entropy, executed, args.logprob_level)
-                        logratio = newlogprob - b_logprobs[at]
-
-                        pg_loss, pg_clipped = policy_loss(
-                            logratio,
-                            b_advantages[at],
-                            args.clip_coef,
-                            args.clip_coef_high,
-                            args.dual_clip,
-                        )
-                        pg_loss = mean_of_executed(b_importance[at] * pg_loss, executed)
-                        pg_clipped = mean_of_executed(pg_clipped, executed)
-
-                        v_loss, v_clipped = value_loss(
+                        loss, terms, logratio = ppo_loss(
+                            newlogprob,
+                            entropy,
                             newvalue,
-                            b_values[at],
-                            b_returns[at],
-                            args.value_clip,
-                            args.huber_delta,
+                            flow_error,
+                            mb,
+                            args,
+                            only_imitates,
                         )
-
-                        approx_kl = divergence(logratio)
-                        start_kl = torch.zeros_like(logratio)
-                        if start_policy is not None:
-                            start_kl = divergence(b_start_logprobs[at] - newlogprob)
-
-                        # At every level these weigh against the policy loss alike.
-                        loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
-                        loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
-                        if only_imitates:
-                            # Learned noise stays in the graph, where DDP looks for all weights.
-                            loss = 0 * mean_of_executed(entropy, executed)
-                        loss = loss + args.vf_coef * v_loss
-                        loss = (b_weights[at] * loss).mean()
-
-                        imitation_loss = torch.zeros_like(newvalue)
-                        if flow_error is not None:
-                            imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
-                            loss = loss + args.imitation_coef * imitation_loss.mean()
                         accelerator.backward(loss / num_micro_batches)
 
-                    terms = {
-                        "actor/loss": pg_loss,
-                        "actor/value_loss": v_loss,
-                        "actor/imitation_loss": imitation_loss,
-                        "actor/entropy": sum_per_decision(entropy),
-                        "actor/reference_kl": sum_per_decision(start_kl),
-                        "actor/importance_weight": mean_of_executed(b_importance[at], executed),
-                        "actor/approx_kl": sum_per_decision(approx_kl),
-                        "actor/pg_clipfrac": pg_clipped,
-                        "actor/value_clip_ratio": v_clipped.float(),
-                    }
-                    stats.append({name: x.detach().mean() for name, x in terms.items()})
+                    stats.append({name: term.mean() for name, term in terms.items()})
                     micro_batches.append(
                         dict(
+                            vars(mb),
                             loss=loss.detach(),
-                            logratio=logratio.detach(),
-                            logprob=b_logprobs[at],
+                            logratio=logratio,
                             new_value=newvalue.detach(),
-                            value=b_values[at],
-                            advantage=b_advantages[at],
-                            ret=b_returns[at],
-                            weight=b_weights[at],
                         )
                     )
                     if not minibatch_means:  # no update yet: ratios are 1
-                        deviation = (logratio.detach().exp() - 1).abs().max()
+                        deviation = (logratio.exp() - 1).abs().max()
                         deviation = over_processes(accelerator, deviation, "max").item()
                         ratio_deviation = max(ratio_deviation, deviation)
 
@@ -1216,7 +1304,7 @@ class Learner(LearnerRole):
 
 def main(
     args: Args,
-    make_agent: Callable[..., Any] = make_agent,
+    make_agent: Callable[..., Any] | None = None,
     make_envs: Callable[..., Any] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last iteration's metrics; see `ppo_gr00t.main`.
@@ -1224,7 +1312,8 @@ def main(
     `make_envs` takes the number of threads, too.
     """
     check_args(args)
-    if make_agent is agent_of_args:
+    if make_agent is None:
+        make_agent = load_agent
         tell_start(args)
     with connect(args.ray_address) as cluster:
         placement = cluster.place(args)

@@ -225,7 +225,7 @@ class Args:
         """Returns whether the noise of `iteration` is the policy's own."""
         return iteration <= self.warmup_iterations
 
-    def updates(self, iteration: int) -> bool:
+    def has_update(self, iteration: int) -> bool:
         """Returns whether there is an update in `iteration`."""
         return iteration >= self.warmup_iterations
 
@@ -234,7 +234,7 @@ class Args:
         is_last = iteration == self.num_iterations
         is_due = self.eval_interval > 0 and iteration % self.eval_interval == 0
         is_wanted = (is_last or is_due) and self.eval_episodes_per_task > 0
-        return is_wanted and self.updates(iteration)
+        return is_wanted and self.has_update(iteration)
 
     def saves(self, iteration: int) -> bool:
         """Returns whether a checkpoint is saved after `iteration`."""
@@ -374,7 +374,7 @@ def make_envs(
     return ModalityVectorObservation(envs)
 
 
-def make_agent(args: Args) -> Gr00tAgent:
+def load_agent(args: Args) -> Gr00tAgent:
     """Returns the policy that `args` ask for, on the CPU, frozen.
 
     Raises:
@@ -394,10 +394,6 @@ def make_agent(args: Args) -> Gr00tAgent:
     )
     return store_frozen_as(agent.requires_grad_(False), agent.policy.torch_dtype)
 
-
-agent_of_args = (
-    make_agent  # told apart from an agent of one's own, whose weights `model` does not name
-)
 
 # --- networks ---
 
@@ -585,7 +581,7 @@ class Replay:
 # --- losses ---
 
 
-def reduced(values: Tensor, how: Literal["mean", "min"]) -> Tensor:
+def ensemble_value(values: Tensor, how: Literal["mean", "min"]) -> Tensor:
     """Returns the value [M] that an ensemble's values [E, M] stand for."""
     return values.mean(dim=0) if how == "mean" else values.amin(dim=0)
 
@@ -617,7 +613,7 @@ def temperature_loss(log_alpha: Tensor, logprob: Tensor, target_entropy: float) 
     return log_alpha.exp() * (-logprob.detach().mean() - target_entropy)
 
 
-def descend(
+def clipped_step(
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
     loss: Tensor,
@@ -625,6 +621,13 @@ def descend(
     max_grad_norm: float,
 ) -> Tensor:
     """Takes a step of `parameters` alone down the mean loss of all processes; collective.
+
+    Args:
+        accelerator: of this process.
+        optimizer: has these parameters, and perhaps others.
+        loss: scalar, this process's.
+        parameters: what is moved.
+        max_grad_norm: norm to which the mean gradient is clipped.
 
     Returns:
         The gradient's norm before it was clipped, a scalar. A step whose gradient is not finite is
@@ -647,7 +650,7 @@ def descend(
 
 
 @torch.no_grad()
-def follow(targets: nn.Module, source: nn.Module, part: float) -> None:
+def polyak_update(targets: nn.Module, source: nn.Module, part: float) -> None:
     """Moves the parameters of `targets` towards those of `source` by `part` of the way."""
     pairs = zip(targets.parameters(), source.parameters(), strict=True)
     for target, parameter in pairs:
@@ -662,14 +665,15 @@ def of_all_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 def main(
     args: Args,
-    make_agent: Callable[..., Any] = make_agent,
+    make_agent: Callable[..., Any] | None = None,
     make_envs: Callable[..., Any] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last iteration's metrics.
 
     `make_agent` and `make_envs` are the two places to plug in something else. An agent is a module
     with the methods of `gr00t_agent.protocol.SteerableAgent`, where the shape of every argument and
-    result is said. With --compile it has `compile_network` too.
+    result is said. With --compile it has `compile_network` too. Checkpoints do not name the policy
+    that is steered if `make_agent` is given, since `model` does not say which it is.
     """
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
@@ -682,7 +686,7 @@ def main(
     is_main = accelerator.is_main_process
     num_envs = share_of_process(args, "num_envs", num_processes)
     minibatch_share = share_of_process(args, "minibatch_size", num_processes)
-    is_own_agent = make_agent is not agent_of_args
+    is_own_agent = make_agent is not None
     if is_main and not is_own_agent:
         tell_start(args)
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
@@ -700,7 +704,8 @@ def main(
 
     # --- the frozen agent ---
     set_seed(args.seed)  # the same weights on every process
-    agent = make_agent(args).to(device).eval().requires_grad_(False)
+    agent = load_agent(args) if make_agent is None else make_agent(args)
+    agent = agent.to(device).eval().requires_grad_(False)
     check_agent_takes(agent, args)
     origin = origin_of(accelerator, agent)
     if args.compile:
@@ -904,7 +909,7 @@ def main(
 
             # --- update ---
             history: list[dict[str, Tensor]] = []  # means of each update
-            for update in range(args.num_updates if args.updates(iteration) else 0):
+            for update in range(args.num_updates if args.has_update(iteration) else 0):
                 key = (args.seed, MINIBATCHES, iteration, update)
                 inds = np.random.default_rng(key).integers(replay.size, size=args.minibatch_size)
                 batch = replay.get(torch.from_numpy(inds[mine]).to(device))
@@ -922,7 +927,9 @@ def main(
                 # The critics, towards their targets.
                 with torch.no_grad():
                     next_decision, next_logprob = actor.sample(next_z, next_eps)
-                    next_values = reduced(targets(next_z, next_decision), args.critic_reduction)
+                    next_values = ensemble_value(
+                        targets(next_z, next_decision), args.critic_reduction
+                    )
                     if args.backup_entropy:
                         next_values = next_values - alpha * next_logprob
                     if args.value_bounds is not None:
@@ -931,7 +938,7 @@ def main(
 
                 values = critics(z, batch.decision)  # [E, M]
                 q_loss = critic_loss(values, target)
-                critic_norm = descend(
+                critic_norm = clipped_step(
                     accelerator, optimizer, q_loss, critic_parameters, args.max_grad_norm
                 )
                 dump = dict(batch._asdict(), loss=q_loss, values=values, target=target)
@@ -939,10 +946,10 @@ def main(
 
                 # The actor, towards what the critics value, and the temperature.
                 decision, logprob = actor.sample(z, eps)
-                decided_values = reduced(critics(z, decision), args.critic_reduction)
+                decided_values = ensemble_value(critics(z, decision), args.critic_reduction)
                 pi_loss = actor_loss(logprob, decided_values, alpha)
                 alpha_loss = temperature_loss(networks.log_alpha, logprob, target_entropy)
-                actor_norm = descend(
+                actor_norm = clipped_step(
                     accelerator,
                     optimizer,
                     pi_loss + alpha_loss,
@@ -952,7 +959,7 @@ def main(
                 dump |= dict(loss=pi_loss, logprob=logprob, decided_values=decided_values)
                 run.check_finite(actor_norm, iteration, [dump])
 
-                follow(targets, critics, args.polyak)
+                polyak_update(targets, critics, args.polyak)
                 monitor.end_minibatch()
 
                 terms = {

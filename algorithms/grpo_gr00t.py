@@ -231,8 +231,9 @@ class Args:
     dual_clip: float | None = None
     """Bound on ratio * |A| for A < 0 (usually 3); off if not given."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
-    follow it."""
+    """Weight of the entropy bonus (closed form, in nats); the noise of reinflow alone can follow
+    it. With logprob_level `chunk` the bonus is the entropy of the whole decision, with `action` and
+    `token` the mean over its executed actions or over their elements."""
     imitation_coef: float = 0.0
     """Weight of flow matching on what the rollouts' successful episodes did (self-imitation). A
     policy whose mean moves by it needs a smaller step size than GRPO alone would bear. Successes of
@@ -398,10 +399,10 @@ from algorithms.common.randomness import (
     GROUPS,
     MINIBATCHES,
     NOISE,
-    deal,
     flow_draws_of,
     generators_of,
     seed_of,
+    stratified_minibatches,
 )
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
 from algorithms.common.stages import EnvStages
@@ -451,7 +452,7 @@ def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEn
     return ModalityVectorObservation(envs, modality if image_size else replace(modality, video={}))
 
 
-def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
+def load_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     """Returns the agent that `args` ask for, on the CPU."""
     check_agent_options(args, PRESETS)
     if args.model == STATE_MODEL:
@@ -480,9 +481,6 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
         )
         add_lora(agent, settings)
     return store_frozen_as(agent, agent.policy.torch_dtype)
-
-
-agent_of_args = make_agent  # told apart from an agent of one's own, of which `model` says nothing
 
 
 def group_advantages(returns: Tensor, group_size: int) -> Tensor:
@@ -551,16 +549,24 @@ def policy_loss(
     return loss, is_clipped
 
 
-def divergence(logratio: Tensor) -> Tensor:
-    """Returns r - 1 - log r of each element: estimates KL(p || q) if r = q / p at draws from p."""
+def k3_kl(logratio: Tensor) -> Tensor:
+    """Returns r - 1 - log r of each element, the estimator "k3" of KL(p || q).
+
+    Args:
+        logratio: log r, with r = q / p at draws from p.
+    """
     return logratio.exp() - 1 - logratio
 
 
-def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+def mask_unexecuted(elements: Tensor, executed: Tensor, level: str) -> Tensor:
     """Returns log-probabilities or entropies of the actions that were executed, at `level`.
 
-    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
-    consequence, and are 0 here.
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. These had no
+    consequence, and their elements are 0 here. Their noise can have had one: noise at any but the
+    last denoising step reaches the executed actions through the steps after it. It is treated as
+    the environment's, as RLinf treats the noise of a chunk's steps beyond the first C. So
+    log-probabilities are those of the executed entries at the noised step, given all entries of
+    the step before.
 
     Args:
         elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
@@ -595,6 +601,107 @@ def mean_of_executed(elements: Tensor, executed: Tensor) -> Tensor:
 def sum_per_decision(elements: Tensor) -> Tensor:
     """Returns the sum of each decision's elements [B, ...], [B]."""
     return elements.float().reshape(len(elements), -1).sum(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What the loss has to know of B decisions, besides what the policy now says of them.
+
+    Attributes:
+        executed: [B, C] bool, True where an action was executed.
+        logprobs: log-probabilities of the rollout's policy, [B], [B, C] or [B, C, a] by
+            `logprob_level`, 0 where not executed.
+        start_logprobs: the same of the policy that training started from; of the rollout's without
+            kl_coef.
+        advantages: [B].
+        weights: [B] weights of the decisions, with mean 1; 0 for those that are only imitated.
+        imitation_weights: [B] the same for imitation, 0 where nothing is imitated.
+        is_measured: [B] bool, True for those of which terms are logged, all but the imitation loss,
+            which is of all.
+    """
+
+    executed: Tensor
+    logprobs: Tensor
+    start_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+    imitation_weights: Tensor
+    is_measured: Tensor
+
+    def at(self, inds: NDArray[np.intp]) -> Batch:
+        """Returns decisions `inds` [M] of these."""
+        rows = torch.from_numpy(inds).to(self.weights.device)
+        return Batch(**{name: values[rows] for name, values in vars(self).items()})
+
+
+def grpo_loss(
+    newlogprob: Tensor,
+    entropy: Tensor,
+    flow_error: Tensor | None,
+    batch: Batch,
+    mb_size: Tensor,
+    args: Args,
+    only_imitates: bool,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Returns the loss of some decisions, a scalar, what is logged of them, and their log-ratios.
+
+    Args:
+        newlogprob: log-probabilities of all actions by the policy's present weights, [B], or
+            [B, C] or [B, C, a] by step or element.
+        entropy: of the same shape.
+        flow_error: [B, C, a] flow matching's error; None without imitation_coef.
+        batch: the decisions.
+        mb_size: decisions of the whole minibatch, a scalar: the loss is their part of its mean.
+        args: coefficients and clips.
+        only_imitates: train the policy by imitation alone.
+
+    Returns:
+        The loss; by name the terms that are logged, [B] each; and the log-ratios, 0 where an action
+        was not executed. All but the loss have no gradient.
+    """
+    executed = batch.executed
+    newlogprob = mask_unexecuted(newlogprob, executed, args.logprob_level)
+    entropy = mask_unexecuted(entropy, executed, args.logprob_level)
+    logratio = newlogprob - batch.logprobs
+
+    pg_loss, pg_clipped = policy_loss(
+        logratio,
+        batch.advantages,
+        args.clip_coef,
+        args.clip_coef_high,
+        args.dual_clip,
+    )
+    pg_loss = mean_of_executed(pg_loss, executed)
+    pg_clipped = mean_of_executed(pg_clipped, executed)
+
+    approx_kl = k3_kl(logratio)
+    start_kl = torch.zeros_like(logratio)
+    if args.kl_coef:
+        start_kl = k3_kl(batch.start_logprobs - newlogprob)
+
+    if only_imitates:
+        # Learned noise stays in the graph, where DDP looks for all weights.
+        loss = 0 * mean_of_executed(entropy, executed)
+    else:
+        # At every level these weigh against the policy loss alike.
+        loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
+        loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+    loss = (batch.weights * loss).sum() / mb_size
+
+    imitation_loss = torch.zeros_like(pg_loss)
+    if flow_error is not None:
+        imitation_loss = batch.imitation_weights * mean_of_executed(flow_error, executed)
+        loss = loss + args.imitation_coef * imitation_loss.sum() / mb_size
+
+    terms = {
+        "actor/loss": pg_loss,
+        "actor/entropy": sum_per_decision(entropy),
+        "actor/reference_kl": sum_per_decision(start_kl),
+        "actor/approx_kl": sum_per_decision(approx_kl),
+        "actor/pg_clipfrac": pg_clipped,
+        "actor/imitation_loss": imitation_loss,
+    }
+    return loss, {name: term.detach() for name, term in terms.items()}, logratio.detach()
 
 
 def sample_groups(
@@ -669,7 +776,7 @@ def dry_run(
 
 def main(
     args: Args,
-    make_agent: Callable[..., Any] = make_agent,
+    make_agent: Callable[..., Any] | None = None,
     make_envs: Callable[..., Any] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last iteration's metrics.
@@ -686,8 +793,10 @@ def main(
     micro_batch_size = share_of_process(args, "micro_batch_size", num_processes)
     if accelerator.is_fsdp2:
         raise ValueError("FSDP cannot be used: processes end episodes at different times; use DDP")
-    if is_main and make_agent is agent_of_args:
-        tell_start(args)
+    if make_agent is None:
+        make_agent = load_agent
+        if is_main:
+            tell_start(args)
     if args.dry_run:
         return dry_run(args, accelerator, make_agent, make_envs)
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
@@ -818,7 +927,7 @@ def main(
             store.clear()
             num_rollouts, num_kept = 0, 0
             kept: list[dict[str, Any]] = []
-            spare: dict[str, Any] = {}
+            padding_decision: dict[str, Any] = {}
             group_stds: list[Tensor] = []
 
             while num_rollouts < args.max_rollouts and num_kept < args.num_groups:
@@ -923,39 +1032,36 @@ def main(
 
                 is_kept = (is_compared | is_won if args.imitation_coef else is_compared).numpy()
                 kept.append(index(played, np.flatnonzero(is_kept)))
-                if not spare:
-                    spare = index(played, np.zeros(1, dtype=np.intp))
-                store.free(np.setdiff1d(played["obs"][~is_kept], spare["obs"]))
+                if not padding_decision:
+                    padding_decision = index(played, np.zeros(1, dtype=np.intp))
+                store.free(np.setdiff1d(played["obs"][~is_kept], padding_decision["obs"]))
                 group_returns = returns.unflatten(0, (-1, args.group_size))
                 group_stds.append(group_returns.std(1, correction=0))
 
             # --- the batch: the decisions of informative groups, and others to imitate ---
-            # The last row is a spare decision, which weighs nothing and serves where this process
+            # The last row is a padding decision, which weighs nothing and serves where this process
             # has none in a minibatch.
-            spare["advantage"] = torch.zeros(1, device=device)
-            spare["weight"] = torch.zeros(1, device=device)
-            spare["won"] = torch.zeros(1, device=device)
-            batch = concatenate([*kept, spare])
-            b_obs = batch["obs"]  # row numbers in the store
-            b_actions = batch["action"]
-            b_executed = torch.from_numpy(batch["executed"]).to(device)
-            b_logprobs = of_executed(batch["logprob"], b_executed, args.logprob_level)
-            b_advantages = batch["advantage"]
-            b_weights = batch["weight"]
-            b_env_ids = env_ids[batch["episode"][:-1]]
-            spare_ind = len(b_obs) - 1
+            padding_decision["advantage"] = torch.zeros(1, device=device)
+            padding_decision["weight"] = torch.zeros(1, device=device)
+            padding_decision["won"] = torch.zeros(1, device=device)
+            joined = concatenate([*kept, padding_decision])
+            b_obs = joined["obs"]  # row numbers in the store
+            b_actions = joined["action"]
+            b_executed = torch.from_numpy(joined["executed"]).to(device)
+            b_logprobs = mask_unexecuted(joined["logprob"], b_executed, args.logprob_level)
+            b_weights = joined["weight"]
+            b_env_ids = env_ids[joined["episode"][:-1]]
+            padding_ind = len(b_obs) - 1
 
-            num_decisions = torch.tensor(float(spare_ind), device=device)
+            num_decisions = torch.tensor(float(padding_ind), device=device)
             num_decisions = over_processes(accelerator, num_decisions, "sum")
             if args.loss_weighting == "decision":
                 b_weights = (b_weights > 0).float()
             sum_of_weights = over_processes(accelerator, b_weights.sum(), "sum")
             b_weights *= num_decisions / sum_of_weights.clamp(min=1e-9)
-            b_won = batch["won"]
-            num_won = over_processes(accelerator, b_won.sum(), "sum")
-            b_won *= num_decisions / num_won.clamp(min=1)  # with mean 1, if any
-            # What is logged of the update, and what the step size follows, is of these decisions.
-            b_measured = (b_won if only_imitates else b_weights) > 0
+            b_imitation_weights = joined["won"]
+            num_won = over_processes(accelerator, b_imitation_weights.sum(), "sum")
+            b_imitation_weights *= num_decisions / num_won.clamp(min=1)  # with mean 1, if any
 
             b_start_logprobs = b_logprobs
             if start_policy is not None:
@@ -965,10 +1071,21 @@ def main(
                         b_obs,
                         b_actions,
                         np.arange(len(b_obs)),
-                        num_passes=spare_ind // micro_batch_size + 1,
+                        num_passes=padding_ind // micro_batch_size + 1,
                         **noise,
                     )
-                b_start_logprobs = of_executed(b_start_logprobs, b_executed, args.logprob_level)
+                b_start_logprobs = mask_unexecuted(b_start_logprobs, b_executed, args.logprob_level)
+
+            batch = Batch(
+                executed=b_executed,
+                logprobs=b_logprobs,
+                start_logprobs=b_start_logprobs,
+                advantages=joined["advantage"],
+                weights=b_weights,
+                imitation_weights=b_imitation_weights,
+                # What is logged of the update, and what the step size follows, is of these.
+                is_measured=(b_imitation_weights if only_imitates else b_weights) > 0,
+            )
 
             # --- update ---
             checkpoints.begin_update()
@@ -981,7 +1098,8 @@ def main(
             num_epochs = args.num_epochs(iteration)
 
             for epoch in range(num_epochs):
-                b_flow: list[Tensor] = []  # fresh noise [B, H, A], and times to denoise it at
+                b_flow_noise: Tensor | None = None  # [B, H, A], drawn anew in every epoch
+                b_flow_steps: Tensor | None = None  # [B], at which the flow's error is taken
                 if args.imitation_coef:
                     draws = flow_draws_of(
                         (args.seed, FLOW, iteration, epoch),
@@ -989,17 +1107,19 @@ def main(
                         args.denoising_steps,
                         tuple(b_actions.chain.shape[2:]),
                     )
-                    # Nothing is drawn for the spare decision, whose error does not count.
-                    b_flow = [torch.cat([x, torch.zeros_like(x[:1])]).to(device) for x in draws]
+                    # Nothing is drawn for the padding decision, whose error does not count.
+                    b_flow_noise, b_flow_steps = (
+                        torch.cat([x, torch.zeros_like(x[:1])]).to(device) for x in draws
+                    )
                 key = (args.seed, MINIBATCHES, iteration, epoch)
-                for mb_inds in deal(b_env_ids, args.num_minibatches, key):
+                for mb_inds in stratified_minibatches(b_env_ids, args.num_minibatches, key):
                     mb_size = torch.tensor(float(len(mb_inds)), device=device)
                     mb_size = over_processes(accelerator, mb_size, "sum")
                     if mb_size == 0:
                         continue
                     if len(mb_inds) == 0:
-                        mb_inds = np.array([spare_ind])
-                    is_measured = b_measured[torch.from_numpy(mb_inds).to(device)]
+                        mb_inds = np.array([padding_ind])
+                    is_measured = index(batch.is_measured, mb_inds)
                     num_measured = over_processes(accelerator, is_measured.sum(), "sum")
                     num_micro_batches = math.ceil(len(mb_inds) / micro_batch_size)
                     stats: dict[str, Tensor] = {}  # this process's part of the minibatch's means
@@ -1008,81 +1128,42 @@ def main(
                     for micro, inds in enumerate(np.array_split(mb_inds, num_micro_batches)):
                         # Processes exchange gradients with the last micro-batch.
                         is_last = micro == num_micro_batches - 1
-                        at = torch.from_numpy(inds).to(device)
+                        mb = batch.at(inds)
                         with nullcontext() if is_last else accelerator.no_sync(model):
                             features = store.get(b_obs[inds])
                             decided = index(b_actions, inds)
                             flow_error = None
                             with accelerator.autocast():
                                 if args.imitation_coef:
+                                    flow = [index(x, inds) for x in (b_flow_noise, b_flow_steps)]
                                     _, newlogprob, entropy, _, flow_error = model(
-                                        features,
-                                        decided,
-                                        flow_draws=[x[at] for x in b_flow],
-                                        **noise,
+                                        features, decided, flow_draws=flow, **noise
                                     )
                                 else:
                                     _, newlogprob, entropy, _ = model(features, decided, **noise)
-                            executed = b_executed[at]
-                            newlogprob = of_executed(newlogprob, executed, args.logprob_level)
-                            entropy = of_executed(entropy, executed, args.logprob_level)
-                            logratio = newlogprob - b_logprobs[at]
-
-                            pg_loss, pg_clipped = policy_loss(
-                                logratio,
-                                b_advantages[at],
-                                args.clip_coef,
-                                args.clip_coef_high,
-                                args.dual_clip,
+                            loss, terms, logratio = grpo_loss(
+                                newlogprob,
+                                entropy,
+                                flow_error,
+                                mb,
+                                mb_size,
+                                args,
+                                only_imitates,
                             )
-                            pg_loss = mean_of_executed(pg_loss, executed)
-                            pg_clipped = mean_of_executed(pg_clipped, executed)
-
-                            approx_kl = divergence(logratio)
-                            start_kl = torch.zeros_like(logratio)
-                            if start_policy is not None:
-                                start_kl = divergence(b_start_logprobs[at] - newlogprob)
-
-                            # At every level these weigh against the policy loss alike.
-                            loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
-                            loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
-                            if only_imitates:
-                                # Learned noise stays in the graph, where DDP looks for all weights.
-                                loss = 0 * mean_of_executed(entropy, executed)
-                            loss = (b_weights[at] * loss).sum() / mb_size
-
-                            imitation_loss = torch.zeros_like(pg_loss)
-                            if flow_error is not None:
-                                imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
-                                loss = loss + args.imitation_coef * imitation_loss.sum() / mb_size
                             # DDP averages over processes, but the mean is over all decisions.
                             accelerator.backward(loss * num_processes)
 
-                        terms = {
-                            "actor/loss": pg_loss,
-                            "actor/entropy": sum_per_decision(entropy),
-                            "actor/reference_kl": sum_per_decision(start_kl),
-                            "actor/approx_kl": sum_per_decision(approx_kl),
-                            "actor/pg_clipfrac": pg_clipped,
-                        }
+                        imitation_loss = terms.pop("actor/imitation_loss")
                         sums = {
-                            name: (b_measured[at] * x.detach()).sum() / num_measured.clamp(min=1)
-                            for name, x in terms.items()
+                            name: (mb.is_measured * term).sum() / num_measured.clamp(min=1)
+                            for name, term in terms.items()
                         }
-                        sums["actor/imitation_loss"] = imitation_loss.detach().sum() / mb_size
-                        for name, x in sums.items():
-                            stats[name] = stats.get(name, 0.0) + x
-                        micro_batches.append(
-                            dict(
-                                loss=loss.detach(),
-                                logratio=logratio.detach(),
-                                logprob=b_logprobs[at],
-                                advantage=b_advantages[at],
-                                weight=b_weights[at],
-                            )
-                        )
+                        sums["actor/imitation_loss"] = imitation_loss.sum() / mb_size
+                        for name, part in sums.items():
+                            stats[name] = stats.get(name, 0.0) + part
+                        micro_batches.append(dict(vars(mb), loss=loss.detach(), logratio=logratio))
                         if not minibatch_means:  # no update yet: ratios are 1
-                            deviation = (logratio.detach().exp() - 1).abs().max()
+                            deviation = (logratio.exp() - 1).abs().max()
                             ratio_deviation = max(ratio_deviation, deviation.item())
 
                     if not minibatch_means:
@@ -1111,8 +1192,8 @@ def main(
             # --- log, evaluate, save ---
             global_step += monitor.end_update()
             success_std, _ = mean_and_variance(accelerator, torch.cat(group_stds).to(device))
-            advantages_sum = over_processes(accelerator, b_advantages.sum(), "sum")
-            num_compared = over_processes(accelerator, (b_weights > 0).sum(), "sum")
+            advantages_sum = over_processes(accelerator, batch.advantages.sum(), "sum")
+            num_compared = over_processes(accelerator, (batch.weights > 0).sum(), "sum")
             metrics = {}
             if minibatch_means:
                 metrics |= {name: x.item() for name, x in mean_of(minibatch_means).items()}

@@ -265,8 +265,9 @@ class Args:
     vf_coef: float = 1.0
     """Weight of the value loss."""
     ent_coef: float = 0.0
-    """Weight of the entropy bonus (closed form, nats per decision); the noise of reinflow alone can
-    follow it."""
+    """Weight of the entropy bonus (closed form, in nats); the noise of reinflow alone can follow
+    it. With logprob_level `chunk` the bonus is the entropy of the whole decision, with `action` and
+    `token` the mean over its executed actions or over their elements."""
     imitation_coef: float = 0.0
     """Weight of flow matching on what the rollout's successful episodes did (self-imitation). A
     policy whose mean moves by it needs a smaller step size than PPO alone would bear. Only decisions
@@ -461,13 +462,13 @@ from algorithms.common.randomness import (
     FLOW,
     MINIBATCHES,
     NOISE,
-    deal,
     flow_draws,
     generators_of,
     seed_of,
+    stratified_minibatches,
 )
 from algorithms.common.resume import Checkpoints, StopSignal, missing_evaluation, open_run
-from algorithms.common.stages import EnvStages
+from algorithms.common.stages import EnvStages, EnvStep
 from algorithms.common.state_agent import StateFlowAgent
 from algorithms.common.step_sizes import StepSizes, imitation_step_factor
 from algorithms.common.task_sampling import TaskSampler
@@ -521,7 +522,7 @@ def make_envs(
     return ModalityVectorObservation(envs, modality if image_size else replace(modality, video={}))
 
 
-def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
+def load_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     """Returns the agent that `args` ask for, on the CPU."""
     check_agent_options(args, PRESETS)
     if args.model == STATE_MODEL:
@@ -553,7 +554,62 @@ def make_agent(args: Args) -> Gr00tAgent | StateFlowAgent:
     return store_frozen_as(agent, agent.policy.torch_dtype)
 
 
-agent_of_args = make_agent  # told apart from an agent of one's own, of which `model` says nothing
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """What each decision [K, N] of a rollout has led to.
+
+    Attributes:
+        rewards: float32.
+        terminal: bool, True where nothing follows that is worth anything: no bootstrap.
+        succeeded: bool, True where the episode ended in success.
+        ended: bool, True where the episode ended (terminated or truncated).
+        executed_steps: int64, actions of the chunk that were executed.
+        episode_lengths: int64, environment steps of the episode that ended there, else 0.
+        task_ids: int64, task of the episode; 0 without center_adv_by_task.
+    """
+
+    rewards: Tensor
+    terminal: Tensor
+    succeeded: Tensor
+    ended: Tensor
+    executed_steps: Tensor
+    episode_lengths: Tensor
+    task_ids: Tensor
+
+    @classmethod
+    def zeros(cls, num_steps: int, num_envs: int) -> Outcomes:
+        """Returns room for a rollout, on the CPU."""
+        shape = (num_steps, num_envs)
+        return cls(
+            rewards=torch.zeros(shape),
+            terminal=torch.zeros(shape, dtype=torch.bool),
+            succeeded=torch.zeros(shape, dtype=torch.bool),
+            ended=torch.zeros(shape, dtype=torch.bool),
+            executed_steps=torch.zeros(shape, dtype=torch.long),
+            episode_lengths=torch.zeros(shape, dtype=torch.long),
+            task_ids=torch.zeros(shape, dtype=torch.long),
+        )
+
+    def put(self, step: int, rows: slice, outcome: EnvStep, args: Args) -> None:
+        """Enters what decision `step` of the environments `rows` has led to."""
+        is_end = outcome.terminated | outcome.truncated
+        is_terminal = outcome.terminated
+        if args.truncation == "failure":  # nothing is left of a late episode
+            is_terminal = is_end
+        self.rewards[step, rows] = torch.from_numpy(outcome.reward).float()
+        self.terminal[step, rows] = torch.from_numpy(is_terminal)
+        self.succeeded[step, rows] = torch.from_numpy(outcome.terminated)
+        self.ended[step, rows] = torch.from_numpy(is_end)
+        self.executed_steps[step, rows] = torch.from_numpy(outcome.infos["num_steps"])
+        if args.center_adv_by_task:
+            self.task_ids[step, rows] = torch.from_numpy(played_tasks(outcome.infos, is_end))
+        if is_end.any():
+            lengths = outcome.infos["final_info"]["episode_length"]
+            self.episode_lengths[step, rows] = torch.from_numpy(lengths)
+
+    def to(self, device: torch.device) -> Outcomes:
+        """Returns the same on a device."""
+        return Outcomes(**{name: values.to(device) for name, values in vars(self).items()})
 
 
 def compute_gae(
@@ -679,16 +735,24 @@ def value_loss(
     return torch.maximum(plain, clipped), is_clipped
 
 
-def divergence(logratio: Tensor) -> Tensor:
-    """Returns r - 1 - log r of each element: estimates KL(p || q) if r = q / p at draws from p."""
+def k3_kl(logratio: Tensor) -> Tensor:
+    """Returns r - 1 - log r of each element, the estimator "k3" of KL(p || q).
+
+    Args:
+        logratio: log r, with r = q / p at draws from p.
+    """
     return logratio.exp() - 1 - logratio
 
 
-def of_executed(elements: Tensor, executed: Tensor, level: str) -> Tensor:
+def mask_unexecuted(elements: Tensor, executed: Tensor, level: str) -> Tensor:
     """Returns log-probabilities or entropies of the actions that were executed, at `level`.
 
-    An episode that ends within a chunk leaves the chunk's last actions unexecuted. They had no
-    consequence, and are 0 here.
+    An episode that ends within a chunk leaves the chunk's last actions unexecuted. These had no
+    consequence, and their elements are 0 here. Their noise can have had one: noise at any but the
+    last denoising step reaches the executed actions through the steps after it. It is treated as
+    the environment's, as RLinf treats the noise of a chunk's steps beyond the first C. So
+    log-probabilities are those of the executed entries at the noised step, given all entries of
+    the step before.
 
     Args:
         elements: [B, C] or [B, C, a]; [B] of an agent that scores whole chunks only stays.
@@ -725,6 +789,118 @@ def sum_per_decision(elements: Tensor) -> Tensor:
     return elements.float().reshape(len(elements), -1).sum(dim=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What the loss has to know of B decisions, besides what the policy now says of them.
+
+    Attributes:
+        executed: [B, C] bool, True where an action was executed.
+        logprobs: log-probabilities of the rollout's policy, [B], [B, C] or [B, C, a] by
+            `logprob_level`, 0 where not executed.
+        start_logprobs: the same of the policy that training started from, 0 without kl_coef.
+        values: [B] what the critic said before the update.
+        advantages: [B].
+        returns: [B].
+        weights: [B] weights of the decisions, with mean 1.
+        imitation_weights: [B] the same for imitation, 0 where nothing is imitated.
+    """
+
+    executed: Tensor
+    logprobs: Tensor
+    start_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+    imitation_weights: Tensor
+
+    def at(self, inds: NDArray[np.intp]) -> Batch:
+        """Returns decisions `inds` [M] of these."""
+        rows = torch.from_numpy(inds).to(self.weights.device)
+        return Batch(**{name: values[rows] for name, values in vars(self).items()})
+
+
+def ppo_loss(
+    newlogprob: Tensor,
+    entropy: Tensor,
+    newvalue: Tensor,
+    flow_error: Tensor | None,
+    batch: Batch,
+    args: Args,
+    only_imitates: bool,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Returns the loss of some decisions, a scalar, what is logged of them, and their log-ratios.
+
+    Args:
+        newlogprob: log-probabilities of all actions by the policy's present weights, [B], or
+            [B, C] or [B, C, a] by step or element.
+        entropy: of the same shape.
+        newvalue: [B] what the critic now says.
+        flow_error: [B, C, a] flow matching's error; None without imitation_coef.
+        batch: the decisions.
+        args: coefficients and clips.
+        only_imitates: train the critic, and the policy by imitation alone.
+
+    Returns:
+        The loss; by name the terms that are logged, [B] each; and the log-ratios, 0 where an action
+        was not executed. All but the loss have no gradient.
+    """
+    executed = batch.executed
+    newlogprob = mask_unexecuted(newlogprob, executed, args.logprob_level)
+    entropy = mask_unexecuted(entropy, executed, args.logprob_level)
+    logratio = newlogprob - batch.logprobs
+
+    pg_loss, pg_clipped = policy_loss(
+        logratio,
+        batch.advantages,
+        args.clip_coef,
+        args.clip_coef_high,
+        args.dual_clip,
+    )
+    pg_loss = mean_of_executed(pg_loss, executed)
+    pg_clipped = mean_of_executed(pg_clipped, executed)
+
+    v_loss, v_clipped = value_loss(
+        newvalue,
+        batch.values,
+        batch.returns,
+        args.value_clip,
+        args.huber_delta,
+    )
+
+    approx_kl = k3_kl(logratio)
+    start_kl = torch.zeros_like(logratio)
+    if args.kl_coef:
+        start_kl = k3_kl(batch.start_logprobs - newlogprob)
+
+    if only_imitates:
+        # Learned noise stays in the graph, where DDP looks for all weights.
+        loss = 0 * mean_of_executed(entropy, executed)
+    else:
+        # At every level these weigh against the policy loss alike.
+        loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
+        loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
+    loss = loss + args.vf_coef * v_loss
+    loss = (batch.weights * loss).mean()
+
+    imitation_loss = torch.zeros_like(newvalue)
+    if flow_error is not None:
+        imitation_loss = batch.imitation_weights * mean_of_executed(flow_error, executed)
+        loss = loss + args.imitation_coef * imitation_loss.mean()
+
+    terms = {
+        "actor/loss": pg_loss,
+        "actor/value_loss": v_loss,
+        "actor/imitation_loss": imitation_loss,
+        "actor/entropy": sum_per_decision(entropy),
+        "actor/reference_kl": sum_per_decision(start_kl),
+        "actor/approx_kl": sum_per_decision(approx_kl),
+        "actor/pg_clipfrac": pg_clipped,
+        "actor/value_clip_ratio": v_clipped.float(),
+    }
+    return loss, {name: term.detach() for name, term in terms.items()}, logratio.detach()
+
+
 def dry_run(
     args: Args,
     accelerator: Accelerator,
@@ -754,7 +930,7 @@ def dry_run(
 
 def main(
     args: Args,
-    make_agent: Callable[..., Any] = make_agent,
+    make_agent: Callable[..., Any] | None = None,
     make_envs: Callable[..., Any] = make_envs,
 ) -> dict[str, float]:
     """Trains, evaluates, and returns the last iteration's metrics.
@@ -774,8 +950,10 @@ def main(
     num_envs = share_of_process(args, "num_envs", num_processes)
     share_of_process(args, "micro_batch_size", num_processes)
     num_micro_batches = args.num_micro_batches
-    if is_main and make_agent is agent_of_args:
-        tell_start(args)
+    if make_agent is None:
+        make_agent = load_agent
+        if is_main:
+            tell_start(args)
     if args.dry_run:
         return dry_run(args, accelerator, make_agent, make_envs)
     run, checkpoint = open_run(args, accelerator, num_iterations=args.num_iterations)
@@ -930,39 +1108,14 @@ def main(
             actions: list[Any] = []
             logprobs: list[Tensor] = []
             values = torch.zeros((args.num_steps, num_envs), device=device)
-            rewards = torch.zeros((args.num_steps, num_envs))
-            terminal = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
-            succeeded = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
-            ended = torch.zeros((args.num_steps, num_envs), dtype=torch.bool)
-            executed_steps = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
-            episode_lengths = torch.zeros(
-                (args.num_steps, num_envs), dtype=torch.long
-            )  # at its end
-            task_ids = torch.zeros((args.num_steps, num_envs), dtype=torch.long)
+            outcomes = Outcomes.zeros(args.num_steps, num_envs)
             final_obs: list[tuple[int, NDArray[np.intp], dict[str, Any]]] = []
 
             for step in range(args.num_steps + 1):
                 for i, stage in enumerate(stages):
                     if step > 0:  # what the decision before has led to
                         outcome = stage.receive()
-                        is_end = outcome.terminated | outcome.truncated
-                        is_terminal = outcome.terminated
-                        if args.truncation == "failure":  # nothing is left of a late episode
-                            is_terminal = is_end
-                        rewards[step - 1, stage.rows] = torch.from_numpy(outcome.reward).float()
-                        terminal[step - 1, stage.rows] = torch.from_numpy(is_terminal)
-                        succeeded[step - 1, stage.rows] = torch.from_numpy(outcome.terminated)
-                        ended[step - 1, stage.rows] = torch.from_numpy(is_end)
-                        num_executed = torch.from_numpy(outcome.infos["num_steps"])
-                        executed_steps[step - 1, stage.rows] = num_executed
-                        if args.center_adv_by_task:
-                            played = played_tasks(outcome.infos, is_end)
-                            task_ids[step - 1, stage.rows] = torch.from_numpy(played)
-                        if is_end.any():
-                            lengths = torch.from_numpy(
-                                outcome.infos["final_info"]["episode_length"]
-                            )
-                            episode_lengths[step - 1, stage.rows] = lengths
+                        outcomes.put(step - 1, stage.rows, outcome, args)
 
                         cut = np.flatnonzero(outcome.truncated & ~outcome.terminated)
                         if args.truncation == "bootstrap" and len(cut):
@@ -996,7 +1149,7 @@ def main(
             stop.check_together()
 
             # --- advantages ---
-            rewards, terminal, ended = (x.to(device) for x in (rewards, terminal, ended))
+            outcomes = outcomes.to(device)
             # A truncated episode goes on in the value of its own last observation. Every process
             # makes as many calls, which are collective where weights are sharded.
             num_calls = torch.tensor(len(final_obs), device=device)
@@ -1016,18 +1169,18 @@ def main(
                 bounded_values = values.clamp(*args.value_bounds)
                 next_values = next_values.clamp(*args.value_bounds)
             advantages, returns = compute_gae(
-                rewards * args.reward_scale,
+                outcomes.rewards * args.reward_scale,
                 bounded_values,
                 next_values,
-                terminal,
-                ended,
+                outcomes.terminal,
+                outcomes.ended,
                 args.gamma,
                 args.gae_lambda,
             )
             returns_mean, _ = mean_and_variance(accelerator, returns)
             advantages_mean, _ = mean_and_variance(accelerator, advantages)
             if args.center_adv_by_task:
-                advantages = advantages - group_means(accelerator, advantages, task_ids.to(device))
+                advantages = advantages - group_means(accelerator, advantages, outcomes.task_ids)
             if args.norm_adv:
                 center, variance = mean_and_variance(accelerator, advantages)
                 advantages = ((advantages - center) / (variance.sqrt() + 1e-5)).float()
@@ -1039,28 +1192,25 @@ def main(
 
             weights = torch.ones_like(returns)
             if args.loss_weighting == "trajectory":
-                decisions = -(-episode_lengths // args.num_action_chunks)  # rounded up
-                weights = trajectory_weights(ended, decisions.to(device), horizon_decisions)
+                decisions = -(-outcomes.episode_lengths // args.num_action_chunks)  # rounded up
+                weights = trajectory_weights(outcomes.ended, decisions, horizon_decisions)
             weights_mean, _ = mean_and_variance(accelerator, index(weights.flatten(), selected))
             weights = (weights / weights_mean).float()
 
             # --- the batch: all decisions [K * N], step by step ---
             b_obs = np.concatenate(obs)
             b_actions = concatenate(actions)
-            b_executed = (torch.arange(args.num_action_chunks) < executed_steps[..., None]).flatten(
-                0, 1
-            )
-            b_executed = b_executed.to(device)  # [K * N, C]
-            b_logprobs = of_executed(torch.cat(logprobs), b_executed, args.logprob_level)
-            b_values = values.flatten()
-            b_advantages = advantages.flatten()
-            b_returns = returns.flatten()
-            b_weights = weights.flatten()
-            b_won = torch.zeros_like(b_returns)
+            b_executed = (
+                torch.arange(args.num_action_chunks, device=device)
+                < outcomes.executed_steps[..., None]
+            ).flatten(0, 1)  # [K * N, C]
+            b_logprobs = mask_unexecuted(torch.cat(logprobs), b_executed, args.logprob_level)
+            b_imitation_weights = torch.zeros_like(returns).flatten()
             if args.imitation_coef:
-                won = won_decisions(ended, succeeded.to(device))
+                won = won_decisions(outcomes.ended, outcomes.succeeded)
                 won_mean, _ = mean_and_variance(accelerator, index(won.flatten(), selected))
-                b_won = (won / won_mean.clamp(min=1e-6)).float().flatten()  # with mean 1, if any
+                won = won / won_mean.clamp(min=1e-6)  # with mean 1, if any
+                b_imitation_weights = won.float().flatten()
             b_start_logprobs = torch.zeros_like(b_logprobs)  # of decisions that are not selected
             if start_policy is not None:
                 with accelerator.autocast():
@@ -1072,11 +1222,22 @@ def main(
                         num_passes=num_minibatches * num_micro_batches,
                         **noise,
                     )
-                b_start_logprobs[torch.from_numpy(selected).to(device)] = of_executed(
+                b_start_logprobs[torch.from_numpy(selected).to(device)] = mask_unexecuted(
                     start_logprobs,
                     index(b_executed, selected),
                     args.logprob_level,
                 )
+
+            batch = Batch(
+                executed=b_executed,
+                logprobs=b_logprobs,
+                start_logprobs=b_start_logprobs,
+                values=values.flatten(),
+                advantages=advantages.flatten(),
+                returns=returns.flatten(),
+                weights=weights.flatten(),
+                imitation_weights=b_imitation_weights,
+            )
 
             # --- update ---
             checkpoints.begin_update()
@@ -1090,7 +1251,8 @@ def main(
             num_epochs = args.num_epochs(iteration)
 
             for epoch in range(num_epochs):
-                b_flow: list[Tensor] = []  # fresh noise [K * N, H, A], and times to denoise it at
+                b_flow_noise: Tensor | None = None  # [K * N, H, A], drawn anew in every epoch
+                b_flow_steps: Tensor | None = None  # [K * N], at which the flow's error is taken
                 if args.imitation_coef:
                     draws = flow_draws(
                         (args.seed, FLOW, iteration, epoch),
@@ -1099,9 +1261,9 @@ def main(
                         args.denoising_steps,
                         tuple(b_actions.chain.shape[2:]),
                     )
-                    b_flow = [x.to(device) for x in draws]
+                    b_flow_noise, b_flow_steps = (x.to(device) for x in draws)
                 key = (args.seed, MINIBATCHES, iteration, epoch)
-                for part in deal(b_groups[selected], num_minibatches, key):
+                for part in stratified_minibatches(b_groups[selected], num_minibatches, key):
                     mb_inds = selected[part]
                     stats: list[dict[str, Tensor]] = []  # means of each micro-batch
                     micro_batches: list[dict[str, Tensor]] = []  # for a dump
@@ -1109,91 +1271,43 @@ def main(
                     for micro, inds in enumerate(np.split(mb_inds, num_micro_batches)):
                         # Processes exchange gradients with the last micro-batch.
                         is_last = micro == num_micro_batches - 1
-                        at = torch.from_numpy(inds).to(device)
+                        mb = batch.at(inds)
                         with nullcontext() if is_last else accelerator.no_sync(model):
                             features = store.get(b_obs[inds])
                             decided = index(b_actions, inds)
                             flow_error = None
                             with accelerator.autocast():
                                 if args.imitation_coef:
+                                    flow = [index(x, inds) for x in (b_flow_noise, b_flow_steps)]
                                     _, newlogprob, entropy, newvalue, flow_error = model(
-                                        features,
-                                        decided,
-                                        flow_draws=[x[at] for x in b_flow],
-                                        **noise,
+                                        features, decided, flow_draws=flow, **noise
                                     )
                                 else:
                                     _, newlogprob, entropy, newvalue = model(
                                         features, decided, **noise
                                     )
-                            executed = b_executed[at]
-                            newlogprob = of_executed(newlogprob, executed, args.logprob_level)
-                            entropy = of_executed(entropy, executed, args.logprob_level)
-                            logratio = newlogprob - b_logprobs[at]
-
-                            pg_loss, pg_clipped = policy_loss(
-                                logratio,
-                                b_advantages[at],
-                                args.clip_coef,
-                                args.clip_coef_high,
-                                args.dual_clip,
-                            )
-                            pg_loss = mean_of_executed(pg_loss, executed)
-                            pg_clipped = mean_of_executed(pg_clipped, executed)
-
-                            v_loss, v_clipped = value_loss(
+                            loss, terms, logratio = ppo_loss(
+                                newlogprob,
+                                entropy,
                                 newvalue,
-                                b_values[at],
-                                b_returns[at],
-                                args.value_clip,
-                                args.huber_delta,
+                                flow_error,
+                                mb,
+                                args,
+                                only_imitates,
                             )
-
-                            approx_kl = divergence(logratio)
-                            start_kl = torch.zeros_like(logratio)
-                            if start_policy is not None:
-                                start_kl = divergence(b_start_logprobs[at] - newlogprob)
-
-                            # At every level these weigh against the policy loss alike.
-                            loss = pg_loss - args.ent_coef * mean_of_executed(entropy, executed)
-                            loss = loss + args.kl_coef * mean_of_executed(start_kl, executed)
-                            if only_imitates:
-                                # Learned noise stays in the graph, where DDP looks for all weights.
-                                loss = 0 * mean_of_executed(entropy, executed)
-                            loss = loss + args.vf_coef * v_loss
-                            loss = (b_weights[at] * loss).mean()
-
-                            imitation_loss = torch.zeros_like(newvalue)
-                            if flow_error is not None:
-                                imitation_loss = b_won[at] * mean_of_executed(flow_error, executed)
-                                loss = loss + args.imitation_coef * imitation_loss.mean()
                             accelerator.backward(loss / num_micro_batches)
 
-                        terms = {
-                            "actor/loss": pg_loss,
-                            "actor/value_loss": v_loss,
-                            "actor/imitation_loss": imitation_loss,
-                            "actor/entropy": sum_per_decision(entropy),
-                            "actor/reference_kl": sum_per_decision(start_kl),
-                            "actor/approx_kl": sum_per_decision(approx_kl),
-                            "actor/pg_clipfrac": pg_clipped,
-                            "actor/value_clip_ratio": v_clipped.float(),
-                        }
-                        stats.append({name: x.detach().mean() for name, x in terms.items()})
+                        stats.append({name: term.mean() for name, term in terms.items()})
                         micro_batches.append(
                             dict(
+                                vars(mb),
                                 loss=loss.detach(),
-                                logratio=logratio.detach(),
-                                logprob=b_logprobs[at],
+                                logratio=logratio,
                                 new_value=newvalue.detach(),
-                                value=b_values[at],
-                                advantage=b_advantages[at],
-                                ret=b_returns[at],
-                                weight=b_weights[at],
                             )
                         )
                         if not minibatch_means:  # no update yet: ratios are 1
-                            deviation = (logratio.detach().exp() - 1).abs().max()
+                            deviation = (logratio.exp() - 1).abs().max()
                             deviation = over_processes(accelerator, deviation, "max").item()
                             ratio_deviation = max(ratio_deviation, deviation)
 

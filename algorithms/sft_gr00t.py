@@ -363,7 +363,7 @@ def with_suite(args: Args, data_suite: str | None) -> Args:
     return args
 
 
-def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
+def load_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
     """Returns the agent that `args` ask for, on the CPU, with what is not trained frozen."""
     changes: dict[str, Any] = dict(
         num_action_chunks=args.num_action_chunks,
@@ -400,9 +400,6 @@ def make_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
         )
         add_lora(agent, settings)
     return agent
-
-
-from_model = make_agent
 
 
 def make_envs(args: Args, num_envs: int, image_size: int) -> gym.vector.VectorEnv:
@@ -511,10 +508,14 @@ def pinned(batch: Batch) -> Batch:
 
 def main(
     args: Args,
-    make_agent: Callable[[Args, DatasetMetadata], Gr00tAgent] = make_agent,
+    make_agent: Callable[[Args, DatasetMetadata], Gr00tAgent] | None = None,
     make_envs: Callable[[Args, int, int], gym.vector.VectorEnv] = make_envs,
 ) -> dict[str, float]:
-    """Trains, evaluates, and returns the last logged metrics."""
+    """Trains, evaluates, and returns the last logged metrics.
+
+    `make_agent` and `make_envs` are the two places to plug in something else. An agent of one's own
+    has LIBERO's data configuration, and not that of the checkpoint that `model` names.
+    """
     check_args(args)
     accelerator = make_accelerator(args.log_with, args.output_dir)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
@@ -530,14 +531,13 @@ def main(
     micro_size = share_of_process(args, "micro_batch_size", num_processes)
     num_micro_batches = args.num_micro_batches
 
-    if is_main and make_agent is from_model:
+    if is_main and make_agent is None:
         tell_start(args)
 
     # --- data ---
     # An agent of one's own is LIBERO's, whatever model is named.
-    dataset = make_dataset(
-        args, saved_data_config(args.model) if make_agent is from_model else None
-    )
+    data_config = saved_data_config(args.model) if make_agent is None else None
+    dataset = make_dataset(args, data_config)
     data_suite = suite_of_data(dataset)
     args = with_suite(args, data_suite)
     metadata = dataset.metadata()
@@ -575,7 +575,8 @@ def main(
 
     # --- agent, optimiser, average ---
     set_seed(args.seed)  # the same weights on every process
-    agent = make_agent(args, metadata).to(device)
+    agent = load_agent(args, metadata) if make_agent is None else make_agent(args, metadata)
+    agent = agent.to(device)
     check_metadata(agent.preprocessor.metadata, metadata, dataset.data_config)
     note_suite(agent, data_suite or args.suite)
     origin = facts | origin_of(accelerator, agent)

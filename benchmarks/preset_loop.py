@@ -93,7 +93,7 @@ def make_random_agent(args: Args) -> Gr00tAgent:
         return agent
 
     with mock.patch.object(Gr00tAgent, "load", load):
-        return cast(Gr00tAgent, ppo_gr00t.make_agent(args))
+        return cast(Gr00tAgent, ppo_gr00t.load_agent(args))
 
 
 def recipes_of(args: Args) -> dict[str, Args]:
@@ -213,7 +213,7 @@ def main() -> dict[str, Any]:
         table.add(name, row["env_steps_per_s"], speedup, *iterations.cells(row), row["memory_gb"])
         publish("preset_loop", {"variants": rows}, settings=told, output=options.output, is_last=False)
 
-    make_agent = make_random_agent if options.random_weights else ppo_gr00t.make_agent
+    make_agent = make_random_agent if options.random_weights else ppo_gr00t.load_agent
     failures = iterations.measure_rows(
         [(name, partial(measure, changed, make_envs, make_agent)) for name, (changed, make_envs) in variants.items()],
         add,

@@ -29,7 +29,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from algorithms import ppo_gr00t
-from algorithms.ppo_gr00t import Args, make_agent
+from algorithms.ppo_gr00t import Args
 from benchmarks import iterations
 from benchmarks.command_line import integer, launch_benchmark, make_parser, refusals, suite_name
 from benchmarks.publish import Table, judge, publish
@@ -91,7 +91,7 @@ def make_plain_envs(
 def measure(args: Args, make_envs: Any) -> list[dict[str, float]]:
     """Trains and returns the metrics of all iterations but the first."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        ppo_gr00t.main(replace(args, output_dir=Path(folder), run_name="run"), make_agent, make_envs)
+        ppo_gr00t.main(replace(args, output_dir=Path(folder), run_name="run"), make_envs=make_envs)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines][1:]
 

@@ -64,8 +64,8 @@ def flow_draws_of(
     return noise, steps
 
 
-def deal(strata: NDArray[np.integer], num_parts: int, key: tuple[int, ...]) -> list[NDArray[np.intp]]:
-    """Returns `num_parts` random, disjoint sets of rows [M_i] that together are all rows.
+def stratified_minibatches(strata: NDArray[np.integer], num_parts: int, key: tuple[int, ...]) -> list[NDArray[np.intp]]:
+    """Returns `num_parts` random, disjoint sets of rows [M_i] that together are all rows: an epoch's minibatches.
 
     The rows of each stratum are shuffled and dealt to the parts in turn, beginning at a random part. So each part has
     equally many of a stratum, to within one, and who else's strata are dealt makes no difference: a part's rows over

@@ -125,8 +125,8 @@ def test_the_copies_of_arguments_and_formulas_agree():
         "select_decisions": (a.flatten(), np.repeat(np.arange(6), 50), 10),
         "policy_loss": (a.flatten(), b.flatten(), 0.2, 0.28, 3.0),
         "value_loss": (a.flatten(), b.flatten(), c.flatten(), 0.2, 1.0),
-        "divergence": (a,),
-        "of_executed": (tokens, executed, "chunk"),
+        "k3_kl": (a,),
+        "mask_unexecuted": (tokens, executed, "chunk"),
         "mean_of_executed": (tokens, executed),
         "sum_per_decision": (tokens,),
     }
@@ -147,6 +147,47 @@ def test_no_trainer_takes_the_run_of_another_for_its_own():
 def test_importance_weights_by_hand():
     weights = async_ppo_gr00t.importance_weights(torch.tensor([0.0, math.log(2), 9.0]), torch.zeros(3), 5.0)
     torch.testing.assert_close(weights, torch.tensor([1.0, 2.0, 5.0]))
+
+
+def test_the_policy_loss_alone_is_weighted_by_importance():
+    """With weights of 1 the loss is PPO's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    executed = torch.arange(3) < torch.tensor([[3], [2], [1], [3]])
+    logprobs = torch.where(executed, draw(4, 3), 0.0)
+    batch = ppo_gr00t.Batch(
+        executed=executed,
+        logprobs=logprobs,
+        start_logprobs=0.5 * logprobs,
+        values=draw(4),
+        advantages=draw(4),
+        returns=draw(4),
+        weights=draw(4).abs(),
+        imitation_weights=draw(4).abs(),
+    )
+    outputs = (logprobs + 0.1 * draw(4, 3), draw(4, 3), draw(4), draw(4, 3, 7).abs())
+    coefficients: dict[str, Any] = dict(logprob_level="action", ent_coef=0.1, kl_coef=0.5, imitation_coef=0.25)
+    args, own_args = ppo_gr00t.Args(**coefficients), async_ppo_gr00t.Args(**coefficients)
+
+    def weighted(importance: float, only_imitates: bool) -> Any:
+        own_batch = async_ppo_gr00t.Batch(**vars(batch), importance=torch.full((4, 3), importance))
+        return async_ppo_gr00t.ppo_loss(*outputs, own_batch, own_args, only_imitates)
+
+    for only_imitates in (False, True):
+        loss, terms, logratio = ppo_gr00t.ppo_loss(*outputs, batch, args, only_imitates)
+        own_loss, own_terms, own_logratio = weighted(1.0, only_imitates)
+        assert torch.equal(own_loss, loss)
+        assert torch.equal(own_logratio, logratio)
+        assert set(own_terms) - set(terms) == {"actor/importance_weight"}
+        assert all(torch.equal(own_terms[name], term) for name, term in terms.items())
+
+        twice, twice_terms, _ = weighted(2.0, only_imitates)
+        torch.testing.assert_close(twice_terms["actor/loss"], 2 * terms["actor/loss"])
+        added = 0.0 if only_imitates else (batch.weights * terms["actor/loss"]).mean()
+        torch.testing.assert_close(twice, loss + added)
 
 
 def test_a_rollout_that_is_split_and_joined_is_the_same():

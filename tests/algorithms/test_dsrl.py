@@ -28,7 +28,7 @@ from algorithms.common.resume import checkpoints_in
 from algorithms.common.steering import NoiseActor, NoiseSpace, SteeredAgent, load_noise_actor, load_steered
 from tests.algorithms.common.test_args import arguments
 from tests.algorithms.line_env import LineVectorEnv
-from tests.algorithms.line_trainer import LineFlow, logged, make_args, make_tiny_agent, train
+from tests.algorithms.line_trainer import LineFlow, logged, make_args, make_line_flow, make_tiny_agent, train
 from tests.algorithms.test_processes import run_two
 
 NAME = "dsrl_libero_spatial_1"
@@ -388,6 +388,21 @@ def test_the_evaluation_in_training_is_of_the_steered_policy(tmp_path: Path, mon
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
+def test_checkpoints_name_the_policy_unless_the_agent_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dsrl_gr00t, "load_agent", make_line_flow)
+    args = make_args("dsrl", tmp_path, num_iterations=1, model=presets.SPATIAL_START)
+
+    def make_envs(args: Any, num_envs: int, image_size: int) -> LineVectorEnv:
+        return LineVectorEnv(num_envs, args.num_action_chunks)
+
+    def base_of(name: str, make_agent: Any) -> Any:
+        dsrl_gr00t.main(replace(args, run_name=name), make_agent, make_envs)
+        return load_noise_actor(tmp_path / name / "checkpoints" / "iteration_1")[1]
+
+    assert base_of("named", None).model == str(Path(presets.SPATIAL_START).resolve())
+    assert base_of("own", make_line_flow) is None
+
+
 @pytest.mark.slow
 def test_the_shipped_policy_is_steered_on_libero_and_evaluated_from_its_folder(tmp_path: Path):
     args = replace(
@@ -473,7 +488,7 @@ def test_bad_arguments_stop_before_anything_is_made(
 
 def test_random_weights_are_not_steered_and_fsdp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="model='nano' has random weights, which steering does not change"):
-        dsrl_gr00t.make_agent(dsrl_gr00t.Args())
+        dsrl_gr00t.load_agent(dsrl_gr00t.Args())
     monkeypatch.setattr(dsrl_gr00t, "make_accelerator", lambda *inputs: SimpleNamespace(is_fsdp2=True))
     with pytest.raises(ValueError, match="DSRL does not run under FSDP"):
         train("dsrl", tmp_path)

@@ -16,10 +16,10 @@ from algorithms.dsrl_gr00t import (
     Replay,
     Transitions,
     actor_loss,
+    clipped_step,
     critic_loss,
-    descend,
-    follow,
-    reduced,
+    ensemble_value,
+    polyak_update,
     td_target,
     temperature_loss,
 )
@@ -161,8 +161,8 @@ def test_targets_bootstrap_but_for_what_is_terminal():
 def test_losses_by_hand():
     values, target = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([1.0, 4.0])
     assert critic_loss(values, target).item() == (0 + 4 + 4 + 4) / 4
-    assert reduced(values, "mean").tolist() == [2, 4]
-    assert reduced(values, "min").tolist() == [1, 2]
+    assert ensemble_value(values, "mean").tolist() == [2, 4]
+    assert ensemble_value(values, "min").tolist() == [1, 2]
     logprob = torch.tensor([-1.0, 3.0], requires_grad=True)
     assert actor_loss(logprob, target, torch.tensor(0.5)).item() == (-0.5 - 1 + 1.5 - 4) / 2
 
@@ -182,7 +182,7 @@ def test_targets_follow_by_a_part_of_the_way():
     torch.manual_seed(0)
     target, source = nn.Linear(2, 3), nn.Linear(2, 3)
     expected = {name: 0.9 * value + 0.1 * source.state_dict()[name] for name, value in target.state_dict().items()}
-    follow(target, source, 0.1)
+    polyak_update(target, source, 0.1)
     for name, value in target.state_dict().items():
         torch.testing.assert_close(value, expected[name])
 
@@ -195,7 +195,7 @@ def test_a_step_moves_its_own_parameters_alone(max_grad_norm: float):
     before = {name: value.clone() for name, value in other.state_dict().items()}
     x = torch.randn(5, 3)
     optimizer = torch.optim.SGD([*moved.parameters(), *other.parameters()], lr=0.1)
-    norm = descend(
+    norm = clipped_step(
         Accelerator(), optimizer, other(moved(x)).square().sum(), [*moved.parameters()], max_grad_norm
     )  # fmt: skip
     assert all(p.grad is None for p in (*moved.parameters(), *other.parameters()))
@@ -213,7 +213,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     before = layer.weight.clone()
     optimizer = torch.optim.Adam(layer.parameters())
     loss = layer(torch.tensor([[math.inf, 1.0]])).sum()
-    norm = descend(Accelerator(), optimizer, loss, [*layer.parameters()], 1.0)
+    norm = clipped_step(Accelerator(), optimizer, loss, [*layer.parameters()], 1.0)
     assert not torch.isfinite(norm)
     assert torch.equal(layer.weight, before)
 

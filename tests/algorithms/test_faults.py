@@ -42,7 +42,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, algorithm: str, bad: float):
         train(algorithm, tmp_path, make_agent=faulty(alter), ent_coef=0.01)
     dump = dump_of(tmp_path)
     assert not torch.isfinite(dump["loss"]).any()
-    assert {"logratio", "logprob", "advantage", "weight"} <= set(dump)
+    assert {"logratio", "logprobs", "advantages", "weights", "executed"} <= set(dump)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -61,7 +61,7 @@ def test_the_whole_minibatch_is_dumped_wherever_in_it_the_fault_is(tmp_path: Pat
     bad = ~torch.isfinite(dump["logratio"])
     micro_batches = np.array_split(bad.numpy(), len(dump["loss"]))
     assert len(micro_batches) > 2
-    assert len(bad) == len(dump["logprob"])
+    assert len(bad) == len(dump["logprobs"])
     for number, rows in enumerate(micro_batches):
         assert (rows == (number == 1)).all()
         assert torch.isfinite(dump["loss"][number]) == (number != 1)

@@ -1,5 +1,6 @@
 """The GRPO trainer: its formulas by hand, its loop and its options."""
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from algorithms import grpo_gr00t, ppo_gr00t
-from algorithms.grpo_gr00t import PRESETS, alive_advantages, group_advantages, informative_groups, sample_groups
+from algorithms.grpo_gr00t import (
+    PRESETS,
+    alive_advantages,
+    group_advantages,
+    grpo_loss,
+    informative_groups,
+    sample_groups,
+)
 from tests.algorithms.line_env import LineVectorEnv
 from tests.algorithms.line_trainer import logged, make_tiny_agent, train, without_time
 
@@ -87,13 +95,84 @@ def test_the_copies_of_the_formulas_agree():
         theirs = ppo_gr00t.policy_loss(logratio, advantages, 0.2, 0.28, dual_clip)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     tokens = logratio.reshape(10, 10, 10)
-    assert torch.equal(grpo_gr00t.divergence(tokens), ppo_gr00t.divergence(tokens))
+    assert torch.equal(grpo_gr00t.k3_kl(tokens), ppo_gr00t.k3_kl(tokens))
     assert torch.equal(grpo_gr00t.sum_per_decision(tokens), ppo_gr00t.sum_per_decision(tokens))
     executed = torch.arange(10) < torch.arange(1, 11)[:, None]
     for level in ("chunk", "action", "token"):
-        ours, theirs = (m.of_executed(tokens, executed, level) for m in (grpo_gr00t, ppo_gr00t))
+        ours, theirs = (m.mask_unexecuted(tokens, executed, level) for m in (grpo_gr00t, ppo_gr00t))
         assert torch.equal(ours, theirs)
     assert torch.equal(grpo_gr00t.mean_of_executed(tokens, executed), ppo_gr00t.mean_of_executed(tokens, executed))
+
+
+def two_decisions() -> tuple[dict[str, torch.Tensor], grpo_gr00t.Batch, grpo_gr00t.Args]:
+    """Of two actions each; the second one's last was not executed, and the agent says absurd things of it."""
+    outputs = dict(
+        newlogprob=torch.tensor([[0.25, -0.25], [0.0, 70.0]]),
+        entropy=torch.tensor([[1.0, 2.0], [4.0, 80.0]]),
+        flow_error=torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [90.0, 90.0]]]),
+    )
+    batch = grpo_gr00t.Batch(
+        executed=torch.tensor([[True, True], [True, False]]),
+        logprobs=torch.tensor([-math.log(1.5), -math.log(0.5)]),
+        start_logprobs=torch.tensor([math.log(2), 0.0]),
+        advantages=torch.tensor([2.0, -2.0]),
+        weights=torch.tensor([0.5, 1.5]),
+        imitation_weights=torch.tensor([2.0, 0.0]),
+        is_measured=torch.tensor([True, True]),
+    )
+    args = grpo_gr00t.Args(ent_coef=0.1, kl_coef=0.5, imitation_coef=0.25, clip_coef_high=0.2)
+    return {name: output.requires_grad_() for name, output in outputs.items()}, batch, args
+
+
+def test_grpo_loss_of_two_decisions_by_hand():
+    outputs, batch, args = two_decisions()
+    inputs: dict[str, Any] = dict(outputs, mb_size=torch.tensor(4.0), args=args, only_imitates=False)
+    loss, terms, logratio = grpo_loss(**inputs, batch=batch)
+    assert logratio.exp().tolist() == pytest.approx([1.5, 0.5])
+    expected = {
+        "actor/loss": [-2 * 1.2, 2 * 0.8],  # both are clipped
+        "actor/imitation_loss": [2 * 2.5, 0.0],
+        "actor/entropy": [3.0, 4.0],
+        "actor/reference_kl": [2 - 1 - math.log(2), 0.0],
+        "actor/approx_kl": [1.5 - 1 - math.log(1.5), 0.5 - 1 - math.log(0.5)],
+        "actor/pg_clipfrac": [1.0, 1.0],
+    }
+    assert {name: term.tolist() for name, term in terms.items()} == {
+        name: pytest.approx(values, abs=1e-6) for name, values in expected.items()
+    }
+    first = -2.4 - 0.1 * 3 + 0.5 * (1 - math.log(2))
+    second = 1.6 - 0.1 * 4 + 0.5 * 0
+    # The two are half of a minibatch of four.
+    assert loss.item() == pytest.approx((0.5 * first + 1.5 * second) / 4 + 0.25 * (5 + 0) / 4)
+
+    parts = [
+        grpo_loss(
+            **{name: output[[row]] for name, output in outputs.items()},
+            batch=batch.at(np.array([row])),
+            mb_size=torch.tensor(4.0),
+            args=args,
+            only_imitates=False,
+        )[0]
+        for row in range(2)
+    ]
+    assert sum(part.item() for part in parts) == pytest.approx(loss.item())
+
+    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    assert not any(gradient[1, 1].any() for gradient in gradients)  # of the action that was not executed
+
+
+def test_grpo_by_imitation_alone_gives_the_policy_no_other_gradient():
+    outputs, batch, args = two_decisions()
+    size = torch.tensor(2.0)
+    loss, _, _ = grpo_loss(**outputs, batch=batch, mb_size=size, args=args, only_imitates=True)
+    assert loss.item() == pytest.approx(0.25 * 5 / 2)
+    loss.backward()
+    assert outputs["newlogprob"].grad is None
+    # The entropy stays in the graph, for learned noise under DDP.
+    assert outputs["entropy"].grad is not None
+    assert not outputs["entropy"].grad.any()
+    assert outputs["flow_error"].grad is not None
+    assert outputs["flow_error"].grad.flatten(1).tolist() == [[0.25 * 2 / 4 / 2] * 4, [0.0] * 4]
 
 
 def test_groups_are_drawn_without_replacement_while_there_are_enough():

@@ -29,7 +29,7 @@ def make_adapted(args: Any) -> Gr00tAgent:
 
 @pytest.mark.parametrize("trainer", [ppo_gr00t, grpo_gr00t])
 def test_the_trainers_adapt_what_they_are_told_to(trainer: Any):
-    agent = trainer.make_agent(trainer.Args(lora_rank=4))
+    agent = trainer.load_agent(trainer.Args(lora_rank=4))
     trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
     adapters = {name for name in trained if ".lora_" in name}
     assert {agent.get_parameter(name).shape[0] for name in adapters if ".lora_A" in name} == {4}
@@ -40,10 +40,10 @@ def test_the_trainers_adapt_what_they_are_told_to(trainer: Any):
     assert grouped == {id(agent.get_parameter(name)) for name in trained}
 
     with pytest.raises(ValueError, match="language_model, which is frozen and computed without gradients"):
-        trainer.make_agent(trainer.Args(lora_rank=4, lora_parts=("language_model",)))
-    whole = trainer.make_agent(trainer.Args(lora_rank=4, lora_parts=("language_model",), train_backbone=True))
+        trainer.load_agent(trainer.Args(lora_rank=4, lora_parts=("language_model",)))
+    whole = trainer.load_agent(trainer.Args(lora_rank=4, lora_parts=("language_model",), train_backbone=True))
     assert any(".lora_" in name for name, _ in whole.backbone.named_parameters())
-    part = trainer.make_agent(trainer.Args(lora_rank=4, train_vl_self_attention=False))
+    part = trainer.load_agent(trainer.Args(lora_rank=4, train_vl_self_attention=False))
     adapted = {name.split(".")[1] for name, _ in part.named_parameters() if ".lora_" in name}
     assert adapted == {"model"}
     assert not any(p.requires_grad for p in part.action_head.vl_self_attention.parameters())

@@ -435,8 +435,8 @@ def test_a_comparison_that_fails_leaves_the_run_finished(
 @pytest.mark.parametrize("trainer", [ppo_gr00t, grpo_gr00t])
 def test_an_entropy_bonus_without_effect_is_refused(trainer: Any):
     with pytest.raises(ValueError, match=r"ent_coef=0\.01 has no effect with noise_method='flow_sde'"):
-        trainer.make_agent(trainer.Args(ent_coef=0.01))
-    assert trainer.make_agent(trainer.Args(ent_coef=0.01, noise_method="reinflow"))
+        trainer.load_agent(trainer.Args(ent_coef=0.01))
+    assert trainer.load_agent(trainer.Args(ent_coef=0.01, noise_method="reinflow"))
 
 
 def test_presets_have_the_published_settings_and_sizes_that_divide():

@@ -1,7 +1,8 @@
 """The PPO trainer's formulas against cases worked out by hand."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,14 +14,18 @@ from algorithms.common.args import share_of_process
 from algorithms.common.batch import concatenate, index, mean_of
 from algorithms.common.episodes import Episode, clustered_interval, finished_episodes, wilson_interval
 from algorithms.common.processes import explained_variance, group_means, mean_and_variance
+from algorithms.common.stages import EnvStep
 from algorithms.ppo_gr00t import (
     Args,
+    Batch,
+    Outcomes,
     check_args,
     compute_gae,
-    divergence,
+    k3_kl,
+    mask_unexecuted,
     mean_of_executed,
-    of_executed,
     policy_loss,
+    ppo_loss,
     select_decisions,
     sum_per_decision,
     trajectory_weights,
@@ -315,23 +320,23 @@ def test_divergence_estimates_the_divergence_of_gaussians_and_is_never_negative(
     generator = torch.Generator().manual_seed(0)
     p, q = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.3, 1.2)
     x = torch.randn(400_000, generator=generator)
-    estimates = divergence(q.log_prob(x) - p.log_prob(x))
+    estimates = k3_kl(q.log_prob(x) - p.log_prob(x))
     assert (estimates >= -1e-6).all()
     assert estimates.mean().item() == pytest.approx(torch.distributions.kl_divergence(p, q).item(), rel=0.02)
-    assert divergence(torch.zeros(3)).tolist() == [0, 0, 0]
+    assert k3_kl(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
 def test_actions_that_were_not_executed_count_for_nothing():
     tokens = torch.arange(12.0).reshape(2, 3, 2)  # two decisions, three actions of two dimensions
     executed = torch.tensor([[True, False, False], [True, True, True]])
-    assert of_executed(tokens, executed, "chunk").tolist() == [0 + 1, 6 + 7 + 8 + 9 + 10 + 11]
-    actions = of_executed(tokens.sum(-1), executed, "action")
+    assert mask_unexecuted(tokens, executed, "chunk").tolist() == [0 + 1, 6 + 7 + 8 + 9 + 10 + 11]
+    actions = mask_unexecuted(tokens.sum(-1), executed, "action")
     assert actions.tolist() == [[1, 0, 0], [13, 17, 21]]
-    assert of_executed(tokens, executed, "token")[0].tolist() == [[0, 1], [0, 0], [0, 0]]
+    assert mask_unexecuted(tokens, executed, "token")[0].tolist() == [[0, 1], [0, 0], [0, 0]]
     assert mean_of_executed(actions, executed).tolist() == [1, 17]
     assert mean_of_executed(tokens, executed).tolist() == [0.5, 8.5]
     chunks = torch.tensor([3.0, 4.0])
-    assert of_executed(chunks, executed, "chunk").tolist() == [3, 4]
+    assert mask_unexecuted(chunks, executed, "chunk").tolist() == [3, 4]
     assert mean_of_executed(chunks, executed).tolist() == [3, 4]
     assert sum_per_decision(tokens).tolist() == [15, 51]
 
@@ -340,14 +345,14 @@ def test_actions_that_were_not_executed_count_for_nothing():
 @pytest.mark.parametrize("shape", [(2, 1), (2, 1, 7), (1, 3)])
 def test_scores_of_another_shape_are_not_spread_over_the_chunk(module: Any, shape: tuple[int, ...]):
     with pytest.raises(ValueError, match=r"shape .*; make it \[2\], or \[2, 3\] or \[2, 3, a\] by step or element"):
-        module.of_executed(torch.zeros(shape), torch.ones(2, 3, dtype=torch.bool), "chunk")
+        module.mask_unexecuted(torch.zeros(shape), torch.ones(2, 3, dtype=torch.bool), "chunk")
 
 
 def test_an_action_that_was_not_executed_gets_no_gradient():
     logprob = torch.zeros(1, 3, requires_grad=True)
     executed = torch.tensor([[True, True, False]])
     for level in ("chunk", "action"):
-        logratio = of_executed(logprob, executed, level)
+        logratio = mask_unexecuted(logprob, executed, level)
         loss = mean_of_executed(policy_loss(logratio, torch.ones(1), 0.2, 0.2, None)[0], executed)
         (gradient,) = torch.autograd.grad(loss.sum(), logprob)
         share = {"chunk": -1.0, "action": -0.5}[level]
@@ -459,3 +464,138 @@ def test_finished_episodes_reads_only_the_ended_rows():
     got = finished_episodes(infos, np.array([False, True]))
     assert got == [Episode(task_id=4, init_state_id=8, success=False, length=240)]
     assert finished_episodes({}, np.array([False, False])) == []
+
+
+@pytest.mark.parametrize("truncation", ["bootstrap", "failure"])
+def test_outcomes_of_a_step_are_entered_where_they_belong(truncation: Literal["bootstrap", "failure"]):
+    """The second environment of three succeeds, the third is cut; both then begin with another task."""
+    terminated, truncated = np.array([False, True, False]), np.array([False, False, True])
+    infos = dict(
+        num_steps=np.array([5, 2, 3]),
+        task_id=np.array([7, 1, 1]),
+        final_info=dict(episode_length=np.array([0, 42, 60]), task_id=np.array([0, 8, 9])),
+    )
+    step = EnvStep({}, np.array([0.0, 1.0, 0.0]), terminated, truncated, infos)
+    outcomes = Outcomes.zeros(num_steps=2, num_envs=4)
+    outcomes.put(1, slice(1, 4), step, Args(truncation=truncation, center_adv_by_task=True))
+    assert {name: values[1].tolist() for name, values in vars(outcomes).items()} == dict(
+        rewards=[0, 0, 1, 0],
+        terminal=[False, False, True, truncation == "failure"],
+        succeeded=[False, False, True, False],
+        ended=[False, False, True, True],
+        executed_steps=[0, 5, 2, 3],
+        episode_lengths=[0, 0, 42, 60],
+        task_ids=[0, 7, 8, 9],
+    )
+    assert not any(values[0].any() for values in vars(outcomes).values())
+
+
+# Two decisions of two actions, of which the second one's last was not executed. Their ratios are 1.5 and 0.5.
+BATCH = Batch(
+    executed=torch.tensor([[True, True], [True, False]]),
+    logprobs=torch.tensor([-math.log(1.5), -math.log(0.5)]),
+    start_logprobs=torch.tensor([math.log(2), 0.0]),
+    values=torch.tensor([0.0, 0.0]),
+    advantages=torch.tensor([2.0, -2.0]),
+    returns=torch.tensor([1.0, 1.0]),
+    weights=torch.tensor([0.5, 1.5]),
+    imitation_weights=torch.tensor([2.0, 0.0]),
+)
+LOSS_ARGS = Args(ent_coef=0.1, kl_coef=0.5, vf_coef=2.0, imitation_coef=0.25)
+
+
+def policy_now() -> dict[str, torch.Tensor]:
+    """What the agent says of the two decisions; what it says of the action that was not executed is absurd."""
+    outputs = dict(
+        newlogprob=torch.tensor([[0.25, -0.25], [0.0, 70.0]]),
+        entropy=torch.tensor([[1.0, 2.0], [4.0, 80.0]]),
+        newvalue=torch.tensor([1.0, -1.0]),
+        flow_error=torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [90.0, 90.0]]]),
+    )
+    return {name: output.requires_grad_() for name, output in outputs.items()}
+
+
+def gradients_of(loss: torch.Tensor, outputs: dict[str, torch.Tensor]) -> dict[str, list[Any]]:
+    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    return {name: gradient.tolist() for name, gradient in zip(outputs, gradients, strict=True)}
+
+
+def test_ppo_loss_of_two_decisions_by_hand():
+    loss, terms, logratio = ppo_loss(**policy_now(), batch=BATCH, args=LOSS_ARGS, only_imitates=False)
+    assert logratio.exp().tolist() == pytest.approx([1.5, 0.5])
+    expected = {
+        "actor/loss": [-2 * 1.2, 2 * 0.8],  # both are clipped
+        "actor/value_loss": [0.5 * 0.8**2, 0.5 * 2**2],  # the first by the clipped value
+        "actor/imitation_loss": [2 * 2.5, 0.0],
+        "actor/entropy": [3.0, 4.0],
+        "actor/reference_kl": [2 - 1 - math.log(2), 0.0],
+        "actor/approx_kl": [1.5 - 1 - math.log(1.5), 0.5 - 1 - math.log(0.5)],
+        "actor/pg_clipfrac": [1.0, 1.0],
+        "actor/value_clip_ratio": [1.0, 0.0],
+    }
+    assert {name: term.tolist() for name, term in terms.items()} == {
+        name: pytest.approx(values, abs=1e-6) for name, values in expected.items()
+    }
+    first = -2.4 - 0.1 * 3 + 0.5 * (1 - math.log(2)) + 2 * 0.32
+    second = 1.6 - 0.1 * 4 + 0.5 * 0 + 2 * 2.0
+    assert loss.item() == pytest.approx((0.5 * first + 1.5 * second) / 2 + 0.25 * (5 + 0) / 2)
+
+
+def test_imitation_alone_gives_the_policy_no_other_gradient():
+    outputs = policy_now()
+    loss, terms, _ = ppo_loss(**outputs, batch=BATCH, args=LOSS_ARGS, only_imitates=True)
+    assert loss.item() == pytest.approx((0.5 * 2 * 0.32 + 1.5 * 2 * 2.0) / 2 + 0.25 * 5 / 2)
+    assert terms["actor/loss"].tolist() == pytest.approx([-2.4, 1.6])  # logged all the same
+    loss.backward()
+    assert outputs["newlogprob"].grad is None
+    # The entropy stays in the graph, for learned noise under DDP.
+    assert outputs["entropy"].grad is not None
+    assert not outputs["entropy"].grad.any()
+    assert outputs["newvalue"].grad is not None
+    assert outputs["newvalue"].grad.tolist() == pytest.approx([0.0, 1.5 * 2 * -2 / 2])  # the first is clipped
+    assert outputs["flow_error"].grad is not None
+    assert outputs["flow_error"].grad.flatten(1).tolist() == [[0.25 * 2 / 4 / 2] * 4, [0.0] * 4]
+
+
+def test_a_decision_counts_by_its_weight():
+    def gradients(*weights: float) -> dict[str, list[Any]]:
+        outputs, batch = policy_now(), replace(BATCH, weights=torch.tensor(weights))
+        return gradients_of(ppo_loss(**outputs, batch=batch, args=LOSS_ARGS, only_imitates=False)[0], outputs)
+
+    once, twice, never = gradients(1, 1), gradients(1, 2), gradients(1, 0)
+    for name in ("newlogprob", "entropy", "newvalue"):
+        assert once[name][0] == twice[name][0] == never[name][0]
+        assert np.array_equal(np.multiply(2, once[name][1]), twice[name][1])
+        assert not np.any(never[name][1])
+    assert once["flow_error"] == twice["flow_error"] == never["flow_error"]  # has weights of its own
+
+
+@pytest.mark.parametrize("level", ["chunk", "action", "token"])
+def test_an_action_that_was_not_executed_has_no_influence_on_the_loss(level: str):
+    generator = torch.Generator().manual_seed(0)
+    args = replace(LOSS_ARGS, logprob_level=level)
+    shape = {"chunk": (2,), "action": (2, 2), "token": (2, 2, 3)}[level]
+    batch = replace(BATCH, logprobs=torch.zeros(shape), start_logprobs=torch.full(shape, 0.1))
+    now = policy_now()
+    if level == "token":
+        now |= {name: now[name].detach()[..., None].expand(2, 2, 3).clone() for name in ("newlogprob", "entropy")}
+    results = []
+    for _ in range(2):
+        for name in ("newlogprob", "entropy", "flow_error"):
+            now[name] = now[name].detach().clone()
+            now[name][1, 1] = torch.randn(now[name][1, 1].shape, generator=generator)
+            now[name].requires_grad_()
+        results.append(ppo_loss(**now, batch=batch, args=args, only_imitates=False))
+        gradients = gradients_of(results[-1][0], now)
+        assert not any(np.any(gradients[name][1][1]) for name in ("newlogprob", "entropy", "flow_error"))
+    (loss, terms, logratio), (other_loss, other_terms, other_logratio) = results
+    assert loss == other_loss
+    assert all(torch.equal(term, other_terms[name]) for name, term in terms.items())
+    assert torch.equal(logratio, other_logratio)
+
+
+def test_a_batch_gives_some_of_its_decisions_in_any_order():
+    some = BATCH.at(np.array([1, 1, 0]))
+    assert some.executed.tolist() == [[True, False], [True, False], [True, True]]
+    assert some.weights.tolist() == [1.5, 1.5, 0.5]
+    assert vars(some).keys() == vars(BATCH).keys()

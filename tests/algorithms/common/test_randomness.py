@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms.common.randomness import deal, flow_draws, flow_draws_of, generators_of, seed_of
+from algorithms.common.randomness import flow_draws, flow_draws_of, generators_of, seed_of, stratified_minibatches
 from gr00t_agent import Gr00tAgent, LiberoFrankaDataConfig, read_metadata
 from gr00t_agent.loading import NANO_METADATA
 from tests.algorithms.tiny_agent import tiny_agent
@@ -67,22 +67,22 @@ def test_flow_draws_of_decisions_depend_on_their_environment_alone():
 
 def test_dealt_parts_are_equal_shares_of_each_stratum():
     strata = np.repeat([5, 7], 12)
-    parts = deal(strata, 4, (1,))
+    parts = stratified_minibatches(strata, 4, (1,))
     assert sorted(np.concatenate(parts)) == list(range(24))
     assert all((strata[part] == 5).sum() == 3 for part in parts)
     assert not all((np.diff(part) > 0).all() for part in parts)
-    assert any(not np.array_equal(a, b) for a, b in zip(parts, deal(strata, 4, (2,)), strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(parts, stratified_minibatches(strata, 4, (2,)), strict=True))
 
 
 def test_ragged_strata_are_dealt_to_within_one():
-    parts = deal(np.zeros(10, dtype=np.int64), 4, (1,))
+    parts = stratified_minibatches(np.zeros(10, dtype=np.int64), 4, (1,))
     assert sorted(map(len, parts)) == [2, 2, 3, 3]
 
 
 def test_dealing_does_not_depend_on_the_number_of_processes():
     strata = np.tile(np.arange(4), 6)
-    whole = deal(strata, 3, (9,))
+    whole = stratified_minibatches(strata, 3, (9,))
     for of_process in ((0, 1), (2, 3)):
         mine = np.flatnonzero(np.isin(strata, of_process))
-        for part, all_rows in zip(deal(strata[mine], 3, (9,)), whole, strict=True):
+        for part, all_rows in zip(stratified_minibatches(strata[mine], 3, (9,)), whole, strict=True):
             assert set(mine[part]) == set(all_rows) & set(mine)

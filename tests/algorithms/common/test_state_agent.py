@@ -45,7 +45,7 @@ def test_a_checkpoint_gives_the_agent_back(agent: StateFlowAgent, tmp_path: Path
 def test_the_last_step_is_noised_unless_it_is_to_be_ignored(trainer: str, ignore_last: bool, tmp_path: Path):
     module = pytest.importorskip(f"algorithms.{trainer}")  # the last one needs Ray
     args = module.Args(model="state", noise_level=1.0, ignore_last=ignore_last, imitation_coef=0.0)
-    agent = module.make_agent(args)
+    agent = module.load_agent(args)
     rows = 64
     obs = {key: torch.zeros(rows, {"state.gripper": 2}.get(key, 1)) for key in STATE_KEYS}
     action, *_ = agent(obs, generator=[torch.Generator().manual_seed(i) for i in range(rows)])
@@ -53,7 +53,7 @@ def test_the_last_step_is_noised_unless_it_is_to_be_ignored(trainer: str, ignore
     assert action.denoise_index.unique().tolist() == list(steps)
     agent.save_pretrained(tmp_path)
     assert StateFlowAgent.from_pretrained(tmp_path).sampler == agent.sampler
-    assert module.make_agent(module.Args(ignore_last=ignore_last)).policy.ignore_last == ignore_last
+    assert module.load_agent(module.Args(ignore_last=ignore_last)).policy.ignore_last == ignore_last
 
 
 def test_a_checkpoint_keeps_what_it_was_trained_on(agent: StateFlowAgent, tmp_path: Path):
@@ -121,7 +121,7 @@ def test_arguments_of_what_it_has_not_are_refused(trainer: str, setting: dict[st
         with pytest.raises(ValueError, match=f"{name}={value!r}: model='state' {message}"):
             module.check_args(module.Args(model="state", **setting))
         with pytest.raises(ValueError, match=f"{name}={value!r}: model='state' {message}"):
-            module.make_agent(module.Args(model="state", **setting))
+            module.load_agent(module.Args(model="state", **setting))
 
 
 @pytest.mark.parametrize(
