@@ -31,9 +31,12 @@ def run(monkeypatch: pytest.MonkeyPatch, command: str) -> Any:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("before_after --after x --output a.gif --task-ids 10", r"task_id=10 is not in libero_spatial \(valid: 0-9\)"),
         (
-            "before_after --after x --output a.gif --task-ids 0 --init-state-id 50",
+            "before_after --after x --suite libero_spatial --output a.gif --task-ids 10",
+            r"task_id=10 is not in libero_spatial \(valid: 0-9\)",
+        ),
+        (
+            "before_after --after x --suite libero_spatial --output a.gif --task-ids 0 --init-state-id 50",
             r"init_state_id=50 .*\(valid: 0-49\)",
         ),
         ("before_after --after nowhere --output a.gif --task-ids 0", "'nowhere' is no folder and no hub name"),

@@ -118,7 +118,9 @@ def test_held_out_states_are_not_the_stored_ones(suite: str):
         positions = np.concatenate([held_out.physics[:, columns], settled.physics[:, columns]])
         furthest = np.abs(positions[:, None] - positions).max(axis=2)
         np.fill_diagonal(furthest, np.inf)
-        assert furthest[:50].min() > 2e-3  # in metres: some object stands elsewhere in any other state
+        # In metres: some object stands elsewhere in any other state. Where an object may be placed is as small as 2 cm,
+        # so that stored states come as close as 2 mm to each other.
+        assert furthest[:50].min() > 1e-3
 
 
 @pytest.mark.skipif(not hasattr(mujoco.MjModel, "M_rowadr"), reason="before 3.3.6 LIBERO's extra passes matter")
