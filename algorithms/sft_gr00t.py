@@ -324,7 +324,7 @@ from gr00t_agent import DataConfig, DatasetMetadata, Gr00tAgent, preset_policy
 from gr00t_agent.lerobot import Batch, LeRobotDataset, check_metadata
 from gr00t_agent.loading import resolve_checkpoint, saved_data_config, saved_policy
 from libero_gym.adapters import ModalityVectorObservation
-from libero_gym.tasks.suites import list_suites
+from libero_gym.tasks.suites import list_suites, member_suites
 
 
 def make_dataset(args: Args, data_config: DataConfig | None = None) -> LeRobotDataset:
@@ -338,20 +338,23 @@ def make_dataset(args: Args, data_config: DataConfig | None = None) -> LeRobotDa
     )
 
 
-def suite_of_data(dataset: LeRobotDataset) -> str | None:
-    """Returns the suite that all demonstrations are of; None if one does not say it, or they are of several."""
-    suites = {episode.info.get("suite") for episode in dataset.episodes}
-    return suites.pop() if len(suites) == 1 else None
+def suites_of_data(dataset: LeRobotDataset) -> set[str | None]:
+    """Returns the suites that demonstrations are of, with None if one does not say its own."""
+    return {episode.info.get("suite") for episode in dataset.episodes}
 
 
-def with_suite(args: Args, data_suite: str | None) -> Args:
+def with_suite(args: Args, data_suites: set[str | None]) -> Args:
     """Returns the arguments with the suite that is evaluated on: if none is given, that of the data.
+
+    Where neither says it, the dataset's name takes its place in the run's.
 
     Raises:
         ValueError: there is to be an evaluation, and neither says the suite; or it has not these tasks or episodes.
         FileNotFoundError: it has no initial states.
     """
-    suite = data_suite if args.suite is None else args.suite
+    suite = args.suite
+    if suite is None and len(data_suites) == 1:
+        (suite,) = data_suites
     if suite is not None:
         args = replace(args, suite=suite)
         check_tasks(args, suite)
@@ -360,7 +363,18 @@ def with_suite(args: Args, data_suite: str | None) -> Args:
             f"suite is not given, and the episodes of dataset {args.dataset} do not name one suite that all are of: "
             f"give --suite (valid: {', '.join(list_suites())}), or --eval-episodes-per-task 0"
         )
+    else:
+        args = replace(args, run_name=args.run_name.replace("{suite}", Path(args.dataset).name))
     return args
+
+
+def suite_learned(args: Args, data_suites: set[str | None]) -> str | None:
+    """Returns the suite to note in checkpoints: that of the data, or `suite` if it holds theirs or they name none."""
+    if len(data_suites) == 1 and None not in data_suites:
+        return next(iter(data_suites))
+    if args.suite is not None and data_suites <= {None, *member_suites(args.suite)}:
+        return args.suite
+    return None
 
 
 def load_agent(args: Args, metadata: DatasetMetadata) -> Gr00tAgent:
@@ -538,8 +552,8 @@ def main(
     # An agent of one's own is LIBERO's, whatever model is named.
     data_config = saved_data_config(args.model) if make_agent is None else None
     dataset = make_dataset(args, data_config)
-    data_suite = suite_of_data(dataset)
-    args = with_suite(args, data_suite)
+    data_suites = suites_of_data(dataset)
+    args = with_suite(args, data_suites)
     metadata = dataset.metadata()
     image_size = dataset.image_size[0]
     run, checkpoint = open_run(
@@ -578,7 +592,7 @@ def main(
     agent = load_agent(args, metadata) if make_agent is None else make_agent(args, metadata)
     agent = agent.to(device)
     check_metadata(agent.preprocessor.metadata, metadata, dataset.data_config)
-    note_suite(agent, data_suite or args.suite)
+    note_suite(agent, suite_learned(args, data_suites))
     origin = facts | origin_of(accelerator, agent)
     if args.compile:
         agent.compile_network()

@@ -139,7 +139,7 @@ def compose(rows: Mapping[str, Sequence[Sequence[Frame]]], caption: Sequence[str
 def main(arguments: Sequence[str] | None = None) -> None:
     """Films what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", default="checkpoints/libero_spatial_fewshot", help="checkpoint of the upper row")
+    parser.add_argument("--before", help="checkpoint of the upper row; default: checkpoints/<suite>_fewshot")
     parser.add_argument("--after", required=True, help="checkpoint of the lower row")
     parser.add_argument("--suite", type=suite_name, help="default: the one that both were trained on")
     parser.add_argument("--task-ids", type=integer(at_least=0), nargs="+", required=True, help="a column each")
@@ -161,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.output.suffix not in VIDEO_SUFFIXES or args.tile_size < 144 or args.tile_size % 2:
         parser.error(f"--output must end in {' or '.join(VIDEO_SUFFIXES)}, --tile-size be even and at least 144")
     with refusals(parser):
-        args.suite = suite_to_play(args.suite, args.before, args.after)
+        known = (args.after,) if args.before is None else (args.before, args.after)
+        args.suite = suite_to_play(args.suite, *known)
+        args.before = args.before or f"checkpoints/{args.suite}_fewshot"
         kind = check_init_states(args.init_states, args.suite)
         for task in tasks_of(args.suite, args.task_ids):
             check_init_state_id(args.init_state_id, task, kind)

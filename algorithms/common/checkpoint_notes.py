@@ -33,6 +33,8 @@ def note_suite(agent: Any, suite: str | None) -> None:
 
 def can_be_evaluated(folder: Path) -> bool:
     """Returns whether eval_gr00t.py loads a trainer's checkpoint: not an agent of one's own, or what steers one."""
+    if not folder.is_dir():
+        return False
     _, content = _policy_file(str(folder))
     return bool(content) and content.get("base", "not steered") is not None
 

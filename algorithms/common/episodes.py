@@ -167,7 +167,7 @@ def clustered_interval(clusters: Sequence[Sequence[bool]]) -> tuple[float, float
     Episodes of one initial state tend to end alike, and then tell less than as many episodes of different ones. So this
     is Wilson's interval of fewer episodes: their number divided by the design effect (Kish, Survey Sampling, 1965), the
     variance of the rate, estimated from how clusters differ, over that of independent episodes, at least 1. Where all
-    episodes end alike, nothing can be estimated, and clusters are counted. With one episode in each cluster this is
+    episodes end alike, nothing can be estimated, and it is 1. With one episode in each cluster this is
     `wilson_interval`.
 
     Raises:
@@ -180,10 +180,9 @@ def clustered_interval(clusters: Sequence[Sequence[bool]]) -> tuple[float, float
     episodes = int(sizes.sum())
     rate = int(successes.sum()) / episodes
 
-    if rate in (0.0, 1.0):
-        return _wilson(rate, len(sizes))
     variance = float(((successes - rate * sizes) ** 2).sum()) / episodes**2
-    design_effect = max(1.0, variance / (rate * (1 - rate) / episodes))
+    independent_variance = rate * (1 - rate) / episodes
+    design_effect = max(1.0, variance / independent_variance) if independent_variance > 0 else 1.0
     return _wilson(rate, episodes / design_effect)
 
 

@@ -92,19 +92,34 @@ class EvalResult:
     def rows(self) -> list[dict[str, Any]]:
         """Returns a row per task and one for all: successes, episodes, rate and 95 % interval.
 
-        The interval is Wilson's, with several seeds of fewer episodes the more alike those of one initial state end
-        (`clustered_interval`).
+        The interval is Wilson's, of fewer episodes the more alike those of one start end (`clustered_interval`): with
+        several seeds, or near the goal, where episodes share their starts.
         """
         rows: list[dict[str, Any]] = []
         for task_id, description in self.task_descriptions.items():
             of_task = [e for e in self.episodes if e.task_id == task_id]
-            rows.append(dict(task=str(task_id), description=description) | _rate(of_task))
-        return [*rows, dict(task="all", description="all tasks") | _rate(self.episodes)]
+            rows.append(dict(task=str(task_id), description=description) | self._rate(of_task))
+        return [*rows, dict(task="all", description="all tasks") | self._rate(self.episodes)]
 
     def seed_rows(self) -> list[dict[str, Any]]:
-        """Returns a row per seed over all tasks: successes, episodes, rate and Wilson 95 % interval."""
+        """Returns a row per seed over all tasks: successes, episodes, rate and 95 % interval."""
         seeds = sorted({e.seed for e in self.episodes})
-        return [dict(seed=seed) | _rate([e for e in self.episodes if e.seed == seed]) for seed in seeds]
+        return [dict(seed=seed) | self._rate([e for e in self.episodes if e.seed == seed]) for seed in seeds]
+
+    def _rate(self, episodes: Sequence[EvalEpisode]) -> dict[str, Any]:
+        of_starts: defaultdict[tuple[int, int], list[bool]] = defaultdict(list)
+        for episode in episodes:
+            of_starts[episode.task_id, self._start_of(episode)].append(episode.success)
+        low, high = clustered_interval(list(of_starts.values()))
+        successes, total = sum(e.success for e in episodes), len(episodes)
+        return dict(successes=successes, episodes=total, success_rate=successes / total, low=low, high=high)
+
+    def _start_of(self, episode: EvalEpisode) -> int:
+        """Returns the number of an episode's start: its initial state, of which few stand for all near the goal."""
+        steps = self.protocol.get("steps_before_success") or ()
+        if not steps:
+            return episode.init_state_id
+        return episode.init_state_id % (self.protocol["num_near_goal_states"] * len(steps))
 
     def save(self, path: Path) -> None:
         """Writes the protocol, the tables and every episode as JSON."""
@@ -130,15 +145,6 @@ class EvalResult:
             for row in seed_rows:
                 table.add_row("all", f"seed {row['seed']}", *_cells(row))
         Console().print(table)
-
-
-def _rate(episodes: Sequence[EvalEpisode]) -> dict[str, Any]:
-    successes, total = sum(e.success for e in episodes), len(episodes)
-    of_states: defaultdict[tuple[int, int], list[bool]] = defaultdict(list)
-    for episode in episodes:
-        of_states[episode.task_id, episode.init_state_id].append(episode.success)
-    low, high = clustered_interval(list(of_states.values()))
-    return dict(successes=successes, episodes=total, success_rate=successes / total, low=low, high=high)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -19,7 +19,7 @@ from gr00t_agent.files import json_ready, read_json, require, write_json
 
 TENSORBOARD_FOLDER = "logs"
 ID_FILE = "tracker.json"
-# What the trackers whose runs can be named and gone on with call a run's name; an id and `resume` are the same in both.
+# What these trackers call a run's name. Both take an id and `resume`, by which a run goes on.
 _NAME_OPTIONS = {"wandb": "name", "swanlab": "experiment_name"}
 # SwanLab's earlier versions take no other length.
 _ID_LENGTH = 21

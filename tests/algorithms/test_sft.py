@@ -593,6 +593,18 @@ def test_demonstrations_that_name_no_one_suite_need_it_given(of_suites, demonstr
     assert suite_of_run(tmp_path / "given" / "run") == ("libero_40", "libero_40")
 
 
+def test_a_suite_that_does_not_hold_the_demonstrations_is_not_noted(of_suites, tmp_path):
+    data = of_suites("libero_goal", "libero_10")
+    sft_gr00t.main(sft_args(tmp_path, data, suite="libero_goal", num_steps=1), make_tiny)
+    assert suite_of_run(tmp_path / "run") == ("libero_goal", None)
+
+
+def test_the_dataset_names_the_run_where_nothing_names_a_suite(of_suites, tmp_path):
+    data = of_suites("libero_goal", "libero_10")
+    sft_gr00t.main(sft_args(tmp_path, data, suite=None, num_steps=1, run_name="sft_{suite}"), make_tiny)
+    assert (tmp_path / f"sft_{data.name}").is_dir()
+
+
 def test_tasks_that_the_suite_of_the_demonstrations_has_not_are_refused(of_suites, tmp_path):
     args = sft_args(tmp_path, of_suites("libero_goal"), suite=None, task_ids=(12,))
     with pytest.raises(ValueError, match=r"task_id=12 is not in libero_goal \(valid: 0-9\)"):

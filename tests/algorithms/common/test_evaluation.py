@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from algorithms.common.episode_log import EpisodeLog, EvalEpisode
+from algorithms.common.episodes import wilson_interval
 from algorithms.common.evaluation import (
     OVERVIEW,
     EvalResult,
@@ -245,12 +246,22 @@ def test_rates_and_intervals():
     # (0.85 * 0.15 / 20).
     assert first["success_rate"] == 0.85
     assert (first["low"], first["high"]) == (pytest.approx(0.5753, abs=1e-4), pytest.approx(0.9595, abs=1e-4))
-    assert (second["low"], second["high"]) == (0.0, pytest.approx(0.2775, abs=1e-4))  # of ten states
+    assert (second["low"], second["high"]) == (0.0, pytest.approx(0.1611, abs=1e-4))
     assert (everything["task"], everything["successes"], everything["episodes"]) == ("all", 17, 40)
     zero, one = made_result().seed_rows()
     assert (zero["seed"], zero["successes"], zero["episodes"], zero["success_rate"]) == (0, 8, 20, 0.4)
     assert (one["seed"], one["successes"], one["success_rate"]) == (1, 9, 0.45)
     assert (zero["low"], zero["high"]) == (pytest.approx(0.2188, abs=1e-4), pytest.approx(0.6134, abs=1e-4))
+
+
+def test_episodes_near_the_goal_that_share_a_start_count_less():
+    # Four starts, two states with two distances each, are played three times and always end alike.
+    episodes = [episode(state % 4 < 3, 0, state) for state in range(12)]
+    protocol: dict[str, Any] = dict(steps_before_success=(3, 6), num_near_goal_states=2)
+    result = EvalResult(protocol=protocol, task_descriptions={0: "a"}, episodes=episodes, seconds=1.0)
+    low, high = wilson_interval(3, 4)
+    assert (result.rows()[0]["low"], result.rows()[0]["high"]) == pytest.approx((low, high), abs=1e-12)
+    assert replace(result, protocol={}).rows()[0]["low"] == pytest.approx(wilson_interval(9, 12)[0], abs=1e-12)
 
 
 def test_the_tables_are_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
