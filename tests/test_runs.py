@@ -30,6 +30,7 @@ ARGUMENTS = {
     "forty.sh": "",
     "goal_ppo.sh": "",
     "goal_short_rollouts.sh": "",
+    "held_out.sh": "",
     "long_grpo.sh": "",
     "object_grpo.sh": "",
     "object_ppo.sh": "",
