@@ -28,6 +28,11 @@ SimulationState = dict[str, npt.NDArray[Any]]
 _MAX_KEPT = 256
 
 
+def near_goal_start(init_state_id: int, num_init_states: int, steps_before_success: Sequence[int]) -> int:
+    """Return the number of the start that an initial state stands for, see `NearGoalVectorEnv`."""
+    return init_state_id % (num_init_states * len(steps_before_success))
+
+
 class NearGoalVectorEnv(gymnasium.vector.VectorWrapper):
     """A `LiberoVectorEnv` whose episodes begin some steps before a scripted expert succeeds.
 
@@ -133,7 +138,7 @@ class NearGoalVectorEnv(gymnasium.vector.VectorWrapper):
             ValueError: the expert's episode is shorter than the steps that are asked for.
             RuntimeError: the expert does not succeed.
         """
-        number = start.init_state_id % (self._num_init_states * len(self._steps_before_success))
+        number = near_goal_start(start.init_state_id, self._num_init_states, self._steps_before_success)
         init_state_id, which = divmod(number, len(self._steps_before_success))
         steps, task = self._steps_before_success[which], start.task
         passed = states_of_expert(task, init_state_id, self._envs.options.init_states)

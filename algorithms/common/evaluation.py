@@ -47,6 +47,7 @@ from algorithms.common.video import (
 )
 from gr00t_agent.files import read_json, write_json
 from libero_gym.conventions import CONTROL_FREQUENCY_HZ
+from libero_gym.near_goal import near_goal_start
 from libero_gym.tasks.initial_states import check_init_states
 
 # Seconds between lines that tell how far an evaluation is.
@@ -119,7 +120,7 @@ class EvalResult:
         steps = self.protocol.get("steps_before_success") or ()
         if not steps:
             return episode.init_state_id
-        return episode.init_state_id % (self.protocol["num_near_goal_states"] * len(steps))
+        return near_goal_start(episode.init_state_id, self.protocol["num_near_goal_states"], steps)
 
     def save(self, path: Path) -> None:
         """Writes the protocol, the tables and every episode as JSON."""
