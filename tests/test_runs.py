@@ -55,6 +55,8 @@ RECORDED = {
     "spatial_grpo": "spatial_grpo/y_metrics.jsonl",
     "spatial_plain_grpo": "spatial_ppo/j_metrics.jsonl",
     "spatial_ppo": "spatial_ppo/w_metrics.jsonl",
+    "spatial_ppo_2": "spatial_ppo/w2_metrics.jsonl",
+    "spatial_ppo_3": "spatial_ppo/w3_metrics.jsonl",
     "spatial_ppo_e": "spatial_ppo/e_metrics.jsonl",
     "spatial_ppo_h": "spatial_ppo/h_metrics.jsonl",
     "spatial_ppo_l": "spatial_ppo/l_metrics.jsonl",

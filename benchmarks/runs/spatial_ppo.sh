@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run w of docs/LOG.md: PPO on LIBERO-Spatial from the few-shot policy in one run, ten minutes on one H200 with sixteen
-# cores, and one for each evaluation on its way.
+# cores, and one for each evaluation on its way. Then runs w2 and w3, which are the same with other training seeds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -13,3 +13,10 @@ for iteration in 4 6 12 19; do
 done
 benchmarks/runs/round_and_evaluate.sh runs/spatial_ppo/checkpoints/iteration_19 runs/libero_spatial_one_run \
     libero_spatial "0 1 2"
+
+for seed in 2 3; do
+    python algorithms/ppo_gr00t.py --preset libero_spatial_nano --run-name "spatial_ppo_$seed" --resume auto \
+        --seed "$seed" --save-interval 1 --keep-last 2 --keep-best 0 --eval-interval 0 --eval-episodes-per-task 0
+    benchmarks/runs/round_and_evaluate.sh "runs/spatial_ppo_$seed/checkpoints/iteration_19" \
+        "runs/libero_spatial_one_run_$seed" libero_spatial "0 1 2" --num-envs 100
+done
